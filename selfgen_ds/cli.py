@@ -1,0 +1,98 @@
+"""The sub-commands: train, evaluate, compare, export.
+
+Exit codes: 0 done; 2 bad input or configuration; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, InputError, Recipe
+
+
+def main() -> None:
+    """Entry point of `selfgen-ds` and of `python -m selfgen_ds`."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("--local_rank="):
+        del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
+    parser = _parser()
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    overrides = {a.removeprefix("--").split("=", 1)[0] for a in arguments if a.startswith("--")}
+
+    from selfgen_ds.engine import launch  # slow imports, for which `--help` need not wait
+
+    logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
+    logging.getLogger("selfgen_ds").setLevel(logging.INFO if launch.rank() == 0 else logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        _run(parsed, overrides)
+    except InputError as error:
+        if launch.local_rank() == 0:
+            print(*(f"selfgen-ds: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="selfgen-ds",
+        description="Fine-tune causal language models on their own tokens, under DeepSpeed ZeRO-3.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    train = ArgumentParser(description="Train a recipe.", allow_abbrev=False)
+    train.add_argument("--config", action="config", help="the recipe, YAML; options given after it change it")
+    train.add_class_arguments(Recipe)
+    commands.add_subcommand("train", train, help="train a recipe; under deepspeed, torchrun, mpirun or as it is")
+    evaluate = ArgumentParser(description=EvaluateOptions.__doc__, allow_abbrev=False)
+    evaluate.add_class_arguments(EvaluateOptions)
+    commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and the reference's")
+    compare = ArgumentParser(description=CompareOptions.__doc__, allow_abbrev=False)
+    compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
+    compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
+    commands.add_subcommand("compare", compare, help="table and plot of evaluated runs; the first is the baseline")
+    export = ArgumentParser(description=ExportOptions.__doc__, allow_abbrev=False)
+    export.add_class_arguments(ExportOptions)
+    commands.add_subcommand("export", export, help="write a checkpoint as a Hugging Face folder")
+    return parser
+
+
+def _run(parsed: Namespace, overrides: set[str]) -> None:
+    """The sub-commands' modules are imported when they are needed."""
+    options = parsed[parsed.command]
+    if parsed.command == "train":
+        from selfgen_ds.train import train
+
+        train(_recipe(options, overrides), overrides)
+    elif parsed.command == "evaluate":
+        from selfgen_ds.evaluation import evaluate
+
+        evaluate.run(EvaluateOptions(**_settings(options)))
+    elif parsed.command == "compare":
+        from selfgen_ds.evaluation import compare
+
+        compare.run(CompareOptions(**_settings(options)))
+    else:
+        from selfgen_ds.engine.export import export_checkpoint
+
+        export_checkpoint(Path(options.checkpoint), Path(options.output_dir))
+
+
+def _settings(options: Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name != "config"}
+
+
+def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
+    """The recipe; `--model.name_or_path` replaces a preset and the preset's tokenizer."""
+    recipe = Recipe(**_settings(options))
+    if "model.name_or_path" in overrides and recipe.model.preset is not None:
+        recipe.model.preset = None
+        if "model.tokenizer" not in overrides:
+            recipe.model.tokenizer = None
+    return recipe

@@ -1,0 +1,293 @@
+"""Every setting: typed dataclasses, read from one YAML recipe plus command-line overrides.
+
+The command line is `--section.field VALUE`; jsonargparse reads types and help from here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class InputError(Exception):
+    """Bad input or configuration: one clear line for the user, exit code 2."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The model: a Hugging Face folder or hub id, or a preset trained from scratch."""
+
+    name_or_path: str | None = None
+    """Hugging Face model folder or hub id. Replaces `preset`, and `tokenizer` unless that is given too."""
+    preset: dict[str, Any] | None = None
+    """Train from scratch: the fields of a `transformers` Llama configuration, such as `{hidden_size: 64, ...}`.
+    The vocabulary size and the special tokens are the tokenizer's."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id; `byte` is built in (256 bytes, a padding and an end token). Default: the model's."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations; with `bfloat16` the optimizer keeps float32 master weights."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention kernel, as `transformers` names it."""
+    trust_remote_code: bool = False
+    """Allow code that a hub repository ships to run."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training and evaluation rows."""
+
+    train: str
+    """JSONL file, or `builtin:pointer_chase`, `builtin:running_sum`."""
+    eval: str | None = None
+    """Evaluation rows, in the same forms (a built-in task gives its test set)."""
+    prompt_column: str = "prompt"
+    """Field of the row that the model is given."""
+    completion_column: str = "completion"
+    """Field of the row that the model learns to write."""
+    max_length: int = 2048
+    """Longest row in tokens, prompt and response together; longer responses are truncated and counted."""
+    max_truncated_share: float = 0.1
+    """Refuse the data when more than this share of rows has a truncated response."""
+    max_refused_share: float = 0.0
+    """Refuse the data when more than this share of rows has a prompt that leaves no room for a response."""
+
+
+@dataclass(kw_only=True)
+class SelfgenConfig:
+    """The method: which context the model reads. Each method reads some of these (see `selfgen_ds.methods`)."""
+
+    method: str = "scheduled_sampling"
+    """`sft` or `scheduled_sampling`."""
+    replace_probability: float = 0.25
+    """Largest probability p with which a response token is replaced by one that the model drew."""
+    schedule: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "constant"
+    """How p grows from 0 to `replace_probability` (`selfgen_ds.methods.schedule`)."""
+    schedule_share: float = 0.5
+    """Share of the training steps after which a growing schedule has (`linear`) or nearly has reached its end."""
+    passes: int = 1
+    """Parallel passes a step: 1 is two-pass scheduled sampling, k is parallel scheduled sampling."""
+    temperature: float = 1.0
+    """Softmax temperature of the draws."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with at least this probability mass."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 means all."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. Norms and biases get no weight decay."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    epsilon: float = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up: held, or taken down to 0 on the last step."""
+    warmup_ratio: float = 0.1
+    """Share of the training steps over which the learning rate grows linearly from 0."""
+    max_grad_norm: float = 1.0
+    """Gradient norm to clip to; 0 turns clipping off."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability mass that is spread evenly over the vocabulary."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length and shape of the run."""
+
+    epochs: float | None = None
+    """Passes over the training rows. Give this or `max_steps`."""
+    max_steps: int | None = None
+    """Optimizer steps. May be raised on resume."""
+    micro_batch_size: int = 1
+    """Rows a rank holds in one forward."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a rank sums before an optimizer step."""
+    activation_checkpointing: bool = True
+    """Recompute each layer in the backward instead of keeping its activations."""
+    max_nonfinite_steps: int = 5
+    """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept. The last step is always saved."""
+
+    every: int = 500
+    """Optimizer steps between checkpoints."""
+    keep: int = 2
+    """Newest complete checkpoints to keep, beside the best one (`eval.best`)."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Evaluation during training, on `data.eval`."""
+
+    every: int | None = None
+    """Optimizer steps between evaluations. Default: only after the last step."""
+    max_samples: int = 256
+    """Rows used, the first ones of `data.eval`."""
+    batch_size: int = 64
+    """Rows a rank evaluates at once."""
+    best: str = "loss"
+    """Metric whose best checkpoint is kept: `loss` (lowest), or any other metric of `evaluation.json` (highest)."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    output_dir: str
+    """Folder of the run."""
+    deepspeed: str
+    """DeepSpeed JSON; `"auto"` values are filled from this recipe."""
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    selfgen: SelfgenConfig = field(default_factory=SelfgenConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+    """Seeds weights, data order, replacement masks and draws."""
+    resume: Literal["auto"] | None = None
+    """`auto`: go on from the newest complete checkpoint in `output_dir`, or start if there is none."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """Evaluate a Hugging Face model folder. Under a launcher, the ranks share the rows; each holds the model."""
+
+    model: str
+    """Hugging Face folder or hub id, such as a run's `model/`."""
+    data: str
+    """JSONL file or `builtin:<task>` (its test set)."""
+    output_dir: str
+    """Where `evaluation.json` is written; a run's folder, for `compare` to find it."""
+    prompt_column: str = "prompt"
+    """Field of the row that the model is given."""
+    completion_column: str = "completion"
+    """Field of the row that is the reference."""
+    max_samples: int | None = None
+    """Rows used, the first ones. Default: all."""
+    max_length: int = 2048
+    """Longest row in tokens."""
+    batch_size: int = 64
+    """Rows a rank holds at once."""
+    sample_temperature: float = 0.0
+    """Above 0: also score answers sampled at this temperature (`sampled_*`)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations."""
+    seed: int = 0
+    """Seeds the sampled answers."""
+
+
+@dataclass(kw_only=True)
+class CompareOptions:
+    """Compare evaluated runs; the first is the baseline."""
+
+    runs: list[str]
+    """Folders with `config.yaml` (of `train`) and `evaluation.json`, `predictions.jsonl` (of `evaluate`)."""
+    output_dir: str
+    """Where `comparison.json`, `comparison.md` and `comparison.png` are written."""
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """Write the model of a checkpoint as a Hugging Face folder, in one process."""
+
+    checkpoint: str
+    """A complete checkpoint, such as `runs/x/checkpoints/step-000100`."""
+    output_dir: str
+    """The folder to write; must not exist."""
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe, one line each, as far as the recipe alone and the files it names tell."""
+    found: list[str] = []
+
+    def check(holds: bool, setting: str, value: object, expected: str) -> None:
+        if not holds:
+            found.append(f"{setting}: expected {expected}, got {value!r}")
+
+    def at_least(minimum: float, *settings: str) -> None:
+        for setting in settings:
+            value: Any = recipe
+            for name in setting.split("."):
+                value = getattr(value, name)
+            check(value is None or value >= minimum, setting, value, f"{minimum} or more")
+
+    model, data, selfgen, optim, train = recipe.model, recipe.data, recipe.selfgen, recipe.optim, recipe.train
+    check(
+        model.name_or_path is not None or model.preset is not None,
+        "model",
+        None,
+        "model.name_or_path, or model.preset with model.tokenizer",
+    )
+    if model.name_or_path is None and model.preset is not None:
+        check(
+            model.tokenizer is not None,
+            "model.tokenizer",
+            None,
+            "a tokenizer for the preset (`byte` is built in)",
+        )
+    check(
+        (train.epochs is None) != (train.max_steps is None),
+        "train",
+        f"epochs={train.epochs}, max_steps={train.max_steps}",
+        "either train.epochs or train.max_steps",
+    )
+    at_least(1, "train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_steps")
+    at_least(1, "train.max_nonfinite_steps", "checkpoint.every", "checkpoint.keep", "selfgen.passes")
+    at_least(1, "eval.every", "eval.max_samples", "eval.batch_size")
+    at_least(2, "data.max_length")
+    at_least(0, "seed", "selfgen.top_k", "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
+    check(train.epochs is None or train.epochs > 0, "train.epochs", train.epochs, "more than 0")
+    check(optim.epsilon > 0, "optim.epsilon", optim.epsilon, "more than 0")
+    check(selfgen.temperature > 0, "selfgen.temperature", selfgen.temperature, "more than 0")
+    check(0 < selfgen.top_p <= 1, "selfgen.top_p", selfgen.top_p, "a probability mass in (0, 1]")
+    check(0 < selfgen.schedule_share <= 1, "selfgen.schedule_share", selfgen.schedule_share, "a share in (0, 1]")
+    check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", optim.betas, "two numbers in [0, 1)")
+    for setting, share in {
+        "selfgen.replace_probability": selfgen.replace_probability,
+        "optim.warmup_ratio": optim.warmup_ratio,
+        "optim.label_smoothing": optim.label_smoothing,
+        "data.max_truncated_share": data.max_truncated_share,
+        "data.max_refused_share": data.max_refused_share,
+    }.items():
+        check(0 <= share <= 1, setting, share, "a number in [0, 1]")
+    check(Path(recipe.deepspeed).is_file(), "deepspeed", recipe.deepspeed, "an existing JSON file")
+    for setting, source in {"data.train": data.train, "data.eval": data.eval}.items():
+        if source is not None and not source.startswith("builtin:"):
+            check(Path(source).is_file(), setting, source, "an existing file, or builtin:<task>")
+    if recipe.eval.every is not None:
+        check(data.eval is not None, "eval.every", recipe.eval.every, "data.eval to be given as well")
+    if model.name_or_path is not None and model.name_or_path.startswith((".", "/", "~")):
+        check(Path(model.name_or_path).is_dir(), "model.name_or_path", model.name_or_path, "an existing folder")
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, in the order of the dataclasses."""
+    settings = asdict(recipe)
+    settings["optim"]["betas"] = list(recipe.optim.betas)
+    return yaml.safe_dump(settings, sort_keys=False)

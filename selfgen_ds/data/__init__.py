@@ -1,0 +1,1 @@
+"""Rows -> (prompt, response) -> tokens -> micro-batches."""

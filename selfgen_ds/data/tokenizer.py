@@ -1,0 +1,44 @@
+"""Tokenizers: any Hugging Face one by path or id, and the built-in byte tokenizer."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from selfgen_ds.config import InputError, ModelConfig
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes, `<pad>` and `</s>`: an ordinary Hugging Face tokenizer without files to fetch."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer.
+
+    Raises:
+        InputError: It cannot be loaded, or has no end token to learn to stop with.
+    """
+    if model.tokenizer == "byte":
+        return byte_tokenizer()
+    name = model.tokenizer or model.name_or_path
+    setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{setting}: no tokenizer could be loaded from {name!r}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{setting}: the tokenizer {name!r} has no end-of-sequence token (`eos_token`)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

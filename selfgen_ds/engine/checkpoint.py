@@ -1,0 +1,198 @@
+"""Checkpoints that count only when they are complete.
+
+`checkpoints/step-000100/` holds DeepSpeed's files, one file of generator states a rank, the model's Hugging Face
+configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`: the step, the
+evaluation metrics of that step, and size and CRC-32 of every file by the rank that wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from transformers import PreTrainedTokenizerBase
+
+from selfgen_ds.config import InputError, write_atomically
+
+log = logging.getLogger("selfgen_ds")
+
+MARKER = "complete.json"
+HF_FOLDER = "huggingface"
+
+# No checkpoint is unpickled as code: torch refuses everything but tensors, plain containers and these two,
+# which DeepSpeed keeps in its optimizer files; it passes `weights_only=False` itself, which this overrides.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    step: int
+    """Optimizer steps done."""
+    world_size: int
+    metrics: dict[str, float]
+    """Evaluation metrics after that step; empty if none were taken."""
+    files: list[dict[str, list[int]]]
+    """By rank: file name -> [bytes, CRC-32] of what it wrote."""
+
+
+def complete_checkpoints(folder: Path) -> list[Checkpoint]:
+    """All complete checkpoints, oldest first. Files are not opened: `load_newest` verifies them."""
+    found = []
+    for path in sorted(folder.glob("step-*")):
+        try:
+            marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+            found.append(Checkpoint(path=path, **marker))
+        except (OSError, ValueError, TypeError):
+            log.warning("%s is no complete checkpoint and is passed over", path)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def required_bytes(parameters: int, dtype: str) -> int:
+    """Size of a checkpoint: the weights, and float32 master weights and two Adam moments."""
+    return parameters * ((4 if dtype == "float32" else 2) + 3 * 4)
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    step: int,
+    metrics: dict[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched."""
+    rank, path = dist.get_rank(), folder / f"step-{step:06d}"
+    if rank == 0 and path.exists():
+        _remove(path)  # left half-written by a run that was killed
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
+    torch.save(_generator_states(engine.device), path / f"generators_rank_{rank}.pt")
+    if rank == 0:
+        engine.module.config.save_pretrained(path / HF_FOLDER)
+        tokenizer.save_pretrained(path / HF_FOLDER)
+    dist.barrier()
+
+    written = [f for f in path.rglob("*") if f.is_file() and _writer(f.name, dist.get_world_size()) == rank]
+    manifest = {str(f.relative_to(path)): _sync_and_sum(f) for f in written}
+    manifests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(manifests, manifest)
+    if rank == 0:
+        marker = {"step": step, "world_size": dist.get_world_size(), "metrics": metrics, "files": manifests}
+        write_atomically(path / MARKER, json.dumps(marker, indent=1))
+    dist.barrier()
+
+
+def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Checkpoint | None:
+    """Load the newest checkpoint whose files are all as they were written; broken ones are passed over.
+
+    Returns:
+        What was loaded, or None if there is no usable checkpoint.
+
+    Raises:
+        InputError: It was written by another number of ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for checkpoint in reversed(_agreed(complete_checkpoints(folder))):
+        if checkpoint.world_size != world_size:
+            raise InputError(
+                f"{checkpoint.path} was written by {checkpoint.world_size} ranks and cannot be resumed on {world_size}"
+            )
+        broken = [n for n, entry in checkpoint.files[rank].items() if not _intact(checkpoint.path / n, entry)]
+        everyone: list[Any] = [None] * world_size
+        dist.all_gather_object(everyone, broken)
+        if names := sorted(name for names in everyone for name in names):
+            log.warning("%s is broken (%s) and is passed over", checkpoint.path, ", ".join(names))
+            continue
+        engine.load_checkpoint(str(folder), tag=checkpoint.path.name)
+        _restore_generators(torch.load(checkpoint.path / f"generators_rank_{rank}.pt"), engine.device)
+        return checkpoint
+    return None
+
+
+def retain(folder: Path, keep: int, metric: str) -> None:
+    """Remove all but the newest `keep` complete checkpoints and the best one by `metric`. Rank 0 alone."""
+    complete = complete_checkpoints(folder)
+    best = best_of(complete, metric)
+    for checkpoint in complete[:-keep]:
+        if checkpoint != best:
+            _remove(checkpoint.path)
+
+
+def better(value: float, other: float, metric: str) -> bool:
+    """Whether a value of an evaluation metric is the better one: a lower `loss`, or a higher anything else."""
+    return value < other if metric == "loss" else value > other
+
+
+def best_of(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
+    """The checkpoint with the best value of an evaluation metric, the oldest of equal ones."""
+    best = None
+    for checkpoint in checkpoints:
+        if metric in checkpoint.metrics and (
+            best is None or better(checkpoint.metrics[metric], best.metrics[metric], metric)
+        ):
+            best = checkpoint
+    return best
+
+
+def _agreed(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Rank 0's view, so that all ranks try the same ones even while a file system catches up."""
+    agreed = [checkpoints]
+    dist.broadcast_object_list(agreed, src=0)
+    return agreed[0]
+
+
+def _remove(path: Path) -> None:
+    (path / MARKER).unlink(missing_ok=True)  # first, so that no half-removed checkpoint looks complete
+    shutil.rmtree(path)
+
+
+def _writer(name: str, world_size: int) -> int:
+    """The rank that wrote a file, by DeepSpeed's names and ours; rank 0 wrote what no rank is named in."""
+    parts = name.replace(".", "_").split("_")
+    number = parts[parts.index("rank") + 1] if "rank" in parts else "0"
+    return int(number) if number.isdigit() and int(number) < world_size else 0
+
+
+def _sync_and_sum(path: Path) -> list[int]:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return [path.stat().st_size, _crc(path)]
+
+
+def _intact(path: Path, entry: list[int]) -> bool:
+    return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,121 @@
+"""What is done with hidden states at the LM head: the loss, draws, and predictions, none of which builds logits
+for more than a chunk of positions.
+
+All of it runs inside the LM head module's own forward. There ZeRO-3 gathers the head's weight and releases
+it again; used anywhere else the weight stays gathered or gets wrong gradients.
+
+Shapes: N selected positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+_CHUNK = 256  # positions whose logits exist at the same time
+
+Reduction = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | tuple[Tensor, ...]"]
+"""`(hidden [N, H], weight [V, H], bias [V] or None) -> result`."""
+
+
+class LMHead(nn.Module):
+    """The model's output projection, sharing its parameters, that can also reduce what it would project."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, ...]:
+        if reduction is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return reduction(hidden, self.weight, self.bias)
+
+
+def loss_sum(targets: Tensor, label_smoothing: float) -> Reduction:
+    """Cross entropy summed over positions, float32 (float64 for float64 weights).
+
+    With smoothing e the target is (1 - e) one-hot + e / V, whose cross entropy needs no logits beyond the
+    plain one: CE + e (h . W[y] + b[y] - mean_v (h . W[v] + b[v])).
+
+    Args:
+        targets: `[N]` int64. N may be 0: the loss is then 0, with (zero) gradients.
+    """
+
+    def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        full_precision = weight.dtype in (torch.float32, torch.float64)
+        # Summing in bfloat16 would leave the loss 3 digits, so there the rows are summed here, in float32.
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=_CHUNK,
+            chunking_method=None,
+            acc_policy="auto" if full_precision else "accurate",
+        )
+        loss = F.linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            linear_bias=bias,
+            reduction="sum" if full_precision else "none",
+            options=options,
+        )
+        if not full_precision:
+            loss = loss.float().sum()
+        if label_smoothing:
+            away = weight[targets] - weight.mean(dim=0)
+            margin = (hidden * away).to(loss.dtype).sum()
+            if bias is not None:
+                margin = margin + (bias[targets] - bias.mean()).to(loss.dtype).sum()
+            loss = loss + label_smoothing * margin
+        return loss
+
+    return reduction
+
+
+def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Reduction:
+    """Sample a token a position, through the inverse of the cumulative distribution: `[N]` int64.
+
+    Args:
+        uniforms: `[N]` float64 in (0, 1), the noise. The draw is a deterministic function of it.
+        temperature, top_p, top_k: As in `transformers`; 1.0, 1.0 and 0 leave the distribution as it is.
+    """
+    warpers = LogitsProcessorList()
+    if temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k > 0:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+
+    def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tokens = [hidden.new_empty(0, dtype=torch.int64)]
+        for rows, noise in zip(hidden.split(_CHUNK), uniforms.split(_CHUNK), strict=True):
+            logits = warpers(None, F.linear(rows, weight, bias).float())
+            cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+            # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
+            tokens.append(torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(1))
+        return torch.cat(tokens)
+
+    return reduction
+
+
+def predict(targets: Tensor) -> Reduction:
+    """The most probable token and the target's log-probability: `[N]` int64 and `[N]` float32.
+
+    Args:
+        targets: `[N]` int64.
+    """
+
+    def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        best = [hidden.new_empty(0, dtype=torch.int64)]
+        log_probabilities = [hidden.new_empty(0, dtype=torch.float32)]
+        for rows, wanted in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            logits = F.linear(rows, weight, bias).float()
+            best.append(logits.argmax(dim=-1))
+            log_probabilities.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        return torch.cat(best), torch.cat(log_probabilities)
+
+    return reduction

@@ -1,0 +1,67 @@
+"""Which process this is among those that a launcher started, and their process group."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from selfgen_ds.config import InputError
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """This process's rank, known before the process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
+
+
+def local_rank() -> int:
+    """This process's rank on its host."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
+
+
+def device() -> torch.device:
+    """The accelerator of this process."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def init_process_group() -> None:
+    """Join the process group of `deepspeed`, `torchrun` or `mpirun`, or make one of this process alone.
+
+    Raises:
+        InputError: Slurm started several tasks without rank variables; each would train a model of its own.
+    """
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile this at first use; it serves inference only, training's collectives are gloo's
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ and not all(v in os.environ for v in _LAUNCHER_VARIABLES):
+        tasks = int(os.environ.get("SLURM_NTASKS", 1))
+        if tasks > 1:
+            raise InputError(
+                f"Slurm started {tasks} tasks, but {', '.join(_LAUNCHER_VARIABLES)} are not all set: "
+                "each task would train a model of its own"
+            )
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+    deepspeed.init_distributed(verbose=False)
+    get_accelerator().set_device(local_rank())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,201 @@
+"""What methods and evaluation ask of the model: draws (the self-generated-token pass), predictions, answers.
+
+Every call is collective under ZeRO-3: all ranks make it, whatever rows they hold, and run the same number of
+forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.engine import head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The distribution that draws come from."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class EnginePolicy:
+    """The current weights as a policy.
+
+    Args:
+        forward: What is called for a forward: the DeepSpeed engine, or the model itself.
+        model: The extended model (`selfgen_ds.engine.model.extend`).
+        end_token: Ends an answer.
+        micro_batches_a_sweep: Size of one no-grad sweep, in micro-batches (`sweep_size`).
+    """
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        model: PreTrainedModel,
+        *,
+        end_token: int,
+        sampling: Sampling | None = None,
+        micro_batches_a_sweep: float = 1.0,
+    ) -> None:
+        self.forward = forward
+        self.model = model
+        self.end_token = end_token
+        self.sampling = sampling or Sampling()
+        self.micro_batches_a_sweep = micro_batches_a_sweep
+        self.groups = 0
+        """Sweeps that the last `draw` was split into."""
+
+    @torch.no_grad()
+    def draw(self, contexts: list[Tensor], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """Draw the masked tokens of a window (`selfgen_ds.methods.mixture.Policy`).
+
+        All micro-batches go through the model in one sweep of parameter gathers, or in the fewest that keep its
+        memory under the training step's. Rows without a masked token stay out, and nothing past the last masked
+        token is computed.
+        """
+        device = contexts[0].device
+        context, mask, noise = _stack(contexts), _stack(masks), _stack(_spread(masks, uniforms))
+        positions = torch.arange(mask.shape[1], device=device)
+        lengths = (mask * (positions + 1)).amax(dim=1)  # up to and with the last masked token
+        budget = self.micro_batches_a_sweep * max(c.numel() for c in contexts)
+        groups = _groups(lengths, budget)
+        self.groups = int(_max_over_ranks(len(groups), device))
+
+        drawn = torch.zeros_like(context)
+        with _evaluating(self.forward):
+            for rows in groups:
+                length = int(lengths[rows].max())
+                chosen, where = context[rows, :length], mask[rows, :length]
+                reduction = head.draw(noise[rows, :length][where], **vars(self.sampling))
+                tokens = self.forward(chosen, positions=where, reduction=reduction)
+                drawn[rows, :length] = torch.zeros_like(chosen).masked_scatter(where, tokens)
+            for _ in range(self.groups - len(groups)):
+                self._idle_forward(device)
+        sizes = [len(c) for c in contexts]
+        return [d[:, : m.shape[1]][m] for d, m in zip(drawn.split(sizes), masks, strict=True)]
+
+    def _idle_forward(self, device: torch.device) -> None:
+        """Take part in the other ranks' gathers."""
+        nothing = torch.zeros(1, 2, dtype=torch.bool, device=device)
+        noise = torch.empty(0, dtype=torch.float64, device=device)
+        self.forward(nothing.long(), positions=nothing, reduction=head.draw(noise, **vars(self.sampling)))
+
+    @torch.no_grad()
+    def predict(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Teacher-forced predictions at the batch's response tokens, in row-major order.
+
+        Returns:
+            The most probable token, `[responses]` int64, and the reference's log-probability, float32.
+        """
+        with _evaluating(self.forward):
+            return self.forward(
+                batch.context,
+                positions=batch.loss_mask,
+                reduction=head.predict(batch.target[batch.loss_mask]),
+            )
+
+    @torch.no_grad()
+    def complete(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+        """The model's own answers, up to and with the end token.
+
+        Args:
+            prompts: Token ids, one list a row, none empty. The list itself must not be empty on any rank.
+            max_new_tokens: The same on every rank.
+            temperature: 0 is greedy.
+        """
+        device = self.model.device
+        ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left")
+        real = pad_sequence([torch.ones(len(p)) for p in prompts], batch_first=True, padding_side="left")
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}),
+            eos_token_id=self.end_token,
+            pad_token_id=self.end_token,
+        )
+        with _evaluating(self.forward):
+            # in step: a rank whose rows are finished goes on until all are, or the gathers would hang
+            output = self.model.generate(
+                ids.to(device),
+                attention_mask=real.long().to(device),
+                generation_config=settings,
+                synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
+            )
+        answers = output[:, ids.shape[1] :].tolist()
+        return [a[: a.index(self.end_token) + 1] if self.end_token in a else a for a in answers]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout, no activation checkpointing; the mode is put back."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """`[batch, length]` tensors of several lengths as one `[batches, longest]`, padded with zeros."""
+    return pad_sequence([row for tensor in tensors for row in tensor], batch_first=True)
+
+
+def _spread(masks: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    """`[masked]` values at their `[batch, length]` positions, zeros elsewhere."""
+    return [v.new_zeros(m.shape).masked_scatter(m, v) for m, v in zip(masks, values, strict=True)]
+
+
+def _groups(lengths: Tensor, budget: float) -> list[Tensor]:
+    """Row numbers of the fewest groups with at most `budget` tokens, padding included; rows of length 0 in none.
+
+    Args:
+        lengths: `[rows]` int64.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    groups: list[list[int]] = []
+    longest = 0
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length == 0:
+            break
+        if not groups or (len(groups[-1]) + 1) * longest > budget:
+            groups.append([])
+            longest = length
+        groups[-1].append(row)
+    return [torch.tensor(group, device=lengths.device) for group in groups]
+
+
+def _max_over_ranks(value: int, device: torch.device) -> int:
+    result = torch.tensor(value, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return int(result)
+
+
+def sweep_size(config: PretrainedConfig, activation_checkpointing: bool) -> float:
+    """Micro-batches whose no-grad forward stays under the activation memory of one micro-batch's training step.
+
+    Counted in elements a token. A no-grad forward holds one layer's working set: the residual, the normed
+    input, queries, keys, values and their rotated copies, or the MLP's gate, up and product. A training step
+    with checkpointing holds every layer's input and, while one layer is recomputed and goes backward, all
+    that it saved and the gradients of it; without checkpointing, what every layer saved.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    forward = max(3 * inner + 3 * hidden, 8 * hidden)
+    saved = 4 * inner + 10 * hidden
+    backward = 2 * inner + 2 * hidden
+    if activation_checkpointing:
+        training = config.num_hidden_layers * hidden + saved + backward
+    else:
+        training = config.num_hidden_layers * saved + backward
+    return training / forward

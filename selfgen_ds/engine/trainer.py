@@ -1,0 +1,143 @@
+"""The model under DeepSpeed: set-up, the ZeRO-3 trace, and one optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from selfgen_ds.config import OptimConfig
+from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.engine import head
+
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def initialize(
+    model: PreTrainedModel, ds_config: dict[str, Any], optim: OptimConfig, total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine, with AdamW that does not decay norms and biases (the one-dimensional parameters)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # a partitioned parameter is empty; `ds_shape` is its real shape
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    warmup_steps = round(optim.warmup_ratio * total_steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr_scheduler=lambda optimizer: get_scheduler(
+            _SCHEDULES[optim.schedule],
+            optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=total_steps,
+        ),
+        config=ds_config,
+    )
+    return engine
+
+
+def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
+    """A throw-away forward and backward with zero gradients.
+
+    ZeRO-3 prefetches by the order of modules in its first forward. Were that a no-grad pass, the record
+    would be thrown away in every step, at 2 to 4 times the gathers. Random generators are left as they were.
+    """
+    nothing = collate([], [], []).to(engine.device)
+    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
+        loss = engine(
+            nothing.context, positions=nothing.loss_mask, reduction=head.loss_sum(nothing.context[:0, 0], 0.0)
+        )
+        engine.backward(loss * 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, over all ranks."""
+
+    loss: float
+    """Mean over the step's target tokens."""
+    learning_rate: float
+    """Of the matrices' parameter group, in this step."""
+    grad_norm: float
+    """Before clipping."""
+    drawn: int
+    """Context tokens that were drawn."""
+    differing: int
+    """Drawn tokens that differ from the reference."""
+    tokens: int
+    """Real tokens of the rows."""
+    applied: bool
+    """False if loss or gradient was not finite and the step was dropped."""
+    suspects: list[int]
+    """Sample ids of the micro-batches whose loss was not finite."""
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], label_smoothing: float) -> StepResult:
+    """Forward and backward of every micro-batch, then the optimizer.
+
+    The loss is the sum over target tokens divided by the number of target tokens of the whole step, over all
+    micro-batches and ranks: never a mean of unequal means.
+    """
+    targets = _sum_over_ranks(torch.stack([batch.loss_mask.sum() for batch in window]).sum())
+    # DeepSpeed divides by the accumulation steps and averages over ranks
+    scale = len(window) * dist.get_world_size() / targets.clamp(min=1).item()
+    learning_rate = engine.get_lr()[0]
+    losses: list[Tensor] = []
+    for number, batch in enumerate(window, start=1):
+        reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing)
+        loss = engine(batch.context, positions=batch.loss_mask, reduction=reduction)
+        losses.append(loss.detach())
+        if number == len(window):
+            totals = _sum_over_ranks(_totals(window, losses))
+            # One rank's NaN or infinity becomes every rank's NaN gradient, on which DeepSpeed drops the step.
+            loss = loss * (totals[0] * 0 + 1)
+        engine.backward(loss * scale)
+        engine.step()
+    loss_total, drawn, differing, tokens = totals.tolist()
+    finite = bool(torch.isfinite(totals[0]))
+    return StepResult(
+        loss=loss_total / max(1, int(targets)),
+        learning_rate=learning_rate,
+        grad_norm=float(engine.get_global_grad_norm() or 0.0),
+        drawn=int(drawn),
+        differing=int(differing),
+        tokens=int(tokens),
+        applied=engine.was_step_applied(),
+        suspects=[] if finite else _suspects(window, losses),
+    )
+
+
+def _totals(window: list[TokenBatch], losses: list[Tensor]) -> Tensor:
+    """`[4]` float64 on this rank: loss, drawn tokens, drawn tokens that differ, real tokens."""
+    counts = [torch.stack([b.drawn.sum(), (b.drawn & (b.context != b.target)).sum(), _real_tokens(b)]) for b in window]
+    return torch.cat([torch.stack(losses).double().sum()[None], torch.stack(counts).sum(dim=0).double()])
+
+
+def _real_tokens(batch: TokenBatch) -> Tensor:
+    return (batch.lengths * (batch.sample_ids >= 0)).sum()
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+def _suspects(window: list[TokenBatch], losses: list[Tensor]) -> list[int]:
+    """Every rank comes here together: all saw the same sum."""
+    mine = [
+        sample_id
+        for batch, loss in zip(window, losses, strict=True)
+        if not torch.isfinite(loss)
+        for sample_id in batch.sample_ids.tolist()
+    ]
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return sorted(sample_id for ids in everyone for sample_id in ids)

@@ -1,0 +1,88 @@
+"""`selfgen-ds evaluate`: a model folder on a data set -> `evaluation.json`, `predictions.jsonl`, `evaluation.png`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, write_atomically
+from selfgen_ds.data.rows import read_rows
+from selfgen_ds.data.samples import tokenize
+from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.engine import launch
+from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.evaluation.scores import SampleScore, aggregate, curves, evaluate
+
+
+def run(options: EvaluateOptions) -> None:
+    """Raises: InputError."""
+    for setting in ("max_samples", "batch_size"):
+        if getattr(options, setting) is not None and getattr(options, setting) < 1:
+            raise InputError(f"--{setting}: expected 1 or more, got {getattr(options, setting)}")
+    if not options.data.startswith("builtin:") and not Path(options.data).is_file():
+        raise InputError(f"--data: expected an existing file, or builtin:<task>, got {options.data!r}")
+    source = ModelConfig(name_or_path=options.model, dtype=options.dtype)
+    tokenizer = load_tokenizer(source)
+    config = model_config(source, tokenizer)
+    rows = read_rows(options.data, "test", options.prompt_column, options.completion_column)
+    samples = tokenize(islice(rows, options.max_samples), tokenizer, options.data, options.max_length)
+    if launch.world_size() > 1:
+        launch.init_process_group()
+    model = build_model(source, config).to(launch.device()).eval()
+    set_seed(options.seed + launch.rank())
+    policy = EnginePolicy(model, model, end_token=tokenizer.eos_token_id)
+    scores = evaluate(policy, samples, tokenizer, options.batch_size, options.sample_temperature)
+    if launch.rank() == 0:
+        write(scores, options, samples.truncated)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write(scores: list[SampleScore], options: EvaluateOptions, truncated: int) -> None:
+    """`evaluation.json`, `predictions.jsonl` and `evaluation.png` in the output folder."""
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
+    write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    metrics, positions = aggregate(scores), curves(scores)
+    result = {
+        "model": options.model,
+        "data": options.data,
+        "n": len(scores),
+        "truncated": truncated,
+        "settings": asdict(options),
+        "metrics": metrics,
+        "curves": positions,
+        "torch": torch.__version__,
+    }
+    write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in positions.items():
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            marker="." if len(values) < 60 else "",
+            label=name.replace("_", " "),
+        )
+    axes.set(
+        xlabel="position in the answer (recovery: after the forced error)",
+        ylabel="accuracy",
+        ylim=(-0.02, 1.02),
+    )
+    axes.set_title(f"{options.model} on {options.data}", fontsize=9)
+    axes.legend()
+    figure.savefig(folder / "evaluation.png", dpi=150)
+    plt.close(figure)
+    print("\n".join(f"{name:26}{value:8.3f}" for name, value in metrics.items()))
+    print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")

@@ -1,0 +1,178 @@
+"""The training-inference gap, measured: the model on reference prefixes, on its own, and after a forced error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from selfgen_ds.data.batches import collate
+from selfgen_ds.data.samples import Samples
+from selfgen_ds.engine.policy import EnginePolicy
+
+METRICS = {
+    "loss": "negative log-likelihood of a response token given the reference before it",
+    "exact_match": "greedy answers whose text is the reference's",
+    "teacher_forced_accuracy": "most probable token right, given the reference before it",
+    "free_running_accuracy": "token of the greedy answer equal to the reference's at the same position",
+}
+RECOVERY_METRICS = {
+    "recovery_1": "after one forced wrong token: the next greedy token right",
+    "recovery_4": "the next 4 right, on average",
+    "recovery_last": "the last token of the answer right",
+}
+SAMPLED_METRICS = {
+    "sampled_exact_match": "exact match of answers sampled at the given temperature",
+    "sampled_accuracy": "token of the sampled answer equal to the reference's at the same position",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleScore:
+    """One row: its answer, and for each token of the reference response whether it was right."""
+
+    sample_id: int
+    prompt: str
+    reference: str
+    answer: str
+    negative_log_likelihood: float
+    teacher_forced: list[bool]
+    free_running: list[bool]
+    recovery: list[bool] | None = None
+    sampled: list[bool] | None = None
+    sampled_answer: str | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """This row's value of every metric; the mean over rows is the metric (for `loss`, over tokens)."""
+        values = {
+            "loss": self.negative_log_likelihood / len(self.teacher_forced),
+            "exact_match": float(self.answer == self.reference),
+            "teacher_forced_accuracy": float(np.mean(self.teacher_forced)),
+            "free_running_accuracy": float(np.mean(self.free_running)),
+        }
+        if self.recovery is not None:
+            values |= {
+                "recovery_1": float(self.recovery[0]),
+                "recovery_4": float(np.mean(self.recovery[:4])),
+                "recovery_last": float(self.recovery[-2]),  # the token before the end token
+            }
+        if self.sampled is not None:
+            values |= {
+                "sampled_exact_match": float(self.sampled_answer == self.reference),
+                "sampled_accuracy": float(np.mean(self.sampled)),
+            }
+        return values
+
+
+def evaluate(
+    policy: EnginePolicy,
+    samples: Samples,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    sample_temperature: float = 0.0,
+) -> list[SampleScore]:
+    """Score every row. Collective; all ranks get all rows, in the order of their sample ids.
+
+    Args:
+        batch_size: Rows a rank holds at once.
+        sample_temperature: Above 0, answers sampled at it are scored as well.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine: list[SampleScore] = []
+    rounds = list(_rounds(samples, batch_size, world_size))
+    for shares in tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(rounds) == 1):
+        mine += _score(policy, shares, rank, tokenizer, sample_temperature)
+    everyone: list[list[SampleScore]] = [[] for _ in range(world_size)]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
+    else:
+        everyone = [mine]
+    return sorted((score for scores in everyone for score in scores), key=lambda score: score.sample_id)
+
+
+def aggregate(scores: list[SampleScore]) -> dict[str, float]:
+    """Metric name -> value over all rows."""
+    rows = [score.metrics() for score in scores]
+    metrics = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    tokens = sum(len(score.teacher_forced) for score in scores)
+    return metrics | {"loss": sum(score.negative_log_likelihood for score in scores) / tokens}
+
+
+def curves(scores: list[SampleScore]) -> dict[str, list[float]]:
+    """Accuracy by position in the answer (`recovery`: after the forced error), over the rows that reach it."""
+    result = {}
+    for name in ("teacher_forced", "free_running", "recovery"):
+        rows = [asdict(score)[name] for score in scores]
+        if None not in rows:
+            longest = max(map(len, rows))
+            result[name] = [float(np.mean([row[i] for row in rows if len(row) > i])) for i in range(longest)]
+    return result
+
+
+def _rounds(samples: Samples, batch_size: int, world_size: int) -> Iterator[list[list[dict]]]:
+    """Rounds of one batch a rank (the last ones may be empty), rows of similar length together."""
+    rows = sorted(samples.rows, key=lambda row: len(row["prompt_ids"]) + len(row["response_ids"]))
+    for first in range(0, len(rows), batch_size * world_size):
+        chunk = rows[first : first + batch_size * world_size]
+        yield [chunk[rank::world_size] for rank in range(world_size)]
+
+
+def _score(
+    policy: EnginePolicy,
+    shares: list[list[dict]],
+    rank: int,
+    tokenizer: PreTrainedTokenizerBase,
+    sample_temperature: float,
+) -> list[SampleScore]:
+    """One round: the same calls on every rank, also on one without rows."""
+    rows = shares[rank]
+    everything = [row for share in shares for row in share]
+    prompts = [row["prompt_ids"] for row in rows]
+    references = [row["response_ids"] for row in rows]
+    longest = max(len(row["response_ids"]) for row in everything)
+
+    batch = collate(prompts, references, [row["sample_id"] for row in rows])
+    best, log_probabilities = policy.predict(batch.to(policy.model.device))
+    right = best.cpu() == batch.target[batch.loss_mask]
+    sizes = [len(reference) for reference in references]
+    teacher_forced = right.split(sizes)
+    likelihoods = log_probabilities.cpu().split(sizes)
+
+    def answer(prefixes: list[list[int]], length: int, temperature: float = 0.0) -> list[list[int]]:
+        return policy.complete(prefixes or [[0]], length, temperature)[: len(prefixes)]
+
+    free = answer(prompts, longest)
+    recovery = sampled = None
+    if everything[0]["forced_ids"] is not None:
+        rest = max(len(row["rest_ids"]) for row in everything)
+        recovery = answer([row["prompt_ids"] + row["forced_ids"] for row in rows], rest)
+    if sample_temperature > 0:
+        sampled = answer(prompts, longest, sample_temperature)
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return [
+        SampleScore(
+            sample_id=row["sample_id"],
+            prompt=text(row["prompt_ids"]),
+            reference=text(row["response_ids"]),
+            answer=text(free[i]),
+            negative_log_likelihood=-float(likelihoods[i].sum()),
+            teacher_forced=teacher_forced[i].tolist(),
+            free_running=_right(free[i], row["response_ids"]),
+            recovery=None if recovery is None else _right(recovery[i], row["rest_ids"]),
+            sampled=None if sampled is None else _right(sampled[i], row["response_ids"]),
+            sampled_answer=None if sampled is None else text(sampled[i]),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def _right(answer: list[int], reference: list[int]) -> list[bool]:
+    """Position by position; what the answer lacks is wrong."""
+    return [i < len(answer) and answer[i] == token for i, token in enumerate(reference)]

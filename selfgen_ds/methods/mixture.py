@@ -1,0 +1,66 @@
+"""The context mixture: which reference tokens give way to tokens that the model drew.
+
+    c_t = y_t                      where M_t = 0
+    c_t ~ p_theta( . | c_<t )      where M_t = 1,      M_t ~ Bernoulli(p) over replaceable tokens
+
+(Cen et al., TMLR 2025, arXiv 2410.14655; Bengio et al. 2015.) With the noise of every position held fixed,
+a draw is a deterministic function of its prefix, so k parallel passes ("parallel scheduled sampling",
+Duckworth et al. 2019; k = 1: Mihaylova & Martins 2019) recompute all masked tokens from the last pass's
+contexts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.methods import noise
+
+
+class Policy(Protocol):
+    """What a method may ask of the model. Collective: every rank calls it equally often."""
+
+    def draw(self, contexts: list[Tensor], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """Draw the masked tokens of a window, each from the model's distribution given its prefix.
+
+        Args:
+            contexts: One `[batch, length]` int64 tensor a micro-batch.
+            masks: `[batch, length]` bool, the tokens to draw; never position 0.
+            uniforms: Float64 in (0, 1), one a masked token, in row-major order: the noise of the draw.
+
+        Returns:
+            The drawn ids, one `[masked]` int64 tensor a micro-batch, in the same order.
+        """
+        ...
+
+
+def replacement_mask(batch: TokenBatch, probability: float, seed: int, step: int) -> Tensor:
+    """M of one micro-batch: `[batch, length]` bool, a function of (seed, step, sample id, position) alone."""
+    positions = torch.arange(batch.context.shape[1], device=batch.context.device)
+    coin = noise.uniform(noise.REPLACE, seed, step, batch.sample_ids[:, None], positions[None, :])
+    return (coin < probability) & batch.replaceable
+
+
+def mix(
+    window: list[TokenBatch], policy: Policy, masks: list[Tensor], passes: int, seed: int, step: int
+) -> list[TokenBatch]:
+    """Replace the masked tokens of a window's contexts by draws; targets and loss masks stay as they are.
+
+    Args:
+        window: The micro-batches of one optimizer step.
+        masks: `[batch, length]` bool a micro-batch, from `replacement_mask`.
+        passes: Parallel passes, 1 or more.
+    """
+    uniforms = []
+    for batch, mask in zip(window, masks, strict=True):
+        rows, positions = mask.nonzero(as_tuple=True)
+        uniforms.append(noise.uniform(noise.DRAW, seed, step, batch.sample_ids[rows], positions))
+    contexts = [batch.context for batch in window]
+    for _ in range(passes):
+        drawn = policy.draw(contexts, masks, uniforms)
+        contexts = [c.masked_scatter(m, d) for c, m, d in zip(contexts, masks, drawn, strict=True)]
+    return [replace(b, context=c, drawn=m) for b, c, m in zip(window, contexts, masks, strict=True)]

@@ -1,0 +1,241 @@
+"""From a recipe to a run that stands at its first step, or where it was saved.
+
+Everything that can be wrong with recipe, JSON, data and model is met here, before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from deepspeed import DeepSpeedEngine
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from selfgen_ds.config import InputError, Recipe, SelfgenConfig, problems, to_yaml, write_atomically
+from selfgen_ds.data.batches import Windows
+from selfgen_ds.data.rows import read_rows
+from selfgen_ds.data.samples import Samples, tokenize
+from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.engine import checkpoint, ds_config, launch
+from selfgen_ds.engine.model import build_model, model_config, parameter_count
+from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_size
+from selfgen_ds.engine.trainer import initialize, warm_up
+from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
+from selfgen_ds.methods import METHODS, Method
+
+log = logging.getLogger("selfgen_ds")
+
+# What may change when a run is resumed; everything else would make it another run.
+_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "train.epochs", "checkpoint.", "eval.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the training loop moves."""
+
+    engine: DeepSpeedEngine
+    policy: EnginePolicy
+    method: Method
+    windows: Windows
+    tokenizer: PreTrainedTokenizerBase
+    eval_samples: Samples | None
+    total_steps: int
+    first_step: int
+    """Steps done before this start."""
+    hf_config: HfDeepSpeedConfig
+    """Transformers looks at it, through a weak reference, to know that the model is sharded."""
+
+
+def prepare(recipe: Recipe, overrides: set[str]) -> Run:
+    """Check the recipe and everything it names, then build the run. Collective.
+
+    Args:
+        overrides: Settings that were given on the command line.
+
+    Raises:
+        InputError: Bad input or configuration, the same on every rank.
+    """
+    json_config = _check_settings(recipe, overrides)
+    launch.init_process_group()
+    with _together():
+        tokenizer = load_tokenizer(recipe.model)
+        config = model_config(recipe.model, tokenizer)
+        _check_model(recipe, config)
+        _check_output(recipe)
+        samples = _read(recipe, recipe.data.train, "train", tokenizer)
+        eval_samples = None
+        if recipe.data.eval is not None:
+            eval_samples = _read(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+        _check_best(recipe, eval_samples)
+    windows = Windows(
+        samples,
+        seed=recipe.seed,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        epochs=recipe.train.epochs,
+    )
+    total_steps = recipe.train.max_steps or windows.steps()
+
+    hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), config.hidden_size)
+    set_seed(recipe.seed)
+    model = build_model(recipe.model, config)
+    set_seed(recipe.seed + dist.get_rank())
+    if recipe.train.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    engine = initialize(model, hf_config.config, recipe.optim, total_steps)
+    warm_up(engine)
+    folder = Path(recipe.output_dir)
+    resumed = checkpoint.load_newest(engine, folder / "checkpoints") if recipe.resume == "auto" else None
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", to_yaml(recipe))
+        write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
+    log.info(
+        "%s on %d rows (%d truncated, %d refused): %d steps of %d rows, %d ranks, %s",
+        recipe.selfgen.method,
+        len(samples),
+        samples.truncated,
+        samples.refused,
+        total_steps,
+        windows.step_size,
+        dist.get_world_size(),
+        f"resumed from {resumed.path}" if resumed else "from the start",
+    )
+    selfgen = recipe.selfgen
+    return Run(
+        engine=engine,
+        policy=EnginePolicy(
+            engine,
+            engine.module,
+            end_token=tokenizer.eos_token_id,
+            sampling=Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k),
+            micro_batches_a_sweep=sweep_size(config, recipe.train.activation_checkpointing),
+        ),
+        method=METHODS[selfgen.method](selfgen, recipe.seed, total_steps),
+        windows=windows,
+        tokenizer=tokenizer,
+        eval_samples=eval_samples,
+        total_steps=total_steps,
+        first_step=resumed.step if resumed else 0,
+        hf_config=hf_config,
+    )
+
+
+def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
+    """All problems of recipe and JSON at once; returns the JSON."""
+    found = problems(recipe)
+    if recipe.selfgen.method in METHODS:
+        found += _unread_settings(recipe.selfgen, overrides)
+    else:
+        found.append(f"selfgen.method: expected one of {', '.join(METHODS)}, got {recipe.selfgen.method!r}")
+    json_config: dict[str, Any] = {}
+    try:
+        json_config = ds_config.read(recipe.deepspeed)
+        found += ds_config.problems(recipe, json_config, launch.world_size())
+    except InputError as error:
+        found.append(str(error))
+    if found:
+        raise InputError("\n".join(dict.fromkeys(found)))
+    return json_config
+
+
+def _unread_settings(selfgen: SelfgenConfig, overrides: set[str]) -> list[str]:
+    """Settings that the method ignores: errors, but for those of a recipe written for another method."""
+    read = METHODS[selfgen.method].settings | {"method"}
+    changed = [f.name for f in fields(selfgen) if f.name not in read and getattr(selfgen, f.name) != f.default]
+    if "selfgen.method" in overrides:
+        foreign = [name for name in changed if f"selfgen.{name}" not in overrides]
+        changed = [name for name in changed if name not in foreign]
+        if foreign:
+            log.info("%s does not read the recipe's selfgen.%s", selfgen.method, ", selfgen.".join(foreign))
+    return [f"selfgen.{name}: {selfgen.method} does not read it; remove it" for name in changed]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Bad input on one rank is bad input on all of them."""
+    mine = None
+    try:
+        yield
+    except InputError as error:
+        mine = str(error)
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if lines := dict.fromkeys(line for line in everyone if line):
+        raise InputError("\n".join(lines))
+
+
+def _read(
+    recipe: Recipe, source: str, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> Samples:
+    data = recipe.data
+    rows = islice(read_rows(source, split, data.prompt_column, data.completion_column), limit)
+    return tokenize(rows, tokenizer, source, data.max_length, data.max_truncated_share, data.max_refused_share)
+
+
+def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
+    if recipe.data.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"data.max_length: expected at most the model's {config.max_position_embeddings} positions, "
+            f"got {recipe.data.max_length}"
+        )
+    folder = Path(recipe.output_dir).absolute()
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    need = checkpoint.required_bytes(parameter_count(config), recipe.model.dtype)
+    if need > free:
+        raise InputError(f"output_dir: a checkpoint takes {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
+    if need * (recipe.checkpoint.keep + 1) > free:
+        log.warning(
+            "%s has %.1f GB free; %d checkpoints of %.1f GB do not fit",
+            folder,
+            free / 1e9,
+            recipe.checkpoint.keep + 1,
+            need / 1e9,
+        )
+
+
+def _check_output(recipe: Recipe) -> None:
+    """The folder is new, or holds this very run."""
+    written = Path(recipe.output_dir) / "config.yaml"
+    if not written.exists():
+        return
+    if recipe.resume is None:
+        raise InputError(f"output_dir: {recipe.output_dir} holds a run already; continue it with --resume auto")
+    before, now = (
+        _flat(yaml.safe_load(written.read_text(encoding="utf-8"))),
+        _flat(yaml.safe_load(to_yaml(recipe))),
+    )
+    changed = [
+        f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
+        for setting in sorted(before.keys() | now.keys())
+        if before.get(setting) != now.get(setting) and not setting.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise InputError(f"resume: {recipe.output_dir} was started with other settings: {'; '.join(changed)}")
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_best(recipe: Recipe, eval_samples: Samples | None) -> None:
+    known = set(METRICS)
+    if eval_samples is not None and eval_samples.rows[0]["forced_ids"] is not None:
+        known |= set(RECOVERY_METRICS)
+    if recipe.eval.best not in known:
+        raise InputError(f"eval.best: expected one of {', '.join(sorted(known))}, got {recipe.eval.best!r}")

@@ -1,0 +1,116 @@
+"""The training loop: recipe -> data -> method -> engine -> metrics."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from selfgen_ds.config import Recipe
+from selfgen_ds.engine import checkpoint
+from selfgen_ds.engine.export import export_engine
+from selfgen_ds.engine.trainer import StepResult, train_step
+from selfgen_ds.evaluation.scores import aggregate, evaluate
+from selfgen_ds.journal import Journal
+from selfgen_ds.prepare import Run, prepare
+
+log = logging.getLogger("selfgen_ds")
+
+_COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ranks whenever it runs on one
+
+
+def train(recipe: Recipe, overrides: set[str]) -> None:
+    """Train, evaluate, save and export as the recipe says. Collective.
+
+    Args:
+        overrides: Settings that were given on the command line.
+
+    Raises:
+        InputError: Bad input or configuration, before the first step.
+        RuntimeError: `train.max_nonfinite_steps` steps in a row had no finite loss or gradient.
+    """
+    run = prepare(recipe, overrides)
+    folder = Path(recipe.output_dir)
+    journal = Journal(folder / "metrics.jsonl", run.engine.monitor, run.first_step, run.total_steps)
+    dropped = 0  # steps in a row
+    gc.disable()
+    for step in range(run.first_step, run.total_steps):
+        started = time.perf_counter()
+        window = [batch.to(run.engine.device) for batch in run.windows.window(step)]
+        window = run.method.contexts(window, run.policy, step)
+        get_accelerator().synchronize()
+        pass_time = time.perf_counter() - started
+        result = train_step(run.engine, window, recipe.optim.label_smoothing)
+        metrics = _metrics(run, step, result, pass_time, time.perf_counter() - started)
+
+        dropped = 0 if result.applied else dropped + 1
+        _check_dropped(step + 1, dropped, recipe.train.max_nonfinite_steps, result.suspects)
+        last = step + 1 == run.total_steps
+        scores: dict[str, float] = {}
+        if run.eval_samples is not None and (last or _due(step + 1, recipe.eval.every)):
+            scores = aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, recipe.eval.batch_size))
+        journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
+        if last or _due(step + 1, recipe.checkpoint.every) or _is_best(folder, scores, recipe.eval.best):
+            _save(run, folder, step + 1, scores, recipe)
+        if _due(step + 1, _COLLECT_EVERY):
+            gc.collect()
+    gc.enable()
+    journal.close()
+    export_engine(run.engine, folder / "model", run.tokenizer)
+    log.info("done; the model is in %s", folder / "model")
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _metrics(run: Run, step: int, result: StepResult, pass_time: float, step_time: float) -> dict[str, float]:
+    """One line of `metrics.jsonl`. On a CPU, `peak_memory_bytes` is the process's resident set, sampled here."""
+    return {
+        "step": step + 1,
+        "epoch": run.windows.epoch(step + 1),
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "replace_probability": run.method.replace_probability(step),
+        "drawn_tokens": result.drawn,
+        "differing_share": result.differing / max(1, result.drawn),
+        "passes": run.method.passes if result.drawn else 0,
+        "groups": run.policy.groups if result.drawn else 0,
+        "tokens_per_second": result.tokens / step_time,
+        "step_time_s": step_time,
+        "pass_time_s": pass_time,
+        "peak_memory_bytes": get_accelerator().max_memory_allocated(),
+        "dropped": int(not result.applied),
+    }
+
+
+def _check_dropped(step: int, dropped: int, limit: int, suspects: list[int]) -> None:
+    if dropped:
+        samples = f"sample ids {suspects}" if suspects else "the loss was finite, the gradient not"
+        log.warning("step %d was dropped, %d in a row: not finite (%s)", step, dropped, samples)
+    if dropped >= limit:
+        raise RuntimeError(f"{dropped} steps in a row were dropped (train.max_nonfinite_steps)")
+
+
+def _is_best(folder: Path, scores: dict[str, float], metric: str) -> bool:
+    """Whether an evaluation beats those of all checkpoints; rank 0 looks, all ranks agree."""
+    if not scores:
+        return False
+    verdict = [False]
+    if dist.get_rank() == 0:
+        best = checkpoint.best_of(checkpoint.complete_checkpoints(folder / "checkpoints"), metric)
+        verdict = [best is None or checkpoint.better(scores[metric], best.metrics[metric], metric)]
+    dist.broadcast_object_list(verdict, src=0)
+    return verdict[0]
+
+
+def _save(run: Run, folder: Path, step: int, scores: dict[str, float], recipe: Recipe) -> None:
+    checkpoints = folder / "checkpoints"
+    checkpoint.save(run.engine, checkpoints, step, scores, run.tokenizer)
+    if dist.get_rank() == 0:
+        checkpoint.retain(checkpoints, recipe.checkpoint.keep, recipe.eval.best)
