@@ -22,10 +22,10 @@ class ModelConfig:
     """The model: a Hugging Face folder or hub id, or a preset trained from scratch."""
 
     name_or_path: str | None = None
-    """Hugging Face model folder or hub id. Replaces `preset`, and `tokenizer` unless that is given too."""
+    """Hugging Face model folder or hub id. On the command line it replaces the recipe's `preset` and `tokenizer`."""
     preset: dict[str, Any] | None = None
     """Train from scratch: the fields of a `transformers` Llama configuration, such as `{hidden_size: 64, ...}`.
-    The vocabulary size and the special tokens are the tokenizer's."""
+    Vocabulary and special tokens are the tokenizer's unless given. With `name_or_path`: what that model must be."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id; `byte` is built in (256 bytes, a padding and an end token). Default: the model's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -28,7 +28,7 @@ from selfgen_ds.data.samples import Samples, tokenize
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import checkpoint, ds_config, launch
 from selfgen_ds.engine.model import build_model, model_config, parameter_count
-from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_size
+from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
 from selfgen_ds.methods import METHODS, Method
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             engine.module,
             end_token=tokenizer.eos_token_id,
             sampling=Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k),
-            micro_batches_a_sweep=sweep_size(config, recipe.train.activation_checkpointing),
+            budget=sweep_budget(config, recipe.train.activation_checkpointing, _prefetched(engine)),
         ),
         method=METHODS[selfgen.method](selfgen, recipe.seed, total_steps),
         windows=windows,
@@ -131,6 +131,13 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         first_step=resumed.step if resumed else 0,
         hf_config=hf_config,
     )
+
+
+def _prefetched(engine: DeepSpeedEngine) -> int:
+    """Elements that ZeRO-3 gathers ahead of a forward."""
+    if engine.zero_optimization_stage() < 3:
+        return 0
+    return min(int(engine.zero_prefetch_bucket_size()), sum(p.ds_numel for p in engine.module.parameters()))
 
 
 def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,30 +28,19 @@ MAX_SHARD = "5GB"
 
 
 def export_engine(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the engine's model; parameters are gathered one by one. Collective. `folder` appears when complete."""
+    """Write the engine's model; parameters are gathered one by one. Collective."""
     model = engine.module
-    tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}  # tied weights come once
-    shapes = {n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta") for n, t in tensors.items()}
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD)
-    partial = folder.with_name(folder.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    for shard, names in plan.filename_to_tensors.items():
-        gathered = {name: full for name in names if (full := _gather(tensors[name])) is not None}
-        if dist.get_rank() == 0:
-            save_file(gathered, partial / shard, metadata={"format": "pt"})
-        del gathered
-    if dist.get_rank() == 0:
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(partial)
-        model.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    state = model.state_dict().keys()
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in state}
+    shapes = {name: (getattr(t, "ds_shape", t.shape), t.dtype) for name, t in tensors.items()}
+    writes = dist.get_rank() == 0
+    with _replacing(folder, writes) as partial:
+        _write_shards(shapes, lambda name: _gather(tensors[name]), partial, writes)
+        if writes:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(partial)
+            model.generation_config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     dist.barrier()
 
 
@@ -65,29 +54,59 @@ def export_checkpoint(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: expected a complete checkpoint (with {checkpoint.MARKER})")
     if folder.exists():
         raise InputError(f"{folder}: exists already")
-    config = AutoConfig.from_pretrained(path / checkpoint.HF_FOLDER)
+    dtype = AutoConfig.from_pretrained(path / checkpoint.HF_FOLDER).dtype
+    whole = path / "mp_rank_00_model_states.pt"
+    if whole.exists() and not list(path.glob("*_optim_states.pt")):  # stage 0: nothing is sharded
+        tensors = torch.load(whole, mmap=True)["module"]
+    else:
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its progress through the files
+            tensors = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights come once
+    tensors = {name: tensors[name] for name in reversed(first.values())}
+    with _replacing(folder, writes=True) as partial:
+        shapes = {name: (tensor.shape, dtype) for name, tensor in tensors.items()}
+        _write_shards(shapes, lambda name: tensors[name].contiguous().to(dtype), partial, writes=True)
+        shutil.copytree(path / checkpoint.HF_FOLDER, partial, dirs_exist_ok=True)
+
+
+@contextmanager
+def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
+    """A folder to fill that takes `folder`'s name when it is complete."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(path / checkpoint.HF_FOLDER, partial)
-    with redirect_stdout(StringIO()):  # DeepSpeed prints its progress through the files
-        convert_zero_checkpoint_to_state_dict(
-            str(path.parent),
-            str(partial),
-            dtype=config.dtype,
-            max_shard_size=MAX_SHARD,
-            safe_serialization=True,
-            tag=path.name,
-        )
-    partial.rename(folder)
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    yield partial
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
-def _persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    names = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in names}
+def _write_shards(
+    shapes: dict[str, tuple[torch.Size, torch.dtype]],
+    fetch: Callable[[str], Tensor | None],
+    folder: Path,
+    writes: bool,
+) -> None:
+    """Safetensors shards of at most `MAX_SHARD`, as `save_pretrained` lays them out.
+
+    Args:
+        fetch: Gives a tensor's values. Called for every name in the same order on every rank.
+        writes: Whether this rank is the one that writes; on others `fetch` may give None.
+    """
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=MAX_SHARD)
+    for shard, names in plan.filename_to_tensors.items():
+        tensors = {name: tensor for name in names if (tensor := fetch(name)) is not None}
+        if writes:
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+        del tensors
+    if writes and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _gather(tensor: Tensor) -> Tensor | None:
-    """The whole tensor, on the host, on rank 0; None elsewhere."""
-    partitioned: Iterable[Tensor] = [tensor] if hasattr(tensor, "ds_id") else []
-    with deepspeed.zero.GatheredParameters(partitioned):
+    """The whole tensor, on the host, on rank 0; None elsewhere. Collective."""
+    with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
         return tensor.detach().cpu().clone() if dist.get_rank() == 0 else None

@@ -49,6 +49,13 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
+        differing = [
+            f"{name} is {getattr(config, name, None)!r}, not {value!r}"
+            for name, value in (model.preset or {}).items()
+            if getattr(config, name, None) != value
+        ]
+        if differing:
+            raise InputError(f"model.preset: {model.name_or_path!r} is another model: {', '.join(differing)}")
     if config.model_type != "llama":
         raise InputError(f"model: expected a Llama, got model type {config.model_type!r}")
     if len(tokenizer) > config.vocab_size:
@@ -82,7 +89,7 @@ def build_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
         )
-    return extend(built)
+    return extend(built).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed
 
 
 def extend(model: PreTrainedModel) -> PreTrainedModel:

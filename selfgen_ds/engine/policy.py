@@ -6,6 +6,7 @@ forwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,46 @@ class Sampling:
     top_k: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepBudget:
+    """How large a no-grad sweep may be to stay under the training step's peak memory. In elements.
+
+    A no-grad forward holds one layer's working set a token: the residual, the normed input, queries, keys,
+    values and their rotated copies, or the MLP's gate, up and product. A training step with checkpointing holds
+    every layer's input and, while one layer is recomputed and goes backward, all that it saved and the gradients
+    of it; without checkpointing, what every layer saved. A forward also holds the buffer that ZeRO-3 prefetches
+    parameters into; by the backward's peak it is gone.
+    """
+
+    forward: int
+    """Of a no-grad forward, a token."""
+    training: int
+    """Of a training step, a token."""
+    prefetched: int
+    """ZeRO-3's prefetch buffer."""
+
+    def tokens(self, micro_batch_tokens: int) -> float:
+        """Tokens of a sweep, padding included, given those of the largest micro-batch that is trained on.
+
+        A tenth is left for ids, masks and noise. One micro-batch always fits: its training forward holds more.
+        """
+        fitting = 0.9 * (self.training * micro_batch_tokens - self.prefetched) / self.forward
+        return max(fitting, micro_batch_tokens)
+
+
+def sweep_budget(config: PretrainedConfig, activation_checkpointing: bool, prefetched: int) -> SweepBudget:
+    """The budget of a Llama.
+
+    Args:
+        prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    saved = 4 * inner + 10 * hidden
+    backward = 2 * inner + 2 * hidden
+    kept = layers * hidden + saved if activation_checkpointing else layers * saved
+    return SweepBudget(forward=max(3 * inner + 4 * hidden, 8 * hidden), training=kept + backward, prefetched=prefetched)
+
+
 class EnginePolicy:
     """The current weights as a policy.
 
@@ -36,7 +77,7 @@ class EnginePolicy:
         forward: What is called for a forward: the DeepSpeed engine, or the model itself.
         model: The extended model (`selfgen_ds.engine.model.extend`).
         end_token: Ends an answer.
-        micro_batches_a_sweep: Size of one no-grad sweep, in micro-batches (`sweep_size`).
+        budget: Size of one no-grad sweep; none means the whole window in one.
     """
 
     def __init__(
@@ -46,13 +87,13 @@ class EnginePolicy:
         *,
         end_token: int,
         sampling: Sampling | None = None,
-        micro_batches_a_sweep: float = 1.0,
+        budget: SweepBudget | None = None,
     ) -> None:
         self.forward = forward
         self.model = model
         self.end_token = end_token
         self.sampling = sampling or Sampling()
-        self.micro_batches_a_sweep = micro_batches_a_sweep
+        self.budget = budget
         self.groups = 0
         """Sweeps that the last `draw` was split into."""
 
@@ -68,8 +109,8 @@ class EnginePolicy:
         context, mask, noise = _stack(contexts), _stack(masks), _stack(_spread(masks, uniforms))
         positions = torch.arange(mask.shape[1], device=device)
         lengths = (mask * (positions + 1)).amax(dim=1)  # up to and with the last masked token
-        budget = self.micro_batches_a_sweep * max(c.numel() for c in contexts)
-        groups = _groups(lengths, budget)
+        most = self.budget.tokens(max(c.numel() for c in contexts)) if self.budget else math.inf
+        groups = _groups(lengths, most)
         self.groups = int(_max_over_ranks(len(groups), device))
 
         drawn = torch.zeros_like(context)
@@ -156,8 +197,8 @@ def _spread(masks: list[Tensor], values: list[Tensor]) -> list[Tensor]:
     return [v.new_zeros(m.shape).masked_scatter(m, v) for m, v in zip(masks, values, strict=True)]
 
 
-def _groups(lengths: Tensor, budget: float) -> list[Tensor]:
-    """Row numbers of the fewest groups with at most `budget` tokens, padding included; rows of length 0 in none.
+def _groups(lengths: Tensor, most: float) -> list[Tensor]:
+    """Row numbers of the fewest groups with at most `most` tokens, padding included; rows of length 0 in none.
 
     Args:
         lengths: `[rows]` int64.
@@ -168,7 +209,7 @@ def _groups(lengths: Tensor, budget: float) -> list[Tensor]:
     for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         if length == 0:
             break
-        if not groups or (len(groups[-1]) + 1) * longest > budget:
+        if not groups or (len(groups[-1]) + 1) * longest > most:
             groups.append([])
             longest = length
         groups[-1].append(row)
@@ -180,22 +221,3 @@ def _max_over_ranks(value: int, device: torch.device) -> int:
     if dist.is_initialized():
         dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return int(result)
-
-
-def sweep_size(config: PretrainedConfig, activation_checkpointing: bool) -> float:
-    """Micro-batches whose no-grad forward stays under the activation memory of one micro-batch's training step.
-
-    Counted in elements a token. A no-grad forward holds one layer's working set: the residual, the normed
-    input, queries, keys, values and their rotated copies, or the MLP's gate, up and product. A training step
-    with checkpointing holds every layer's input and, while one layer is recomputed and goes backward, all
-    that it saved and the gradients of it; without checkpointing, what every layer saved.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    forward = max(3 * inner + 3 * hidden, 8 * hidden)
-    saved = 4 * inner + 10 * hidden
-    backward = 2 * inner + 2 * hidden
-    if activation_checkpointing:
-        training = config.num_hidden_layers * hidden + saved + backward
-    else:
-        training = config.num_hidden_layers * saved + backward
-    return training / forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +101,11 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
             # One rank's NaN or infinity becomes every rank's NaN gradient, on which DeepSpeed drops the step.
             loss = loss * (totals[0] * 0 + 1)
         engine.backward(loss * scale)
+        if engine.zero_optimization_stage() == 0 and number == len(window) and not torch.isfinite(totals[0]):
+            engine.optimizer.zero_grad()  # without ZeRO nothing drops the step
         engine.step()
     loss_total, drawn, differing, tokens = totals.tolist()
-    finite = bool(torch.isfinite(totals[0]))
+    finite = math.isfinite(loss_total)
     return StepResult(
         loss=loss_total / max(1, int(targets)),
         learning_rate=learning_rate,
@@ -110,7 +113,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
         drawn=int(drawn),
         differing=int(differing),
         tokens=int(tokens),
-        applied=engine.was_step_applied(),
+        applied=engine.was_step_applied() and finite,
         suspects=[] if finite else _suspects(window, losses),
     )
 

@@ -1,0 +1,122 @@
+"""Small runs for the distributed tests. Everything here is executed on the ranks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from selfgen_ds.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+)
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine.trainer import StepResult, train_step
+from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.train import train
+from tests.ranks import ROOT
+
+PRESET: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+MIXING = SelfgenConfig(replace_probability=0.5, temperature=2.0)
+SFT = SelfgenConfig(method="sft")
+_NUMBERS = itertools.count()
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    """A run of a few steps on `folder/rows.jsonl`, in a folder of its own."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / f"run-{next(_NUMBERS)}"),
+        "deepspeed": str(ROOT / "ds_configs" / "zero3_cpu.json"),
+        "data": DataConfig(train=str(folder / "rows.jsonl"), max_length=128),
+        "model": ModelConfig(preset=PRESET, tokenizer="byte", dtype="float32"),
+        "selfgen": MIXING,
+        "optim": OptimConfig(learning_rate=1e-2, weight_decay=0.1, warmup_ratio=0.0),
+        "train": TrainConfig(max_steps=4, micro_batch_size=2, gradient_accumulation_steps=2),
+        "checkpoint": CheckpointConfig(every=100),
+        "eval": EvalConfig(),
+        "seed": 3,
+    }
+    return Recipe(**(settings | changes))
+
+
+def write_rows(folder: Path, count: int = 40) -> None:
+    """Rows of very different lengths."""
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for i in range(count):
+            words = " ".join(str((i * 7 + j * j) % 23) for j in range(1 + i * i % 11))
+            file.write(json.dumps({"prompt": f"row {i}: ", "completion": words}) + "\n")
+
+
+def write_limited_json(folder: Path) -> str:
+    """A JSON whose limits really release parameters: the default ones keep a small model gathered."""
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_max_live_parameters": 20_000,
+        "stage3_max_reuse_distance": 20_000,
+    }
+    (folder / "limited.json").write_text(json.dumps({"zero_optimization": zero}))
+    return str(folder / "limited.json")
+
+
+def write_model(folder: Path, **changes: Any) -> str:
+    """A saved model with random weights, for runs that start from the same ones."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(**(PRESET | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | changes))
+    path = folder / "model"
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def run_training(settings: Recipe) -> None:
+    """`selfgen-ds train`, as far as it is not the launcher's or the parser's."""
+    train(settings, set())
+
+
+def steps(run: Run, number: int) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
+    """The trainer's steps; what each gave, and the contexts that were read, by (step, sample id)."""
+    results, contexts = [], {}
+    for step in range(number):
+        window = run.method.contexts(run.windows.window(step), run.policy, step)
+        for batch in window:
+            for row, sample in enumerate(batch.sample_ids.tolist()):
+                contexts[step, sample] = batch.context[row, : batch.lengths[row]].tolist()
+        results.append(train_step(run.engine, window, 0.0))
+    return results, contexts
+
+
+def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    """Losses, parameters and contexts of some steps, on any ZeRO stage."""
+    run = prepare(settings, set())
+    results, contexts = steps(run, number)
+    parameters = {}
+    for name, parameter in run.engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+            parameters[name] = parameter.detach().clone()
+    return [r.loss for r in results], parameters, contexts
+
+
+def metrics(settings: Recipe) -> list[dict[str, float]]:
+    with open(Path(settings.output_dir) / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,133 @@
+"""What must not change the result does not change it: ranks, accumulation, ZeRO stage, a mixture of nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    return tmp_path
+
+
+def from_saved(folder: Path, **changes: object) -> Recipe:
+    model = folder / "model"
+    path = str(model) if model.exists() else runs.write_model(folder)
+    return runs.recipe(folder, model=ModelConfig(name_or_path=path, dtype="float32"), **changes)
+
+
+def assert_same(one: tuple, other: tuple) -> None:
+    """Losses and parameters to float32 tolerance, contexts exactly."""
+    assert one[2] == other[2]
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    for name, parameter in one[1].items():
+        # Adam turns rounding in a near-zero gradient into a visible step: atol is a fiftieth of a step
+        assert torch.allclose(parameter, other[1][name], rtol=1e-4, atol=2e-4), name
+
+
+def test_a_mixture_with_probability_zero_is_sft_bit_for_bit(two_ranks: Ranks, folder: Path) -> None:
+    weights = []
+    for name, selfgen in {"sft": runs.SFT, "mixture": replace(runs.MIXING, replace_probability=0.0)}.items():
+        settings = runs.recipe(folder, selfgen=selfgen, output_dir=str(folder / name))
+        two_ranks.run(runs.run_training, settings)
+        weights.append((folder / name / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_mixture_that_draws_is_not_sft(two_ranks: Ranks, folder: Path) -> None:
+    losses = [
+        two_ranks.run(runs.losses_parameters_contexts, from_saved(folder, selfgen=selfgen), 3)[0][0]
+        for selfgen in (runs.SFT, runs.MIXING)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_two_ranks_equal_one(two_ranks: Ranks, one_rank: Ranks, folder: Path) -> None:
+    wide = TrainConfig(max_steps=4, micro_batch_size=4, gradient_accumulation_steps=2)
+    one = one_rank.run(runs.losses_parameters_contexts, from_saved(folder, train=wide), 4)
+    two = two_ranks.run(runs.losses_parameters_contexts, from_saved(folder), 4)
+    contexts = two[0][2] | two[1][2]
+    assert_same((*two[0][:2], contexts), one[0])
+
+
+def test_accumulation_equals_one_big_batch(one_rank: Ranks, folder: Path) -> None:
+    small = TrainConfig(max_steps=4, micro_batch_size=1, gradient_accumulation_steps=8)
+    big = TrainConfig(max_steps=4, micro_batch_size=8)
+    results = [one_rank.run(runs.losses_parameters_contexts, from_saved(folder, train=t), 4)[0] for t in (small, big)]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zero_3_equals_lower_stages(two_ranks: Ranks, folder: Path, stage: int) -> None:
+    lower = folder / "lower.json"
+    lower.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    zero3 = two_ranks.run(runs.losses_parameters_contexts, from_saved(folder), 4)
+    other = two_ranks.run(runs.losses_parameters_contexts, from_saved(folder, deepspeed=str(lower)), 4)
+    assert_same(zero3[0], other[0])
+
+
+def test_zero_3_equals_plain_torch(two_ranks: Ranks, folder: Path) -> None:
+    settings = from_saved(folder, train=TrainConfig(max_steps=6, micro_batch_size=2, gradient_accumulation_steps=2))
+    zero3 = two_ranks.run(runs.losses_parameters_contexts, settings, 6)
+    losses, parameters = plain_training(settings, zero3[0][2] | zero3[1][2], 6)
+    assert_same((*zero3[0][:2], None), (losses, parameters, None))
+
+
+def plain_training(
+    settings: Recipe, contexts: dict[tuple[int, int], list[int]], steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same steps without DeepSpeed, row by row with full logits: no ZeRO, no accumulation, no masks."""
+    from transformers import LlamaForCausalLM, get_scheduler
+
+    from selfgen_ds.data.rows import read_rows
+    from selfgen_ds.data.samples import tokenize
+    from selfgen_ds.data.tokenizer import byte_tokenizer
+
+    rows = tokenize(read_rows(settings.data.train, "train", "prompt", "completion"), byte_tokenizer(), "", 128).rows
+    model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
+    optim = settings.optim
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=optim.learning_rate,
+        betas=optim.betas,
+    )
+    assert settings.train.max_steps is not None
+    scheduler = get_scheduler("cosine", optimizer, 0, settings.train.max_steps)
+    losses = []
+    for step in range(steps):
+        total, targets = torch.zeros(()), 0
+        for sample in [sample for s, sample in contexts if s == step]:
+            context = torch.tensor([contexts[step, sample]])
+            response = rows[sample]["response_ids"]
+            logits = model(context).logits[0, -len(response) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum")
+            targets += len(response)
+        (total / targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(float(total) / targets)
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_the_drawn_contexts_of_a_saved_model_are_the_same_in_any_batch_shape(one_rank: Ranks, folder: Path) -> None:
+    selfgen = SelfgenConfig(replace_probability=1.0, passes=3)
+    shapes = [TrainConfig(max_steps=1, micro_batch_size=m, gradient_accumulation_steps=8 // m) for m in (1, 2, 8)]
+    contexts = [
+        one_rank.run(runs.losses_parameters_contexts, from_saved(folder, train=t, selfgen=selfgen), 1)[0][2]
+        for t in shapes
+    ]
+    assert contexts[0] == contexts[1] == contexts[2]

@@ -1,0 +1,112 @@
+"""Memory, as the largest sum of live tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.batches import collate
+from selfgen_ds.data.samples import Samples
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import ds_config
+from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.evaluation.scores import evaluate
+from selfgen_ds.prepare import prepare
+from tests.distributed import runs
+from tests.live_tensors import LiveTensors
+from tests.ranks import Ranks
+
+MIB = 2**20
+WIDE = runs.PRESET | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 8192}
+
+
+def loading_peak(settings: Recipe) -> tuple[int, int]:
+    """Peak while the model is built, and the bytes of its parameters."""
+    tokenizer = byte_tokenizer()
+    config = model_config(settings.model, tokenizer)
+    json_config = ds_config.read(settings.deepspeed)
+    hf_config = ds_config.resolve(settings, json_config, dist.get_world_size(), config.hidden_size)
+    with LiveTensors() as tensors:
+        model = build_model(settings.model, config)
+    assert hf_config.is_zero3()
+    return tensors.peak, sum(4 * p.ds_numel for p in model.parameters())
+
+
+@pytest.mark.parametrize("start", ["preset", "saved"])
+def test_loading_takes_a_rank_its_share_and_the_largest_layer(two_ranks: Ranks, tmp_path: Path, start: str) -> None:
+    """Share + largest tensor + as much again for the copy in flight + 1 MiB."""
+    model = ModelConfig(preset=WIDE, tokenizer="byte", dtype="float32")
+    if start == "saved":
+        model = ModelConfig(name_or_path=runs.write_model(tmp_path, **WIDE), dtype="float32")
+    largest = 4 * 8192 * 256
+    for most, parameters in two_ranks.run(loading_peak, runs.recipe(tmp_path, model=model)):
+        assert most < parameters / 2 + 2 * largest + MIB
+        assert 2 * largest + MIB < parameters / 2, "the test could not tell a share from the whole"
+
+
+def sweep_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
+    """Peaks of the pass and of the training step over one window of full rows, and the sweeps of the pass."""
+    run = prepare(settings, set())
+    rows, length = settings.train.micro_batch_size, 64
+    window = [
+        collate([[65]] * rows, [[66] * (length - 1)] * rows, [m * rows + i for i in range(rows)])
+        for m in range(settings.train.gradient_accumulation_steps)
+    ]
+    train_step(run.engine, window, 0.0)  # optimizer states and gradient buffers exist from here on
+    with LiveTensors() as tensors:
+        mixed = run.method.contexts(window, run.policy, 0)
+    sweep = tensors.peak
+    tensors.reset()
+    with tensors:
+        train_step(run.engine, mixed, 0.0)
+    return sweep, tensors.peak, run.policy.groups
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_pass_stays_under_the_training_steps_peak_in_less_than_one_sweep_a_micro_batch(
+    two_ranks: Ranks, tmp_path: Path, layers: int, checkpointing: bool
+) -> None:
+    runs.write_rows(tmp_path)
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": layers}
+    settings = runs.recipe(
+        tmp_path,
+        deepspeed=runs.write_limited_json(tmp_path),
+        model=ModelConfig(preset=runs.PRESET | shape, tokenizer="byte", dtype="float32"),
+        selfgen=SelfgenConfig(replace_probability=0.9),
+        train=TrainConfig(
+            max_steps=4, micro_batch_size=8, gradient_accumulation_steps=8, activation_checkpointing=checkpointing
+        ),
+    )
+    for sweep, step, groups in two_ranks.run(sweep_and_step_peaks, settings):
+        print(f"layers {layers}, checkpointing {checkpointing}: {sweep / step:.2f} of the peak, {groups} groups")
+        assert sweep <= step
+        assert groups < 8
+
+
+def largest_tensor(settings: Recipe) -> tuple[int, int]:
+    """Largest tensor of pass, training step and evaluation, and the elements of `[batch, length, vocab]`."""
+    run = prepare(settings, set())
+    window = run.windows.window(0)
+    samples = Samples(rows=run.windows._rows, truncated=0, refused=0)
+    with LiveTensors() as tensors:
+        train_step(run.engine, run.method.contexts(window, run.policy, 0), 0.0)
+        evaluate(run.policy, samples, run.tokenizer, batch_size=len(samples))
+    return tensors.largest, window[0].context.numel() * run.engine.module.config.vocab_size
+
+
+def test_no_path_makes_logits_of_a_whole_batch(two_ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "%s"}\n' % ("b" * 120) * 16)
+    preset = runs.PRESET | {"vocab_size": 2000, "hidden_size": 16, "intermediate_size": 32}
+    settings = runs.recipe(
+        tmp_path,
+        model=ModelConfig(preset=preset, tokenizer="byte", dtype="float32"),
+        selfgen=SelfgenConfig(replace_probability=1.0),
+        train=TrainConfig(max_steps=1, micro_batch_size=16),
+    )
+    for largest, logits in two_ranks.run(largest_tensor, settings):
+        assert largest < 4 * logits / 2

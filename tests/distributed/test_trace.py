@@ -1,0 +1,118 @@
+"""ZeRO-3's record of the order of forwards stays valid: thrown away, it costs 2 to 4 times the gathers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, TrainConfig
+from selfgen_ds.data.samples import Samples
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.evaluation.scores import evaluate
+from selfgen_ds.prepare import Run, prepare
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+
+def watch(run: Run) -> list[None]:
+    """A list that grows by one whenever the trace is thrown away."""
+    coordinator = run.engine.optimizer.parameter_offload.get_param_coordinator()
+    invalidate = coordinator._invalidate_trace
+    seen: list[None] = []
+
+    def counted() -> None:
+        seen.append(None)
+        invalidate()
+
+    coordinator._invalidate_trace = counted
+    return seen
+
+
+def invalidations(settings: Recipe, evaluated: bool) -> int:
+    """Steps, an evaluation that generates, and steps again."""
+    run = prepare(settings, set())
+    seen = watch(run)
+    runs.steps(run, 3)
+    if evaluated:
+        rows = run.windows._rows
+        few = Samples(rows=rows.select(range(3)), truncated=0, refused=0)
+        evaluate(run.policy, few, run.tokenizer, batch_size=2)
+        runs.steps(run, 3)
+    assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    return len(seen)
+
+
+@pytest.mark.parametrize("start", ["preset", "saved"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("limited", [True, False])
+def test_steps_with_a_pass_and_evaluations_never_invalidate_the_trace(
+    two_ranks: Ranks, tmp_path: Path, start: str, checkpointing: bool, limited: bool
+) -> None:
+    runs.write_rows(tmp_path)
+    settings = runs.recipe(tmp_path, selfgen=replace(runs.MIXING, passes=2))
+    settings.train.activation_checkpointing = checkpointing
+    if limited:
+        settings.deepspeed = runs.write_limited_json(tmp_path)
+    if start == "saved":
+        settings.model = ModelConfig(name_or_path=runs.write_model(tmp_path), dtype="float32")
+    assert two_ranks.run(invalidations, settings, True) == [0, 0]
+
+
+def test_the_steps_after_a_resume_do_not_invalidate_the_trace(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    settings = runs.recipe(tmp_path, checkpoint=CheckpointConfig(every=2))
+    two_ranks.run(runs.run_training, settings)
+    settings.resume = "auto"
+    assert two_ranks.run(invalidations, settings, False) == [0, 0]
+
+
+def test_a_pass_before_any_training_forward_does_invalidate_it(two_ranks: Ranks, tmp_path: Path) -> None:
+    """What the warm-up is for, and that the count of the tests above can be anything but 0."""
+    runs.write_rows(tmp_path)
+    assert min(two_ranks.run(invalidations_without_warm_up, runs.recipe(tmp_path))) > 0
+
+
+def invalidations_without_warm_up(settings: Recipe) -> int:
+    from selfgen_ds import prepare as module
+
+    warm_up, module.warm_up = module.warm_up, lambda engine: None
+    try:
+        run = prepare(settings, set())
+    finally:
+        module.warm_up = warm_up
+    seen = watch(run)
+    runs.steps(run, 3)
+    return len(seen)
+
+
+def layer_calls(settings: Recipe) -> tuple[int, int, int]:
+    """Forwards of one layer's MLP in a training step, in a pass, and in the generation of 2 tokens."""
+    run = prepare(settings, set())
+    calls: list[None] = []
+    run.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+
+    def count(action: object) -> int:
+        before = len(calls)
+        action()  # type: ignore[operator]
+        return len(calls) - before
+
+    window = run.windows.window(0)
+    contexts = count(lambda: run.method.contexts(window, run.policy, 0))
+    training = count(lambda: train_step(run.engine, window, 0.0))
+    generation = count(lambda: run.policy.complete([[65, 66]], 2))
+    assert run.engine.module.training
+    return training, contexts, generation
+
+
+def test_activation_checkpointing_is_on_in_the_step_and_off_in_the_pass_and_in_generation(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    runs.write_rows(tmp_path)
+    one_micro_batch = TrainConfig(max_steps=4, micro_batch_size=2)
+    data = DataConfig(train=str(tmp_path / "rows.jsonl"), max_length=128)
+    settings = runs.recipe(tmp_path, train=one_micro_batch, data=data)
+    assert two_ranks.run(layer_calls, settings) == [(2, 1, 2)] * 2
+    settings = runs.recipe(tmp_path, train=replace(one_micro_batch, activation_checkpointing=False))
+    assert two_ranks.run(layer_calls, settings) == [(1, 1, 2)] * 2

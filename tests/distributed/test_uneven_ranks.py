@@ -1,0 +1,91 @@
+"""Ranks with very different data make the same collective calls: nothing hangs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.batches import collate
+from selfgen_ds.engine.policy import SweepBudget
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.methods.mixture import mix, replacement_mask
+from selfgen_ds.prepare import prepare
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+_TIMEOUT = 60.0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    return tmp_path
+
+
+def uneven_draws(settings: Recipe) -> tuple[list[int], int]:
+    """Rank 0 draws nothing, rank 1 in rows of very different lengths; then nobody draws."""
+    run = prepare(settings, set())
+    lengths = [1, 1] if dist.get_rank() == 0 else [1, 100]
+    window = [collate([[65, 66]], [[67] * length], [i]) for i, length in enumerate(lengths)]
+    masks = [replacement_mask(batch, 1.0, seed=0, step=0) for batch in window]
+    drawn = [int(mask.sum()) for mask in masks]
+    mixed = mix(window, run.policy, masks, passes=2, seed=0, step=0)
+    groups = run.policy.groups
+    train_step(run.engine, mixed, 0.0)
+    nothing = [torch.zeros_like(mask) for mask in masks]
+    mix(window, run.policy, nothing, passes=2, seed=0, step=0)
+    assert run.policy.groups == 0
+    assert [m.context.shape for m in mixed] == [b.context.shape for b in window]
+    return drawn, groups
+
+
+def test_a_rank_that_draws_nothing_keeps_step_with_one_that_draws_much(two_ranks: Ranks, folder: Path) -> None:
+    drawn = two_ranks.run(uneven_draws, runs.recipe(folder), timeout=_TIMEOUT)
+    assert drawn[0][0] == [0, 0]
+    assert drawn[1][0] == [0, 99]
+    assert drawn[0][1] == drawn[1][1] > 0
+
+
+def test_a_last_window_with_rows_for_one_rank_only_ends_the_epoch(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path, count=9)  # 8 a step: the second step has one row, on rank 0
+    settings = runs.recipe(
+        tmp_path, train=TrainConfig(epochs=1, micro_batch_size=2, gradient_accumulation_steps=2), selfgen=runs.MIXING
+    )
+    settings.data.eval = settings.data.train
+    two_ranks.run(runs.run_training, settings, timeout=_TIMEOUT)
+    rows = runs.metrics(settings)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[-1]["epoch"] == 1.0
+
+
+def test_ranks_may_need_different_numbers_of_sweeps(two_ranks: Ranks, folder: Path) -> None:
+    counts = two_ranks.run(sweeps, runs.recipe(folder), timeout=_TIMEOUT)
+    assert counts[0] == counts[1] > 1
+
+
+def sweeps(settings: Recipe) -> int:
+    """Rank 1's window does not fit into one sweep, rank 0's does."""
+    run = prepare(settings, set())
+    run.policy.budget = SweepBudget(forward=1, training=1, prefetched=0)
+    count = 1 if dist.get_rank() == 0 else 4
+    window = [collate([[65]], [[67] * 20], [i]) for i in range(count)]
+    masks = [replacement_mask(batch, 1.0, seed=0, step=0) for batch in window]
+    whole = mix(window, run.policy, masks, passes=1, seed=0, step=0)
+    groups = run.policy.groups
+    run.policy.budget = None
+    for one, other in zip(whole, mix(window, run.policy, masks, passes=1, seed=0, step=0), strict=True):
+        assert torch.equal(one.context, other.context)
+    return groups
+
+
+def test_an_evaluation_with_fewer_rows_than_ranks_ends(two_ranks: Ranks, folder: Path) -> None:
+    runs_of_one = folder / "one.jsonl"
+    runs_of_one.write_text('{"prompt": "a", "completion": "b"}\n')
+    settings = runs.recipe(folder, train=TrainConfig(max_steps=1), selfgen=SelfgenConfig(method="sft"))
+    settings.data = DataConfig(train=settings.data.train, eval=str(runs_of_one), max_length=128)
+    two_ranks.run(runs.run_training, settings, timeout=_TIMEOUT)
+    assert runs.metrics(settings)[-1]["eval_loss"] > 0

@@ -1,0 +1,193 @@
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from selfgen_ds.config import CompareOptions, DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, to_yaml
+from selfgen_ds.evaluation import compare
+
+KEYS = {
+    *("run", "method", "seeds", "metric", "mean", "low", "high"),
+    *("paired_difference", "paired_low", "paired_high"),
+}
+
+
+def _run_folder(
+    folder: Path,
+    exact_match: list[float],
+    *,
+    method: str = "sft",
+    seed: int = 0,
+    model: str = "start",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    data: str = "test.jsonl",
+    first_sample_id: int = 0,
+) -> str:
+    """A trained and evaluated run with one metric, as `train` and `evaluate` leave it."""
+    recipe = Recipe(
+        output_dir=str(folder),
+        deepspeed="zero3.json",
+        data=DataConfig(train="train.jsonl"),
+        model=ModelConfig(name_or_path=model, dtype=dtype),
+        selfgen=SelfgenConfig(method=method),
+        seed=seed,
+    )
+    rows = [{"sample_id": first_sample_id + i, "metrics": {"exact_match": v}} for i, v in enumerate(exact_match)]
+    evaluation = {"data": data, "metrics": {"exact_match": float(np.mean(exact_match))}, "curves": {}}
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(recipe))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def _compare(tmp_path: Path, *runs: str) -> list[dict[str, Any]]:
+    compare.run(CompareOptions(runs=list(runs), output_dir=str(tmp_path / "out")))
+    return json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+
+
+SOME, OTHERS = [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
+
+
+def test_table_json_and_plot_are_written(tmp_path: Path) -> None:
+    _compare(tmp_path, _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("comparison.json", "comparison.md", "comparison.png")
+    }
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_json_has_the_documented_keys(tmp_path: Path) -> None:
+    base = _run_folder(tmp_path / "a", SOME)
+    rows = _compare(tmp_path, base, _run_folder(tmp_path / "b", OTHERS, method="bash"))
+    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert document.keys() == {"baseline", "rows"}
+    assert document["baseline"] == base
+    assert all(row.keys() >= KEYS for row in rows)
+
+
+def test_every_run_has_a_row_with_its_mean(tmp_path: Path) -> None:
+    a, b = _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash")
+    rows = _compare(tmp_path, a, b)
+    assert [(r["run"], r["method"], r["seeds"], r["metric"], r["mean"]) for r in rows] == [
+        (a, "sft", [0], "exact_match", 0.5),
+        (b, "bash", [0], "exact_match", 0.75),
+    ]
+
+
+def test_the_difference_is_to_the_first_run(tmp_path: Path) -> None:
+    a, b = _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash")
+    first, second = _compare(tmp_path, a, b)
+    assert second["paired_difference"] == 0.25
+    assert (first["paired_difference"], first["paired_low"], first["paired_high"]) == (None, None, None)
+    assert _compare(tmp_path, b, a)[1]["paired_difference"] == -0.25
+
+
+def test_the_table_shows_mean_and_difference(tmp_path: Path) -> None:
+    _compare(tmp_path, _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash"))
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    line = next(line for line in table.splitlines() if line.startswith("| exact_match |"))
+    assert "| 0.500 [" in line
+    assert "| 0.750 [" in line
+    assert "(+0.250 [" in line
+
+
+def test_the_interval_of_a_constant_has_no_width(tmp_path: Path) -> None:
+    (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", [0.25] * 8))
+    assert (row["low"], row["high"]) == (0.25, 0.25)
+
+
+def test_the_interval_of_many_rows_is_that_of_the_normal_approximation(tmp_path: Path) -> None:
+    hits = np.random.default_rng(0).random(2000) < 0.3
+    (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", hits.astype(float).tolist()))
+    half = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / 2000)
+    assert row["low"] == pytest.approx(hits.mean() - half, abs=0.1 * half)
+    assert row["high"] == pytest.approx(hits.mean() + half, abs=0.1 * half)
+
+
+def test_a_difference_that_is_the_same_on_every_row_is_certain(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4, 100) / 8
+    a = _run_folder(tmp_path / "a", values.tolist())
+    b = _run_folder(tmp_path / "b", (values + 0.5).tolist(), method="bash")
+    row = _compare(tmp_path, a, b)[1]
+    assert [row["paired_low"], row["paired_difference"], row["paired_high"]] == pytest.approx([0.5] * 3, abs=1e-12)
+    assert row["high"] - row["low"] > 0.05
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path) -> None:
+    a, b = (_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1))
+    (row,) = _compare(tmp_path, a, b)
+    assert (row["run"], row["seeds"], row["mean"]) == (a, [0, 1], 0.5)
+
+
+def test_an_interval_covers_the_spread_between_seeds(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1)]
+    (row,) = _compare(tmp_path, *runs)  # resampled seeds: means 0, .5 and 1 with probabilities 1/4, 1/2, 1/4
+    assert (row["low"], row["high"]) == (0.0, 1.0)
+
+
+def test_seeds_that_started_from_models_of_their_own_are_one_row(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / f"{seed}", SOME, seed=seed, model=f"warm-up-{seed}") for seed in (0, 1)]
+    assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0, 1]]
+
+
+def test_runs_of_two_methods_are_two_rows(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / method, SOME, method=method) for method in ("sft", "bash")]
+    assert len(_compare(tmp_path, *runs)) == 2
+
+
+def test_runs_of_two_models_at_the_same_seed_are_two_rows(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / model, SOME, model=model) for model in ("1B", "8B")]
+    assert len(_compare(tmp_path, *runs)) == 2
+
+
+def test_runs_in_two_types_are_two_rows(tmp_path: Path) -> None:
+    a = _run_folder(tmp_path / "a", SOME, dtype="float32")
+    b = _run_folder(tmp_path / "b", SOME, dtype="bfloat16", seed=1)
+    assert len(_compare(tmp_path, a, b)) == 2
+
+
+@pytest.mark.parametrize("method", ["sft", "bash"])
+def test_runs_evaluated_on_different_rows_are_an_error_that_names_both(tmp_path: Path, method: str) -> None:
+    a = _run_folder(tmp_path / "a", SOME)
+    b = _run_folder(tmp_path / "b", SOME, method=method, seed=1, first_sample_id=1)
+    with pytest.raises(InputError, match="different rows") as caught:
+        _compare(tmp_path, a, b)
+    assert a in str(caught.value)
+    assert b in str(caught.value)
+
+
+def test_runs_evaluated_on_different_data_are_an_error(tmp_path: Path) -> None:
+    a = _run_folder(tmp_path / "a", SOME)
+    b = _run_folder(tmp_path / "b", SOME, method="bash", data="other.jsonl")
+    with pytest.raises(InputError, match="different rows"):
+        _compare(tmp_path, a, b)
+
+
+FILES = pytest.mark.parametrize("name", ["config.yaml", "evaluation.json", "predictions.jsonl"])
+
+
+@FILES
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    run = _run_folder(tmp_path / "a", SOME)
+    (tmp_path / "a" / name).unlink()
+    with pytest.raises(InputError, match=f"^{run}/{name}: missing"):
+        _compare(tmp_path, run)
+
+
+@FILES
+def test_a_broken_file_is_an_error_that_names_the_run(tmp_path: Path, name: str) -> None:
+    run = _run_folder(tmp_path / "a", SOME)
+    (tmp_path / "a" / name).write_text('{"cut": [off')
+    with pytest.raises(InputError, match=f"^{run}"):
+        _compare(tmp_path, run)
+
+
+def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> None:
+    run = _run_folder(tmp_path / "a", SOME)
+    (tmp_path / "a" / "predictions.jsonl").write_text("")
+    with pytest.raises(InputError, match=f"^{run}"):
+        _compare(tmp_path, run)

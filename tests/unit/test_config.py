@@ -1,0 +1,280 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfgen_ds import cli
+from selfgen_ds.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+    problems,
+    to_yaml,
+    write_atomically,
+)
+from selfgen_ds.engine import ds_config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+DEMO = str(ROOT / "recipes" / "demo.yaml")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    json_file = tmp_path / "ds.json"
+    json_file.write_text("{}")
+    return Recipe(
+        output_dir=str(tmp_path / "run"),
+        deepspeed=str(json_file),
+        data=DataConfig(train="builtin:pointer_chase"),
+        model=ModelConfig(preset={"hidden_size": 8}, tokenizer="byte"),
+        train=TrainConfig(max_steps=10),
+    )
+
+
+def _set(recipe: Recipe, setting: str, value: object) -> None:
+    node: Any = recipe
+    *sections, name = setting.split(".")
+    for section in sections:
+        node = getattr(node, section)
+    assert hasattr(node, name)
+    setattr(node, name, value)
+
+
+def _parse(*arguments: str) -> Recipe:
+    """The recipe of a `train` command line."""
+    parser = cli._parser()
+    options = parser.instantiate(parser.parse_args(["train", *arguments]))["train"]
+    return cli._recipe(options, {a.removeprefix("--") for a in arguments if a.startswith("--")})
+
+
+def test_a_good_recipe_has_no_problems(recipe: Recipe) -> None:
+    assert problems(recipe) == []
+
+
+REFUSED = [
+    ("seed", -1),
+    ("seed", 2**32),
+    ("deepspeed", "nowhere.json"),
+    ("data.train", "nowhere.jsonl"),
+    ("data.eval", "nowhere.jsonl"),
+    ("data.max_length", 1),
+    ("data.max_truncated_share", 1.1),
+    ("data.max_refused_share", -0.1),
+    ("model.name_or_path", "./nowhere"),
+    ("model.name_or_path", "/nowhere/at/all"),
+    ("model.tokenizer", None),
+    ("selfgen.replace_probability", -0.1),
+    ("selfgen.replace_probability", 1.1),
+    ("selfgen.replace_probability", math.nan),
+    ("selfgen.schedule_share", 0.0),
+    ("selfgen.schedule_share", 1.1),
+    ("selfgen.passes", 0),
+    ("selfgen.temperature", 0.0),
+    ("selfgen.top_p", 0.0),
+    ("selfgen.top_p", 1.1),
+    ("selfgen.top_k", -1),
+    ("optim.learning_rate", -1e-5),
+    ("optim.learning_rate", math.nan),
+    ("optim.weight_decay", -0.1),
+    ("optim.betas", (0.9, 1.0)),
+    ("optim.betas", (-0.1, 0.999)),
+    ("optim.epsilon", 0.0),
+    ("optim.warmup_ratio", 1.1),
+    ("optim.max_grad_norm", -1.0),
+    ("optim.label_smoothing", -0.1),
+    ("train.max_steps", 0),
+    ("train.micro_batch_size", 0),
+    ("train.gradient_accumulation_steps", 0),
+    ("train.max_nonfinite_steps", 0),
+    ("checkpoint.every", 0),
+    ("checkpoint.keep", 0),
+    ("eval.every", 5),  # without data.eval
+    ("eval.max_samples", 0),
+    ("eval.batch_size", 0),
+]
+
+
+@pytest.mark.parametrize(("setting", "value"), REFUSED)
+def test_a_bad_value_is_one_problem_that_names_setting_and_value(recipe: Recipe, setting: str, value: object) -> None:
+    _set(recipe, setting, value)
+    (problem,) = problems(recipe)
+    assert problem.startswith(f"{setting}: expected ")
+    assert problem.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize("epochs", [0.0, -1.0, math.nan, math.inf])
+def test_epochs_are_a_positive_number(recipe: Recipe, epochs: float) -> None:
+    recipe.train = TrainConfig(epochs=epochs)
+    (problem,) = problems(recipe)
+    assert problem.startswith("train.epochs: expected ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("seed", 0),
+        ("data.max_length", 2),
+        ("data.max_truncated_share", 0.0),
+        ("data.max_refused_share", 1.0),
+        ("selfgen.replace_probability", 0.0),
+        ("selfgen.replace_probability", 1.0),
+        ("selfgen.schedule_share", 1.0),
+        ("selfgen.top_p", 1.0),
+        ("selfgen.passes", 1),
+        ("optim.learning_rate", 0.0),
+        ("optim.betas", (0.0, 0.0)),
+        ("optim.max_grad_norm", 0.0),
+        ("optim.warmup_ratio", 1.0),
+        ("train.max_steps", 1),
+        ("train.micro_batch_size", 1),
+        ("eval.batch_size", 1),
+    ],
+)
+def test_a_value_on_the_edge_of_what_is_allowed_is_no_problem(recipe: Recipe, setting: str, value: object) -> None:
+    _set(recipe, setting, value)
+    assert problems(recipe) == []
+
+
+def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
+    for setting, value in [("seed", -1), ("selfgen.top_p", 2.0), ("train.micro_batch_size", 0), ("deepspeed", "no")]:
+        _set(recipe, setting, value)
+    assert {problem.split(":")[0] for problem in problems(recipe)} == {
+        *("seed", "selfgen.top_p", "train.micro_batch_size", "deepspeed")
+    }
+
+
+@pytest.mark.parametrize("train", [TrainConfig(), TrainConfig(epochs=1, max_steps=5)])
+def test_exactly_one_of_epochs_and_max_steps_is_given(recipe: Recipe, train: TrainConfig) -> None:
+    recipe.train = train
+    (problem,) = problems(recipe)
+    assert "either train.epochs or train.max_steps" in problem
+
+
+def test_a_model_is_given(recipe: Recipe) -> None:
+    recipe.model = ModelConfig()
+    (problem,) = problems(recipe)
+    assert problem.startswith("model: expected model.name_or_path, or model.preset")
+
+
+def test_evaluation_during_training_is_allowed_with_evaluation_rows(recipe: Recipe) -> None:
+    recipe.data.eval, recipe.eval.every = "builtin:pointer_chase", 5
+    assert problems(recipe) == []
+
+
+def test_a_recipe_is_the_same_after_yaml_and_the_command_line(tmp_path: Path) -> None:
+    recipe = Recipe(
+        output_dir="runs/x: y",
+        deepspeed="ds.json",
+        data=DataConfig(train="a b.jsonl", eval="builtin:running_sum", prompt_column="yes", max_refused_share=0.25),
+        model=ModelConfig(preset={"hidden_size": 8, "rope_theta": 1e-7}, tokenizer="byte", dtype="float32"),
+        selfgen=SelfgenConfig(replace_probability=1e-3, schedule="inverse_sigmoid", passes=3, top_k=7),
+        optim=OptimConfig(learning_rate=1e-05, betas=(0.5, 0.75), label_smoothing=0.1),
+        train=TrainConfig(epochs=0.5, micro_batch_size=4, activation_checkpointing=False),
+        checkpoint=CheckpointConfig(every=7, keep=1),
+        eval=EvalConfig(every=3, best="recovery_4"),
+        seed=42,
+        resume="auto",
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(recipe))
+    assert _parse("--config", str(path)) == recipe
+
+
+def test_the_command_line_changes_the_recipe() -> None:
+    recipe = _parse("--config", DEMO, "--selfgen.temperature", "3.5", "--optim.betas", "[0.8, 0.9]")
+    assert (recipe.selfgen.temperature, recipe.optim.betas) == (3.5, (0.8, 0.9))
+
+
+def test_a_model_on_the_command_line_replaces_preset_and_tokenizer() -> None:
+    model = _parse("--config", DEMO, "--model.name_or_path", "some/model").model
+    assert (model.name_or_path, model.preset, model.tokenizer) == ("some/model", None, None)
+
+
+def test_a_model_on_the_command_line_keeps_a_tokenizer_given_there_too() -> None:
+    model = _parse("--config", DEMO, "--model.name_or_path", "some/model", "--model.tokenizer", "byte").model
+    assert (model.preset, model.tokenizer) == (None, "byte")
+
+
+def test_a_model_in_the_recipe_keeps_the_preset_that_describes_it() -> None:
+    model = _parse("--config", str(ROOT / "recipes" / "llama3-8b.yaml")).model
+    assert model.name_or_path is not None
+    assert model.preset is not None
+
+
+@pytest.mark.parametrize("option", ["--optim.learning_rat", "--selfgen.temp", "--output_di"])
+def test_abbreviated_options_are_refused(option: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _parse("--config", DEMO, option, "3")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--train.max_steps", "many"), ("--selfgen.schedule", "cubic"), ("--model.dtype", "float16"), ("--resume", "yes")],
+)
+def test_a_value_of_another_type_is_refused(option: str, value: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _parse("--config", DEMO, option, value)
+    assert caught.value.code == 2
+
+
+@RECIPES
+def test_a_shipped_recipe_has_no_problems_but_data_to_be_fetched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert [p for p in problems(_parse("--config", str(path))) if not p.startswith("data.")] == []
+
+
+@RECIPES
+@pytest.mark.parametrize("json_file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_a_shipped_recipe_goes_with_every_shipped_json(path: Path, json_file: Path) -> None:
+    assert ds_config.problems(_parse("--config", str(path)), ds_config.read(str(json_file)), world_size=8) == []
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """The exit code of a command that fails before it would start anything."""
+    monkeypatch.setattr("sys.argv", ["selfgen-ds", *arguments])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
+def test_bad_settings_end_with_exit_code_2_and_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(monkeypatch, "train", "--config", DEMO, "--seed", "-1", "--train.micro_batch_size=0") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("selfgen-ds: error: seed: ") for line in lines)
+    assert any(line.startswith("selfgen-ds: error: train.micro_batch_size: ") for line in lines)
+
+
+def test_the_rank_that_the_deepspeed_launcher_puts_first_is_no_sub_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(monkeypatch, "--local_rank=0", "compare", "nowhere", "--output_dir", "out") == 2
+    assert capsys.readouterr().err.startswith("selfgen-ds: error: nowhere/config.yaml: missing")
+
+
+@pytest.mark.parametrize("option", [["--selfgen.passes", "3"], ["--selfgen.passes=3"]])
+def test_a_setting_that_the_method_does_not_read_is_an_error_on_the_command_line(
+    option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # what the recipe says for its own method is no error: it is named in the log
+    assert _main(monkeypatch, "train", "--config", DEMO, "--seed", "-1", "--selfgen.method", "sft", *option) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "selfgen." in line and "error" in line]
+    assert errors == ["selfgen-ds: error: selfgen.passes: sft does not read it; remove it"]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old, and longer")
+    write_atomically(path, "né")
+    assert path.read_bytes() == "né".encode()
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,249 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfgen_ds.config import DataConfig, InputError, ModelConfig, OptimConfig, Recipe, TrainConfig
+from selfgen_ds.engine import ds_config
+
+WORLD_SIZE, HIDDEN_SIZE = 4, 100
+ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe(
+        output_dir="runs/x",
+        deepspeed="ds.json",
+        data=DataConfig(train="builtin:pointer_chase"),
+        model=ModelConfig(preset={}, tokenizer="byte", dtype="bfloat16"),
+        optim=OptimConfig(learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-6, max_grad_norm=0.5),
+        train=TrainConfig(max_steps=10, micro_batch_size=2, gradient_accumulation_steps=3),
+    )
+
+
+def _problem(recipe: Recipe, config: dict[str, Any]) -> str:
+    (problem,) = ds_config.problems(recipe, config, WORLD_SIZE)
+    assert problem.startswith("ds.json: ")
+    return problem
+
+
+def _read(tmp_path: Path, content: bytes) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    return ds_config.read(str(path))
+
+
+def test_a_json_object_is_read(tmp_path: Path) -> None:
+    assert _read(tmp_path, b'{"zero_optimization": {"stage": 3}}') == ZERO3
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{\n "a": 1,\n "b": \n}', "ds.json, line 4: malformed JSON"),
+        (b"[]", "ds.json: expected a JSON object, got list"),
+        (b'{"a": "\xff"}', "ds.json: 'utf-8' codec"),
+    ],
+)
+def test_what_is_no_json_object_is_an_error_that_names_the_file(tmp_path: Path, content: bytes, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _read(tmp_path, content)
+    assert str(caught.value).startswith(f"deepspeed: {tmp_path}")
+    assert expected in str(caught.value)
+
+
+def test_a_json_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"deepspeed: {tmp_path}/ds.json: "):
+        ds_config.read(f"{tmp_path}/ds.json")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_json_with_nothing_but_a_stage_has_no_problems(recipe: Recipe, stage: int) -> None:
+    assert ds_config.problems(recipe, {"zero_optimization": {"stage": stage}}, WORLD_SIZE) == []
+
+
+@pytest.mark.parametrize("stage", [4, -1, "3", "auto", None])
+def test_what_is_no_stage_is_refused(recipe: Recipe, stage: object) -> None:
+    assert _problem(recipe, {"zero_optimization": {"stage": stage}}).startswith("ds.json: zero_optimization.stage: ")
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 0}}], ids=["no section", "0"])
+def test_no_zero_at_all_is_for_float32(recipe: Recipe, config: dict[str, Any]) -> None:
+    assert _problem(recipe, config).startswith("ds.json: zero_optimization.stage: expected 1, 2 or 3 for bfloat16")
+    recipe.model.dtype = "float32"
+    assert ds_config.problems(recipe, config, WORLD_SIZE) == []
+
+
+def test_an_unknown_key_of_zero_optimization_is_named(recipe: Recipe) -> None:
+    assert "zero_optimization.stage3_max_live_paramters" in _problem(
+        recipe, {"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 1e9}}
+    )
+
+
+def test_a_value_of_another_type_is_named_with_its_key(recipe: Recipe) -> None:
+    problem = _problem(recipe, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "large"}})
+    assert "zero_optimization.reduce_bucket_size" in problem
+    assert "'large'" in problem
+
+
+def test_a_key_inside_a_section_of_zero_optimization_is_named(recipe: Recipe) -> None:
+    problem = _problem(recipe, {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "gpu"}}})
+    assert "zero_optimization.offload_optimizer.device" in problem
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16.enabled: expected false"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: expected none; optim.schedule"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            r"activation_checkpointing: expected none .* train\.activation_checkpointing decides",
+        ),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.type: expected 'AdamW', got 'Adam'"),
+    ],
+)
+def test_what_the_recipe_decides_is_refused_in_the_json(recipe: Recipe, config: dict[str, Any], expected: str) -> None:
+    assert re.search(expected, _problem(recipe, ZERO3 | config))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "setting"),
+    [
+        ({"train_batch_size": 25}, "train_batch_size=25", "4 ranks=24"),
+        ({"train_micro_batch_size_per_gpu": 5}, "train_micro_batch_size_per_gpu=5", "train.micro_batch_size=2"),
+        ({"gradient_accumulation_steps": 5}, "gradient_accumulation_steps=5", "train.gradient_accumulation_steps=3"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0", "optim.max_grad_norm=0.5"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled=False", "model.dtype"),
+        ({"optimizer": {"params": {"lr": 3e-4}}}, "optimizer.params.lr=0.0003", "optim.learning_rate=0.0001"),
+        ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, "optimizer.params.betas", "optim.betas"),
+        ({"optimizer": {"params": {"eps": 1e-8}}}, "optimizer.params.eps=1e-08", "optim.epsilon=1e-06"),
+        ({"optimizer": {"params": {"weight_decay": 0}}}, "optimizer.params.weight_decay=0", "optim.weight_decay=0.1"),
+    ],
+)
+def test_a_value_that_differs_from_the_recipes_names_both(
+    recipe: Recipe, config: dict[str, Any], key: str, setting: str
+) -> None:
+    problem = _problem(recipe, ZERO3 | config)
+    assert key in problem
+    assert setting in problem
+
+
+def test_values_equal_to_the_recipes_are_no_problem(recipe: Recipe) -> None:
+    config = {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
+    }
+    assert ds_config.problems(recipe, ZERO3 | config, WORLD_SIZE) == []
+
+
+@pytest.mark.parametrize("key", ["steps_per_print", "zero_optimization.stage3_max_live_parameters"])
+def test_an_auto_that_no_setting_decides_is_refused(recipe: Recipe, key: str) -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    section, name = config, key
+    if key.startswith("zero_optimization."):
+        section, name = config["zero_optimization"], key.removeprefix("zero_optimization.")
+    section[name] = "auto"
+    assert _problem(recipe, config) == f'ds.json: {key}: "auto", but no setting of the recipe decides it'
+
+
+def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
+    config = {"zero_optimization": {"stage": 7}, "fp16": {"enabled": True}, "train_batch_size": 1, "scheduler": {}}
+    assert len(ds_config.problems(recipe, config, WORLD_SIZE)) == 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization": 3},
+        {"zero_optimization": None},
+        ZERO3 | {"fp16": "auto"},
+        ZERO3 | {"bf16": True},
+        ZERO3 | {"optimizer": "AdamW"},
+        ZERO3 | {"optimizer": {"type": "AdamW", "params": "auto"}},
+    ],
+    ids=str,
+)
+def test_a_value_where_a_section_belongs_is_a_problem_that_names_it(recipe: Recipe, config: dict[str, Any]) -> None:
+    name = [*config][-1]
+    assert any(name in problem for problem in ds_config.problems(recipe, config, WORLD_SIZE))
+
+
+def test_every_auto_is_filled_from_the_recipe(recipe: Recipe) -> None:
+    autos: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+    }
+    resolved = ds_config.resolve(recipe, autos, WORLD_SIZE, HIDDEN_SIZE)
+    filled = resolved.config
+    assert filled["train_batch_size"] == 2 * 3 * 4
+    assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (2, 3)
+    assert filled["gradient_clipping"] == 0.5
+    assert (filled["bf16"], filled["fp16"]) == ({"enabled": True}, {"enabled": False})
+    assert filled["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 10_000,
+        "stage3_prefetch_bucket_size": 9_000,
+        "stage3_param_persistence_threshold": 1_000,
+    }
+    optimizer = filled["optimizer"]["params"]
+    assert (optimizer["lr"], optimizer["betas"]) == (1e-4, [0.9, 0.95])
+    assert (optimizer["eps"], optimizer["weight_decay"]) == (1e-6, 0.1)
+
+
+def test_what_the_json_leaves_out_is_filled_from_the_recipe(recipe: Recipe) -> None:
+    resolved = ds_config.resolve(recipe, ZERO3, WORLD_SIZE, HIDDEN_SIZE)
+    filled = resolved.config
+    assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (2, 3)
+    assert (filled["gradient_clipping"], filled["bf16"]) == (0.5, {"enabled": True})
+    assert (filled["optimizer"]["type"], filled["optimizer"]["params"]["lr"]) == ("AdamW", 1e-4)
+
+
+def test_a_float32_model_turns_bf16_off(recipe: Recipe) -> None:
+    recipe.model.dtype = "float32"
+    resolved = ds_config.resolve(recipe, ZERO3 | {"bf16": {"enabled": "auto"}}, WORLD_SIZE, HIDDEN_SIZE)
+    assert resolved.config["bf16"] == {"enabled": False}
+
+
+def test_what_the_json_says_is_kept(recipe: Recipe) -> None:
+    config = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 77},
+        "tensorboard": {"enabled": False},
+        "steps_per_print": 5,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": False}},
+    }
+    resolved = ds_config.resolve(recipe, config, WORLD_SIZE, HIDDEN_SIZE)
+    filled = resolved.config
+    assert filled["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 77}
+    assert (filled["tensorboard"], filled["steps_per_print"]) == ({"enabled": False}, 5)
+    assert filled["optimizer"]["params"]["torch_adam"] is False
+
+
+def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+        "bf16": {"enabled": "auto"},
+    }
+    ds_config.problems(recipe, config, WORLD_SIZE)
+    ds_config.resolve(recipe, config, WORLD_SIZE, HIDDEN_SIZE)
+    assert config == {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}

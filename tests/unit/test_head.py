@@ -1,0 +1,264 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import profile
+
+from selfgen_ds.engine.head import LMHead, Reduction, draw, loss_sum, predict
+from selfgen_ds.methods import noise
+
+ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows: two chunks and a part of a third
+
+BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+SMOOTHING = pytest.mark.parametrize("smoothing", [0.0, 0.1])
+
+
+def _linear(bias: bool, dtype: torch.dtype) -> nn.Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
+    return linear.requires_grad_()
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, torch.randint(VOCABULARY, (ROWS,), generator=generator)
+
+
+def _loss(linear: nn.Linear, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    loss = LMHead(linear)(hidden, loss_sum(targets, smoothing))
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _draw(linear: nn.Linear, hidden: Tensor, reduction: Reduction) -> Tensor:
+    with torch.no_grad():
+        tokens = LMHead(linear)(hidden, reduction)
+    assert isinstance(tokens, Tensor)
+    return tokens
+
+
+@BIAS
+def test_without_a_reduction_the_head_is_the_linear_layer(bias: bool) -> None:
+    linear, (hidden, _) = _linear(bias, torch.float32), _inputs(torch.float32)
+    assert torch.equal(LMHead(linear)(hidden), linear(hidden))
+
+
+@BIAS
+def test_the_head_shares_the_layers_parameters(bias: bool) -> None:
+    linear = _linear(bias, torch.float32)
+    head = LMHead(linear)
+    assert head.weight is linear.weight
+    assert head.bias is linear.bias
+
+
+@BIAS
+@SMOOTHING
+def test_the_loss_is_the_summed_cross_entropy(bias: bool, smoothing: float) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
+    expected = F.cross_entropy(linear(hidden), targets, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(_loss(linear, hidden, targets, smoothing), expected, rtol=1e-10, atol=0)
+
+
+@BIAS
+@SMOOTHING
+def test_the_loss_has_the_gradients_of_the_summed_cross_entropy(bias: bool, smoothing: float) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
+    leaves = [hidden, *linear.parameters()]
+    reference = F.cross_entropy(linear(hidden), targets, reduction="sum", label_smoothing=smoothing)
+    expected = torch.autograd.grad(reference, leaves)
+    actual = torch.autograd.grad(_loss(linear, hidden, targets, smoothing), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@BIAS
+@SMOOTHING
+def test_a_scaled_loss_has_scaled_gradients(bias: bool, smoothing: float) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
+    leaves = [hidden, *linear.parameters()]
+    plain = torch.autograd.grad(_loss(linear, hidden, targets, smoothing), leaves)
+    scaled = torch.autograd.grad(_loss(linear, hidden, targets, smoothing) * 0.25, leaves)
+    for a, e in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(a, e / 4, rtol=1e-12, atol=1e-12)
+
+
+@BIAS
+@SMOOTHING
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_no_position_is_0_and_has_zero_gradients(bias: bool, smoothing: float, dtype: torch.dtype) -> None:
+    linear, hidden = _linear(bias, dtype), torch.empty(0, WIDTH, dtype=dtype, requires_grad=True)
+    loss = _loss(linear, hidden, torch.empty(0, dtype=torch.int64), smoothing)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad is not None
+    for parameter in linear.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+@BIAS
+@SMOOTHING
+def test_the_loss_in_bfloat16_keeps_three_digits(bias: bool, smoothing: float) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.bfloat16), _inputs(torch.bfloat16)
+    loss = _loss(linear, hidden, targets, smoothing)
+    exact = F.cross_entropy(linear.double()(hidden.double()), targets, reduction="sum", label_smoothing=smoothing)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+@BIAS
+@SMOOTHING
+def test_the_gradients_in_bfloat16_are_right_to_its_precision(bias: bool, smoothing: float) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.bfloat16), _inputs(torch.bfloat16)
+    actual = torch.autograd.grad(_loss(linear, hidden, targets, smoothing), [hidden, *linear.parameters()])
+    exact, inputs = linear.double(), hidden.detach().double().requires_grad_()
+    reference = F.cross_entropy(exact(inputs), targets, reduction="sum", label_smoothing=smoothing)
+    expected = torch.autograd.grad(reference, [inputs, *exact.parameters()])
+    for a, e in zip(actual, expected, strict=True):
+        assert float((a.double() - e).norm() / e.norm()) < 2e-2
+
+
+def _draw_from(logits: list[float], uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """One draw a uniform, from these logits at every position."""
+    linear = nn.Linear(1, len(logits), bias=False)
+    linear.weight.data = torch.tensor(logits)[:, None]
+    return _draw(linear, torch.ones(len(uniforms), 1), draw(uniforms, temperature, top_p, top_k))
+
+
+def _sample(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """How often each token comes in 20 000 draws."""
+    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(20_000))
+    return torch.bincount(_draw_from(logits, uniforms, temperature, top_p, top_k), minlength=len(logits))
+
+
+def _assert_drawn_from(counts: Tensor, probabilities: Tensor) -> None:
+    """Nothing outside the support; chi-square within 5 standard deviations of its mean inside."""
+    support = probabilities > 0
+    assert not counts[~support].any()
+    expected = probabilities[support] * counts.sum()
+    chi_square = float(((counts[support] - expected) ** 2 / expected).sum())
+    freedom = int(support.sum()) - 1
+    assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)
+
+
+LOGITS = [0.3, -1.0, 2.0, 1.1, -2.5, 0.0, 1.6]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
+    probabilities = (torch.tensor(LOGITS, dtype=torch.float64) / temperature).softmax(0)
+    _assert_drawn_from(_sample(LOGITS, temperature), probabilities)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("top_k", [1, 3, 7, 100])
+def test_top_k_draws_from_the_k_most_probable_tokens(top_k: int, temperature: float) -> None:
+    logits = torch.tensor(LOGITS, dtype=torch.float64)
+    kept = sorted(LOGITS, reverse=True)[:top_k]
+    probabilities = (logits / temperature).exp() * torch.tensor([x in kept for x in LOGITS])
+    _assert_drawn_from(_sample(LOGITS, temperature, top_k=top_k), probabilities / probabilities.sum())
+
+
+@pytest.mark.parametrize(("top_p", "size"), [(1e-6, 1), (0.4, 1), (0.42, 2), (0.67, 2), (0.7, 3), (0.9, 4), (0.999, 7)])
+def test_top_p_draws_from_the_smallest_set_with_that_mass(top_p: float, size: int) -> None:
+    # cumulative probabilities, most probable first: .407 .680 .846 .920 .975 .995 1
+    probabilities = torch.tensor(LOGITS, dtype=torch.float64).softmax(0)
+    allowed = probabilities.sort(descending=True).indices[:size]
+    kept = torch.zeros_like(probabilities)
+    kept[allowed] = probabilities[allowed]
+    assert float(kept.sum()) >= top_p
+    assert float(kept.sum() - probabilities[allowed[-1]]) < top_p
+    _assert_drawn_from(_sample(LOGITS, top_p=top_p), kept / kept.sum())
+
+
+def test_top_p_counts_the_mass_at_the_temperature() -> None:
+    # the first two tokens hold .68 of the mass at temperature 1, but .51 at temperature 2
+    probabilities = (torch.tensor(LOGITS, dtype=torch.float64) / 2).softmax(0)
+    allowed = probabilities.sort(descending=True).indices[:3]
+    kept = torch.zeros_like(probabilities)
+    kept[allowed] = probabilities[allowed]
+    _assert_drawn_from(_sample(LOGITS, 2.0, top_p=0.6), kept / kept.sum())
+
+
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
+    logits = [math.log(p) for p in (0.1, 0.2, 0.3, 0.4)]
+    uniforms = torch.tensor([0.05, 0.099, 0.101, 0.299, 0.301, 0.599, 0.601, 0.999], dtype=torch.float64)
+    assert _draw_from(logits, uniforms, 1.0, 1.0, 0).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_draw_does_not_depend_on_the_chunk_that_it_is_in() -> None:
+    linear, (hidden, _) = _linear(True, torch.float32), _inputs(torch.float32)
+    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(ROWS))
+    together = _draw(linear, hidden, draw(uniforms, 1.0, 1.0, 0))
+    apart = [_draw(linear, hidden[i : i + 100], draw(uniforms[i : i + 100], 1.0, 1.0, 0)) for i in range(0, ROWS, 100)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+NEAREST_TO_0_AND_1 = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    never = -1e9
+    assert _draw_from([never, 0.0, never, 1.0, never], NEAREST_TO_0_AND_1, 1.0, 1.0, 0).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (1.0, 3)])
+def test_a_token_that_is_cut_off_is_never_drawn(top_p: float, top_k: int) -> None:
+    assert _draw_from([0.0, 5.0, 5.2, 5.1, 0.0], NEAREST_TO_0_AND_1, 1.0, top_p, top_k).tolist() == [1, 3]
+
+
+def test_a_draw_from_logits_that_are_not_finite_is_a_token_of_the_vocabulary() -> None:
+    # the step is dropped later, for its loss; an id past the vocabulary would crash the next forward first
+    assert 0 <= _draw_from([math.nan] * 4, torch.tensor([0.5], dtype=torch.float64), 1.0, 1.0, 0).item() < 4
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (2.0, 0.9, 5)])
+def test_no_position_draws_no_token(temperature: float, top_p: float, top_k: int) -> None:
+    reduction = draw(torch.empty(0, dtype=torch.float64), temperature, top_p, top_k)
+    tokens = _draw(_linear(True, torch.float32), torch.empty(0, WIDTH), reduction)
+    assert (tokens.shape, tokens.dtype) == ((0,), torch.int64)
+
+
+@BIAS
+def test_the_prediction_is_the_most_probable_token_and_the_targets_log_probability(bias: bool) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float32), _inputs(torch.float32)
+    best, log_probabilities = LMHead(linear)(hidden, predict(targets))
+    logits = linear.double()(hidden.double())
+    expected = logits.log_softmax(-1)[torch.arange(ROWS), targets]
+    assert torch.equal(best, logits.argmax(-1))
+    torch.testing.assert_close(log_probabilities.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_position_has_no_prediction() -> None:
+    best, log_probabilities = LMHead(_linear(True, torch.float32))(
+        torch.empty(0, WIDTH), predict(torch.empty(0, dtype=torch.int64))
+    )
+    assert (best.dtype, log_probabilities.dtype) == (torch.int64, torch.float32)
+    assert best.shape == log_probabilities.shape == (0,)
+
+
+def _largest_allocation(work: Callable[[], object]) -> int:
+    """Bytes."""
+    with profile(profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_the_logits_of_all_positions_never_exist_at_once() -> None:
+    rows, width, vocabulary = 2048, 32, 32_000
+    logits_bytes = rows * vocabulary * 4
+    head = LMHead(nn.Linear(width, vocabulary, bias=False))
+    hidden, targets = torch.randn(rows, width, requires_grad=True), torch.randint(vocabulary, (rows,))
+    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(rows))
+
+    with torch.no_grad():
+        assert _largest_allocation(lambda: head(hidden)) >= logits_bytes  # what is to be avoided is measured
+        assert _largest_allocation(lambda: head(hidden, draw(uniforms, 2.0, 1.0, 5))) < logits_bytes / 2
+        assert _largest_allocation(lambda: head(hidden, predict(targets))) < logits_bytes / 2
+    assert _largest_allocation(lambda: head(hidden, loss_sum(targets, 0.1)).backward()) < logits_bytes / 2

@@ -1,0 +1,174 @@
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfgen_ds.methods import noise
+
+N = 1_000_000
+_WORD = 2**64
+
+
+def _mix(bits: int) -> int:
+    """splitmix64's finaliser, in Python's own integers."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % _WORD
+    return bits ^ (bits >> 31)
+
+
+def _unmix(bits: int) -> int:
+    """The hash's inverse, to find the key that has a given one."""
+
+    def unshift(shifted: int, count: int) -> int:
+        return shifted ^ (shifted >> count) ^ (shifted >> 2 * count)
+
+    bits = unshift(bits, 31) * pow(0x94D049BB133111EB, -1, _WORD) % _WORD
+    bits = unshift(bits, 27) * pow(0xBF58476D1CE4E5B9, -1, _WORD) % _WORD
+    return unshift(bits, 30)
+
+
+def _reference(stream: int, *keys: int) -> Fraction:
+    golden, state = 0x9E3779B97F4A7C15, stream
+    for key in keys:
+        state = _mix((state + golden) % _WORD ^ _mix((key + golden) % _WORD))
+    return (Fraction(state >> 12) + Fraction(1, 2)) / 2**52
+
+
+def _is_uniform(values: Tensor, bins: int = 1000) -> bool:
+    """Chi-square of a histogram, within 5 standard deviations of its mean."""
+    counts = torch.histc(values, bins, 0.0, 1.0)
+    expected = len(values) / bins
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    return abs(chi_square - (bins - 1)) < 5 * math.sqrt(2 * (bins - 1))
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """In units of its standard deviation for independent values."""
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1]) * math.sqrt(len(a))
+
+
+def test_the_reference_mixer_is_splitmix64() -> None:
+    # the first outputs of splitmix64 seeded with 0, as published with xoshiro
+    assert _mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
+    assert _mix(2 * 0x9E3779B97F4A7C15 % _WORD) == 0x6E789E6AA1B965F4
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (noise.REPLACE, 0),
+        (noise.REPLACE, 0, 0, 0, 0),
+        (noise.DRAW, 1234, 17, 7472, 1023),
+        (noise.DRAW, 2**63 - 1, 10**9, -1, 0),
+    ],
+)
+def test_noise_is_the_hash_of_its_keys(keys: tuple[int, ...]) -> None:
+    assert Fraction(float(noise.uniform(*keys))) == _reference(*keys)
+
+
+def test_noise_of_a_tensor_of_keys_is_the_hash_of_each() -> None:
+    drawn = noise.uniform(noise.DRAW, 3, torch.tensor([[5], [6]]), torch.tensor([0, 1, 2]))
+    expected = [[_reference(noise.DRAW, 3, sample, position) for position in range(3)] for sample in (5, 6)]
+    assert [[Fraction(value) for value in row] for row in drawn.tolist()] == expected
+
+
+def test_noise_is_float64() -> None:
+    assert noise.uniform(noise.DRAW, torch.arange(3)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("state", "expected"), [(0, 2.0**-53), (_WORD - 1, 1 - 2.0**-53)])
+def test_noise_of_the_most_extreme_hashes_is_strictly_between_0_and_1(state: int, expected: float) -> None:
+    golden = 0x9E3779B97F4A7C15
+    key = (_unmix(_unmix(state) ^ (noise.DRAW + golden)) - golden) % _WORD
+    assert float(noise.uniform(noise.DRAW, key - _WORD if key >= _WORD // 2 else key)) == expected
+
+
+def test_noise_is_strictly_between_0_and_1() -> None:
+    drawn = noise.uniform(noise.DRAW, 0, torch.arange(N))
+    assert 0.0 < float(drawn.min()) < 2e-5
+    assert 1.0 - 2e-5 < float(drawn.max()) < 1.0
+
+
+def test_equal_keys_give_equal_noise_whatever_the_shape() -> None:
+    samples, positions = torch.arange(40), torch.arange(50)
+    grid = noise.uniform(noise.DRAW, 1, 2, samples[:, None], positions[None, :])
+    flat = noise.uniform(
+        noise.DRAW,
+        torch.full((2000,), 1),
+        2,
+        samples.repeat_interleave(50),
+        positions.repeat(40),
+    )
+    assert torch.equal(grid.flatten(), flat)
+
+
+def test_equal_keys_give_equal_noise_in_any_order() -> None:
+    order = torch.arange(1000).flip(0)
+    assert torch.equal(noise.uniform(noise.DRAW, 1, order), noise.uniform(noise.DRAW, 1, torch.arange(1000)).flip(0))
+
+
+def test_equal_keys_give_equal_noise_one_by_one() -> None:
+    together = noise.uniform(noise.DRAW, 1, torch.arange(20))
+    assert together.tolist() == [float(noise.uniform(noise.DRAW, 1, key)) for key in range(20)]
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_noise_differs_where_any_one_key_differs(changed: int) -> None:
+    keys: list[int | Tensor] = [noise.DRAW, 11, 12, 13, 14]
+    keys[changed] = keys[changed] + torch.arange(1000)
+    stream, *others = keys
+    if isinstance(stream, Tensor):
+        drawn = torch.stack([noise.uniform(int(s), *others) for s in stream])
+    else:
+        drawn = noise.uniform(stream, *others)
+    assert len(drawn.unique()) == 1000
+
+
+def test_keys_are_not_interchangeable() -> None:
+    assert float(noise.uniform(noise.DRAW, 1, 2)) != float(noise.uniform(noise.DRAW, 2, 1))
+
+
+@pytest.mark.parametrize("key", ["seed", "step", "sample", "position"])
+def test_noise_is_uniform_along_each_key(key: str) -> None:
+    keys: dict[str, int | Tensor] = {"seed": 0, "step": 100, "sample": 5, "position": 30}
+    keys[key] = torch.arange(N)
+    assert _is_uniform(noise.uniform(noise.DRAW, *keys.values()))
+
+
+def test_mean_and_variance_are_those_of_a_uniform() -> None:
+    drawn = noise.uniform(noise.REPLACE, 0, 0, torch.arange(1000)[:, None], torch.arange(1000))
+    assert float(drawn.mean()) == pytest.approx(1 / 2, abs=5 / math.sqrt(12 * N))
+    assert float(drawn.var()) == pytest.approx(1 / 12, abs=5 / math.sqrt(180 * N))
+
+
+def test_neighbouring_positions_are_uncorrelated() -> None:
+    drawn = noise.uniform(noise.DRAW, 0, 0, 7, torch.arange(N))
+    assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
+
+
+def test_neighbouring_samples_are_uncorrelated() -> None:
+    drawn = noise.uniform(noise.DRAW, 0, 0, torch.arange(N), 7)
+    assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
+
+
+def test_neighbouring_steps_are_uncorrelated() -> None:
+    drawn = noise.uniform(noise.DRAW, 0, torch.arange(N), 7, 7)
+    assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
+
+
+def test_the_next_sample_is_not_this_one_moved_by_a_position() -> None:
+    drawn = noise.uniform(noise.DRAW, 0, 0, torch.arange(1000)[:, None], torch.arange(1000))
+    assert abs(_correlation(drawn[1:, :-1].flatten(), drawn[:-1, 1:].flatten())) < 5
+
+
+def test_the_mask_and_the_draws_have_independent_noise() -> None:
+    keys = (0, 0, torch.arange(N), 3)
+    assert abs(_correlation(noise.uniform(noise.REPLACE, *keys), noise.uniform(noise.DRAW, *keys))) < 5
+
+
+def test_neighbouring_values_fill_the_square_evenly() -> None:
+    drawn = noise.uniform(noise.DRAW, 0, 0, 7, torch.arange(2 * N)).reshape(N, 2)
+    cells = (drawn * 32).floor()
+    assert _is_uniform((cells[:, 0] * 32 + cells[:, 1] + 0.5) / 1024, bins=1024)

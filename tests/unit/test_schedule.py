@@ -1,0 +1,83 @@
+import math
+
+import pytest
+
+from selfgen_ds.methods.schedule import replace_probability
+
+TOTAL, SHARE, PEAK = 1000, 0.5, 0.4
+RAMP = SHARE * TOTAL
+GROWING = ["linear", "exponential", "inverse_sigmoid"]
+ALL = ["constant", *GROWING]
+
+
+def _p(schedule: str, step: int, total: int = TOTAL) -> float:
+    return replace_probability(schedule, PEAK, SHARE, step, total)
+
+
+@pytest.mark.parametrize("step", [0, 1, 500, 999])
+def test_constant_is_the_peak(step: int) -> None:
+    assert _p("constant", step) == PEAK
+
+
+@pytest.mark.parametrize("step", [0, 1, 250, 499, 500, 501, 999])
+def test_linear_is_bengios_straight_line(step: int) -> None:
+    k, c = 1, 1 / RAMP
+    assert _p("linear", step) == pytest.approx(PEAK * (1 - max(0, k - c * step)), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [0, 1, 250, 500, 999])
+def test_exponential_is_bengios_power(step: int) -> None:
+    k = 0.01 ** (1 / RAMP)
+    assert _p("exponential", step) == pytest.approx(PEAK * (1 - k**step), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [0, 1, 250, 500, 999])
+def test_inverse_sigmoid_is_bengios_with_steps_counted_in_units_of_12_k(step: int) -> None:
+    k = math.exp(6)
+    i = 12 * k * step / RAMP
+    assert _p("inverse_sigmoid", step) == pytest.approx(PEAK * (1 - k / (k + math.exp(i / k))), rel=1e-9)
+
+
+def test_inverse_sigmoid_is_half_of_the_peak_half_way() -> None:
+    assert _p("inverse_sigmoid", round(RAMP / 2)) == pytest.approx(PEAK / 2)
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_p_never_falls(schedule: str) -> None:
+    values = [_p(schedule, step) for step in range(TOTAL)]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("schedule", GROWING)
+def test_a_growing_schedule_starts_at_one_percent_of_the_peak_or_less(schedule: str) -> None:
+    assert 0 <= _p(schedule, 0) <= 0.01 * PEAK
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_p_is_nearly_the_peak_when_the_share_is_over(schedule: str) -> None:
+    assert _p(schedule, round(RAMP)) >= 0.99 * PEAK * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("schedule", GROWING)
+def test_a_growing_schedule_is_not_at_its_peak_before_the_share_is_over(schedule: str) -> None:
+    assert _p(schedule, round(0.4 * RAMP)) < 0.9 * PEAK
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_p_stays_between_0_and_the_peak(schedule: str) -> None:
+    assert all(0 <= _p(schedule, step) <= PEAK for step in range(3 * TOTAL))
+
+
+@pytest.mark.parametrize("schedule", ALL)
+@pytest.mark.parametrize("total", [1, 1000, 10**9])
+def test_nothing_overflows_after_a_billion_steps(schedule: str, total: int) -> None:
+    assert 0.99 * PEAK <= _p(schedule, 10**9, total) <= PEAK
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_a_peak_of_0_is_never_left(schedule: str) -> None:
+    assert all(replace_probability(schedule, 0.0, SHARE, step, TOTAL) == 0.0 for step in range(TOTAL))
+
+
+def test_the_share_is_of_the_whole_run() -> None:
+    assert replace_probability("linear", 1.0, 0.25, 100, 800) == 0.5

@@ -1,0 +1,109 @@
+import random
+from itertools import islice
+
+import pytest
+
+from selfgen_ds.data.tasks import TASKS, Row, generate
+
+BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
+
+
+def _rows(task: str, split: str = "train", count: int = 500) -> list[Row]:
+    return list(islice(generate(task, split), count))
+
+
+def test_pointer_chase_answers_follow_the_pointers() -> None:
+    for row in _rows("pointer_chase"):
+        pairs, key = row.prompt[:16], row.prompt[16]
+        following = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        answer = ""
+        for _ in range(6):
+            value = following[key]
+            key = value.upper()
+            answer += value + key
+        assert row.completion == answer
+
+
+def test_pointer_chase_prompts_are_eight_pairs_of_one_cycle_and_a_start() -> None:
+    for row in _rows("pointer_chase"):
+        assert (len(row.prompt), row.prompt[-1]) == (18, "=")
+        following = dict(zip(row.prompt[:16:2], row.prompt[1:16:2], strict=True))
+        visited, key = set(), row.prompt[16]
+        for _ in range(8):
+            key = following[key].upper()
+            visited.add(key)
+        assert visited == set("ABCDEFGH")
+
+
+def test_running_sum_answers_are_the_sums_modulo_ten() -> None:
+    for row in _rows("running_sum"):
+        total, answer = 0, ""
+        for operand in row.prompt.removesuffix("="):
+            total += int(operand)
+            answer += str(total)[-1]
+        assert row.completion == answer
+        assert len(answer) == 16
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "alphabet"),
+    [("pointer_chase", 5, "abcdefgh"), ("running_sum", 3, "0123456789")],
+)
+def test_the_forced_error_is_the_third_result_and_nothing_else(task: str, length: int, alphabet: str) -> None:
+    for row in _rows(task):
+        assert row.forced is not None
+        assert len(row.forced) == length
+        assert row.forced[:-1] == row.completion[: length - 1]
+        assert row.forced[-1] != row.completion[length - 1]
+        assert row.forced[-1] in alphabet
+
+
+@BOTH_TASKS
+def test_the_rest_is_what_follows_the_forced_error(task: str) -> None:
+    for row in _rows(task):
+        assert row.forced is not None
+        assert row.rest == row.completion[len(row.forced) :]
+
+
+@BOTH_TASKS
+def test_the_forced_error_takes_every_wrong_value(task: str) -> None:
+    errors = {row.forced[-1] for row in _rows(task) if row.forced}
+    assert len(errors) == (8 if task == "pointer_chase" else 10)
+
+
+@BOTH_TASKS
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_set_has_the_same_rows_in_every_generation(task: str, split: str) -> None:
+    assert _rows(task, split) == _rows(task, split)
+
+
+@BOTH_TASKS
+def test_the_test_set_has_512_rows(task: str) -> None:
+    assert sum(1 for _ in generate(task, "test")) == 512
+
+
+@pytest.fixture
+def tiny_task(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A task with 1000 prompts: rows would repeat and sets would overlap were it left to chance."""
+
+    def row(rng: random.Random) -> Row:
+        return Row(prompt=f"{rng.randrange(1000)}", completion="x")
+
+    monkeypatch.setitem(TASKS, "tiny", row)
+    return "tiny"
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 800), ("test", 50)])
+def test_no_prompt_comes_twice(tiny_task: str, split: str, count: int) -> None:
+    assert len({row.prompt for row in _rows(tiny_task, split, count)}) == count
+
+
+def test_train_and_test_set_do_not_overlap(tiny_task: str) -> None:
+    train, test = _rows(tiny_task, "train", 800), _rows(tiny_task, "test", 50)
+    assert {row.prompt for row in train}.isdisjoint(row.prompt for row in test)
+
+
+@BOTH_TASKS
+def test_train_and_test_set_of_a_built_in_task_do_not_overlap(task: str) -> None:
+    train, test = _rows(task, "train", 4000), _rows(task, "test", 512)
+    assert {row.prompt for row in train}.isdisjoint(row.prompt for row in test)

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.data.tokenizer import byte_tokenizer, load_tokenizer
+
+TEXTS = [
+    "plain",
+    " a space on either side ",
+    "\n\nlines\r\n\tand tabs\n",
+    "  two  spaces   three , ! ' n't",
+    "😀 👩‍👩‍👧 🇩🇪",
+    "日本語 العربية ñ e\u0301",
+    bytes(range(256)).decode("latin-1"),
+    "\U0010ffff\ufeff\u2028\x00",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_round_trip(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_byte_is_a_token(text: str) -> None:
+    assert len(byte_tokenizer()(text)["input_ids"]) == len(text.encode())
+
+
+def test_a_byte_is_always_the_same_token_and_another_byte_another() -> None:
+    text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 63), *range(0xE000, 0x110000, 63)]))
+    pairs = set(zip(text.encode(), byte_tokenizer()(text)["input_ids"], strict=True))
+    # 13 bytes never occur in UTF-8: C0, C1 and F5 to FF
+    assert len(pairs) == len({byte for byte, _ in pairs}) == len({token for _, token in pairs}) == 256 - 13
+
+
+def test_there_are_258_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    assert len(tokenizer) == 258
+    assert sorted(tokenizer.get_vocab().values()) == list(range(258))
+
+
+def test_end_and_padding_are_tokens_beside_the_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == {256, 257}
+
+
+@pytest.mark.parametrize("text", ["</s>", "a <pad> b</s>"])
+def test_text_that_looks_like_a_special_token_is_bytes(text: str) -> None:
+    assert len(byte_tokenizer()(text)["input_ids"]) == len(text)
+
+
+def test_a_saved_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def test_a_saved_tokenizer_decodes_the_same_text(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert [loaded.decode(ids, skip_special_tokens=True) for ids in loaded(TEXTS)["input_ids"]] == TEXTS
+
+
+def test_the_recipe_gets_the_byte_tokenizer_by_name() -> None:
+    assert len(load_tokenizer(ModelConfig(preset={}, tokenizer="byte"))) == 258
+
+
+def test_the_recipe_gets_the_model_folders_tokenizer(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))) == 258
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"^model\.name_or_path: no tokenizer could be loaded from '{tmp_path}'"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    with pytest.raises(InputError, match=rf"^model\.tokenizer: no tokenizer could be loaded from '{tmp_path}'"):
+        load_tokenizer(ModelConfig(name_or_path="elsewhere", tokenizer=str(tmp_path)))
+
+
+def test_a_tokenizer_without_an_end_token_is_an_error(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no end-of-sequence token"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
