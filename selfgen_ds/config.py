@@ -251,7 +251,10 @@ def problems(recipe: Recipe) -> list[str]:
     at_least(1, "eval.every", "eval.max_samples", "eval.batch_size")
     at_least(2, "data.max_length")
     at_least(0, "seed", "selfgen.top_k", "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
-    check(train.epochs is None or train.epochs > 0, "train.epochs", train.epochs, "more than 0")
+    # torch's and numpy's generators take 32 bits, and every rank adds its number
+    check(recipe.seed < 2**31, "seed", recipe.seed, f"less than {2**31}")
+    epochs_hold = train.epochs is None or 0 < train.epochs < float("inf")
+    check(epochs_hold, "train.epochs", train.epochs, "a number more than 0")
     check(optim.epsilon > 0, "optim.epsilon", optim.epsilon, "more than 0")
     check(selfgen.temperature > 0, "selfgen.temperature", selfgen.temperature, "more than 0")
     check(0 < selfgen.top_p <= 1, "selfgen.top_p", selfgen.top_p, "a probability mass in (0, 1]")

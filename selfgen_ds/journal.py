@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import deque
 from pathlib import Path
 
@@ -43,7 +44,8 @@ class Journal:
         step = int(metrics["step"])
         self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            # JSON has no NaN
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, p {metrics['replace_probability']:.2f}, "
             f"differing {metrics['differing_share']:.1%}, {metrics['tokens_per_second']:.0f} tokens/s",

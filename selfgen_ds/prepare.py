@@ -87,6 +87,8 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         epochs=recipe.train.epochs,
     )
     total_steps = recipe.train.max_steps or windows.steps()
+    if total_steps == 0:
+        raise InputError(f"train.epochs: {recipe.train.epochs} of {len(samples)} rows is no row")
 
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), config.hidden_size)
     set_seed(recipe.seed)

@@ -47,13 +47,13 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         result = train_step(run.engine, window, recipe.optim.label_smoothing)
         metrics = _metrics(run, step, result, pass_time, time.perf_counter() - started)
 
-        dropped = 0 if result.applied else dropped + 1
-        _check_dropped(step + 1, dropped, recipe.train.max_nonfinite_steps, result.suspects)
         last = step + 1 == run.total_steps
         scores: dict[str, float] = {}
         if run.eval_samples is not None and (last or _due(step + 1, recipe.eval.every)):
             scores = aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, recipe.eval.batch_size))
         journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
+        dropped = 0 if result.applied else dropped + 1
+        _check_dropped(step + 1, dropped, recipe.train.max_nonfinite_steps, result.suspects)
         if last or _due(step + 1, recipe.checkpoint.every) or _is_best(folder, scores, recipe.eval.best):
             _save(run, folder, step + 1, scores, recipe)
         if _due(step + 1, _COLLECT_EVERY):

@@ -101,7 +101,7 @@ class Windows:
     def steps(self) -> int:
         """Optimizer steps of a run of `epochs`."""
         assert self._end is not None
-        return max(1, -(-self._end // self.step_size))
+        return -(-self._end // self.step_size)
 
     def epoch(self, step: int) -> float:
         """Epochs done after so many optimizer steps."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 from selfgen_ds.config import InputError
 from selfgen_ds.data.tasks import TASKS, Row, generate
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 
 
 def read_rows(source: str, split: str, prompt_column: str, completion_column: str) -> Iterator[Row]:
@@ -37,11 +40,11 @@ def _read_jsonl(path: str, prompt_column: str, completion_column: str) -> Iterat
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: expected one JSON object, got malformed JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: expected one JSON object, got malformed JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected one JSON object, got {type(row).__name__}")
             for column in (prompt_column, completion_column):
@@ -51,4 +54,6 @@ def _read_jsonl(path: str, prompt_column: str, completion_column: str) -> Iterat
                     raise InputError(f"{where}, field {column!r}: expected a string, got {type(row[column]).__name__}")
                 if not row[column]:
                     raise InputError(f"{where}, field {column!r}: expected text, got an empty string")
-            yield Row(prompt=row[prompt_column], completion=row[completion_column])
+                if not row[column].isascii() and _SURROGATE.search(row[column]):
+                    raise InputError(f"{where}, field {column!r}: expected text, got half a surrogate pair")
+            yield Row(prompt=row[prompt_column], completion=row[completion_column], where=f"line {number}")

@@ -1,7 +1,8 @@
 """Rows of text -> samples of token ids.
 
 The plain format: `prompt ids + completion ids + end token`. Prompt and completion are tokenised apart, so
-that the boundary is a token boundary; the prompt gets the tokenizer's own begin token where it has one. The
+that the boundary is a token boundary; the prompt gets the tokenizer's own begin token where it has one.
+Special tokens that a text happens to spell stay text. The
 response is everything after the prompt: the loss falls on all of it, and all of it but the last token may be
 replaced (nothing ever reads the last one; untruncated, it is the end token).
 """
@@ -54,10 +55,10 @@ def tokenize(
         name: [] for name in ("sample_id", "prompt_ids", "response_ids", "forced_ids", "rest_ids")
     }
     truncated = refused = count = 0
-    first_refused = 0
+    first_refused = ""
     iterator = iter(rows)
     while chunk := list(islice(iterator, _CHUNK)):
-        prompts = tokenizer([row.prompt for row in chunk])["input_ids"]
+        prompts = tokenizer([row.prompt for row in chunk], split_special_tokens=True)["input_ids"]
         completions = _plain(tokenizer, [row.completion for row in chunk])
         forced = _plain(tokenizer, [row.forced or "" for row in chunk])
         rest = _plain(tokenizer, [row.rest or "" for row in chunk])
@@ -68,7 +69,7 @@ def tokenize(
             response = [*completions[offset], tokenizer.eos_token_id]
             room = max_length - len(prompt)
             if room < 1 or not prompt:
-                first_refused = first_refused or count + offset + 1
+                first_refused = first_refused or row.where or f"row {count + offset + 1}"
                 refused += 1
                 continue
             truncated += len(response) > room
@@ -82,7 +83,7 @@ def tokenize(
     if refused > max_refused_share * count:
         raise InputError(
             f"{source}: {refused} of {count} prompts leave no room for a response within data.max_length="
-            f"{max_length} (the first is row {first_refused}); data.max_refused_share={max_refused_share} allows fewer"
+            f"{max_length} (the first is {first_refused}); data.max_refused_share={max_refused_share} allows fewer"
         )
     if not columns["sample_id"]:
         raise InputError(f"{source}: no usable row among {count}")
@@ -97,4 +98,4 @@ def tokenize(
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _TRAIN_ROWS = 65_536
 _TEST_ROWS = 512
@@ -22,6 +22,8 @@ class Row:
 
     prompt: str
     completion: str
+    where: str = field(default="", compare=False)
+    """Files: the line it was read from."""
     forced: str | None = None
     """Built-in tasks: start of the completion, up to and with one wrong token."""
     rest: str | None = None

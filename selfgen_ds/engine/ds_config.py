@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -33,44 +34,83 @@ def read(path: str) -> dict[str, Any]:
 
 def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[str]:
     """What is wrong with a JSON, or between it and the recipe, one line each."""
+    sections = ("zero_optimization", "optimizer", "bf16", "fp16")
+    found = [
+        f"{key}: expected an object, got {config[key]!r}"
+        for key in sections
+        if not isinstance(config.get(key, {}), dict)
+    ]
+    if not isinstance(config.get("optimizer", {}).get("params", {}) if not found else {}, dict):
+        found.append(f"optimizer.params: expected an object, got {config['optimizer']['params']!r}")
+    if not found:
+        filled = _fill(recipe, config, world_size)
+        autos = [key for key in _autos(filled.config) if key not in (*_HIDDEN_SIZE_KEYS, "zero_optimization.stage")]
+        found = _setting_problems(recipe, config)
+        found += [m.removeprefix("- ds ").replace(" vs hf ", " differs from the recipe: ") for m in filled.mismatches]
+        found += [f'{key}: "auto", but no setting of the recipe decides it' for key in autos]
+        if not found:
+            found = _library_problems(filled.config)
+    return [f"{recipe.deepspeed}: {problem}" for problem in found]
+
+
+def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
+    """Settings that DeepSpeed allows and this project does not."""
     found = []
-    name = recipe.deepspeed
     if config.get("fp16", {}).get("enabled") is True:
-        found.append(f"{name}: fp16.enabled: expected false; model.dtype is float32 or bfloat16")
+        found.append("fp16.enabled: expected false; model.dtype is float32 or bfloat16")
     if "scheduler" in config:
-        found.append(f"{name}: scheduler: expected none; optim.schedule and optim.warmup_ratio decide")
+        found.append("scheduler: expected none; optim.schedule and optim.warmup_ratio decide")
     if "activation_checkpointing" in config:
         found.append(
-            f"{name}: activation_checkpointing: expected none (DeepSpeed's has no effect on Hugging Face models); "
+            "activation_checkpointing: expected none (DeepSpeed's has no effect on Hugging Face models); "
             "train.activation_checkpointing decides"
         )
-    optimizer = str(config.get("optimizer", {}).get("type", "AdamW"))
-    if optimizer.lower() != "adamw":
-        found.append(f"{name}: optimizer.type: expected 'AdamW', got {optimizer!r}")
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage == 0 and recipe.model.dtype != "float32":
-        # the bfloat16 optimizer of stage 0 does not drop steps that are not finite
-        found.append(f"{name}: zero_optimization.stage: expected 1, 2 or 3 for {recipe.model.dtype}, got {stage!r}")
-    else:
-        try:
-            DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
-        except ValidationError as error:
-            found += [
-                f"{name}: zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
-                for e in error.errors()
-            ]
-    filled = _fill(recipe, config, world_size)
-    found += [
-        f"{name}: {mismatch.removeprefix('- ds ').replace(' vs hf ', ' differs from the recipe: ')}"
-        for mismatch in filled.mismatches
-    ]
-    found += [
-        f'{name}: {key}: "auto", but no setting of the recipe decides it'
-        for key in _autos(filled.config)
-        if key not in _HIDDEN_SIZE_KEYS
-    ]
+    optimizer = config.get("optimizer", {}).get("type", "AdamW")
+    if str(optimizer).lower() != "adamw":
+        found.append(f"optimizer.type: expected 'AdamW', got {optimizer!r}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    # the bfloat16 optimizer of stage 0 does not drop steps that are not finite
+    stages = (0, 1, 2, 3) if recipe.model.dtype == "float32" else (1, 2, 3)
+    if type(stage) is not int or stage not in stages:
+        found.append(f"zero_optimization.stage: expected one of {stages} for {recipe.model.dtype}, got {stage!r}")
     return found
+
+
+class _Watched(dict):
+    """Remembers which keys were asked for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+
+def _library_problems(config: dict[str, Any]) -> list[str]:
+    """What DeepSpeed's own configuration refuses, or would ignore without a word."""
+    # sizes do not matter here, and the batch size can only be checked where all ranks are
+    config = {key: value for key, value in config.items() if key != "train_batch_size"}
+    zero = config.get("zero_optimization", {})
+    config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
+    watched = _Watched(config)
+    try:
+        DeepSpeedConfig(watched)
+    except ValidationError as error:
+        section = "zero_optimization" if error.title == DeepSpeedZeroConfig.__name__ else error.title
+        return [f"{section}.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+    except Exception as error:  # DeepSpeed raises several types, each with the key in its text
+        return [str(error).strip().split("\n", 1)[0]]
+    return [f"{key}: DeepSpeed reads no such key" for key in config.keys() - watched.asked]
 
 
 # Sizes that transformers' Trainer takes from the hidden size as well, so that its users' JSONs mean the same here.

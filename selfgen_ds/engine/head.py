@@ -96,7 +96,9 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
             logits = warpers(None, F.linear(rows, weight, bias).float())
             cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
             # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
-            tokens.append(torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(1))
+            found = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(1)
+            # NaN finds nothing; any token will do, the step is dropped for its loss
+            tokens.append(found.clamp(max=logits.shape[1] - 1))
         return torch.cat(tokens)
 
     return reduction

@@ -86,6 +86,9 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
 
     The loss is the sum over target tokens divided by the number of target tokens of the whole step, over all
     micro-batches and ranks: never a mean of unequal means.
+
+    Raises:
+        RuntimeError: The loss is not finite at ZeRO stage 0, where DeepSpeed would apply it.
     """
     targets = _sum_over_ranks(torch.stack([batch.loss_mask.sum() for batch in window]).sum())
     # DeepSpeed divides by the accumulation steps and averages over ranks
@@ -102,7 +105,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
             loss = loss * (totals[0] * 0 + 1)
         engine.backward(loss * scale)
         if engine.zero_optimization_stage() == 0 and number == len(window) and not torch.isfinite(totals[0]):
-            engine.optimizer.zero_grad()  # without ZeRO nothing drops the step
+            raise RuntimeError("the loss is not finite, and ZeRO stage 0 cannot drop a step")
         engine.step()
     loss_total, drawn, differing, tokens = totals.tolist()
     finite = math.isfinite(loss_total)
@@ -113,7 +116,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
         drawn=int(drawn),
         differing=int(differing),
         tokens=int(tokens),
-        applied=engine.was_step_applied() and finite,
+        applied=engine.was_step_applied(),
         suspects=[] if finite else _suspects(window, losses),
     )
 

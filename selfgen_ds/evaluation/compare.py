@@ -35,7 +35,7 @@ class _Group:
     scores: dict[str, np.ndarray]
     """Metric -> `[seeds, rows]`."""
     recovery: list[float] | None
-    data: str
+    settings: dict[str, Any]
 
 
 def run(options: CompareOptions) -> None:
@@ -43,8 +43,8 @@ def run(options: CompareOptions) -> None:
     groups = _group([_load(Path(run)) for run in options.runs])
     baseline = groups[0]
     for group in groups:
-        if (group.data, group.sample_ids) != (baseline.data, baseline.sample_ids):
-            raise InputError(f"{group.name} and {baseline.name} were evaluated on different rows")
+        if (group.settings, group.sample_ids) != (baseline.settings, baseline.sample_ids):
+            raise InputError(f"{group.name} and {baseline.name} were evaluated on different rows or settings")
     rng = np.random.default_rng(0)
     # the loss is a mean over tokens, not over rows
     known = [m for m in {**METRICS, **RECOVERY_METRICS, **SAMPLED_METRICS} if m != "loss"]
@@ -68,16 +68,21 @@ def _load(folder: Path) -> dict[str, Any]:
             predictions = [json.loads(line) for line in file]
     except OSError as error:
         raise InputError(f"{error.filename}: missing; a run to compare is trained and evaluated first") from error
-    except ValueError as error:
-        raise InputError(f"{folder}: {error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{folder}: {' '.join(str(error).split())}") from error
+    if not predictions:
+        raise InputError(f"{folder}/predictions.jsonl: no rows")
     return {"folder": folder, "recipe": recipe, "evaluation": evaluation, "predictions": predictions}
 
 
 def _group(runs: list[dict[str, Any]]) -> list[_Group]:
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for entry in runs:
-        recipe = {k: v for k, v in entry["recipe"].items() if k not in ("seed", "output_dir", "resume", "model")}
-        key = json.dumps([recipe, entry["recipe"]["model"]["preset"], entry["evaluation"]["data"]], sort_keys=True)
+        recipe = {k: v for k, v in entry["recipe"].items() if k not in ("seed", "output_dir", "resume")}
+        recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "name_or_path"}
+        key = json.dumps([recipe, _settings(entry["evaluation"])], sort_keys=True)
+        while any(e["recipe"]["seed"] == entry["recipe"]["seed"] for e in by_recipe.get(key, [])):
+            key += "'"  # the same seed from another start is another run
         by_recipe.setdefault(key, []).append(entry)
     groups = []
     for entries in by_recipe.values():
@@ -96,10 +101,16 @@ def _group(runs: list[dict[str, Any]]) -> list[_Group]:
                 sample_ids=ids,
                 scores={m: np.array([[p["metrics"][m] for p in e["predictions"]] for e in entries]) for m in metrics},
                 recovery=None if None in recoveries else np.mean(recoveries, axis=0).tolist(),
-                data=first["evaluation"]["data"],
+                settings=_settings(first["evaluation"]),
             )
         )
     return groups
+
+
+def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What two evaluations must share to be comparable."""
+    names = ("data", "prompt_column", "completion_column", "max_length", "sample_temperature")
+    return {name: evaluation["settings"][name] for name in names}
 
 
 def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -155,7 +166,7 @@ def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[st
     seeds = max(len(group.seeds) for group in groups)
     lines += [
         "",
-        f"{len(groups[0].sample_ids)} rows of {groups[0].data}, {seeds} seed(s); mean [95 % interval]; ",
+        f"{len(groups[0].sample_ids)} rows of {groups[0].settings['data']}, {seeds} seed(s); mean [95 % interval]; ",
     ]
     lines[-1] += f"in brackets the difference to {groups[0].name}, paired by row."
     return "\n".join(lines) + "\n"

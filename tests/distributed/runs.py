@@ -110,11 +110,14 @@ def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[floa
     """Losses, parameters and contexts of some steps, on any ZeRO stage."""
     run = prepare(settings, set())
     results, contexts = steps(run, number)
-    parameters = {}
-    for name, parameter in run.engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
-            parameters[name] = parameter.detach().clone()
+    parameters = {name: whole(parameter) for name, parameter in run.engine.module.named_parameters()}
     return [r.loss for r in results], parameters, contexts
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter that may be partitioned. Collective."""
+    with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+        return parameter.detach().clone()
 
 
 def metrics(settings: Recipe) -> list[dict[str, float]]:

@@ -36,7 +36,14 @@ def _run_folder(
         seed=seed,
     )
     rows = [{"sample_id": first_sample_id + i, "metrics": {"exact_match": v}} for i, v in enumerate(exact_match)]
-    evaluation = {"data": data, "metrics": {"exact_match": float(np.mean(exact_match))}, "curves": {}}
+    settings = {"data": data, "prompt_column": "prompt", "completion_column": "completion", "max_length": 64}
+    settings |= {"sample_temperature": 0.0}
+    evaluation = {
+        "data": data,
+        "metrics": {"exact_match": float(np.mean(exact_match))},
+        "curves": {},
+        "settings": settings,
+    }
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(recipe))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))

@@ -71,7 +71,9 @@ def test_what_is_no_stage_is_refused(recipe: Recipe, stage: object) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 0}}], ids=["no section", "0"])
 def test_no_zero_at_all_is_for_float32(recipe: Recipe, config: dict[str, Any]) -> None:
-    assert _problem(recipe, config).startswith("ds.json: zero_optimization.stage: expected 1, 2 or 3 for bfloat16")
+    assert _problem(recipe, config).startswith(
+        "ds.json: zero_optimization.stage: expected one of (1, 2, 3) for bfloat16"
+    )
     recipe.model.dtype = "float32"
     assert ds_config.problems(recipe, config, WORLD_SIZE) == []
 

@@ -26,6 +26,12 @@ def test_a_response_is_the_completion_and_the_end_token() -> None:
     assert (row["prompt_ids"], row["response_ids"]) == (_ids("ask "), [*_ids("tell"), END])
 
 
+def test_text_that_spells_a_special_token_stays_text() -> None:
+    row = _tokenize(("a </s>", "<pad></s>")).rows[0]
+    assert TOKENIZER.decode(row["prompt_ids"], skip_special_tokens=True) == "a </s>"
+    assert TOKENIZER.decode(row["response_ids"], skip_special_tokens=True) == "<pad></s>"
+
+
 def test_a_row_that_just_fits_is_not_truncated() -> None:
     samples = _tokenize(("abc", "defg"), max_length=8)
     assert (samples.truncated, samples.rows[0]["response_ids"]) == (0, [*_ids("defg"), END])

@@ -48,11 +48,6 @@ def test_end_and_padding_are_tokens_beside_the_bytes() -> None:
     assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == {256, 257}
 
 
-@pytest.mark.parametrize("text", ["</s>", "a <pad> b</s>"])
-def test_text_that_looks_like_a_special_token_is_bytes(text: str) -> None:
-    assert len(byte_tokenizer()(text)["input_ids"]) == len(text)
-
-
 def test_a_saved_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)

@@ -1,0 +1,192 @@
+"""The command line, in processes of its own: launchers, bad input, real data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.distributed import runs
+from tests.ranks import ROOT, SHARED, Launched, deepspeed, free_port
+
+BIN = Path(sys.executable).parent
+RECIPE = """
+output_dir: {folder}/run
+deepspeed: ds_configs/zero3_cpu.json
+model:
+  preset: {{hidden_size: 32, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}}
+  tokenizer: byte
+  dtype: float32
+data: {{train: {folder}/rows.jsonl, max_length: 128}}
+selfgen: {{method: scheduled_sampling, replace_probability: 0.5}}
+train: {{max_steps: 2, micro_batch_size: 2}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
+    return tmp_path
+
+
+def train(folder: Path, *overrides: str) -> list[str]:
+    return ["train", "--config", str(folder / "recipe.yaml"), *overrides]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+LAUNCHERS = {
+    "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--module", "selfgen_ds"],
+    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "selfgen_ds"],
+    "mpirun": [
+        *(str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2"),
+        *(sys.executable, "-m", "selfgen_ds"),
+    ],
+    "one process": [sys.executable, "-m", "selfgen_ds"],
+    "the installed command": [str(BIN / "selfgen-ds")],
+}
+
+
+def test_every_launcher_trains_the_same(folder: Path) -> None:
+    found = {}
+    for name, command in LAUNCHERS.items():
+        if not Path(command[0]).exists():
+            continue  # mpirun is optional
+        ranks = 1 if name in ("one process", "the installed command") else 2
+        micro = ["--train.micro_batch_size", str(4 // ranks), "--output_dir", str(folder / name / "run")]
+        if name == "deepspeed":
+            command = [command[0], "--master_port", str(free_port()), *command[1:]]
+        if name == "torchrun":
+            command = [command[0], "--master_port", str(free_port()), *command[1:]]
+        with Launched([*command, *train(folder, *micro)], folder / "log") as run:
+            assert run.wait() == 0, run.output()[-3000:]
+        found[name] = losses(folder / name)
+        assert f"{ranks} ranks" in run.output()
+    assert {"deepspeed", "torchrun", "one process", "the installed command"} <= found.keys()
+    for name, values in found.items():
+        assert values == pytest.approx(found["one process"], rel=1e-5), name
+
+
+def test_slurm_tasks_without_rank_variables_do_not_train_models_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert "each task would train a model of its own" in refused(folder)
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    """The error line of a run that ends with exit code 2 before its first step."""
+    with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *overrides)], folder / "log") as run:
+        assert run.wait() == 2, run.output()[-3000:]
+    assert not (folder / "run" / "metrics.jsonl").exists()
+    assert "Traceback" not in run.output()
+    lines = [line for line in run.output().splitlines() if line.startswith("selfgen-ds: error: ")]
+    assert len(lines) == 1, run.output()[-3000:]
+    return lines[0].removeprefix("selfgen-ds: error: ")
+
+
+ROW = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (ROW + '{"prompt": "a", "completion": \n', "rows.jsonl, line 2: expected one JSON object, got malformed JSON"),
+        (ROW + '{"prompt": "a"}\n', "rows.jsonl, line 2: field 'completion' is missing"),
+        (ROW + '{"prompt": "a", "completion": ""}\n', "rows.jsonl, line 2, field 'completion': expected text"),
+        (ROW + '{"prompt": 3, "completion": "b"}\n', "rows.jsonl, line 2, field 'prompt': expected a string, got int"),
+        (ROW + json.dumps({"prompt": "a" * 128, "completion": "b"}), "leave no room for a response"),
+        ("", "rows.jsonl: no usable row among 0"),
+    ],
+    ids=["malformed", "missing column", "empty response", "no string", "no room", "no row"],
+)
+def test_bad_rows_are_one_clear_line(folder: Path, rows: str, expected: str) -> None:
+    (folder / "rows.jsonl").write_text(rows)
+    assert expected in refused(folder)
+
+
+HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 300, "num_attention_heads": 64}'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--data.train", "none.jsonl"], "data.train: expected an existing file"),
+        (["--data.train", "builtin:none"], "builtin:none: unknown task; known are pointer_chase, running_sum"),
+        (["--selfgen.method", "none"], "selfgen.method: expected one of sft, scheduled_sampling, got 'none'"),
+        (["--selfgen.method", "sft", "--selfgen.top_p", "0.5"], "selfgen.top_p: sft does not read it"),
+        (["--checkpoint.every", "0"], "checkpoint.every: expected 1 or more, got 0"),
+        (["--model.preset", HUGE], "output_dir: a checkpoint takes"),
+        (["--data.max_length", "100000"], "data.max_length: expected at most the model's 2048 positions"),
+        (["--eval.best", "bleu"], "eval.best: expected one of"),
+        (["--model.name_or_path", "./none"], "model.name_or_path: expected an existing folder"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(folder: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refused(folder, *overrides)
+
+
+def test_all_problems_of_recipe_and_json_are_named_at_once(folder: Path) -> None:
+    sizes = {"train_batch_size": 3, "zero_optimization": {"stage": 3}, "gradient_clipping": 7.0}
+    (folder / "ds.json").write_text(json.dumps(sizes))
+    overrides = ["--deepspeed", str(folder / "ds.json"), "--selfgen.top_p", "2", "--train.epochs", "1"]
+    with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *overrides)], folder / "log") as run:
+        assert run.wait() == 2
+    output = run.output()
+    for expected in (
+        "ds.json: train_batch_size=3 differs from the recipe: train.micro_batch_size",
+        "ds.json: gradient_clipping=7.0 differs from the recipe: optim.max_grad_norm=1.0",
+        "selfgen.top_p: expected a probability mass in (0, 1], got 2.0",
+        "train: expected either train.epochs or train.max_steps",
+    ):
+        assert expected in output
+
+
+def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("[]\n")
+    with deepspeed(train(folder), folder / "log") as run:
+        assert run.wait() == 2
+    assert run.output().count("selfgen-ds: error: ") == 1
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("{}")
+    assert "holds a run already" in refused(folder)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real GSM8K file is not here (../shared/data)")
+def test_gsm8k_goes_through_whole(folder: Path) -> None:
+    out = folder / "gsm8k"
+    command = [
+        *("train", "--config", "recipes/gsm8k.yaml", "--data.train", str(SHARED / "data" / "gsm8k" / "train.jsonl")),
+        *("--output_dir", str(out), "--checkpoint.every", "1", "--checkpoint.keep", "5"),
+        *("--train.gradient_accumulation_steps", "1", "--train.micro_batch_size", "2", "--optim.warmup_ratio", "0"),
+    ]
+    with deepspeed(command, folder / "log") as run:
+        while not (out / "checkpoints" / "step-000002" / "complete.json").exists():
+            assert run.process.poll() is None, run.output()[-3000:]
+    assert "7473 rows (182 truncated, 0 refused)" in run.output()
+    export = [str(BIN / "selfgen-ds"), "export", "--checkpoint", str(out / "checkpoints" / "step-000002")]
+    with Launched([*export, "--output_dir", str(out / "exported")], folder / "log") as run:
+        assert run.wait() == 0, run.output()[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(out / "exported")
+    model = AutoModelForCausalLM.from_pretrained(out / "exported")
+    prompt = tokenizer("How many apples?", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=8, do_sample=False).shape == (1, 16 + 8)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_the_readme_names_only_files_that_are_here() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in ("recipes/demo.yaml", "recipes/gsm8k.yaml", "recipes/llama3-8b.yaml", "ds_configs/zero3.json"):
+        assert name in text
+        assert (ROOT / name).is_file()

@@ -1,0 +1,111 @@
+"""What a step does when something is off: losses that are not finite, draws that are all references."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.prepare import prepare
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+
+def poisoned_model(folder: Path) -> str:
+    """A model for which any row with a `~` in it gives NaN."""
+    path = runs.write_model(folder)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    token = byte_tokenizer()("~")["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    model.save_pretrained(path)
+    return path
+
+
+def poisoned_recipe(folder: Path, rows: list[str], stage: int, **changes: object) -> Recipe:
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for text in rows:
+            file.write(json.dumps({"prompt": "x", "completion": text}) + "\n")
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    model = ModelConfig(name_or_path=poisoned_model(folder), dtype="float32")
+    return runs.recipe(folder, model=model, deepspeed=str(folder / "ds.json"), **changes)
+
+
+def dropped_steps(settings: Recipe, number: int) -> tuple[list[bool], list[list[int]], bool]:
+    run = prepare(settings, set())
+    results, _ = runs.steps(run, number)
+    # all weights but the one that was poisoned
+    norms = [runs.whole(p) for p in run.engine.module.parameters() if getattr(p, "ds_numel", p.numel()) < 100]
+    finite = bool(torch.isfinite(torch.cat(norms)).all())
+    return [r.applied for r in results], [r.suspects for r in results], finite
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("method", ["sft", "scheduled_sampling"])
+def test_a_step_that_is_not_finite_on_one_rank_is_dropped_on_all_and_its_samples_are_named(
+    two_ranks: Ranks, tmp_path: Path, stage: int, method: str
+) -> None:
+    rows = ["abc"] * 15 + ["a~c"]
+    settings = poisoned_recipe(
+        tmp_path,
+        rows,
+        stage,
+        train=TrainConfig(max_steps=4, micro_batch_size=1, gradient_accumulation_steps=2),
+        selfgen=runs.SFT if method == "sft" else runs.MIXING,
+    )
+    (applied, suspects, finite), other = two_ranks.run(dropped_steps, settings, 4)
+    assert other == (applied, suspects, finite)
+    assert sorted(applied) == [False, True, True, True]
+    assert [bad for bad in suspects if bad] == [[15]]
+    assert suspects[applied.index(False)] == [15]
+    assert finite
+
+
+def test_stage_0_which_cannot_drop_a_step_stops(two_ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ZeRO stage 0 cannot drop a step"):
+        two_ranks.run(dropped_steps, poisoned_recipe(tmp_path, ["a~c"] * 4, 0), 1)
+
+
+def test_a_run_stops_after_the_set_number_of_dropped_steps_in_a_row(two_ranks: Ranks, tmp_path: Path) -> None:
+    train = TrainConfig(max_steps=9, micro_batch_size=1, max_nonfinite_steps=3)
+    settings = poisoned_recipe(tmp_path, ["a~c"] * 4, 3, train=train, selfgen=runs.SFT)
+    with pytest.raises(AssertionError, match="3 steps in a row were dropped"):
+        two_ranks.run(runs.run_training, settings)
+    assert [(row["loss"], row["dropped"]) for row in runs.metrics(settings)] == [(None, 1)] * 3
+
+
+def warnings_of(settings: Recipe) -> list[str]:
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Collect(level=logging.WARNING)
+    logging.getLogger("selfgen_ds").addHandler(handler)
+    try:
+        runs.run_training(settings)
+    finally:
+        logging.getLogger("selfgen_ds").removeHandler(handler)
+    return messages
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(0.01, True), (5.0, False)])
+def test_a_mixture_that_draws_the_reference_is_called_sft_in_all_but_name(
+    two_ranks: Ranks, tmp_path: Path, temperature: float, warned: bool
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "bbbbbbbb"}\n' * 8)
+    settings = runs.recipe(
+        tmp_path,
+        selfgen=SelfgenConfig(replace_probability=0.5, temperature=temperature),
+        train=TrainConfig(max_steps=120, micro_batch_size=4),
+        checkpoint=CheckpointConfig(every=1000),
+    )
+    messages = two_ranks.run(warnings_of, settings)[0]
+    assert any("sft in all but name" in message for message in messages) == warned
