@@ -186,7 +186,7 @@ def _plot(groups: list[_Group], rows: list[dict[str, Any]], metrics: list[str], 
         if with_recovery:
             curve = group.recovery or []
             panels[0, 1].plot(range(1, len(curve) + 1), curve, marker="o", label=group.method)
-    bars.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, [m.replace("_", "\n", 1) for m in metrics], fontsize=7)
+    bars.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, [m.replace("_", "\n") for m in metrics], fontsize=7)
     bars.set(ylabel="mean, 95 % interval", ylim=(0, 1.02))
     bars.legend()
     if with_recovery:

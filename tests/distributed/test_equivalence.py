@@ -60,6 +60,26 @@ def test_two_ranks_equal_one(two_ranks: Ranks, one_rank: Ranks, folder: Path) ->
     assert_same((*two[0][:2], contexts), one[0])
 
 
+def test_weights_from_scratch_are_the_same_for_every_world_size(
+    two_ranks: Ranks, one_rank: Ranks, folder: Path
+) -> None:
+    one = one_rank.run(runs.losses_parameters_contexts, runs.recipe(folder), 0)[0][1]
+    two = two_ranks.run(runs.losses_parameters_contexts, runs.recipe(folder), 0)[0][1]
+    assert all(torch.equal(one[name], two[name]) for name in one | two)
+    other = one_rank.run(runs.losses_parameters_contexts, runs.recipe(folder, seed=4), 0)[0][1]
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_bfloat16_trains_like_float32_to_its_rounding(two_ranks: Ranks, folder: Path) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = from_saved(folder)
+        settings.model.dtype = dtype
+        losses[dtype] = two_ranks.run(runs.losses_parameters_contexts, settings, 4)[0][0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+
+
 def test_accumulation_equals_one_big_batch(one_rank: Ranks, folder: Path) -> None:
     small = TrainConfig(max_steps=4, micro_batch_size=1, gradient_accumulation_steps=8)
     big = TrainConfig(max_steps=4, micro_batch_size=8)
@@ -119,7 +139,7 @@ def plain_training(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(float(total) / targets)
+        losses.append(total.item() / targets)
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 

@@ -1,0 +1,100 @@
+"""Evaluation in the middle of training and of what was exported; what the methods do to a model's recovery."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds.config import (
+    CompareOptions,
+    DataConfig,
+    EvalConfig,
+    EvaluateOptions,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+)
+from selfgen_ds.evaluation import compare, evaluate
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+TASK = "builtin:pointer_chase"
+PRESET = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def task_recipe(folder: Path, steps: int, **changes: object) -> Recipe:
+    settings = {
+        "data": DataConfig(train=TASK, eval=TASK, max_length=64),
+        "model": ModelConfig(preset=PRESET | {"max_position_embeddings": 64}, tokenizer="byte", dtype="float32"),
+        "optim": OptimConfig(learning_rate=3e-3),
+        "train": TrainConfig(max_steps=steps, micro_batch_size=16),
+        "eval": EvalConfig(max_samples=64, batch_size=24),
+    }
+    return runs.recipe(folder, **(settings | changes))
+
+
+def evaluated(settings: Recipe) -> dict[str, float]:
+    """The exported model's metrics, by the sub-command."""
+    out = settings.output_dir
+    evaluate.run(EvaluateOptions(model=f"{out}/model", data=TASK, output_dir=out, max_samples=64, max_length=64))
+    return json.loads((Path(out) / "evaluation.json").read_text())["metrics"]
+
+
+def test_an_evaluation_in_training_is_that_of_the_exported_model(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
+) -> None:
+    settings = task_recipe(tmp_path, 60)
+    two_ranks.run(runs.run_training, settings)
+    last = runs.metrics(settings)[-1]
+    in_training = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    assert in_training == pytest.approx(one_rank.run(evaluated, settings)[0], rel=1e-5)
+    assert two_ranks.run(evaluated, settings)[0] == pytest.approx(in_training, rel=1e-5)
+    assert 0 < in_training["teacher_forced_accuracy"] < 1
+
+
+def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    monitors = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}} | monitors))
+    settings = runs.recipe(tmp_path, deepspeed=str(tmp_path / "ds.json"))
+    two_ranks.run(runs.run_training, settings)
+    with open(tmp_path / "csv" / "loss.csv", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [(int(step), float(loss)) for step, loss in rows] == [
+        (row["step"], pytest.approx(row["loss"])) for row in runs.metrics(settings)
+    ]
+    events = list((Path(settings.output_dir) / "tensorboard").glob("events*"))
+    assert len(events) == 1
+    assert events[0].stat().st_size > 1000
+
+
+@pytest.mark.timeout(600)
+def test_mixing_teaches_recovery_from_an_error_and_more_sft_does_not(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
+) -> None:
+    """The demo, shorter. Both know the task; after one wrong token only one of them finds back."""
+    warm_up = task_recipe(tmp_path, 500, selfgen=runs.SFT)
+    two_ranks.run(runs.run_training, warm_up, timeout=200)
+    found = {}
+    methods = {"sft": runs.SFT, "scheduled_sampling": SelfgenConfig(replace_probability=0.5, temperature=2.0)}
+    for name, selfgen in methods.items():
+        start = ModelConfig(name_or_path=f"{warm_up.output_dir}/model", dtype="float32")
+        settings = task_recipe(tmp_path, 400, selfgen=selfgen, model=start, output_dir=str(tmp_path / name))
+        two_ranks.run(runs.run_training, settings, timeout=200)
+        found[name] = one_rank.run(evaluated, settings)[0]
+    assert found["sft"]["exact_match"] > 0.97
+    assert found["scheduled_sampling"]["exact_match"] > 0.97
+    assert found["sft"]["recovery_1"] < 0.1
+    assert found["scheduled_sampling"]["recovery_1"] > 0.6
+    assert found["scheduled_sampling"]["recovery_last"] > found["sft"]["recovery_last"] + 0.3
+
+    compare.run(CompareOptions(runs=[str(tmp_path / name) for name in methods], output_dir=str(tmp_path)))
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    [row] = [r for r in rows if (r["method"], r["metric"]) == ("scheduled_sampling", "recovery_1")]
+    assert row["paired_low"] > 0.4
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
