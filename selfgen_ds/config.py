@@ -287,6 +287,9 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name too outlasts a lost node
+    os.close(folder)
 
 
 def to_yaml(recipe: Recipe) -> str:

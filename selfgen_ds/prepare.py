@@ -20,6 +20,7 @@ import yaml
 from deepspeed import DeepSpeedEngine
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.utils import is_flash_attn_2_available
 
 from selfgen_ds.config import InputError, Recipe, SelfgenConfig, problems, to_yaml, write_atomically
 from selfgen_ds.data.batches import Windows
@@ -200,6 +201,8 @@ def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
             f"data.max_length: expected at most the model's {config.max_position_embeddings} positions, "
             f"got {recipe.data.max_length}"
         )
+    if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise InputError("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     need = checkpoint.required_bytes(parameter_count(config), recipe.model.dtype)

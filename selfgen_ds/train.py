@@ -40,6 +40,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
     gc.disable()
     for step in range(run.first_step, run.total_steps):
         started = time.perf_counter()
+        get_accelerator().reset_peak_memory_stats()
         window = [batch.to(run.engine.device) for batch in run.windows.window(step)]
         window = run.method.contexts(window, run.policy, step)
         get_accelerator().synchronize()

@@ -57,8 +57,8 @@ def init_process_group() -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
         }
-    deepspeed.init_distributed(verbose=False)
     get_accelerator().set_device(local_rank())
+    deepspeed.init_distributed(verbose=False)
 
 
 def _free_port() -> int:

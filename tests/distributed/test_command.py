@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,8 @@ def test_gsm8k_goes_through_whole(folder: Path) -> None:
     with deepspeed(command, folder / "log") as run:
         while not (out / "checkpoints" / "step-000002" / "complete.json").exists():
             assert run.process.poll() is None, run.output()[-3000:]
+            assert time.monotonic() < run.deadline
+            time.sleep(0.1)
     assert "7473 rows (182 truncated, 0 refused)" in run.output()
     export = [str(BIN / "selfgen-ds"), "export", "--checkpoint", str(out / "checkpoints" / "step-000002")]
     with Launched([*export, "--output_dir", str(out / "exported")], folder / "log") as run:
