@@ -5,8 +5,7 @@ The command line is `--section.field VALUE`; jsonargparse reads types and help f
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,8 +178,9 @@ class EvaluateOptions:
     """Field of the row that is the reference."""
     max_samples: int | None = None
     """Rows used, the first ones. Default: all."""
-    max_length: int = 2048
-    """Longest row in tokens."""
+    max_length: int | None = None
+    """Longest row in tokens; longer responses are cut, prompts without room are left out, both counted.
+    Default: the model's positions."""
     batch_size: int = 64
     """Rows a rank holds at once."""
     sample_temperature: float = 0.0
@@ -188,7 +188,7 @@ class EvaluateOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
     seed: int = 0
-    """Seeds the sampled answers."""
+    """Seeds the sampled answers, which depend on the number of ranks too."""
 
 
 @dataclass(kw_only=True)
@@ -272,24 +272,16 @@ def problems(recipe: Recipe) -> list[str]:
     for setting, source in {"data.train": data.train, "data.eval": data.eval}.items():
         if source is not None and not source.startswith("builtin:"):
             check(Path(source).is_file(), setting, source, "an existing file, or builtin:<task>")
-    if recipe.eval.every is not None:
-        check(data.eval is not None, "eval.every", recipe.eval.every, "data.eval to be given as well")
+    if selfgen.schedule == "constant":
+        default = SelfgenConfig.schedule_share
+        check(selfgen.schedule_share == default, "selfgen.schedule_share", selfgen.schedule_share, "a growing schedule")
+    if data.eval is None:
+        changed = [f.name for f in fields(EvalConfig) if getattr(recipe.eval, f.name) != f.default]
+        for name in changed:
+            check(False, f"eval.{name}", getattr(recipe.eval, name), "data.eval to be given as well")
     if model.name_or_path is not None and model.name_or_path.startswith((".", "/", "~")):
         check(Path(model.name_or_path).is_dir(), "model.name_or_path", model.name_or_path, "an existing folder")
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name too outlasts a lost node
-    os.close(folder)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.monitor.monitor import MonitorMaster
 from tqdm import tqdm
 
-from selfgen_ds.config import write_atomically
+from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")
 

@@ -22,22 +22,24 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from selfgen_ds.config import InputError, Recipe, SelfgenConfig, problems, to_yaml, write_atomically
+from selfgen_ds.config import InputError, Recipe, SelfgenConfig, problems, to_yaml
 from selfgen_ds.data.batches import Windows
 from selfgen_ds.data.rows import read_rows
 from selfgen_ds.data.samples import Samples, tokenize
+from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import checkpoint, ds_config, launch
 from selfgen_ds.engine.model import build_model, model_config, parameter_count
 from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
+from selfgen_ds.files import write_atomically
 from selfgen_ds.methods import METHODS, Method
 
 log = logging.getLogger("selfgen_ds")
 
 # What may change when a run is resumed; everything else would make it another run.
-_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "train.epochs", "checkpoint.", "eval.")
+_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Run:
     windows: Windows
     tokenizer: PreTrainedTokenizerBase
     eval_samples: Samples | None
+    data: int
+    """Checksum of the training data."""
     total_steps: int
     first_step: int
     """Steps done before this start."""
@@ -72,12 +76,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         _check_model(recipe, config)
-        _check_output(recipe)
+        _check_output(recipe, json_config)
         samples = _read(recipe, recipe.data.train, "train", tokenizer)
         eval_samples = None
         if recipe.data.eval is not None:
             eval_samples = _read(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
-        _check_best(recipe, eval_samples)
     windows = Windows(
         samples,
         seed=recipe.seed,
@@ -93,18 +96,21 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
 
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), config.hidden_size)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, config)
+    with _together():
+        model = build_model(recipe.model, config)
     set_seed(recipe.seed + dist.get_rank())
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable()
     engine = initialize(model, hf_config.config, recipe.optim, total_steps)
     warm_up(engine)
-    folder = Path(recipe.output_dir)
-    resumed = checkpoint.load_newest(engine, folder / "checkpoints") if recipe.resume == "auto" else None
+    folder, data = Path(recipe.output_dir), samples.checksum()
+    resumed = checkpoint.load_newest(engine, folder / "checkpoints", data) if recipe.resume == "auto" else None
+    if resumed and resumed.step > total_steps:
+        raise InputError(f"train.max_steps: {resumed.path} is past step {total_steps}")
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", to_yaml(recipe))
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
+        write_atomically(folder / "config.yaml", to_yaml(recipe))
     log.info(
         "%s on %d rows (%d truncated, %d refused): %d steps of %d rows, %d ranks, %s",
         recipe.selfgen.method,
@@ -124,12 +130,13 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             engine.module,
             end_token=tokenizer.eos_token_id,
             sampling=Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k),
-            budget=sweep_budget(config, recipe.train.activation_checkpointing, _prefetched(engine)),
+            budget=sweep_budget(engine.module.config, recipe.train.activation_checkpointing, _prefetched(engine)),
         ),
         method=METHODS[selfgen.method](selfgen, recipe.seed, total_steps),
         windows=windows,
         tokenizer=tokenizer,
         eval_samples=eval_samples,
+        data=data,
         total_steps=total_steps,
         first_step=resumed.step if resumed else 0,
         hf_config=hf_config,
@@ -150,6 +157,12 @@ def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
         found += _unread_settings(recipe.selfgen, overrides)
     else:
         found.append(f"selfgen.method: expected one of {', '.join(METHODS)}, got {recipe.selfgen.method!r}")
+    for setting, source in {"data.train": recipe.data.train, "data.eval": recipe.data.eval or ""}.items():
+        if source.startswith("builtin:") and source.removeprefix("builtin:") not in TASKS:
+            found.append(f"{setting}: unknown task {source!r}; known are builtin:{', builtin:'.join(TASKS)}")
+    metrics = METRICS | (RECOVERY_METRICS if (recipe.data.eval or "").startswith("builtin:") else {})
+    if recipe.eval.best not in metrics:
+        found.append(f"eval.best: expected one of {', '.join(metrics)}, got {recipe.eval.best!r}")
     json_config: dict[str, Any] = {}
     try:
         json_config = ds_config.read(recipe.deepspeed)
@@ -206,36 +219,46 @@ def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     need = checkpoint.required_bytes(parameter_count(config), recipe.model.dtype)
-    if need > free:
-        raise InputError(f"output_dir: a checkpoint takes {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
-    if need * (recipe.checkpoint.keep + 1) > free:
-        log.warning(
-            "%s has %.1f GB free; %d checkpoints of %.1f GB do not fit",
-            folder,
-            free / 1e9,
-            recipe.checkpoint.keep + 1,
-            need / 1e9,
-        )
+    room = f"a checkpoint takes {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free"
+    if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
+        raise InputError(f"output_dir: {room}")
+    if need * (recipe.checkpoint.keep + 2) > free:  # the newest, the best, and the one being written
+        log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)
 
 
-def _check_output(recipe: Recipe) -> None:
+def _check_output(recipe: Recipe, json_config: dict[str, Any]) -> None:
     """The folder is new, or holds this very run."""
-    written = Path(recipe.output_dir) / "config.yaml"
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: expected a folder, got the file {folder}")
+    if (
+        recipe.model.name_or_path is not None
+        and Path(recipe.model.name_or_path).absolute() == (folder / "model").absolute()
+    ):
+        raise InputError(f"output_dir: {folder / 'model'} is model.name_or_path, and would be replaced")
+    written = folder / "config.yaml"
     if not written.exists():
+        if foreign := [name for name in ("model", "checkpoints", "metrics.jsonl") if (folder / name).exists()]:
+            raise InputError(f"output_dir: {folder} holds {', '.join(foreign)}, but no run's config.yaml")
         return
     if recipe.resume is None:
-        raise InputError(f"output_dir: {recipe.output_dir} holds a run already; continue it with --resume auto")
-    before, now = (
-        _flat(yaml.safe_load(written.read_text(encoding="utf-8"))),
-        _flat(yaml.safe_load(to_yaml(recipe))),
-    )
+        raise InputError(f"output_dir: {folder} holds a run already; continue it with --resume auto")
+    try:
+        before = _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise InputError(f"{written}: not a run's recipe") from error
+    now = _flat(yaml.safe_load(to_yaml(recipe)))
     changed = [
         f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
         for setting in sorted(before.keys() | now.keys())
         if before.get(setting) != now.get(setting) and not setting.startswith(_MAY_CHANGE)
     ]
     if changed:
-        raise InputError(f"resume: {recipe.output_dir} was started with other settings: {'; '.join(changed)}")
+        raise InputError(f"resume: {folder} was started with other settings: {'; '.join(changed)}")
+    json_before = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+    stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
+    if stage_before != stage:
+        raise InputError(f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}")
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -243,11 +266,3 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _check_best(recipe: Recipe, eval_samples: Samples | None) -> None:
-    known = set(METRICS)
-    if eval_samples is not None and eval_samples.rows[0]["forced_ids"] is not None:
-        known |= set(RECOVERY_METRICS)
-    if recipe.eval.best not in known:
-        raise InputError(f"eval.best: expected one of {', '.join(sorted(known))}, got {recipe.eval.best!r}")

@@ -42,9 +42,10 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         started = time.perf_counter()
         get_accelerator().reset_peak_memory_stats()
         window = [batch.to(run.engine.device) for batch in run.windows.window(step)]
+        pass_started = time.perf_counter()
         window = run.method.contexts(window, run.policy, step)
         get_accelerator().synchronize()
-        pass_time = time.perf_counter() - started
+        pass_time = time.perf_counter() - pass_started
         result = train_step(run.engine, window, recipe.optim.label_smoothing)
         metrics = _metrics(run, step, result, pass_time, time.perf_counter() - started)
 
@@ -70,7 +71,7 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _metrics(run: Run, step: int, result: StepResult, pass_time: float, step_time: float) -> dict[str, float]:
-    """One line of `metrics.jsonl`. On a CPU, `peak_memory_bytes` is the process's resident set, sampled here."""
+    """One line of `metrics.jsonl`. `peak_memory_bytes` is rank 0's; on a CPU its resident set, sampled here."""
     return {
         "step": step + 1,
         "epoch": run.windows.epoch(step + 1),
@@ -112,6 +113,6 @@ def _is_best(folder: Path, scores: dict[str, float], metric: str) -> bool:
 
 def _save(run: Run, folder: Path, step: int, scores: dict[str, float], recipe: Recipe) -> None:
     checkpoints = folder / "checkpoints"
-    checkpoint.save(run.engine, checkpoints, step, scores, run.tokenizer)
+    checkpoint.save(run.engine, checkpoints, step, run.data, scores, run.tokenizer)
     if dist.get_rank() == 0:
         checkpoint.retain(checkpoints, recipe.checkpoint.keep, recipe.eval.best)

@@ -9,6 +9,7 @@ replaced (nothing ever reads the last one; untruncated, it is the end token).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -36,6 +37,15 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def checksum(self) -> int:
+        """CRC-32 of all ids, to know the same data again."""
+        crc = 0
+        for name in ("prompt_ids", "response_ids"):
+            for chunk in self.rows.data.column(name).chunks:
+                for numbers in (chunk.offsets, chunk.values):
+                    crc = zlib.crc32(numbers.to_numpy().tobytes(), crc)
+        return crc
 
 
 def tokenize(

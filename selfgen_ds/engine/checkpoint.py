@@ -1,14 +1,16 @@
 """Checkpoints that count only when they are complete.
 
 `checkpoints/step-000100/` holds DeepSpeed's files, one file of generator states a rank, the model's Hugging Face
-configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`: the step, the
-evaluation metrics of that step, and size and CRC-32 of every file by the rank that wrote it.
+configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`: the step, a checksum of
+the training data, the evaluation metrics of that step, and size and CRC-32 of every file by the rank that wrote
+it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor counted.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -21,19 +23,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError, write_atomically
+from selfgen_ds.config import InputError
+from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
 MARKER = "complete.json"
+BROKEN = "broken.json"
 HF_FOLDER = "huggingface"
 
-# No checkpoint is unpickled as code: torch refuses everything but tensors, plain containers and these two,
-# which DeepSpeed keeps in its optimizer files; it passes `weights_only=False` itself, which this overrides.
+# No checkpoint is unpickled as code: torch refuses everything but tensors, plain containers and these classes,
+# which DeepSpeed keeps in its files; it passes `weights_only=False` itself, which this overrides.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class Checkpoint:
     step: int
     """Optimizer steps done."""
     world_size: int
+    data: int
+    """Checksum of the training data."""
     metrics: dict[str, float]
     """Evaluation metrics after that step; empty if none were taken."""
     files: list[dict[str, list[int]]]
@@ -53,12 +60,11 @@ class Checkpoint:
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """All complete checkpoints, oldest first. Files are not opened: `load_newest` verifies them."""
     found = []
-    for path in sorted(folder.glob("step-*")):
+    for marker in folder.glob(f"step-*/{MARKER}"):
         try:
-            marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-            found.append(Checkpoint(path=path, **marker))
-        except (OSError, ValueError, TypeError):
-            log.warning("%s is no complete checkpoint and is passed over", path)
+            found.append(Checkpoint(path=marker.parent, **json.loads(marker.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):
+            log.warning("%s is unreadable, the checkpoint is passed over", marker)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -71,6 +77,7 @@ def save(
     engine: deepspeed.DeepSpeedEngine,
     folder: Path,
     step: int,
+    data: int,
     metrics: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -83,6 +90,7 @@ def save(
     torch.save(_generator_states(engine.device), path / f"generators_rank_{rank}.pt")
     if rank == 0:
         engine.module.config.save_pretrained(path / HF_FOLDER)
+        engine.module.generation_config.save_pretrained(path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
     dist.barrier()
 
@@ -91,19 +99,22 @@ def save(
     manifests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(manifests, manifest)
     if rank == 0:
-        marker = {"step": step, "world_size": dist.get_world_size(), "metrics": metrics, "files": manifests}
-        write_atomically(path / MARKER, json.dumps(marker, indent=1))
+        marker = {"step": step, "world_size": dist.get_world_size(), "data": data, "metrics": metrics}
+        write_atomically(path / MARKER, json.dumps(marker | {"files": manifests}, indent=1))
     dist.barrier()
 
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Checkpoint | None:
-    """Load the newest checkpoint whose files are all as they were written; broken ones are passed over.
+def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> Checkpoint | None:
+    """Load the newest checkpoint whose files are all as they were written; broken ones are passed over, for good.
+
+    Args:
+        data: Checksum of the training data.
 
     Returns:
-        What was loaded, or None if there is no usable checkpoint.
+        What was loaded, or None if nothing was ever saved.
 
     Raises:
-        InputError: It was written by another number of ranks.
+        InputError: All checkpoints are broken, or the newest intact one is of other data or of another number of ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for checkpoint in reversed(_agreed(complete_checkpoints(folder))):
@@ -111,29 +122,48 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Checkpoint |
             raise InputError(
                 f"{checkpoint.path} was written by {checkpoint.world_size} ranks and cannot be resumed on {world_size}"
             )
-        broken = [n for n, entry in checkpoint.files[rank].items() if not _intact(checkpoint.path / n, entry)]
         everyone: list[Any] = [None] * world_size
-        dist.all_gather_object(everyone, broken)
+        dist.all_gather_object(everyone, broken_files(checkpoint, rank))
         if names := sorted(name for names in everyone for name in names):
             log.warning("%s is broken (%s) and is passed over", checkpoint.path, ", ".join(names))
+            if rank == 0:
+                (checkpoint.path / MARKER).rename(checkpoint.path / BROKEN)
             continue
-        engine.load_checkpoint(str(folder), tag=checkpoint.path.name)
+        if checkpoint.data != data:
+            raise InputError(f"data.train: not the rows that {checkpoint.path} was trained on")
+        loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.path.name)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed did not load {checkpoint.path}")
         _restore_generators(torch.load(checkpoint.path / f"generators_rank_{rank}.pt"), engine.device)
         return checkpoint
+    if damaged := sorted(folder.glob(f"step-*/{BROKEN}")) + sorted(folder.glob(f"step-*/{MARKER}")):
+        raise InputError(f"resume: every checkpoint is broken, the newest is {damaged[-1].parent}")
     return None
 
 
+def broken_files(checkpoint: Checkpoint, rank: int) -> list[str]:
+    """Files that are not as this rank wrote them."""
+    return [name for name, entry in checkpoint.files[rank].items() if not _intact(checkpoint.path / name, entry)]
+
+
 def retain(folder: Path, keep: int, metric: str) -> None:
-    """Remove all but the newest `keep` complete checkpoints and the best one by `metric`. Rank 0 alone."""
+    """Remove all but the newest `keep` complete checkpoints and the best one by `metric`. Rank 0 alone.
+
+    Folders that a killed run left half-written go too; broken ones stay, for somebody to look at.
+    """
     complete = complete_checkpoints(folder)
-    best = best_of(complete, metric)
-    for checkpoint in complete[:-keep]:
-        if checkpoint != best:
-            _remove(checkpoint.path)
+    kept = [checkpoint.path for checkpoint in complete[-keep:]]
+    if best := best_of(complete, metric):
+        kept.append(best.path)
+    for path in folder.glob("step-*"):
+        if path not in kept and not (path / BROKEN).exists():
+            _remove(path)
 
 
 def better(value: float, other: float, metric: str) -> bool:
     """Whether a value of an evaluation metric is the better one: a lower `loss`, or a higher anything else."""
+    if math.isnan(other):
+        return not math.isnan(value)
     return value < other if metric == "loss" else value > other
 
 

@@ -48,10 +48,13 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     """Write the model of a complete checkpoint, in one process and without a process group.
 
     Raises:
-        InputError: `path` is no complete checkpoint, or `folder` exists.
+        InputError: `path` is no complete checkpoint or not as it was written, or `folder` exists.
     """
-    if not (path / checkpoint.MARKER).is_file():
+    found = next((c for c in checkpoint.complete_checkpoints(path.parent) if c.path == path), None)
+    if found is None:
         raise InputError(f"{path}: expected a complete checkpoint (with {checkpoint.MARKER})")
+    if broken := [name for rank in range(found.world_size) for name in checkpoint.broken_files(found, rank)]:
+        raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
     if folder.exists():
         raise InputError(f"{folder}: exists already")
     dtype = AutoConfig.from_pretrained(path / checkpoint.HF_FOLDER).dtype

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 _CHUNK = 256  # positions whose logits exist at the same time
+_DRAW_CHUNK, _SORTED_CHUNK = 64, 16  # a draw holds copies of them, top-p's sort many: no more bytes than the loss
 
 Reduction = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | tuple[Tensor, ...]"]
 """`(hidden [N, H], weight [V, H], bias [V] or None) -> result`."""
@@ -90,9 +91,11 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
 
+    chunk = _SORTED_CHUNK if top_p < 1.0 else _DRAW_CHUNK
+
     def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = [hidden.new_empty(0, dtype=torch.int64)]
-        for rows, noise in zip(hidden.split(_CHUNK), uniforms.split(_CHUNK), strict=True):
+        for rows, noise in zip(hidden.split(chunk), uniforms.split(chunk), strict=True):
             logits = warpers(None, F.linear(rows, weight, bias).float())
             cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
             # noise > 0, so the first entry that reaches it belongs to a token with probability > 0

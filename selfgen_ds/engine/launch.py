@@ -38,16 +38,17 @@ def init_process_group() -> None:
     """Join the process group of `deepspeed`, `torchrun` or `mpirun`, or make one of this process alone.
 
     Raises:
-        InputError: Slurm started several tasks without rank variables; each would train a model of its own.
+        InputError: Several tasks were started without rank variables; each would train a model of its own.
     """
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile this at first use; it serves inference only, training's collectives are gloo's
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "OMPI_COMM_WORLD_SIZE" not in os.environ and not all(v in os.environ for v in _LAUNCHER_VARIABLES):
-        tasks = int(os.environ.get("SLURM_NTASKS", 1))
+        # in a step of Slurm's srun, or under an MPI other than Open MPI
+        tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
         if tasks > 1:
             raise InputError(
-                f"Slurm started {tasks} tasks, but {', '.join(_LAUNCHER_VARIABLES)} are not all set: "
+                f"{tasks} tasks were started, but {', '.join(_LAUNCHER_VARIABLES)} are not all set: "
                 "each task would train a model of its own"
             )
         os.environ |= {

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -76,19 +77,31 @@ def build_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel
 
     The caller seeds torch first (from scratch, weights depend on the seed alone, not on the world size), and
     again afterwards: initialisation leaves the ranks with different generator states.
+
+    Raises:
+        InputError: Weights are missing or do not fit.
     """
     dtype = getattr(torch, model.dtype)
     if model.name_or_path is None:
         built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
     else:
-        built = AutoModelForCausalLM.from_pretrained(
-            model.name_or_path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-        )
+        try:
+            built, loaded = AutoModelForCausalLM.from_pretrained(
+                model.name_or_path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise InputError(f"model.name_or_path: no weights from {model.name_or_path!r}: {reason}") from error
+        if absent := sorted(loaded["missing_keys"]):
+            raise InputError(
+                f"model.name_or_path: {model.name_or_path!r} lacks {len(absent)} tensors, the first is {absent[0]}"
+            )
     return extend(built).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed
 
 

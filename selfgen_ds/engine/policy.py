@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -63,6 +64,8 @@ def sweep_budget(config: PretrainedConfig, activation_checkpointing: bool, prefe
     Args:
         prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
     """
+    if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
+        return SweepBudget(forward=1, training=1, prefetched=0)
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     saved = 4 * inner + 10 * hidden
     backward = 2 * inner + 2 * hidden
@@ -82,7 +85,7 @@ class EnginePolicy:
 
     def __init__(
         self,
-        forward: nn.Module,
+        forward: DeepSpeedEngine | PreTrainedModel,
         model: PreTrainedModel,
         *,
         end_token: int,
@@ -94,6 +97,7 @@ class EnginePolicy:
         self.end_token = end_token
         self.sampling = sampling or Sampling()
         self.budget = budget
+        self.device = torch.device(forward.device)
         self.groups = 0
         """Sweeps that the last `draw` was split into."""
 
@@ -155,7 +159,7 @@ class EnginePolicy:
             max_new_tokens: The same on every rank.
             temperature: 0 is greedy.
         """
-        device = self.model.device
+        device = self.device
         ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left")
         real = pad_sequence([torch.ones(len(p)) for p in prompts], batch_first=True, padding_side="left")
         settings = GenerationConfig(
@@ -164,7 +168,7 @@ class EnginePolicy:
             eos_token_id=self.end_token,
             pad_token_id=self.end_token,
         )
-        with _evaluating(self.forward):
+        with _evaluating(self.forward), _no_generation_defaults(self.model):
             # in step: a rank whose rows are finished goes on until all are, or the gathers would hang
             output = self.model.generate(
                 ids.to(device),
@@ -185,6 +189,17 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+@contextmanager
+def _no_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """`generate()` takes what it is not told from the model's own defaults: a chat model's say "sample"."""
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -18,8 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 
-from selfgen_ds.config import CompareOptions, InputError, write_atomically
+from selfgen_ds.config import CompareOptions, InputError
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS, SAMPLED_METRICS
+from selfgen_ds.files import write_atomically
 
 _RESAMPLES = 2000
 
@@ -39,7 +40,11 @@ class _Group:
 
 
 def run(options: CompareOptions) -> None:
-    """Raises: InputError."""
+    """Compare as the command line says.
+
+    Raises:
+        InputError: A run is missing, or the runs were not evaluated on the same rows.
+    """
     groups = _group([_load(Path(run)) for run in options.runs])
     baseline = groups[0]
     for group in groups:

@@ -15,18 +15,31 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, write_atomically
+from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig
 from selfgen_ds.data.rows import read_rows
-from selfgen_ds.data.samples import tokenize
+from selfgen_ds.data.samples import Samples, tokenize
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.evaluation.scores import SampleScore, aggregate, curves, evaluate
+from selfgen_ds.evaluation.scores import (
+    METRICS,
+    RECOVERY_METRICS,
+    SAMPLED_METRICS,
+    SampleScore,
+    aggregate,
+    curves,
+    evaluate,
+)
+from selfgen_ds.files import write_atomically
 
 
 def run(options: EvaluateOptions) -> None:
-    """Raises: InputError."""
+    """Evaluate as the command line says. Collective under a launcher.
+
+    Raises:
+        InputError: Bad options, data or model.
+    """
     for setting in ("max_samples", "batch_size"):
         if getattr(options, setting) is not None and getattr(options, setting) < 1:
             raise InputError(f"--{setting}: expected 1 or more, got {getattr(options, setting)}")
@@ -35,8 +48,14 @@ def run(options: EvaluateOptions) -> None:
     source = ModelConfig(name_or_path=options.model, dtype=options.dtype)
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
-    rows = read_rows(options.data, "test", options.prompt_column, options.completion_column)
-    samples = tokenize(islice(rows, options.max_samples), tokenizer, options.data, options.max_length)
+    positions = config.max_position_embeddings
+    max_length = options.max_length or positions
+    if not 2 <= max_length <= positions:
+        raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
+    rows = islice(
+        read_rows(options.data, "test", options.prompt_column, options.completion_column), options.max_samples
+    )
+    samples = tokenize(rows, tokenizer, options.data, max_length, max_refused_share=1.0)
     if launch.world_size() > 1:
         launch.init_process_group()
     model = build_model(source, config).to(launch.device()).eval()
@@ -44,12 +63,12 @@ def run(options: EvaluateOptions) -> None:
     policy = EnginePolicy(model, model, end_token=tokenizer.eos_token_id)
     scores = evaluate(policy, samples, tokenizer, options.batch_size, options.sample_temperature)
     if launch.rank() == 0:
-        write(scores, options, samples.truncated)
+        write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
 
 
-def write(scores: list[SampleScore], options: EvaluateOptions, truncated: int) -> None:
+def write(scores: list[SampleScore], options: EvaluateOptions, samples: Samples) -> None:
     """`evaluation.json`, `predictions.jsonl` and `evaluation.png` in the output folder."""
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +79,8 @@ def write(scores: list[SampleScore], options: EvaluateOptions, truncated: int) -
         "model": options.model,
         "data": options.data,
         "n": len(scores),
-        "truncated": truncated,
+        "truncated": samples.truncated,
+        "refused": samples.refused,
         "settings": asdict(options),
         "metrics": metrics,
         "curves": positions,
@@ -84,5 +104,7 @@ def write(scores: list[SampleScore], options: EvaluateOptions, truncated: int) -
     axes.legend()
     figure.savefig(folder / "evaluation.png", dpi=150)
     plt.close(figure)
-    print("\n".join(f"{name:26}{value:8.3f}" for name, value in metrics.items()))
+    described = METRICS | RECOVERY_METRICS | SAMPLED_METRICS
+    print("\n".join(f"{name:26}{value:8.3f}  {described[name]}" for name, value in metrics.items()))
+    print(f"{len(scores)} rows, {samples.truncated} with a truncated response, {samples.refused} left out for length")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")

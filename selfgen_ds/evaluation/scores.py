@@ -136,7 +136,7 @@ def _score(
     longest = max(len(row["response_ids"]) for row in everything)
 
     batch = collate(prompts, references, [row["sample_id"] for row in rows])
-    best, log_probabilities = policy.predict(batch.to(policy.model.device))
+    best, log_probabilities = policy.predict(batch.to(policy.device))
     right = best.cpu() == batch.target[batch.loss_mask]
     sizes = [len(reference) for reference in references]
     teacher_forced = right.split(sizes)

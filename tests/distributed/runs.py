@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def run_training(settings: Recipe) -> None:
     train(settings, set())
 
 
-def steps(run: Run, number: int) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
+def steps(
+    run: Run, number: int, label_smoothing: float = 0.0
+) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
     """The trainer's steps; what each gave, and the contexts that were read, by (step, sample id)."""
     results, contexts = [], {}
     for step in range(number):
@@ -102,16 +105,22 @@ def steps(run: Run, number: int) -> tuple[list[StepResult], dict[tuple[int, int]
         for batch in window:
             for row, sample in enumerate(batch.sample_ids.tolist()):
                 contexts[step, sample] = batch.context[row, : batch.lengths[row]].tolist()
-        results.append(train_step(run.engine, window, 0.0))
+        results.append(train_step(run.engine, window, label_smoothing))
     return results, contexts
 
 
 def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     """Losses, parameters and contexts of some steps, on any ZeRO stage."""
     run = prepare(settings, set())
-    results, contexts = steps(run, number)
+    results, contexts = steps(run, number, settings.optim.label_smoothing)
     parameters = {name: whole(parameter) for name, parameter in run.engine.module.named_parameters()}
     return [r.loss for r in results], parameters, contexts
+
+
+def contexts_of(settings: Recipe, number: int) -> dict[tuple[int, int], list[int]]:
+    """The contexts that a run reads, found by running its steps again."""
+    again = replace(settings, output_dir=settings.output_dir + "-again")
+    return losses_parameters_contexts(again, number)[2]
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,16 @@ import random
 import shutil
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfgen_ds.config import CheckpointConfig, EvalConfig, Recipe, TrainConfig, to_yaml
+from selfgen_ds.config import CheckpointConfig, EvalConfig, InputError, ModelConfig, Recipe, TrainConfig, to_yaml
 from selfgen_ds.engine import checkpoint, export
 from tests.distributed import runs
 from tests.ranks import Ranks, deepspeed
@@ -37,6 +40,7 @@ def names(settings: Recipe) -> list[str]:
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(two_ranks: Ranks, folder: Path) -> None:
     long = TrainConfig(max_steps=60, micro_batch_size=2, gradient_accumulation_steps=2)
     settings = runs.recipe(folder, train=long, checkpoint=CheckpointConfig(every=4))
+    settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # torch's generators matter too
     settings.data.eval, settings.eval = settings.data.train, EvalConfig(every=10, max_samples=4)
     two_ranks.run(runs.run_training, settings)
     whole = weights(settings)
@@ -46,7 +50,8 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(
     settings.output_dir, settings.resume = str(killed), "auto"
     (folder / "recipe.yaml").write_text(to_yaml(settings))
     command = ["train", "--config", str(folder / "recipe.yaml")]
-    at_step = random.Random(folder.name).randrange(6, 50)
+    at_step = random.randrange(6, 50)
+    print(f"killed at step {at_step}")
     with deepspeed(command, folder / "log") as run:
         while (lines := count_lines(killed / "metrics.jsonl")) < at_step:
             assert run.process.poll() is None, run.output()[-3000:]
@@ -108,6 +113,100 @@ def test_a_broken_newest_checkpoint_is_passed_over(two_ranks: Ranks, saved: Reci
     else:
         (newest / checkpoint.MARKER).write_text((newest / checkpoint.MARKER).read_text()[:20])
     assert resume(two_ranks, saved) == 4
+    if damage != "no marker":
+        assert (newest / checkpoint.BROKEN).exists() or damage == "torn marker"
+
+
+def test_a_broken_newest_checkpoint_does_not_crowd_out_good_ones(two_ranks: Ranks, saved: Recipe) -> None:
+    folder = Path(saved.output_dir) / "checkpoints"
+    (folder / "step-000006" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"")
+    saved.checkpoint.keep = 1
+    assert resume(two_ranks, saved) == 4
+    checkpoint.retain(folder, keep=1, metric="loss")
+    assert names(saved) == ["step-000004"]
+    assert resume_again(two_ranks, saved) == 4
+
+
+def resume_again(two_ranks: Ranks, settings: Recipe) -> int:
+    return two_ranks.run(first_step, settings)[0]
+
+
+def test_when_every_checkpoint_is_broken_the_run_stops(two_ranks: Ranks, saved: Recipe) -> None:
+    for path in (Path(saved.output_dir) / "checkpoints").glob("step-*/generators_rank_0.pt"):
+        path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="every checkpoint is broken"):
+            resume_again(two_ranks, replace(saved, resume="auto"))
+    assert len(runs.metrics(saved)) == 6
+
+
+def test_half_written_folders_are_removed_with_the_next_checkpoint(saved: Recipe) -> None:
+    folder = Path(saved.output_dir) / "checkpoints"
+    (folder / "step-000005").mkdir()
+    checkpoint.retain(folder, keep=3, metric="loss")
+    assert not (folder / "step-000005").exists()
+    assert names(saved) == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_other_rows_are_refused_on_resume(two_ranks: Ranks, saved: Recipe, folder: Path) -> None:
+    runs.write_rows(folder, count=41)
+    with pytest.raises(AssertionError, match=r"data\.train: not the rows that"):
+        resume(two_ranks, saved)
+
+
+def test_max_steps_may_not_be_lowered_below_what_is_done(two_ranks: Ranks, saved: Recipe) -> None:
+    saved.train.max_steps = 5
+    with pytest.raises(AssertionError, match=r"train\.max_steps: .* is past step 5"):
+        resume(two_ranks, saved)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_every_stage_resumes_and_exports(
+    two_ranks: Ranks, folder: Path, stage: int, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    found = []
+    for stops in ([6], [3, 6]):
+        settings = runs.recipe(folder, deepspeed=str(folder / "ds.json"), resume="auto")
+        settings.model.dtype, settings.optim.schedule = dtype, "constant"
+        for steps in stops:
+            settings.train.max_steps = steps
+            two_ranks.run(runs.run_training, settings)
+        found.append(weights(settings))
+    assert found[0] == found[1]
+    last = Path(settings.output_dir) / "checkpoints" / "step-000006"
+    export.export_checkpoint(last, folder / "exported")
+    loaded = [AutoModelForCausalLM.from_pretrained(p) for p in (folder / "exported", f"{settings.output_dir}/model")]
+    assert loaded[0].dtype == getattr(torch, dtype)
+    for (name, one), (_, other) in zip(*(model.named_parameters() for model in loaded), strict=True):
+        assert torch.equal(one, other), name
+    assert (folder / "exported" / "generation_config.json").exists()
+
+
+def test_a_broken_checkpoint_is_not_exported(saved: Recipe, folder: Path) -> None:
+    path = Path(saved.output_dir) / "checkpoints" / "step-000006"
+    (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(InputError, match=r"broken: zero_pp_rank_1_mp_rank_00_optim_states\.pt"):
+        export.export_checkpoint(path, folder / "exported")
+    assert not (folder / "exported").exists()
+
+
+def test_a_model_that_lacks_weights_is_refused(two_ranks: Ranks, folder: Path) -> None:
+    path = runs.write_model(folder)
+    file = Path(path) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    settings = runs.recipe(folder, model=ModelConfig(name_or_path=path, dtype="float32"))
+    with pytest.raises(AssertionError, match=r"lacks 1 tensors, the first is model\.layers\.1\.mlp\.up_proj\.weight"):
+        two_ranks.run(runs.run_training, settings)
+
+
+def test_a_model_is_not_replaced_by_what_is_trained_from_it(two_ranks: Ranks, folder: Path) -> None:
+    path = runs.write_model(folder)
+    settings = runs.recipe(folder, model=ModelConfig(name_or_path=path, dtype="float32"), output_dir=str(folder))
+    with pytest.raises(AssertionError, match=r"is model\.name_or_path, and would be replaced"):
+        two_ranks.run(runs.run_training, settings)
 
 
 def test_with_no_usable_checkpoint_a_run_starts_from_the_beginning(two_ranks: Ranks, saved: Recipe) -> None:

@@ -77,10 +77,11 @@ def test_every_launcher_trains_the_same(folder: Path) -> None:
         assert values == pytest.approx(found["one process"], rel=1e-5), name
 
 
-def test_slurm_tasks_without_rank_variables_do_not_train_models_of_their_own(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "PMI_SIZE"])
+def test_tasks_without_rank_variables_do_not_train_models_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv(variable, "2")
     assert "each task would train a model of its own" in refused(folder)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.config import ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.rows import read_rows
+from selfgen_ds.data.samples import tokenize
+from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.distributed import runs
 from tests.ranks import Ranks
 
@@ -96,51 +101,73 @@ def test_zero_3_equals_lower_stages(two_ranks: Ranks, folder: Path, stage: int) 
     assert_same(zero3[0], other[0])
 
 
-def test_zero_3_equals_plain_torch(two_ranks: Ranks, folder: Path) -> None:
-    settings = from_saved(folder, train=TrainConfig(max_steps=6, micro_batch_size=2, gradient_accumulation_steps=2))
-    zero3 = two_ranks.run(runs.losses_parameters_contexts, settings, 6)
-    losses, parameters = plain_training(settings, zero3[0][2] | zero3[1][2], 6)
-    assert_same((*zero3[0][:2], None), (losses, parameters, None))
+@pytest.mark.parametrize(
+    "optim",
+    [
+        OptimConfig(learning_rate=1e-2, weight_decay=0.1, warmup_ratio=0.0),
+        OptimConfig(learning_rate=1e-2, warmup_ratio=0.5, schedule="linear", label_smoothing=0.2),
+        OptimConfig(learning_rate=1e-2, betas=(0.8, 0.9), epsilon=1e-5, schedule="constant", max_grad_norm=0.5),
+    ],
+    ids=["decay, cosine", "warm-up, linear, smoothing", "betas, constant, clipping"],
+)
+def test_training_equals_plain_torch(two_ranks: Ranks, folder: Path, optim: OptimConfig) -> None:
+    train = TrainConfig(max_steps=6, micro_batch_size=2, gradient_accumulation_steps=2)
+    settings = from_saved(folder, train=train, optim=optim)
+    (folder / "model").rename(folder / "start")  # the run's own model goes to its output folder
+    settings.model.name_or_path = str(folder / "start")
+    two_ranks.run(runs.run_training, settings)
+    contexts = two_ranks.run(runs.contexts_of, settings, 6)
+    losses, rates, norms, parameters = plain_training(settings, contexts[0] | contexts[1], 6)
+    rows = runs.metrics(settings)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3)
+    trained = dict(LlamaForCausalLM.from_pretrained(f"{settings.output_dir}/model").named_parameters())
+    for name, parameter in parameters.items():
+        assert torch.allclose(trained[name], parameter, rtol=1e-4, atol=2e-4), name
 
 
 def plain_training(
     settings: Recipe, contexts: dict[tuple[int, int], list[int]], steps: int
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same steps without DeepSpeed, row by row with full logits: no ZeRO, no accumulation, no masks."""
-    from transformers import LlamaForCausalLM, get_scheduler
+) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor]]:
+    """The same steps without DeepSpeed, row by row with full logits: no ZeRO, no accumulation, no masks.
 
-    from selfgen_ds.data.rows import read_rows
-    from selfgen_ds.data.samples import tokenize
-    from selfgen_ds.data.tokenizer import byte_tokenizer
-
+    Losses, learning rates and gradient norms by step, and the parameters at the end.
+    """
     rows = tokenize(read_rows(settings.data.train, "train", "prompt", "completion"), byte_tokenizer(), "", 128).rows
     model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
     optim = settings.optim
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=optim.learning_rate,
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": optim.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
         betas=optim.betas,
+        eps=optim.epsilon,
     )
-    assert settings.train.max_steps is not None
-    scheduler = get_scheduler("cosine", optimizer, 0, settings.train.max_steps)
-    losses = []
+    losses, rates, norms = [], [], []
     for step in range(steps):
+        warm_up = round(optim.warmup_ratio * steps)
+        x = (step - warm_up) / (steps - warm_up)
+        after = {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[optim.schedule]
+        rates.append(optim.learning_rate * (step / warm_up if step < warm_up else after))
         total, targets = torch.zeros(()), 0
         for sample in [sample for s, sample in contexts if s == step]:
             context = torch.tensor([contexts[step, sample]])
             response = rows[sample]["response_ids"]
             logits = model(context).logits[0, -len(response) - 1 : -1]
-            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(
+                logits, torch.tensor(response), reduction="sum", label_smoothing=optim.label_smoothing
+            )
             targets += len(response)
         (total / targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rates[-1]
         optimizer.step()
-        scheduler.step()
         optimizer.zero_grad()
         losses.append(total.item() / targets)
-    return losses, {name: p.detach() for name, p in model.named_parameters()}
+    return losses, rates, norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
 def test_the_drawn_contexts_of_a_saved_model_are_the_same_in_any_batch_shape(one_rank: Ranks, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch.distributed as dist
@@ -66,26 +67,43 @@ def sweep_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     return sweep, tensors.peak, run.policy.groups
 
 
-@pytest.mark.parametrize("layers", [2, 6])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_pass_stays_under_the_training_steps_peak_in_less_than_one_sweep_a_micro_batch(
-    two_ranks: Ranks, tmp_path: Path, layers: int, checkpointing: bool
+@pytest.mark.parametrize(
+    ("layers", "checkpointing", "vocabulary", "attention", "top_p", "groups"),
+    [
+        (2, True, 258, "sdpa", 1.0, 4),
+        (6, True, 258, "sdpa", 1.0, 4),
+        (2, False, 258, "sdpa", 1.0, 3),
+        (6, False, 258, "sdpa", 1.0, 1),
+        (6, True, 8192, "sdpa", 1.0, 4),
+        (6, True, 8192, "sdpa", 0.9, 4),
+        (2, True, 258, "eager", 1.0, 8),
+    ],
+)
+def test_the_pass_stays_under_the_training_steps_peak_in_few_sweeps(
+    two_ranks: Ranks,
+    tmp_path: Path,
+    layers: int,
+    checkpointing: bool,
+    vocabulary: int,
+    attention: Literal["sdpa", "eager"],
+    top_p: float,
+    groups: int,
 ) -> None:
     runs.write_rows(tmp_path)
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": layers}
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": layers, "vocab_size": vocabulary}
     settings = runs.recipe(
         tmp_path,
         deepspeed=runs.write_limited_json(tmp_path),
-        model=ModelConfig(preset=runs.PRESET | shape, tokenizer="byte", dtype="float32"),
-        selfgen=SelfgenConfig(replace_probability=0.9),
+        model=ModelConfig(preset=runs.PRESET | shape, tokenizer="byte", dtype="float32", attn_implementation=attention),
+        selfgen=SelfgenConfig(replace_probability=0.9, top_p=top_p),
         train=TrainConfig(
             max_steps=4, micro_batch_size=8, gradient_accumulation_steps=8, activation_checkpointing=checkpointing
         ),
     )
-    for sweep, step, groups in two_ranks.run(sweep_and_step_peaks, settings):
-        print(f"layers {layers}, checkpointing {checkpointing}: {sweep / step:.2f} of the peak, {groups} groups")
+    for sweep, step, used in two_ranks.run(sweep_and_step_peaks, settings):
+        print(f"{layers} layers, {vocabulary}, {attention}, {top_p}: {sweep / step:.2f} of the peak, {used} groups")
         assert sweep <= step
-        assert groups < 8
+        assert used == groups
 
 
 def largest_tensor(settings: Recipe) -> tuple[int, int]:

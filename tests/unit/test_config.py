@@ -16,9 +16,9 @@ from selfgen_ds.config import (
     TrainConfig,
     problems,
     to_yaml,
-    write_atomically,
 )
 from selfgen_ds.engine import ds_config
+from selfgen_ds.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 RECIPES = pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
@@ -32,8 +32,9 @@ def recipe(tmp_path: Path) -> Recipe:
     return Recipe(
         output_dir=str(tmp_path / "run"),
         deepspeed=str(json_file),
-        data=DataConfig(train="builtin:pointer_chase"),
+        data=DataConfig(train="builtin:pointer_chase", eval="builtin:pointer_chase"),
         model=ModelConfig(preset={"hidden_size": 8}, tokenizer="byte"),
+        selfgen=SelfgenConfig(schedule="linear"),
         train=TrainConfig(max_steps=10),
     )
 
@@ -95,7 +96,7 @@ REFUSED = [
     ("train.max_nonfinite_steps", 0),
     ("checkpoint.every", 0),
     ("checkpoint.keep", 0),
-    ("eval.every", 5),  # without data.eval
+    # without data.eval
     ("eval.max_samples", 0),
     ("eval.batch_size", 0),
 ]
@@ -278,3 +279,17 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomically(path, "né")
     assert path.read_bytes() == "né".encode()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("name", "value"), [("every", 5), ("best", "exact_match"), ("max_samples", 3)])
+def test_an_evaluation_without_rows_is_a_problem(recipe: Recipe, name: str, value: object) -> None:
+    recipe.data.eval = None
+    setattr(recipe.eval, name, value)
+    [problem] = problems(recipe)
+    assert problem == f"eval.{name}: expected data.eval to be given as well, got {value!r}"
+
+
+def test_a_share_for_a_schedule_that_does_not_grow_is_a_problem(recipe: Recipe) -> None:
+    recipe.selfgen.schedule, recipe.selfgen.schedule_share = "constant", 0.3
+    [problem] = problems(recipe)
+    assert problem.startswith("selfgen.schedule_share: expected a growing schedule")

@@ -1,0 +1,153 @@
+"""The pass and generation against plain transformers: full logits, one row at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.engine.model import extend
+from selfgen_ds.engine.policy import EnginePolicy, Sampling, SweepBudget
+from selfgen_ds.methods import noise
+from selfgen_ds.methods.mixture import mix, replacement_mask
+
+SEED, STEP, END = 5, 7, 39
+
+
+@pytest.fixture(scope="module")
+def plain() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.5,  # far from uniform
+        eos_token_id=END,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def extended(plain: LlamaForCausalLM) -> PreTrainedModel:
+    model = LlamaForCausalLM(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    return extend(model)
+
+
+def window() -> list[TokenBatch]:
+    rng = np.random.default_rng(0)
+
+    def rows(count: int, longest: int) -> list[list[int]]:
+        return [rng.integers(0, 39, rng.integers(1, longest)).tolist() for _ in range(count)]
+
+    return [collate(rows(3, 6), rows(3, longest), [10 * m + i for i in range(3)]) for m, longest in enumerate((20, 4))]
+
+
+def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
+    """Inverse of the cumulative distribution, in float64, of one position: `[vocab]` logits."""
+    values = logits.double().numpy() / sampling.temperature
+    if sampling.top_k:
+        values = np.where(values >= np.sort(values)[-sampling.top_k], values, -np.inf)
+    p = np.exp(values - values.max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    before = np.cumsum(p[order]) - p[order]
+    keep = order[before < sampling.top_p]
+    kept = np.zeros_like(p)
+    kept[keep] = p[keep]
+    cumulative = np.cumsum(kept)
+    return int(np.argmax(cumulative >= uniform * cumulative[-1]))
+
+
+@torch.no_grad()
+def reference_context(
+    model: LlamaForCausalLM, batch: TokenBatch, row: int, mask: Tensor, passes: int, s: Sampling
+) -> list[int]:
+    context = batch.target[row, : batch.lengths[row]].clone()
+    for _ in range(passes):
+        logits = model(context[None]).logits[0]
+        drawn = context.clone()
+        for t in mask[row].nonzero().flatten().tolist():
+            uniform = noise.uniform(noise.DRAW, SEED, STEP, int(batch.sample_ids[row]), t)
+            drawn[t] = reference_draw(logits[t - 1], float(uniform), s)
+        context = drawn
+    return context.tolist()
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("budget", [None, SweepBudget(forward=1, training=1, prefetched=0)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=2.0, top_p=0.8), Sampling(top_k=5)]
+)
+def test_the_pass_draws_from_the_model_given_the_context_before(
+    plain: LlamaForCausalLM, extended: PreTrainedModel, passes: int, budget: SweepBudget | None, sampling: Sampling
+) -> None:
+    policy = EnginePolicy(extended, extended, end_token=END, sampling=sampling, budget=budget)
+    batches = window()
+    masks = [replacement_mask(batch, 0.6, SEED, STEP) for batch in batches]
+    mixed = mix(batches, policy, masks, passes, SEED, STEP)
+    assert policy.groups == (1 if budget is None else 2)
+    changed = 0
+    for batch, mask, result in zip(batches, masks, mixed, strict=True):
+        for row in range(len(batch.lengths)):
+            expected = reference_context(plain, batch, row, mask, passes, sampling)
+            assert result.context[row, : batch.lengths[row]].tolist() == expected
+            changed += expected != batch.target[row, : batch.lengths[row]].tolist()
+    assert changed >= 4
+
+
+def test_greedy_answers_are_those_of_plain_generate_row_by_row(
+    plain: LlamaForCausalLM, extended: PreTrainedModel
+) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    answers = EnginePolicy(extended, extended, end_token=END).complete(prompts, 12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        output = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=END)
+        assert answer == output[0, len(prompt) :].tolist()
+
+
+@contextmanager
+def defaults(model: PreTrainedModel, **settings: object) -> Iterator[None]:
+    before, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    yield
+    assert model.generation_config.do_sample == settings["do_sample"], "put back"
+    model.generation_config = before
+
+
+def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedModel) -> None:
+    policy = EnginePolicy(extended, extended, end_token=END)
+    prompts = [[1, 2, 3], [4, 5]]
+    greedy = policy.complete(prompts, 12)
+    with defaults(extended, do_sample=True, temperature=5.0, repetition_penalty=3.0, min_new_tokens=12):
+        assert policy.complete(prompts, 12) == greedy
+    with defaults(extended, do_sample=True, top_p=1e-6):
+        torch.manual_seed(0)
+        sampled = [policy.complete(prompts, 12, temperature=3.0) for _ in range(3)]
+    assert sampled[0] != sampled[1] or sampled[1] != sampled[2]
+
+
+def test_an_answer_ends_with_its_end_token(extended: PreTrainedModel) -> None:
+    policy = EnginePolicy(extended, extended, end_token=END)
+    first = policy.complete([[1, 2, 3]], 6)[0]
+    ending = EnginePolicy(extended, extended, end_token=first[2])
+    assert ending.complete([[1, 2, 3], [4, 5]], 6)[0] == first[: first.index(first[2]) + 1]
+
+
+def test_predictions_are_the_plain_models(plain: LlamaForCausalLM, extended: PreTrainedModel) -> None:
+    [batch, _] = window()
+    best, log_probabilities = EnginePolicy(extended, extended, end_token=END).predict(batch)
+    expected_best, expected = [], []
+    with torch.no_grad():
+        for row, length in enumerate(batch.lengths.tolist()):
+            p = plain(batch.target[row : row + 1, :length]).logits[0].log_softmax(dim=-1)
+            for t in batch.loss_mask[row].nonzero().flatten().tolist():
+                expected_best.append(int(p[t - 1].argmax()))
+                expected.append(float(p[t - 1, batch.target[row, t]]))
+    assert best.tolist() == expected_best
+    assert log_probabilities.tolist() == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,78 @@
+import math
+
+import pytest
+
+from selfgen_ds.evaluation.scores import SampleScore, _right, aggregate, curves
+
+
+def _score(sample_id: int = 0, **changes: object) -> SampleScore:
+    values: dict = {
+        "sample_id": sample_id,
+        "prompt": "p",
+        "reference": "abc",
+        "answer": "abc",
+        "negative_log_likelihood": 2.0,
+        "teacher_forced": [True, True, False, True],
+        "free_running": [True, False, False, True],
+    }
+    return SampleScore(**(values | changes))
+
+
+def test_a_row_has_the_mean_of_its_tokens() -> None:
+    metrics = _score().metrics()
+    assert metrics == {
+        "loss": 0.5,
+        "exact_match": 1.0,
+        "teacher_forced_accuracy": 0.75,
+        "free_running_accuracy": 0.5,
+    }
+
+
+def test_recovery_counts_the_next_token_the_next_four_and_the_last_before_the_end_token() -> None:
+    metrics = _score(recovery=[True, False, True, True, False, True, False]).metrics()
+    assert (metrics["recovery_1"], metrics["recovery_4"], metrics["recovery_last"]) == (1.0, 0.75, 1.0)
+
+
+def test_another_text_is_no_exact_match() -> None:
+    assert _score(answer="ab").metrics()["exact_match"] == 0.0
+
+
+def test_sampled_answers_are_scored_apart() -> None:
+    metrics = _score(sampled=[True, True, True, False], sampled_answer="abd").metrics()
+    assert (metrics["sampled_exact_match"], metrics["sampled_accuracy"]) == (0.0, 0.75)
+    assert metrics["exact_match"] == 1.0
+
+
+def test_the_loss_is_a_mean_over_tokens_and_the_rest_over_rows() -> None:
+    short = _score(1, negative_log_likelihood=4.0, teacher_forced=[False], free_running=[False], answer="x")
+    metrics = aggregate([_score(), short])
+    assert metrics["loss"] == pytest.approx(6.0 / 5)
+    assert metrics["teacher_forced_accuracy"] == pytest.approx(0.75 / 2)
+    assert metrics["exact_match"] == 0.5
+
+
+def test_a_curve_has_the_accuracy_of_the_rows_that_reach_a_position() -> None:
+    short = _score(1, teacher_forced=[False], free_running=[False])
+    assert curves([_score(), short]) == {
+        "teacher_forced": [0.5, 1.0, 0.0, 1.0],
+        "free_running": [0.5, 0.0, 0.0, 1.0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([1, 2, 3], [True, True, True]),
+        ([1, 9, 3], [True, False, True]),
+        ([1], [True, False, False]),
+        ([1, 2, 3, 4], [True] * 3),
+        ([], [False] * 3),
+    ],
+)
+def test_an_answer_is_right_position_by_position(answer: list[int], expected: list[bool]) -> None:
+    assert _right(answer, [1, 2, 3]) == expected
+
+
+def test_the_score_of_a_perfect_row_is_perfect() -> None:
+    metrics = _score(negative_log_likelihood=0.0, teacher_forced=[True] * 4, free_running=[True] * 4).metrics()
+    assert all(math.isclose(value, 0.0 if name == "loss" else 1.0) for name, value in metrics.items())
