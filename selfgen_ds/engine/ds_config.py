@@ -145,7 +145,8 @@ def _fill(recipe: Recipe, config: dict[str, Any], world_size: int) -> HfTrainerD
     }
     params: dict[str, Any] = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
     if "offload_optimizer" not in config.get("zero_optimization", {}):
-        params["torch_adam"] = True  # DeepSpeed's own Adam is compiled at first use, for the same result
+        # DeepSpeed's own Adam is compiled at first use; torch's fused one, like it, makes no temporaries
+        params |= {"torch_adam": True, "fused": True}
     config["optimizer"] = config["optimizer"] | {"params": params | config["optimizer"].get("params", {})}
     filled = HfTrainerDeepSpeedConfig(config)
     micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
