@@ -6,13 +6,15 @@ Exit codes: 0 done; 2 bad input or configuration; 1 anything else.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from selfgen_ds import __version__
 from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, InputError, Recipe
 
 
@@ -22,7 +24,10 @@ def main() -> None:
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
     parser = _parser()
-    parsed = parser.instantiate(parser.parse_args(arguments))
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        _fail(" ".join(str(error).split()))
     overrides = {a.removeprefix("--").split("=", 1)[0] for a in arguments if a.startswith("--")}
 
     from selfgen_ds.engine import launch  # slow imports, for which `--help` need not wait
@@ -34,30 +39,43 @@ def main() -> None:
     try:
         _run(parsed, overrides)
     except InputError as error:
-        if launch.local_rank() == 0:
-            print(*(f"selfgen-ds: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2)
+        launch.leave_process_group()
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("selfgen-ds: interrupted", file=sys.stderr)
+        os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
+    launch.leave_process_group()
+
+
+def _fail(problems: str) -> NoReturn:
+    """Bad input: one line a problem, once a host."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
+        print(*(f"selfgen-ds: error: {line}" for line in problems.splitlines()), sep="\n", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # `--help` shows the fields' docstrings
     parser = ArgumentParser(
         prog="selfgen-ds",
+        exit_on_error=False,
+        version=__version__,
         description="Fine-tune causal language models on their own tokens, under DeepSpeed ZeRO-3.",
         allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="command")
-    train = ArgumentParser(description="Train a recipe.", allow_abbrev=False)
+    train = ArgumentParser(description="Train a recipe.", exit_on_error=False, allow_abbrev=False)
     train.add_argument("--config", action="config", help="the recipe, YAML; options given after it change it")
     train.add_class_arguments(Recipe)
     commands.add_subcommand("train", train, help="train a recipe; under deepspeed, torchrun, mpirun or as it is")
-    evaluate = ArgumentParser(description=EvaluateOptions.__doc__, allow_abbrev=False)
+    evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
     commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and the reference's")
-    compare = ArgumentParser(description=CompareOptions.__doc__, allow_abbrev=False)
+    compare = ArgumentParser(description=CompareOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
     compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
     commands.add_subcommand("compare", compare, help="table and plot of evaluated runs; the first is the baseline")
-    export = ArgumentParser(description=ExportOptions.__doc__, allow_abbrev=False)
+    export = ArgumentParser(description=ExportOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     export.add_class_arguments(ExportOptions)
     commands.add_subcommand("export", export, help="write a checkpoint as a Hugging Face folder")
     return parser
@@ -82,6 +100,7 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         from selfgen_ds.engine.export import export_checkpoint
 
         export_checkpoint(Path(options.checkpoint), Path(options.output_dir))
+        print(f"written to {options.output_dir}")
 
 
 def _settings(options: Namespace) -> dict[str, Any]:
@@ -89,10 +108,18 @@ def _settings(options: Namespace) -> dict[str, Any]:
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
-    """The recipe; `--model.name_or_path` replaces a preset and the preset's tokenizer."""
+    """The recipe, where what the command line gives replaces what it excludes.
+
+    `--model.name_or_path` replaces a preset and the preset's tokenizer, `--train.max_steps` epochs and the other way.
+    """
     recipe = Recipe(**_settings(options))
     if "model.name_or_path" in overrides and recipe.model.preset is not None:
         recipe.model.preset = None
         if "model.tokenizer" not in overrides:
             recipe.model.tokenizer = None
+    given = overrides & {"train.max_steps", "train.epochs"}
+    if given == {"train.max_steps"}:
+        recipe.train.epochs = None
+    elif given == {"train.epochs"}:
+        recipe.train.max_steps = None
     return recipe

@@ -240,12 +240,8 @@ def problems(recipe: Recipe) -> list[str]:
             None,
             "a tokenizer for the preset (`byte` is built in)",
         )
-    check(
-        (train.epochs is None) != (train.max_steps is None),
-        "train",
-        f"epochs={train.epochs}, max_steps={train.max_steps}",
-        "either train.epochs or train.max_steps",
-    )
+    if (train.epochs is None) == (train.max_steps is None):
+        found.append(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     at_least(1, "train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_steps")
     at_least(1, "train.max_nonfinite_steps", "checkpoint.every", "checkpoint.keep", "selfgen.passes")
     at_least(1, "eval.every", "eval.max_samples", "eval.batch_size")
@@ -268,7 +264,6 @@ def problems(recipe: Recipe) -> list[str]:
         "data.max_refused_share": data.max_refused_share,
     }.items():
         check(0 <= share <= 1, setting, share, "a number in [0, 1]")
-    check(Path(recipe.deepspeed).is_file(), "deepspeed", recipe.deepspeed, "an existing JSON file")
     for setting, source in {"data.train": data.train, "data.eval": data.eval}.items():
         if source is not None and not source.startswith("builtin:"):
             check(Path(source).is_file(), setting, source, "an existing file, or builtin:<task>")
@@ -279,9 +274,18 @@ def problems(recipe: Recipe) -> list[str]:
         changed = [f.name for f in fields(EvalConfig) if getattr(recipe.eval, f.name) != f.default]
         for name in changed:
             check(False, f"eval.{name}", getattr(recipe.eval, name), "data.eval to be given as well")
-    if model.name_or_path is not None and model.name_or_path.startswith((".", "/", "~")):
-        check(Path(model.name_or_path).is_dir(), "model.name_or_path", model.name_or_path, "an existing folder")
+    if model.name_or_path is not None:
+        found += model_folder_problems("model.name_or_path", model.name_or_path)
     return found
+
+
+def model_folder_problems(setting: str, name: str) -> list[str]:
+    """What is wrong with a name that is meant to be a folder."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        return [f"{setting}: expected an existing folder, got {name!r}"]
+    if (Path(name) / "complete.json").is_file():
+        return [f"{setting}: {name!r} is a checkpoint; `selfgen-ds export` makes a model of it"]
+    return []
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
+
+from selfgen_ds.config import InputError
+
+
+def make_folder(path: Path, setting: str) -> None:
+    """Create an output folder, or find it there.
+
+    Raises:
+        InputError: It cannot be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{setting}: {path} cannot be written to: {error.strerror}") from error
+
+
+def lock(folder: Path, setting: str) -> IO[str]:
+    """Keep other processes from writing to a folder, until the returned file is closed or this process ends.
+
+    Raises:
+        InputError: Another process holds it.
+    """
+    file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"{setting}: another run is writing to {folder}") from error
+    return file
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -34,7 +34,9 @@ class Journal:
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self._writes)
         self._differing: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         if self._writes:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            lines = (
+                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+            )
             write_atomically(path, "".join(line for line in lines if _step(line) <= step))
 
     def write(self, metrics: dict[str, float]) -> None:
@@ -78,8 +80,8 @@ class Journal:
 
 
 def _step(line: str) -> int | float:
-    """The step of a line; infinite for one that was cut off when the run was killed."""
+    """The step of a line; infinite for one that is damaged, such as by the run's end."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")

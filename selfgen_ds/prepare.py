@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 import yaml
@@ -33,7 +33,7 @@ from selfgen_ds.engine.model import build_model, model_config, parameter_count
 from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import lock, make_folder, write_atomically
 from selfgen_ds.methods import METHODS, Method
 
 log = logging.getLogger("selfgen_ds")
@@ -57,6 +57,8 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this start."""
+    lock: IO[str] | None
+    """Held on rank 0, so that no other run writes to the folder."""
     hf_config: HfDeepSpeedConfig
     """Transformers looks at it, through a weak reference, to know that the model is sharded."""
 
@@ -73,10 +75,10 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     json_config = _check_settings(recipe, overrides)
     launch.init_process_group()
     with _together():
+        folder_lock = _open_output(recipe, json_config)
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         _check_model(recipe, config)
-        _check_output(recipe, json_config)
         samples = _read(recipe, recipe.data.train, "train", tokenizer)
         eval_samples = None
         if recipe.data.eval is not None:
@@ -108,7 +110,6 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     if resumed and resumed.step > total_steps:
         raise InputError(f"train.max_steps: {resumed.path} is past step {total_steps}")
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
     log.info(
@@ -139,6 +140,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         data=data,
         total_steps=total_steps,
         first_step=resumed.step if resumed else 0,
+        lock=folder_lock,
         hf_config=hf_config,
     )
 
@@ -219,18 +221,25 @@ def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     need = checkpoint.required_bytes(parameter_count(config), recipe.model.dtype)
-    room = f"a checkpoint takes {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free"
+    room = f"a checkpoint takes {need / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free"
     if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
         raise InputError(f"output_dir: {room}")
     if need * (recipe.checkpoint.keep + 2) > free:  # the newest, the best, and the one being written
         log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)
 
 
-def _check_output(recipe: Recipe, json_config: dict[str, Any]) -> None:
-    """The folder is new, or holds this very run."""
+def _open_output(recipe: Recipe, json_config: dict[str, Any]) -> IO[str] | None:
+    """The folder is new or holds this very run, and rank 0 alone writes to it."""
+    if dist.get_rank() != 0:
+        return None
     folder = Path(recipe.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: expected a folder, got the file {folder}")
+    make_folder(folder, "output_dir")
+    folder_lock = lock(folder, "output_dir")
+    _check_output(recipe, json_config, folder)
+    return folder_lock
+
+
+def _check_output(recipe: Recipe, json_config: dict[str, Any], folder: Path) -> None:
     if (
         recipe.model.name_or_path is not None
         and Path(recipe.model.name_or_path).absolute() == (folder / "model").absolute()
@@ -255,6 +264,9 @@ def _check_output(recipe: Recipe, json_config: dict[str, Any]) -> None:
     ]
     if changed:
         raise InputError(f"resume: {folder} was started with other settings: {'; '.join(changed)}")
+    steps_before, steps = before.get("train.max_steps"), recipe.train.max_steps
+    if steps_before is not None and steps is not None and steps < steps_before:
+        raise InputError(f"train.max_steps: may be raised on resume, was {steps_before} and is {steps}")
     json_before = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
     stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
     if stage_before != stage:

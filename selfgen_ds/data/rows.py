@@ -40,10 +40,13 @@ def _read_jsonl(path: str, prompt_column: str, completion_column: str) -> Iterat
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
-            except (ValueError, RecursionError) as error:
+            except json.JSONDecodeError as error:
+                at = f"{error.msg} at column {error.colno}"
+                raise InputError(f"{where}: expected one JSON object, got malformed JSON: {at}") from error
+            except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
                 raise InputError(f"{where}: expected one JSON object, got malformed JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected one JSON object, got {type(row).__name__}")

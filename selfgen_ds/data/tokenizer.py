@@ -32,13 +32,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{setting}: no tokenizer could be loaded from {name!r}: {_first_line(error)}") from error
+        raise InputError(
+            f"{setting}: no tokenizer could be loaded from {name!r}: {' '.join(str(error).split())}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{setting}: the tokenizer {name!r} has no end-of-sequence token (`eos_token`)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

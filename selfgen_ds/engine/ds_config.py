@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read(path: str) -> dict[str, Any]:
 
 def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[str]:
     """What is wrong with a JSON, or between it and the recipe, one line each."""
-    sections = ("zero_optimization", "optimizer", "bf16", "fp16")
+    sections = ("zero_optimization", "optimizer", "bf16", "fp16", "tensorboard", "csv_monitor", "wandb")
     found = [
         f"{key}: expected an object, got {config[key]!r}"
         for key in sections
@@ -65,6 +66,8 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
             "activation_checkpointing: expected none (DeepSpeed's has no effect on Hugging Face models); "
             "train.activation_checkpointing decides"
         )
+    if config.get("wandb", {}).get("enabled") and find_spec("wandb") is None:
+        found.append("wandb.enabled: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")
     optimizer = config.get("optimizer", {}).get("type", "AdamW")
     if str(optimizer).lower() != "adamw":
         found.append(f"optimizer.type: expected 'AdamW', got {optimizer!r}")
@@ -140,9 +143,12 @@ def _fill(recipe: Recipe, config: dict[str, Any], world_size: int) -> HfTrainerD
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": {}},
-        "tensorboard": {"enabled": True, "output_path": recipe.output_dir, "job_name": "tensorboard"},
+        "tensorboard": {"enabled": True},
         **config,
     }
+    for monitor in ("tensorboard", "csv_monitor"):  # DeepSpeed's default is the working directory
+        if monitor in config:
+            config[monitor] = {"output_path": recipe.output_dir, "job_name": monitor} | config[monitor]
     params: dict[str, Any] = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
     if "offload_optimizer" not in config.get("zero_optimization", {}):
         # DeepSpeed's own Adam is compiled at first use; torch's fused one, like it, makes no temporaries

@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError
 from selfgen_ds.engine import checkpoint
+from selfgen_ds.files import make_folder
 
 MAX_SHARD = "5GB"
 
@@ -78,7 +79,7 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial, "output_dir")
     yield partial
     if writes:
         shutil.rmtree(folder, ignore_errors=True)
@@ -103,6 +104,7 @@ def _write_shards(
         tensors = {name: tensor for name in names if (tensor := fetch(name)) is not None}
         if writes:
             save_file(tensors, folder / shard, metadata={"format": "pt"})
+            (folder / shard).chmod(0o644)  # safetensors leaves it to its owner alone
         del tensors
     if writes and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

@@ -62,6 +62,12 @@ def init_process_group() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
+def leave_process_group() -> None:
+    """Left to the interpreter's end, gloo's threads can bring it down with an abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

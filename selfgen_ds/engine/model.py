@@ -40,7 +40,7 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
                 | model.preset
             )
         except Exception as error:  # the field that is wrong is in the message; its type differs by field
-            raise InputError(f"model.preset: {error}") from error
+            raise InputError(f"model.preset: {' '.join(str(error).split())}") from error
         unknown = set(model.preset) - set(LlamaConfig().to_dict())
         if unknown:
             raise InputError(f"model.preset: not fields of a Llama configuration: {', '.join(sorted(unknown))}")
@@ -67,16 +67,23 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
 
 
 def parameter_count(config: PretrainedConfig) -> int:
-    """Parameters of the model that a configuration describes; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    """Parameters of the model that a configuration describes; nothing is allocated.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # torch's and transformers' types differ by what is wrong
+        raise InputError(f"model: cannot be built: {' '.join(str(error).split())}") from error
 
 
 def build_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The model with its weights, on this rank's shard alone where a ZeRO-3 `HfDeepSpeedConfig` is alive.
 
-    The caller seeds torch first (from scratch, weights depend on the seed alone, not on the world size), and
-    again afterwards: initialisation leaves the ranks with different generator states.
+    The caller seeds torch first (from scratch, weights depend on the seed and on whether the stage is 3, not on
+    the world size), and again afterwards: initialisation leaves the ranks with different generator states.
 
     Raises:
         InputError: Weights are missing or do not fit.

@@ -20,7 +20,7 @@ import yaml
 
 from selfgen_ds.config import CompareOptions, InputError
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS, SAMPLED_METRICS
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import make_folder, write_atomically
 
 _RESAMPLES = 2000
 
@@ -45,7 +45,14 @@ def run(options: CompareOptions) -> None:
     Raises:
         InputError: A run is missing, or the runs were not evaluated on the same rows.
     """
-    groups = _group([_load(Path(run)) for run in options.runs])
+    folder = Path(options.output_dir)
+    make_folder(folder, "--output_dir")
+    if len({Path(run).resolve() for run in options.runs}) < len(options.runs):
+        raise InputError("a run is given twice")
+    try:
+        groups = _group([_load(Path(run)) for run in options.runs])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{', '.join(options.runs)}: not what train and evaluate write: {error!r}") from error
     baseline = groups[0]
     for group in groups:
         if (group.settings, group.sample_ids) != (baseline.settings, baseline.sample_ids):
@@ -55,8 +62,6 @@ def run(options: CompareOptions) -> None:
     known = [m for m in {**METRICS, **RECOVERY_METRICS, **SAMPLED_METRICS} if m != "loss"]
     metrics = [m for m in known if all(m in group.scores for group in groups)]
     rows = [_row(group, baseline, metric, rng) for group in groups for metric in metrics]
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "comparison.json", json.dumps({"baseline": baseline.name, "rows": rows}, indent=1))
     table = _markdown(rows, groups, metrics)
     write_atomically(folder / "comparison.md", table)
@@ -157,7 +162,7 @@ def _interval(values: np.ndarray, rng: np.random.Generator, reference: np.ndarra
 
 def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[str]) -> str:
     by_key = {(row["run"], row["metric"]): row for row in rows}
-    columns = [f"{g.method} ({g.name})" for g in groups]
+    columns = [f"{g.method} ({g.name}, seeds {', '.join(map(str, g.seeds))})" for g in groups]
     lines = ["| metric | " + " | ".join(columns) + " |", "|---|" + "---|" * len(groups)]
     for metric in metrics:
         cells = []
@@ -168,10 +173,9 @@ def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[st
                 cell += f" ({row['paired_difference']:+.3f} [{row['paired_low']:+.3f}, {row['paired_high']:+.3f}])"
             cells.append(cell)
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    seeds = max(len(group.seeds) for group in groups)
     lines += [
         "",
-        f"{len(groups[0].sample_ids)} rows of {groups[0].settings['data']}, {seeds} seed(s); mean [95 % interval]; ",
+        f"{len(groups[0].sample_ids)} rows of {groups[0].settings['data']}; mean [95 % interval]; ",
     ]
     lines[-1] += f"in brackets the difference to {groups[0].name}, paired by row."
     return "\n".join(lines) + "\n"

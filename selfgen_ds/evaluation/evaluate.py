@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig
+from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_folder_problems
 from selfgen_ds.data.rows import read_rows
 from selfgen_ds.data.samples import Samples, tokenize
 from selfgen_ds.data.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ from selfgen_ds.evaluation.scores import (
     curves,
     evaluate,
 )
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import make_folder, write_atomically
 
 
 def run(options: EvaluateOptions) -> None:
@@ -43,6 +43,13 @@ def run(options: EvaluateOptions) -> None:
     for setting in ("max_samples", "batch_size"):
         if getattr(options, setting) is not None and getattr(options, setting) < 1:
             raise InputError(f"--{setting}: expected 1 or more, got {getattr(options, setting)}")
+    if not 0 <= options.seed < 2**31:
+        raise InputError(f"--seed: expected 0 to {2**31 - 1}, got {options.seed}")
+    if options.sample_temperature < 0:
+        raise InputError(f"--sample_temperature: expected 0 or more, got {options.sample_temperature}")
+    if found := model_folder_problems("--model", options.model):
+        raise InputError(found[0])
+    make_folder(Path(options.output_dir), "--output_dir")
     if not options.data.startswith("builtin:") and not Path(options.data).is_file():
         raise InputError(f"--data: expected an existing file, or builtin:<task>, got {options.data!r}")
     source = ModelConfig(name_or_path=options.model, dtype=options.dtype)
@@ -71,7 +78,6 @@ def run(options: EvaluateOptions) -> None:
 def write(scores: list[SampleScore], options: EvaluateOptions, samples: Samples) -> None:
     """`evaluation.json`, `predictions.jsonl` and `evaluation.png` in the output folder."""
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
     write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     metrics, positions = aggregate(scores), curves(scores)
@@ -88,11 +94,12 @@ def write(scores: list[SampleScore], options: EvaluateOptions, samples: Samples)
     }
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, values in positions.items():
+    for (name, values), line in zip(positions.items(), ("-", "--", ":"), strict=False):
         axes.plot(
             range(1, len(values) + 1),
             values,
             marker="." if len(values) < 60 else "",
+            linestyle=line,
             label=name.replace("_", " "),
         )
     axes.set(

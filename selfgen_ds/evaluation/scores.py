@@ -103,11 +103,15 @@ def aggregate(scores: list[SampleScore]) -> dict[str, float]:
 
 
 def curves(scores: list[SampleScore]) -> dict[str, list[float]]:
-    """Accuracy by position in the answer (`recovery`: after the forced error), over the rows that reach it."""
+    """Accuracy by position in the answer, over the rows that reach it.
+
+    `recovery` starts after the forced error and ends before the end token.
+    """
     result = {}
     for name in ("teacher_forced", "free_running", "recovery"):
         rows = [asdict(score)[name] for score in scores]
         if None not in rows:
+            rows = [row[:-1] for row in rows] if name == "recovery" else rows
             longest = max(map(len, rows))
             result[name] = [float(np.mean([row[i] for row in rows if len(row) > i])) for i in range(longest)]
     return result

@@ -123,13 +123,14 @@ HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers":
     ("overrides", "expected"),
     [
         (["--data.train", "none.jsonl"], "data.train: expected an existing file"),
-        (["--data.train", "builtin:none"], "builtin:none: unknown task; known are pointer_chase, running_sum"),
+        (["--data.train", "builtin:none"], "data.train: unknown task 'builtin:none'; known are builtin:pointer_chase"),
         (["--selfgen.method", "none"], "selfgen.method: expected one of sft, scheduled_sampling, got 'none'"),
         (["--selfgen.method", "sft", "--selfgen.top_p", "0.5"], "selfgen.top_p: sft does not read it"),
         (["--checkpoint.every", "0"], "checkpoint.every: expected 1 or more, got 0"),
         (["--model.preset", HUGE], "output_dir: a checkpoint takes"),
+        (["--model.preset", '{"hidden_size": 0}'], "model"),
         (["--data.max_length", "100000"], "data.max_length: expected at most the model's 2048 positions"),
-        (["--eval.best", "bleu"], "eval.best: expected one of"),
+        (["--data.eval", "builtin:pointer_chase", "--eval.best", "bleu"], "eval.best: expected one of"),
         (["--model.name_or_path", "./none"], "model.name_or_path: expected an existing folder"),
     ],
 )
@@ -140,7 +141,8 @@ def test_bad_settings_are_one_clear_line(folder: Path, overrides: list[str], exp
 def test_all_problems_of_recipe_and_json_are_named_at_once(folder: Path) -> None:
     sizes = {"train_batch_size": 3, "zero_optimization": {"stage": 3}, "gradient_clipping": 7.0}
     (folder / "ds.json").write_text(json.dumps(sizes))
-    overrides = ["--deepspeed", str(folder / "ds.json"), "--selfgen.top_p", "2", "--train.epochs", "1"]
+    overrides = ["--deepspeed", str(folder / "ds.json"), "--selfgen.top_p", "2"]
+    overrides += ["--train.epochs", "1", "--train.max_steps", "2"]
     with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *overrides)], folder / "log") as run:
         assert run.wait() == 2
     output = run.output()
@@ -148,9 +150,46 @@ def test_all_problems_of_recipe_and_json_are_named_at_once(folder: Path) -> None
         "ds.json: train_batch_size=3 differs from the recipe: train.micro_batch_size",
         "ds.json: gradient_clipping=7.0 differs from the recipe: optim.max_grad_norm=1.0",
         "selfgen.top_p: expected a probability mass in (0, 1], got 2.0",
-        "train: expected either train.epochs or train.max_steps",
+        "train: expected either epochs or max_steps, got 1.0 and 2",
     ):
         assert expected in output
+
+
+def test_errors_of_the_command_line_are_not_buried_in_usage(folder: Path) -> None:
+    for arguments, expected in {
+        ("--optim.learning_rat", "3"): "unrecognized arguments: --optim.learning_rat",
+        ("--optim.learning_rate", "x"): 'Parser key "optim.learning_rate"',
+        ("--config", str(folder / "none.yaml")): "none.yaml",
+    }.items():
+        with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *arguments)], folder / "log") as run:
+            assert run.wait() == 2
+        assert expected in run.output()
+        assert "usage:" not in run.output()
+        assert run.output().startswith("selfgen-ds: error: ")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
+    command = [sys.executable, "-m", "selfgen_ds", *train(folder, "--train.max_steps", "100000")]
+    with Launched(command, folder / "first") as first:
+        while not (folder / "run" / "metrics.jsonl").exists():
+            assert first.process.poll() is None, first.output()[-3000:]
+            assert time.monotonic() < first.deadline
+            time.sleep(0.1)
+        with Launched([*command, "--resume", "auto"], folder / "second") as second:
+            assert second.wait() == 2
+        assert "output_dir: another run is writing to" in second.output()
+        assert first.process.poll() is None
+
+
+def test_an_output_folder_that_cannot_be_is_one_clear_line(folder: Path) -> None:
+    (folder / "file").write_text("")
+    assert "output_dir: " in refused(folder, "--output_dir", str(folder / "file" / "below"))
+    assert "cannot be written to" in refused(folder, "--output_dir", str(folder / "file"))
+
+
+def test_a_checkpoint_is_not_taken_for_a_model(folder: Path) -> None:
+    (folder / "complete.json").write_text("{}")
+    assert "is a checkpoint; `selfgen-ds export`" in refused(folder, "--model.name_or_path", str(folder))
 
 
 def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:

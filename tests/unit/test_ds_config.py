@@ -230,15 +230,28 @@ def test_a_float32_model_turns_bf16_off(recipe: Recipe) -> None:
 def test_what_the_json_says_is_kept(recipe: Recipe) -> None:
     config = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 77},
-        "tensorboard": {"enabled": False},
+        "tensorboard": {"enabled": False, "output_path": "elsewhere"},
         "steps_per_print": 5,
         "optimizer": {"type": "AdamW", "params": {"torch_adam": False}},
     }
     resolved = ds_config.resolve(recipe, config, WORLD_SIZE, HIDDEN_SIZE)
     filled = resolved.config
     assert filled["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 77}
-    assert (filled["tensorboard"], filled["steps_per_print"]) == ({"enabled": False}, 5)
+    monitor = filled["tensorboard"]
+    assert (monitor["enabled"], monitor["output_path"], filled["steps_per_print"]) == (False, "elsewhere", 5)
     assert filled["optimizer"]["params"]["torch_adam"] is False
+
+
+@pytest.mark.parametrize("monitor", ["tensorboard", "csv_monitor"])
+def test_a_monitor_writes_into_the_runs_folder(recipe: Recipe, monitor: str) -> None:
+    config = {"zero_optimization": {"stage": 3}, monitor: {"enabled": True}}
+    filled = ds_config.resolve(recipe, config, WORLD_SIZE, HIDDEN_SIZE).config
+    assert (filled[monitor]["output_path"], filled[monitor]["job_name"]) == (recipe.output_dir, monitor)
+
+
+def test_a_monitor_whose_package_is_missing_is_named(recipe: Recipe) -> None:
+    config = {"zero_optimization": {"stage": 3}, "wandb": {"enabled": True}}
+    assert "the package wandb is not installed" in _problem(recipe, config)
 
 
 def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
