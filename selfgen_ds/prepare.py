@@ -107,8 +107,6 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     warm_up(engine)
     folder, data = Path(recipe.output_dir), samples.checksum()
     resumed = checkpoint.load_newest(engine, folder / "checkpoints", data) if recipe.resume == "auto" else None
-    if resumed and resumed.step > total_steps:
-        raise InputError(f"train.max_steps: {resumed.path} is past step {total_steps}")
     if dist.get_rank() == 0:
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))

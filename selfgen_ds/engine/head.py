@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 _CHUNK = 256  # positions whose logits exist at the same time
-_DRAW_CHUNK, _SORTED_CHUNK = 64, 16  # a draw holds copies of them, top-p's sort many: no more bytes than the loss
+_DRAW_CHUNK, _SORTED_CHUNK = 32, 16  # a draw holds copies of them, top-p's sort many: no more bytes than the loss
 
 Reduction = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | tuple[Tensor, ...]"]
 """`(hidden [N, H], weight [V, H], bias [V] or None) -> result`."""
@@ -96,12 +96,14 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
     def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = [hidden.new_empty(0, dtype=torch.int64)]
         for rows, noise in zip(hidden.split(chunk), uniforms.split(chunk), strict=True):
-            logits = warpers(None, F.linear(rows, weight, bias).float())
-            cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+            # no names for logits and probabilities: each is let go as soon as the next is there
+            cumulative = torch.softmax(warpers(None, F.linear(rows, weight, bias).float()), dim=-1).cumsum(
+                dim=-1, dtype=torch.float64
+            )
             # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
             found = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(1)
             # NaN finds nothing; any token will do, the step is dropped for its loss
-            tokens.append(found.clamp(max=logits.shape[1] - 1))
+            tokens.append(found.clamp(max=len(weight) - 1))
         return torch.cat(tokens)
 
     return reduction
