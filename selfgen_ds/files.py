@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from pathlib import Path
 from typing import IO
 
 from selfgen_ds.config import InputError
+
+log = logging.getLogger("selfgen_ds")
 
 
 def make_folder(path: Path, setting: str) -> None:
@@ -34,8 +37,10 @@ def lock(folder: Path, setting: str) -> IO[str]:
     file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise InputError(f"{setting}: another run is writing to {folder}") from error
+    except OSError:
+        log.warning("%s is on a file system without locks: nothing keeps a second run from writing to it", folder)
     return file
 
 
