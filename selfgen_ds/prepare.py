@@ -238,10 +238,7 @@ def _open_output(recipe: Recipe, json_config: dict[str, Any]) -> IO[str] | None:
 
 
 def _check_output(recipe: Recipe, json_config: dict[str, Any], folder: Path) -> None:
-    if (
-        recipe.model.name_or_path is not None
-        and Path(recipe.model.name_or_path).absolute() == (folder / "model").absolute()
-    ):
+    if recipe.model.name_or_path and Path(recipe.model.name_or_path).resolve() == (folder / "model").resolve():
         raise InputError(f"output_dir: {folder / 'model'} is model.name_or_path, and would be replaced")
     written = folder / "config.yaml"
     if not written.exists():

@@ -136,8 +136,10 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> C
             raise RuntimeError(f"DeepSpeed did not load {checkpoint.path}")
         _restore_generators(torch.load(checkpoint.path / f"generators_rank_{rank}.pt"), engine.device)
         return checkpoint
-    if damaged := sorted(folder.glob(f"step-*/{BROKEN}")) + sorted(folder.glob(f"step-*/{MARKER}")):
-        raise InputError(f"resume: every checkpoint is broken, the newest is {damaged[-1].parent}")
+    # rank 0 has just renamed markers: the others must not look for themselves
+    damaged = _agreed(sorted({marker.parent for name in (BROKEN, MARKER) for marker in folder.glob(f"step-*/{name}")}))
+    if damaged:
+        raise InputError(f"resume: every checkpoint is broken, the newest is {damaged[-1]}")
     return None
 
 
@@ -149,15 +151,14 @@ def broken_files(checkpoint: Checkpoint, rank: int) -> list[str]:
 def retain(folder: Path, keep: int, metric: str) -> None:
     """Remove all but the newest `keep` complete checkpoints and the best one by `metric`. Rank 0 alone.
 
-    Folders that a killed run left half-written go too; broken ones stay, for somebody to look at.
+    Folders that a killed run left half-written go too; damaged ones stay, for somebody to look at.
     """
     complete = complete_checkpoints(folder)
-    kept = [checkpoint.path for checkpoint in complete[-keep:]]
-    if best := best_of(complete, metric):
-        kept.append(best.path)
-    for path in folder.glob("step-*"):
-        if path not in kept and not (path / BROKEN).exists():
-            _remove(path)
+    best = best_of(complete, metric)
+    superfluous = [checkpoint.path for checkpoint in complete[:-keep] if checkpoint != best]
+    half_written = [p for p in folder.glob("step-*") if not (p / MARKER).exists() and not (p / BROKEN).exists()]
+    for path in superfluous + half_written:
+        _remove(path)
 
 
 def better(value: float, other: float, metric: str) -> bool:
@@ -178,9 +179,9 @@ def best_of(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
     return best
 
 
-def _agreed(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-    """Rank 0's view, so that all ranks try the same ones even while a file system catches up."""
-    agreed = [checkpoints]
+def _agreed(seen: list[Any]) -> list[Any]:
+    """Rank 0's view of a folder, so that all ranks do the same even while a file system catches up. Collective."""
+    agreed = [seen]
     dist.broadcast_object_list(agreed, src=0)
     return agreed[0]
 

@@ -145,6 +145,18 @@ def test_half_written_folders_are_removed_with_the_next_checkpoint(saved: Recipe
     (folder / "step-000005").mkdir()
     checkpoint.retain(folder, keep=3, metric="loss")
     assert not (folder / "step-000005").exists()
+
+
+def test_a_checkpoint_with_a_damaged_marker_is_not_removed(saved: Recipe) -> None:
+    folder = Path(saved.output_dir) / "checkpoints"
+    (folder / "step-000002" / checkpoint.MARKER).write_text("{")
+    checkpoint.retain(folder, keep=1, metric="loss")
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000002", "step-000006"]
+
+
+def test_retention_keeps_as_many_as_it_is_told(saved: Recipe) -> None:
+    folder = Path(saved.output_dir) / "checkpoints"
+    checkpoint.retain(folder, keep=3, metric="loss")
     assert names(saved) == ["step-000002", "step-000004", "step-000006"]
 
 
