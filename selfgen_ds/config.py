@@ -5,11 +5,14 @@ The command line is `--section.field VALUE`; jsonargparse reads types and help f
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+_HUB_ID = re.compile(r"(?!.*\.(jsonl|json|csv|parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class InputError(Exception):
@@ -36,23 +39,53 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class Source:
+    """One place that rows come from."""
+
+    path: str
+    """A JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a hub id, or `builtin:pointer_chase`,
+    `builtin:running_sum`."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set or of a folder that names its subsets."""
+    split: str | None = None
+    """Split of a hub data set or folder. Default: `train` for training, `test` for evaluation, or the only one."""
+    weight: float | None = None
+    """Share of the training rows relative to the other sources, whatever their size; a small source then comes round
+    more often. Without weights every row comes once an epoch."""
+    streaming: bool = False
+    """Hub: tokenise rows while they are fetched, without a copy of the raw files."""
+
+
+Sources = str | Source | list[str | Source]
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Training and evaluation rows."""
 
-    train: str
-    """JSONL file, or `builtin:pointer_chase`, `builtin:running_sum`."""
-    eval: str | None = None
+    train: Sources
+    """A file, folder, hub id or `builtin:<task>`; `{path: ..., subset: ..., split: ...}`; or a list of these."""
+    eval: Sources | None = None
     """Evaluation rows, in the same forms (a built-in task gives its test set)."""
     prompt_column: str = "prompt"
     """Field of the row that the model is given."""
     completion_column: str = "completion"
     """Field of the row that the model learns to write."""
+    messages_column: str = "messages"
+    """Field with a conversation (`[{role: user, content: ...}, {role: assistant, content: ...}, ...]`), read where a
+    row has no prompt and completion."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned (and mixed): all, or the last one."""
     max_length: int = 2048
     """Longest row in tokens, prompt and response together; longer responses are truncated and counted."""
     max_truncated_share: float = 0.1
     """Refuse the data when more than this share of rows has a truncated response."""
     max_refused_share: float = 0.0
     """Refuse the data when more than this share of rows has a prompt that leaves no room for a response."""
+    packing: bool = False
+    """Put several samples into one training row of `max_length` tokens; none of them sees another."""
+    group_by_length: bool = False
+    """Put rows of similar length into one step, which saves padding."""
 
 
 @dataclass(kw_only=True)
@@ -168,14 +201,16 @@ class EvaluateOptions:
 
     model: str
     """Hugging Face folder or hub id, such as a run's `model/`."""
-    data: str
-    """JSONL file or `builtin:<task>` (its test set)."""
+    data: Sources
+    """Rows, in the forms of `data.eval` of a recipe (a built-in task gives its test set)."""
     output_dir: str
     """Where `evaluation.json` is written; a run's folder, for `compare` to find it."""
     prompt_column: str = "prompt"
     """Field of the row that the model is given."""
     completion_column: str = "completion"
     """Field of the row that is the reference."""
+    messages_column: str = "messages"
+    """Field with a conversation, whose last turn is the reference; read where a row has no prompt and completion."""
     max_samples: int | None = None
     """Rows used, the first ones. Default: all."""
     max_length: int | None = None
@@ -264,9 +299,10 @@ def problems(recipe: Recipe) -> list[str]:
         "data.max_refused_share": data.max_refused_share,
     }.items():
         check(0 <= share <= 1, setting, share, "a number in [0, 1]")
-    for setting, source in {"data.train": data.train, "data.eval": data.eval}.items():
-        if source is not None and not source.startswith("builtin:"):
-            check(Path(source).is_file(), setting, source, "an existing file, or builtin:<task>")
+    for setting, value in {"data.train": data.train, "data.eval": data.eval}.items():
+        found += source_problems(setting, value)
+    if data.packing and data.group_by_length:
+        found.append("data.group_by_length: expected false with data.packing, whose rows are all full")
     if selfgen.schedule == "constant":
         default = SelfgenConfig.schedule_share
         check(selfgen.schedule_share == default, "selfgen.schedule_share", selfgen.schedule_share, "a growing schedule")
@@ -286,6 +322,33 @@ def model_folder_problems(setting: str, name: str) -> list[str]:
     if (Path(name) / "complete.json").is_file():
         return [f"{setting}: {name!r} is a checkpoint; `selfgen-ds export` makes a model of it"]
     return []
+
+
+def sources(value: Sources | None) -> list[Source]:
+    """A setting for rows as a list of sources."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [Source(path=v) if isinstance(v, str) else v for v in values]
+
+
+def source_problems(setting: str, value: Sources | None) -> list[str]:
+    """What is wrong with a setting for rows, as far as names tell."""
+    found = []
+    given = sources(value)
+    if value is not None and not given:
+        found.append(f"{setting}: expected at least one source")
+    for source in given:
+        name, is_path = source.path, Path(source.path).exists()
+        if not is_path and not name.startswith("builtin:") and not _HUB_ID.fullmatch(name):
+            found.append(f"{setting}: expected an existing file or folder, a hub id, or builtin:<task>, got {name!r}")
+        if (name.startswith("builtin:") or Path(name).is_file()) and (source.subset or source.split):
+            found.append(f"{setting}: {name} is one file or task, without subsets or splits to choose from")
+        if source.streaming and (is_path or name.startswith("builtin:")):
+            found.append(f"{setting}: streaming is for hub data sets, {name} is read as it is")
+        if source.weight is not None and not 0 < source.weight < float("inf"):
+            found.append(f"{setting}: weight: expected a number more than 0, got {source.weight!r}")
+    if len({source.weight is None for source in given}) > 1:
+        found.append(f"{setting}: expected a weight for every source, or for none")
+    return found
 
 
 def to_yaml(recipe: Recipe) -> str:

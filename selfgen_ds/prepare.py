@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,10 +22,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from selfgen_ds.config import InputError, Recipe, SelfgenConfig, problems, to_yaml
+from selfgen_ds.config import InputError, Recipe, SelfgenConfig, Sources, problems, sources, to_yaml
 from selfgen_ds.data.batches import Windows
-from selfgen_ds.data.rows import read_rows
-from selfgen_ds.data.samples import Samples, tokenize
+from selfgen_ds.data.packing import load_packs
+from selfgen_ds.data.rows import Columns
+from selfgen_ds.data.samples import Format, Sample, Samples, check_shares, end_tokens, load, take
 from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import checkpoint, ds_config, launch
@@ -51,7 +52,7 @@ class Run:
     method: Method
     windows: Windows
     tokenizer: PreTrainedTokenizerBase
-    eval_samples: Samples | None
+    eval_samples: list[Sample] | None
     data: int
     """Checksum of the training data."""
     total_steps: int
@@ -79,12 +80,18 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         _check_model(recipe, config)
-        samples = _read(recipe, recipe.data.train, "train", tokenizer)
+        samples = _load(recipe, recipe.data.train, "train", tokenizer)
+        packs = [load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None
         eval_samples = None
         if recipe.data.eval is not None:
-            eval_samples = _read(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+            eval_samples = _load(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+    data = _checksum(samples)
+    weights = [source.weight for source in sources(recipe.data.train) if source.weight is not None]
     windows = Windows(
         samples,
+        packs=packs,
+        weights=weights or None,
+        group_by_length=recipe.data.group_by_length,
         seed=recipe.seed,
         micro_batch_size=recipe.train.micro_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps,
@@ -94,7 +101,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     )
     total_steps = recipe.train.max_steps or windows.steps()
     if total_steps == 0:
-        raise InputError(f"train.epochs: {recipe.train.epochs} of {len(samples)} rows is no row")
+        raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
 
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), config.hidden_size)
     set_seed(recipe.seed)
@@ -105,17 +112,18 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         model.activation_checkpointing_enable()
     engine = initialize(model, hf_config.config, recipe.optim, total_steps)
     warm_up(engine)
-    folder, data = Path(recipe.output_dir), samples.checksum()
+    folder = Path(recipe.output_dir)
     resumed = checkpoint.load_newest(engine, folder / "checkpoints", data) if recipe.resume == "auto" else None
     if dist.get_rank() == 0:
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
     log.info(
-        "%s on %d rows (%d truncated, %d refused): %d steps of %d rows, %d ranks, %s",
+        "%s on %d samples (%d truncated, %d refused)%s: %d steps of %d rows, %d ranks, %s",
         recipe.selfgen.method,
-        len(samples),
-        samples.truncated,
-        samples.refused,
+        sum(map(len, samples)),
+        sum(source.truncated for source in samples),
+        sum(source.refused for source in samples),
+        f" in {len(windows)} packed rows" if packs else "",
         total_steps,
         windows.step_size,
         dist.get_world_size(),
@@ -127,14 +135,14 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         policy=EnginePolicy(
             engine,
             engine.module,
-            end_token=tokenizer.eos_token_id,
+            end_tokens=end_tokens([*samples, *(eval_samples or [])], tokenizer),
             sampling=Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k),
             budget=sweep_budget(engine.module.config, recipe.train.activation_checkpointing, _prefetched(engine)),
         ),
         method=METHODS[selfgen.method](selfgen, recipe.seed, total_steps),
         windows=windows,
         tokenizer=tokenizer,
-        eval_samples=eval_samples,
+        eval_samples=None if eval_samples is None else take(eval_samples, recipe.eval.max_samples),
         data=data,
         total_steps=total_steps,
         first_step=resumed.step if resumed else 0,
@@ -157,10 +165,12 @@ def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
         found += _unread_settings(recipe.selfgen, overrides)
     else:
         found.append(f"selfgen.method: expected one of {', '.join(METHODS)}, got {recipe.selfgen.method!r}")
-    for setting, source in {"data.train": recipe.data.train, "data.eval": recipe.data.eval or ""}.items():
-        if source.startswith("builtin:") and source.removeprefix("builtin:") not in TASKS:
-            found.append(f"{setting}: unknown task {source!r}; known are builtin:{', builtin:'.join(TASKS)}")
-    metrics = METRICS | (RECOVERY_METRICS if (recipe.data.eval or "").startswith("builtin:") else {})
+    for setting, given in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():
+        for source in sources(given):
+            if source.path.startswith("builtin:") and source.path.removeprefix("builtin:") not in TASKS:
+                found.append(f"{setting}: unknown task {source.path!r}; known are builtin:{', builtin:'.join(TASKS)}")
+    eval_is_task = all(source.path.startswith("builtin:") for source in sources(recipe.data.eval))
+    metrics = METRICS | (RECOVERY_METRICS if eval_is_task else {})
     if recipe.eval.best not in metrics:
         found.append(f"eval.best: expected one of {', '.join(metrics)}, got {recipe.eval.best!r}")
     json_config: dict[str, Any] = {}
@@ -200,12 +210,27 @@ def _together() -> Iterator[None]:
         raise InputError("\n".join(lines))
 
 
-def _read(
-    recipe: Recipe, source: str, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> Samples:
+def _load(
+    recipe: Recipe, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[Samples]:
     data = recipe.data
-    rows = islice(read_rows(source, split, data.prompt_column, data.completion_column), limit)
-    return tokenize(rows, tokenizer, source, data.max_length, data.max_truncated_share, data.max_refused_share)
+    columns = Columns(prompt=data.prompt_column, completion=data.completion_column, messages=data.messages_column)
+    form = Format(columns=columns, assistant_turns=data.assistant_turns, max_length=data.max_length, limit=limit)
+    loaded = load(given, split, tokenizer, form)
+    for samples in loaded:
+        check_shares(samples, data.max_length, data.max_truncated_share, data.max_refused_share)
+    return loaded
+
+
+def _checksum(samples: list[Samples]) -> int:
+    """Of the training data, the same on all ranks: hosts may have files of their own. Collective."""
+    mine = zlib.crc32(repr([source.checksum for source in samples]).encode())
+    everyone = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if len(set(everyone)) > 1:
+        other = next(rank for rank, value in enumerate(everyone) if value != everyone[0])
+        raise InputError(f"data.train: rank {other} has other rows than rank 0")
+    return mine
 
 
 def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:

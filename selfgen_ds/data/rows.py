@@ -1,62 +1,241 @@
-"""One door for data: a JSONL file or a built-in task, as validated rows of text."""
+"""One door for data: files, folders, hub data sets and built-in tasks, as validated rows of text."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from selfgen_ds.config import InputError
+import datasets
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+
+from selfgen_ds.config import InputError, Source
+from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.formats import READERS, Raw, read_file
+from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.data.tasks import TASKS, Row, generate
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 
 
-def read_rows(source: str, split: str, prompt_column: str, completion_column: str) -> Iterator[Row]:
-    """Rows of `source`, in order.
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The fields of a row that are read."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A source that was found."""
+
+    name: str
+    fingerprint: list[str]
+    """Changes whenever the rows do."""
+    rows: Iterable[Row | Conversation]
+
+
+def open_source(source: Source, split: str, columns: Columns) -> Opened:
+    """Find a source; its rows are read when they are iterated over.
 
     Args:
-        source: Path of a JSONL file (one object a line; UTF-8), or `builtin:<task>`.
-        split: `train` or `test`; chooses the set of a built-in task, a file is one set.
-        prompt_column: Field with the prompt, a non-empty string.
-        completion_column: Field with the completion, a non-empty string.
+        split: `train` or `test`: what a task, a folder or a hub data set gives if the source names no split.
 
     Raises:
-        InputError: Names file, line, field and what was expected.
+        InputError: There is no such source, or none that can be read; when iterated: a row that is not as expected,
+            by file, row and field.
     """
-    if source.startswith("builtin:"):
-        task = source.removeprefix("builtin:")
+    path = Path(source.path)
+    if source.path.startswith("builtin:"):
+        task = source.path.removeprefix("builtin:")
         if task not in TASKS:
-            raise InputError(f"{source}: unknown task; known are {', '.join(sorted(TASKS))}")
-        yield from generate(task, split)
-    else:
-        yield from _read_jsonl(source, prompt_column, completion_column)
+            raise InputError(f"{source.path}: unknown task; known are {', '.join(sorted(TASKS))}")
+        return Opened(name=source.path, fingerprint=[source.path, split], rows=generate(task, split))
+    if path.is_file():
+        return _open_files(source.path, [path], columns)
+    if path.is_dir():
+        return _open_files(source.path, _folder_files(path, source, split), columns)
+    return _open_hub(source, split, columns)
 
 
-def _read_jsonl(path: str, prompt_column: str, completion_column: str) -> Iterator[Row]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
-            except json.JSONDecodeError as error:
-                at = f"{error.msg} at column {error.colno}"
-                raise InputError(f"{where}: expected one JSON object, got malformed JSON: {at}") from error
-            except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
-                raise InputError(f"{where}: expected one JSON object, got malformed JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: expected one JSON object, got {type(row).__name__}")
-            for column in (prompt_column, completion_column):
-                if column not in row:
-                    raise InputError(f"{where}: field {column!r} is missing; the row has {', '.join(map(repr, row))}")
-                if not isinstance(row[column], str):
-                    raise InputError(f"{where}, field {column!r}: expected a string, got {type(row[column]).__name__}")
-                if not row[column]:
-                    raise InputError(f"{where}, field {column!r}: expected text, got an empty string")
-                if not row[column].isascii() and _SURROGATE.search(row[column]):
-                    raise InputError(f"{where}, field {column!r}: expected text, got half a surrogate pair")
-            yield Row(prompt=row[prompt_column], completion=row[completion_column], where=f"line {number}")
+def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
+    if unknown := [file for file in files if file.suffix not in READERS]:
+        raise InputError(f"{unknown[0]}: expected a file that ends in {', '.join(READERS)}")
+    fingerprint = []
+    for file in files:
+        try:
+            with open(file, "rb") as content:
+                fingerprint.append(hashlib.file_digest(content, "sha256").hexdigest())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+
+    def rows() -> Iterator[Row | Conversation]:
+        for file in files:
+            empty = True
+            for row in _validated(str(file), read_file(file), columns):
+                empty = False
+                yield row
+            if empty:
+                raise InputError(f"{file}: no rows")
+
+    return Opened(name=name, fingerprint=fingerprint, rows=rows())
+
+
+def _folder_files(folder: Path, source: Source, split: str) -> list[Path]:
+    """The files of a split, as `datasets` finds them: by names such as `train-00000.parquet`, or the README's list."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _saved_files(folder, source, split)
+    try:
+        found = datasets.load_dataset_builder(str(folder), source.subset).config.data_files
+    except (OSError, ValueError, DatasetsError) as error:
+        expected = f"expected a folder with files that end in {', '.join(READERS)}"
+        raise InputError(f"{folder}: {expected}: {_first_line(error)}") from error
+    by_split = {str(name): [Path(file) for file in files] for name, files in found.items()}
+    files = by_split[_split(str(folder), source, split, list(by_split))]
+    if source.subset is None:  # `datasets` takes the commonest format and leaves the rest without a word
+        used = {file.resolve() for files in by_split.values() for file in files}
+        left = [f for f in sorted(folder.rglob("*")) if _holds_rows(f, folder) and f.resolve() not in used]
+        if left:
+            raise InputError(f"{folder}: {left[0].name} would be left out beside {files[0].name}: name the files")
+    return files
+
+
+def _holds_rows(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    return file.suffix in READERS and file.name not in _NO_DATA and not hidden
+
+
+def _saved_files(folder: Path, source: Source, split: str) -> list[Path]:
+    """The files of what `datasets` saved with `save_to_disk`."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise InputError(f"{folder}: not a whole saved data set: {_first_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        saved = saved[_split(str(folder), source, split, list(saved))]
+    return [Path(file["filename"]) for file in saved.cache_files]
+
+
+def _split(name: str, source: Source, split: str, there: list[str]) -> str:
+    wanted = source.split or split
+    if wanted in there:
+        return wanted
+    if source.split is None and len(there) == 1:
+        return there[0]
+    raise InputError(f"{name}: no split {wanted!r}; it has {', '.join(there)}")
+
+
+def _open_hub(source: Source, split: str, columns: Columns) -> Opened:
+    use_cache_without_network()
+    name = ", ".join(filter(None, (source.path, source.subset, source.split)))
+    try:
+        splits = datasets.get_dataset_split_names(source.path, source.subset)
+        chosen = _split(source.path, source, split, splits)
+        if source.streaming:
+            rows = datasets.load_dataset(source.path, source.subset, split=chosen, streaming=True)
+            fingerprint = str(HfApi().dataset_info(source.path).sha)
+        else:
+            rows = datasets.load_dataset(source.path, source.subset, split=chosen)
+            fingerprint = rows._fingerprint
+    except InputError:
+        raise
+    except Exception as error:  # the types differ by what is wrong: no network, no such id, no such subset, no access
+        raise InputError(
+            f"{source.path}: neither a file or folder here nor a data set that the hub gave: {_first_line(error)}"
+        ) from error
+    raw = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    return Opened(name=name, fingerprint=[name, chosen, fingerprint], rows=_validated(name, raw, columns))
+
+
+def _validated(name: str, raw: Iterable[Raw], columns: Columns) -> Iterator[Row | Conversation]:
+    """Rows of one file. The first one tells whether they are pairs of texts or conversations."""
+    pairs: bool | None = None
+    for number, fields in raw:
+        where = f"{name}, {number}"
+        if pairs is None:
+            pairs = columns.messages not in fields or (columns.prompt in fields and columns.completion in fields)
+        if pairs:
+            yield _pair(fields, where, columns)
+        else:
+            messages = _field(fields, columns.messages, where)
+            tools = fields.get("tools") or None
+            yield Conversation(
+                messages=_messages(messages, f"{where}, field {columns.messages!r}"), tools=tools, where=where
+            )
+
+
+def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Conversation:
+    prompt, completion = (_field(fields, column, where) for column in (columns.prompt, columns.completion))
+    if _has_roles(prompt) and _has_roles(completion):
+        both = f"{where}, fields {columns.prompt!r} and {columns.completion!r}"
+        messages = _messages(prompt + completion, both)
+        return Conversation(messages=messages, given=len(prompt), tools=fields.get("tools") or None, where=where)
+    for column, text in ((columns.prompt, prompt), (columns.completion, completion)):
+        _check_text(text, f"{where}, field {column!r}")
+    return Row(prompt=prompt, completion=completion, where=where)
+
+
+def _check_text(text: Any, where: str, may_be_empty: bool = False) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected a string, got {type(text).__name__}")
+    if not text and not may_be_empty:
+        raise InputError(f"{where}: expected text, got an empty string")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise InputError(f"{where}: expected UTF-8 text, got half a surrogate pair or a stray byte")
+
+
+def _has_roles(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+# role -> the roles that it may follow; None is the start
+_FOLLOWS: dict[str, tuple[str | None, ...]] = {
+    "system": (None,),
+    "developer": (None,),
+    "user": (None, "system", "developer", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """A conversation in TRL's form: roles in turn, the assistant's last."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: expected a list of messages, got {'none' if value == [] else type(value).__name__}")
+    messages = []
+    before: str | None = None
+    for number, fields in enumerate(value, start=1):
+        at = f"{where}, message {number}"
+        if not isinstance(fields, dict):
+            raise InputError(f"{at}: expected an object with role and content, got {type(fields).__name__}")
+        message = {name: item for name, item in fields.items() if item is not None}  # Arrow fills what a row lacks
+        role = message.get("role")
+        if role not in _FOLLOWS:
+            raise InputError(f"{at}: expected a role of {', '.join(_FOLLOWS)}, got {role!r}")
+        if before not in _FOLLOWS[role]:
+            raise InputError(f"{at}: roles out of order: {role!r} {f'after {before!r}' if before else 'comes first'}")
+        calls = role == "assistant" and message.get("tool_calls")
+        if not calls or "content" in message:
+            _check_text(message.get("content"), f"{at}, content", may_be_empty=bool(calls) or role != "assistant")
+        messages.append(message)
+        before = role
+    if before != "assistant":
+        raise InputError(f"{where}: the assistant's turn is missing: the last message is of {before!r}")
+    return messages
+
+
+def _field(fields: dict[str, Any], column: str, where: str) -> Any:
+    if column not in fields:
+        raise InputError(f"{where}: field {column!r} is missing; the row has {', '.join(map(repr, fields))}")
+    return fields[column]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

@@ -1,111 +1,317 @@
-"""Rows of text -> samples of token ids.
+"""Rows -> samples of token ids, tokenised once into memory-mapped Arrow files.
 
-The plain format: `prompt ids + completion ids + end token`. Prompt and completion are tokenised apart, so
-that the boundary is a token boundary; the prompt gets the tokenizer's own begin token where it has one.
-Special tokens that a text happens to spell stay text. The
-response is everything after the prompt: the loss falls on all of it, and all of it but the last token may be
-replaced (nothing ever reads the last one; untruncated, it is the end token).
+A pair of texts becomes `prompt ids + completion ids + end token`. Prompt and completion are tokenised apart, so that
+the boundary is a token boundary; the prompt gets the tokenizer's own begin token where it has one. Special tokens
+that a text happens to spell stay text. A conversation becomes what the chat template makes of it
+(`selfgen_ds.data.chat`). The loss falls on the response: completion and end token, or the assistant's turns. All of it
+may be replaced but for what closes a turn, and the last token, which nothing ever reads.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import cast
 
 import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError
+from selfgen_ds.config import InputError, Sources, sources
+from selfgen_ds.data.chat import ChatEncoder, Conversation
+from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.tasks import Row
+from selfgen_ds.files import write_atomically
+
+log = logging.getLogger("selfgen_ds")
 
 _CHUNK = 1000  # rows tokenised at once
+_IDS = datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features(
+    {
+        "sample_id": datasets.Value("int64"),
+        "length": datasets.Value("int32"),
+        "input_ids": _IDS,
+        "turns": _IDS,
+        "forced_ids": _IDS,
+        "rest_ids": _IDS,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row as tokens."""
+
+    sample_id: int
+    """The row's number in its source, from 0; past it, those of the sources after it."""
+    input_ids: np.ndarray
+    """`[length]` int32."""
+    turns: np.ndarray
+    """`[turns, 3]` int32: where a response starts, where what may be replaced of it ends, where it ends."""
+    forced_ids: np.ndarray | None = None
+    """Built-in tasks: the start of a response up to and with one wrong token."""
+    rest_ids: np.ndarray | None = None
+    """Built-in tasks: what is right after `forced_ids`."""
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """What stands before the last response."""
+        return self.input_ids[: self.turns[-1, 0]]
+
+    @property
+    def response_ids(self) -> np.ndarray:
+        """The last response."""
+        return self.input_ids[self.turns[-1, 0] : self.turns[-1, 2]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A tokenised data set.
+    """A tokenised source. Of the rows read, `len` are used (the truncated among them) and the others refused."""
 
-    `rows` is an Arrow table with the columns `sample_id` (the row's number in its source, from 0),
-    `prompt_ids`, `response_ids` and, for built-in tasks, `forced_ids` and `rest_ids`.
-    """
-
-    rows: datasets.Dataset
+    table: datasets.Dataset
+    """A row a sample: the fields of `Sample` (`turns` flat) and `length`."""
+    name: str
+    read: int
     truncated: int
     refused: int
+    first_refused: str
+    """The row, by file and line."""
+    closing_ids: list[int]
+    """Special tokens that responses end with: the end token, or what a chat template closes a turn with."""
+    checksum: int
+    """CRC-32 of all ids and turns, to know the same data again."""
+    folder: Path
+    """Where it is cached."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
-    def checksum(self) -> int:
-        """CRC-32 of all ids, to know the same data again."""
-        crc = 0
-        for name in ("prompt_ids", "response_ids"):
-            for chunk in self.rows.data.column(name).chunks:
-                for numbers in (chunk.offsets, chunk.values):
-                    crc = zlib.crc32(numbers.to_numpy().tobytes(), crc)
-        return crc
+    def __getitem__(self, index: int) -> Sample:
+        row = self.table[index]
+        return Sample(
+            sample_id=int(row["sample_id"]),
+            input_ids=row["input_ids"],
+            turns=row["turns"].reshape(-1, 3),
+            forced_ids=row["forced_ids"],
+            rest_ids=row["rest_ids"],
+        )
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of some samples: int32."""
+        return self.table.select_columns("length")[indices]["length"]
 
 
-def tokenize(
-    rows: Iterable[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    max_length: int,
-    max_truncated_share: float = 1.0,
-    max_refused_share: float = 0.0,
-) -> Samples:
-    """Tokenise rows; responses are cut at `max_length`, rows whose prompt leaves no room for one are refused.
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What tokenising depends on beside the rows and the tokenizer."""
+
+    columns: Columns = field(default_factory=Columns)
+    assistant_turns: str = "all"
+    max_length: int
+    limit: int | None = None
+    """Rows read, the first ones; none means all."""
+
+
+def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> list[Samples]:
+    """The samples of every source (`load_samples`).
+
+    Args:
+        split: `train` or `test`, for sources that name none.
 
     Raises:
-        InputError: No usable row, or more truncated or refused ones than the shares allow.
+        InputError: A source cannot be found or read.
     """
-    columns: dict[str, list] = {
-        name: [] for name in ("sample_id", "prompt_ids", "response_ids", "forced_ids", "rest_ids")
-    }
-    truncated = refused = count = 0
+    return [load_samples(open_source(source, split, form.columns), tokenizer, form) for source in sources(given)]
+
+
+def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> Samples:
+    """The samples of a source, from the cache, or tokenised into it.
+
+    The cache is `selfgen_ds/` in the folder where `datasets` keeps its own (`HF_DATASETS_CACHE`). Of the processes that
+    want the same samples one tokenises and the others wait, on as many hosts as share the folder.
+
+    Raises:
+        InputError: A row is not as expected, or none is usable.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "selfgen_ds" / _fingerprint(source, tokenizer, form)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    failure = folder.with_suffix(".error")
+    since = time.time()
+    with FileLock(folder.with_suffix(".lock")):
+        if failure.exists() and failure.stat().st_mtime >= since:
+            raise InputError(failure.read_text(encoding="utf-8"))  # what the process that was first has met
+        if not (folder / "info.json").exists():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                _write(source, tokenizer, form, partial)
+            except InputError as error:
+                shutil.rmtree(partial)
+                write_atomically(failure, str(error))
+                raise
+            failure.unlink(missing_ok=True)
+            partial.rename(folder)
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    table = datasets.Dataset.from_file(str(folder / "samples.arrow")).with_format("numpy")
+    return Samples(table=table, name=source.name, folder=folder, **info)
+
+
+def take(samples: list[Samples], limit: int | None = None) -> list[Sample]:
+    """Samples in memory, with ids of their own: at most `limit`, an equal part from the start of every source."""
+    each = None if limit is None else -(-limit // len(samples))
+    first_ids = np.cumsum([0, *(source.read for source in samples)]).tolist()
+    return [
+        replace(sample, sample_id=first + sample.sample_id)
+        for source, first in zip(samples, first_ids, strict=False)
+        for sample in map(source.__getitem__, range(len(source))[:each])
+    ][:limit]
+
+
+def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that an answer to such samples ends with."""
+    return sorted({tokenizer.eos_token_id, *(token for source in samples for token in source.closing_ids)})
+
+
+def check_shares(samples: Samples, max_length: int, max_truncated_share: float, max_refused_share: float) -> None:
+    """Refuse data that `max_length` does too much harm to.
+
+    Raises:
+        InputError: More truncated or refused rows than the shares allow.
+    """
+    for count, share, setting, what in (
+        (samples.refused, max_refused_share, "max_refused_share", "prompts leave no room for a response"),
+        (samples.truncated, max_truncated_share, "max_truncated_share", "responses are cut"),
+    ):
+        if count > share * samples.read:
+            first = f" (the first is {samples.first_refused})" if setting == "max_refused_share" else ""
+            raise InputError(
+                f"{samples.name}: {count} of {samples.read} {what} at data.max_length={max_length}{first}; "
+                f"data.{setting}={share} allows fewer"
+            )
+
+
+def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
+    digest = hashlib.sha256(repr((source.fingerprint, form)).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        code = Path(__file__).parent.glob("*.py")  # other code would make other samples of the same rows
+        for file in sorted([*Path(folder).iterdir(), *code], key=lambda path: path.name):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, folder: Path) -> None:
+    """`samples.arrow` and, as the last thing, `info.json`."""
+    longest = form.max_length
+    crc = used = truncated = refused = read = 0
     first_refused = ""
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _CHUNK)):
-        prompts = tokenizer([row.prompt for row in chunk], split_special_tokens=True)["input_ids"]
-        completions = _plain(tokenizer, [row.completion for row in chunk])
-        forced = _plain(tokenizer, [row.forced or "" for row in chunk])
-        rest = _plain(tokenizer, [row.rest or "" for row in chunk])
-        for offset, row in enumerate(chunk):
-            prompt = prompts[offset]
-            if prompt and prompt[-1] == tokenizer.eos_token_id:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    closing: set[int] = set()
+    rows = islice(source.rows, form.limit)
+    encoder = _Encoder(tokenizer, form.assistant_turns)
+    with (
+        ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=_CHUNK) as writer,
+        tqdm(desc=f"tokenise {source.name}", unit="row", delay=2, leave=False) as bar,
+    ):
+        while chunk := list(islice(rows, _CHUNK)):
+            columns: dict[str, list] = {name: [] for name in _FEATURES}
+            for number, (row, encoded) in enumerate(zip(chunk, encoder.encode(chunk), strict=True), start=read):
+                ids = encoded.ids[:longest]
+                turns = [
+                    [start, min(replaceable, len(ids) - 1), min(end, longest)]
+                    for start, replaceable, end in encoded.turns
+                    if 0 < start < longest  # nothing predicts a first token
+                ]
+                if not turns:
+                    refused += 1
+                    first_refused = first_refused or row.where or f"row {number + 1}"
+                    continue
+                truncated += encoded.turns[-1][2] > longest
+                closing |= special & {encoded.ids[end - 1] for _, _, end in encoded.turns}
+                flat = [position for turn in turns for position in turn]
+                values = (number, len(ids), ids, flat, encoded.forced, encoded.rest)
+                for column, value in zip(columns.values(), values, strict=True):
+                    column.append(value)
+                crc = zlib.crc32(np.array([*ids, *flat], dtype=np.int32).tobytes(), crc)
+            if columns["length"]:
+                writer.write_batch(columns)
+            used += len(columns["length"])
+            read += len(chunk)
+            bar.update(len(chunk))
+    if not used:
+        refusal = f": {first_refused} leaves no room for a response within {longest} tokens" if refused else ""
+        raise InputError(f"{source.name}: no usable row among {read}{refusal}")
+    if not closing:
+        log.warning("%s: no special token closes a response: the model cannot learn to stop", source.name)
+    info = {
+        "read": read,
+        "truncated": truncated,
+        "refused": refused,
+        "first_refused": first_refused,
+        "closing_ids": sorted(closing),
+        "checksum": crc,
+    }
+    write_atomically(folder / "info.json", json.dumps(info))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    ids: list[int]
+    turns: list[list[int]]
+    forced: list[int] | None = None
+    rest: list[int] | None = None
+
+
+class _Encoder:
+    """Rows of either kind -> token ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> None:
+        self._tokenizer = tokenizer
+        self._assistant_turns = assistant_turns
+        self._chat: ChatEncoder | None = None
+
+    def encode(self, rows: list[Row | Conversation]) -> Iterator[_Encoded]:
+        for _, run in groupby(rows, key=type):
+            some = list(run)
+            if isinstance(some[0], Conversation):
+                self._chat = self._chat or ChatEncoder(self._tokenizer, self._assistant_turns)
+                for ids, turns in self._chat.encode(cast("list[Conversation]", some)):
+                    yield _Encoded(ids=ids, turns=turns)
+            else:
+                yield from self._pairs(cast("list[Row]", some))
+
+    def _pairs(self, rows: list[Row]) -> Iterator[_Encoded]:
+        end = self._tokenizer.eos_token_id
+        prompts = self._tokenizer([row.prompt for row in rows], split_special_tokens=True)["input_ids"]
+        completions = self._plain([row.completion for row in rows])
+        forced = self._plain([row.forced or "" for row in rows])
+        rest = self._plain([row.rest or "" for row in rows])
+        for i, row in enumerate(rows):
+            prompt = prompts[i]
+            if prompt and prompt[-1] == end:
                 prompt = prompt[:-1]  # some tokenizers close every text
-            response = [*completions[offset], tokenizer.eos_token_id]
-            room = max_length - len(prompt)
-            if room < 1 or not prompt:
-                first_refused = first_refused or row.where or f"row {count + offset + 1}"
-                refused += 1
-                continue
-            truncated += len(response) > room
-            columns["sample_id"].append(count + offset)
-            columns["prompt_ids"].append(prompt)
-            columns["response_ids"].append(response[:room])
+            ids = [*prompt, *completions[i], end]
             has_error = row.forced is not None
-            columns["forced_ids"].append(forced[offset] if has_error else None)
-            columns["rest_ids"].append([*rest[offset], tokenizer.eos_token_id] if has_error else None)
-        count += len(chunk)
-    if refused > max_refused_share * count:
-        raise InputError(
-            f"{source}: {refused} of {count} prompts leave no room for a response within data.max_length="
-            f"{max_length} (the first is {first_refused}); data.max_refused_share={max_refused_share} allows fewer"
-        )
-    if not columns["sample_id"]:
-        raise InputError(f"{source}: no usable row among {count}")
-    if truncated > max_truncated_share * count:
-        raise InputError(
-            f"{source}: {truncated} of {count} responses are cut at data.max_length={max_length}; "
-            f"data.max_truncated_share={max_truncated_share} allows fewer"
-        )
-    ids = datasets.List(datasets.Value("int32"))
-    features = datasets.Features(dict.fromkeys(columns, ids) | {"sample_id": datasets.Value("int64")})
-    return Samples(rows=datasets.Dataset.from_dict(columns, features=features), truncated=truncated, refused=refused)
+            yield _Encoded(
+                ids=ids,
+                turns=[[len(prompt), len(ids) - 1, len(ids)]],
+                forced=forced[i] if has_error else None,
+                rest=[*rest[i], end] if has_error else None,
+            )
 
-
-def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -23,7 +23,7 @@ class Row:
     prompt: str
     completion: str
     where: str = field(default="", compare=False)
-    """Files: the line it was read from."""
+    """Files: file and line that it was read from."""
     forced: str | None = None
     """Built-in tasks: start of the completion, up to and with one wrong token."""
     rest: str | None = None

@@ -129,12 +129,23 @@ def extend(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _reduce(model: PreTrainedModel, reduction: Reduction, context: Tensor, positions: Tensor) -> Any:
+def _reduce(
+    model: PreTrainedModel,
+    reduction: Reduction,
+    context: Tensor,
+    positions: Tensor,
+    position_ids: Tensor | None = None,
+) -> Any:
     """`reduction` over the hidden states that predict the tokens at `positions`.
 
     Args:
         context: `[B, L]` int64, rows padded on the right.
         positions: `[B, L]` bool, False at position 0. The token at t is predicted from those before it.
+        position_ids: `[B, L]` int64, restarting at 0 with every packed sample; None if nothing is packed.
     """
-    hidden = model.base_model(input_ids=context[:, :-1], use_cache=False).last_hidden_state
+    where = {} if position_ids is None else {"position_ids": position_ids[:, :-1]}
+    # attention_mask None and use_cache False are what isolates packed samples
+    hidden = model.base_model(
+        input_ids=context[:, :-1], attention_mask=None, use_cache=False, **where
+    ).last_hidden_state
     return model.lm_head(hidden[positions[:, 1:]], reduction)

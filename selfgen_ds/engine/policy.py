@@ -79,7 +79,7 @@ class EnginePolicy:
     Args:
         forward: What is called for a forward: the DeepSpeed engine, or the model itself.
         model: The extended model (`selfgen_ds.engine.model.extend`).
-        end_token: Ends an answer.
+        end_tokens: Each of them ends an answer.
         budget: Size of one no-grad sweep; none means the whole window in one.
     """
 
@@ -88,13 +88,13 @@ class EnginePolicy:
         forward: DeepSpeedEngine | PreTrainedModel,
         model: PreTrainedModel,
         *,
-        end_token: int,
+        end_tokens: list[int],
         sampling: Sampling | None = None,
         budget: SweepBudget | None = None,
     ) -> None:
         self.forward = forward
         self.model = model
-        self.end_token = end_token
+        self.end_tokens = end_tokens
         self.sampling = sampling or Sampling()
         self.budget = budget
         self.device = torch.device(forward.device)
@@ -102,18 +102,19 @@ class EnginePolicy:
         """Sweeps that the last `draw` was split into."""
 
     @torch.no_grad()
-    def draw(self, contexts: list[Tensor], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         """Draw the masked tokens of a window (`selfgen_ds.methods.mixture.Policy`).
 
         All micro-batches go through the model in one sweep of parameter gathers, or in the fewest that keep its
         memory under the training step's. Rows without a masked token stay out, and nothing past the last masked
         token is computed.
         """
-        device = contexts[0].device
-        context, mask, noise = _stack(contexts), _stack(masks), _stack(_spread(masks, uniforms))
-        positions = torch.arange(mask.shape[1], device=device)
-        lengths = (mask * (positions + 1)).amax(dim=1)  # up to and with the last masked token
-        most = self.budget.tokens(max(c.numel() for c in contexts)) if self.budget else math.inf
+        device = window[0].context.device
+        context, mask = _stack([batch.context for batch in window]), _stack(masks)
+        noise, position_ids = _stack(_spread(masks, uniforms)), _stack([batch.position_ids for batch in window])
+        columns = torch.arange(mask.shape[1], device=device)
+        lengths = (mask * (columns + 1)).amax(dim=1)  # up to and with the last masked token
+        most = self.budget.tokens(max(batch.context.numel() for batch in window)) if self.budget else math.inf
         groups = _groups(lengths, most)
         self.groups = int(_max_over_ranks(len(groups), device))
 
@@ -123,11 +124,12 @@ class EnginePolicy:
                 length = int(lengths[rows].max())
                 chosen, where = context[rows, :length], mask[rows, :length]
                 reduction = head.draw(noise[rows, :length][where], **vars(self.sampling))
-                tokens = self.forward(chosen, positions=where, reduction=reduction)
+                packed = position_ids[rows, :length] if window[0].packed else None
+                tokens = self.forward(chosen, positions=where, reduction=reduction, position_ids=packed)
                 drawn[rows, :length] = torch.zeros_like(chosen).masked_scatter(where, tokens)
             for _ in range(self.groups - len(groups)):
                 self._idle_forward(device)
-        sizes = [len(c) for c in contexts]
+        sizes = [len(m) for m in masks]
         return [d[:, : m.shape[1]][m] for d, m in zip(drawn.split(sizes), masks, strict=True)]
 
     def _idle_forward(self, device: torch.device) -> None:
@@ -148,11 +150,12 @@ class EnginePolicy:
                 batch.context,
                 positions=batch.loss_mask,
                 reduction=head.predict(batch.target[batch.loss_mask]),
+                position_ids=batch.packed_position_ids,
             )
 
     @torch.no_grad()
     def complete(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
-        """The model's own answers, up to and with the end token.
+        """The model's own answers, up to and with an end token.
 
         Args:
             prompts: Token ids, one list a row, none empty. The list itself must not be empty on any rank.
@@ -165,8 +168,8 @@ class EnginePolicy:
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}),
-            eos_token_id=self.end_token,
-            pad_token_id=self.end_token,
+            eos_token_id=self.end_tokens,
+            pad_token_id=self.end_tokens[0],
         )
         with _evaluating(self.forward), _no_generation_defaults(self.model):
             # in step: a rank whose rows are finished goes on until all are, or the gathers would hang
@@ -177,7 +180,8 @@ class EnginePolicy:
                 synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
             )
         answers = output[:, ids.shape[1] :].tolist()
-        return [a[: a.index(self.end_token) + 1] if self.end_token in a else a for a in answers]
+        ends = (next((i for i, t in enumerate(a, start=1) if t in self.end_tokens), None) for a in answers)
+        return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
 
 
 @contextmanager

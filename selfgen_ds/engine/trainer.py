@@ -51,7 +51,7 @@ def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
     ZeRO-3 prefetches by the order of modules in its first forward. Were that a no-grad pass, the record
     would be thrown away in every step, at 2 to 4 times the gathers. Random generators are left as they were.
     """
-    nothing = collate([], [], []).to(engine.device)
+    nothing = collate([]).to(engine.device)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         loss = engine(
             nothing.context, positions=nothing.loss_mask, reduction=head.loss_sum(nothing.context[:0, 0], 0.0)
@@ -97,7 +97,12 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     losses: list[Tensor] = []
     for number, batch in enumerate(window, start=1):
         reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing)
-        loss = engine(batch.context, positions=batch.loss_mask, reduction=reduction)
+        loss = engine(
+            batch.context,
+            positions=batch.loss_mask,
+            reduction=reduction,
+            position_ids=batch.packed_position_ids,
+        )
         losses.append(loss.detach())
         if number == len(window):
             totals = _sum_over_ranks(_totals(window, losses))
@@ -123,12 +128,11 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
 
 def _totals(window: list[TokenBatch], losses: list[Tensor]) -> Tensor:
     """`[4]` float64 on this rank: loss, drawn tokens, drawn tokens that differ, real tokens."""
-    counts = [torch.stack([b.drawn.sum(), (b.drawn & (b.context != b.target)).sum(), _real_tokens(b)]) for b in window]
+    counts = [
+        torch.stack([b.drawn.sum(), (b.drawn & (b.context != b.target)).sum(), (b.sample_ids >= 0).sum()])
+        for b in window
+    ]
     return torch.cat([torch.stack(losses).double().sum()[None], torch.stack(counts).sum(dim=0).double()])
-
-
-def _real_tokens(batch: TokenBatch) -> Tensor:
-    return (batch.lengths * (batch.sample_ids >= 0)).sum()
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ def _suspects(window: list[TokenBatch], losses: list[Tensor]) -> list[int]:
         sample_id
         for batch, loss in zip(window, losses, strict=True)
         if not torch.isfinite(loss)
-        for sample_id in batch.sample_ids.tolist()
+        for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist()
     ]
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)

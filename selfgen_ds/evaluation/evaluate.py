@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -15,9 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_folder_problems
-from selfgen_ds.data.rows import read_rows
-from selfgen_ds.data.samples import Samples, tokenize
+from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_folder_problems, source_problems
+from selfgen_ds.data.rows import Columns
+from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.model import build_model, model_config
@@ -50,8 +49,8 @@ def run(options: EvaluateOptions) -> None:
     if found := model_folder_problems("--model", options.model):
         raise InputError(found[0])
     make_folder(Path(options.output_dir), "--output_dir")
-    if not options.data.startswith("builtin:") and not Path(options.data).is_file():
-        raise InputError(f"--data: expected an existing file, or builtin:<task>, got {options.data!r}")
+    if found := source_problems("--data", options.data):
+        raise InputError(found[0])
     source = ModelConfig(name_or_path=options.model, dtype=options.dtype)
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
@@ -59,35 +58,39 @@ def run(options: EvaluateOptions) -> None:
     max_length = options.max_length or positions
     if not 2 <= max_length <= positions:
         raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
-    rows = islice(
-        read_rows(options.data, "test", options.prompt_column, options.completion_column), options.max_samples
+    columns = Columns(
+        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
     )
-    samples = tokenize(rows, tokenizer, options.data, max_length, max_refused_share=1.0)
+    form = Format(columns=columns, max_length=max_length, limit=options.max_samples)
+    samples = load(options.data, "test", tokenizer, form)
     if launch.world_size() > 1:
         launch.init_process_group()
     model = build_model(source, config).to(launch.device()).eval()
     set_seed(options.seed + launch.rank())
-    policy = EnginePolicy(model, model, end_token=tokenizer.eos_token_id)
-    scores = evaluate(policy, samples, tokenizer, options.batch_size, options.sample_temperature)
+    policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer))
+    chosen = take(samples, options.max_samples)
+    scores = evaluate(policy, chosen, tokenizer, options.batch_size, options.sample_temperature)
     if launch.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
 
 
-def write(scores: list[SampleScore], options: EvaluateOptions, samples: Samples) -> None:
+def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:
     """`evaluation.json`, `predictions.jsonl` and `evaluation.png` in the output folder."""
     folder = Path(options.output_dir)
     lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
     write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     metrics, positions = aggregate(scores), curves(scores)
+    settings = asdict(options)
+    truncated, refused = sum(s.truncated for s in samples), sum(s.refused for s in samples)
     result = {
         "model": options.model,
-        "data": options.data,
+        "data": settings["data"],
         "n": len(scores),
-        "truncated": samples.truncated,
-        "refused": samples.refused,
-        "settings": asdict(options),
+        "truncated": truncated,
+        "refused": refused,
+        "settings": settings,
         "metrics": metrics,
         "curves": positions,
         "torch": torch.__version__,
@@ -107,11 +110,11 @@ def write(scores: list[SampleScore], options: EvaluateOptions, samples: Samples)
         ylabel="accuracy",
         ylim=(-0.02, 1.02),
     )
-    axes.set_title(f"{options.model} on {options.data}", fontsize=9)
+    axes.set_title(f"{options.model} on {', '.join(s.name for s in samples)}", fontsize=9)
     axes.legend()
     figure.savefig(folder / "evaluation.png", dpi=150)
     plt.close(figure)
     described = METRICS | RECOVERY_METRICS | SAMPLED_METRICS
     print("\n".join(f"{name:26}{value:8.3f}  {described[name]}" for name, value in metrics.items()))
-    print(f"{len(scores)} rows, {samples.truncated} with a truncated response, {samples.refused} left out for length")
+    print(f"{len(scores)} rows, {truncated} with a truncated response, {refused} left out for length")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")

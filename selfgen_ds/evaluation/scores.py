@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.data.batches import collate
-from selfgen_ds.data.samples import Samples
+from selfgen_ds.data.samples import Sample
 from selfgen_ds.engine.policy import EnginePolicy
 
 METRICS = {
@@ -33,13 +33,16 @@ SAMPLED_METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SampleScore:
-    """One row: its answer, and for each token of the reference response whether it was right."""
+    """One row: its answer, and for each token of the reference response, the last turn, whether it was right."""
 
     sample_id: int
     prompt: str
     reference: str
     answer: str
     negative_log_likelihood: float
+    """Of all target tokens: in a conversation those of every learned turn."""
+    tokens: int
+    """Target tokens."""
     teacher_forced: list[bool]
     free_running: list[bool]
     recovery: list[bool] | None = None
@@ -49,7 +52,7 @@ class SampleScore:
     def metrics(self) -> dict[str, float]:
         """This row's value of every metric; the mean over rows is the metric (for `loss`, over tokens)."""
         values = {
-            "loss": self.negative_log_likelihood / len(self.teacher_forced),
+            "loss": self.negative_log_likelihood / self.tokens,
             "exact_match": float(self.answer == self.reference),
             "teacher_forced_accuracy": float(np.mean(self.teacher_forced)),
             "free_running_accuracy": float(np.mean(self.free_running)),
@@ -70,7 +73,7 @@ class SampleScore:
 
 def evaluate(
     policy: EnginePolicy,
-    samples: Samples,
+    samples: list[Sample],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     sample_temperature: float = 0.0,
@@ -98,7 +101,7 @@ def aggregate(scores: list[SampleScore]) -> dict[str, float]:
     """Metric name -> value over all rows."""
     rows = [score.metrics() for score in scores]
     metrics = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    tokens = sum(len(score.teacher_forced) for score in scores)
+    tokens = sum(score.tokens for score in scores)
     return metrics | {"loss": sum(score.negative_log_likelihood for score in scores) / tokens}
 
 
@@ -117,9 +120,9 @@ def curves(scores: list[SampleScore]) -> dict[str, list[float]]:
     return result
 
 
-def _rounds(samples: Samples, batch_size: int, world_size: int) -> Iterator[list[list[dict]]]:
+def _rounds(samples: list[Sample], batch_size: int, world_size: int) -> Iterator[list[list[Sample]]]:
     """Rounds of one batch a rank (the last ones may be empty), rows of similar length together."""
-    rows = sorted(samples.rows, key=lambda row: len(row["prompt_ids"]) + len(row["response_ids"]))
+    rows = sorted(samples, key=lambda sample: len(sample.input_ids))
     for first in range(0, len(rows), batch_size * world_size):
         chunk = rows[first : first + batch_size * world_size]
         yield [chunk[rank::world_size] for rank in range(world_size)]
@@ -127,22 +130,22 @@ def _rounds(samples: Samples, batch_size: int, world_size: int) -> Iterator[list
 
 def _score(
     policy: EnginePolicy,
-    shares: list[list[dict]],
+    shares: list[list[Sample]],
     rank: int,
     tokenizer: PreTrainedTokenizerBase,
     sample_temperature: float,
 ) -> list[SampleScore]:
     """One round: the same calls on every rank, also on one without rows."""
-    rows = shares[rank]
-    everything = [row for share in shares for row in share]
-    prompts = [row["prompt_ids"] for row in rows]
-    references = [row["response_ids"] for row in rows]
-    longest = max(len(row["response_ids"]) for row in everything)
+    samples = shares[rank]
+    everything = [sample for share in shares for sample in share]
+    prompts = [sample.prompt_ids.tolist() for sample in samples]
+    references = [sample.response_ids.tolist() for sample in samples]
+    longest = max(len(sample.response_ids) for sample in everything)
 
-    batch = collate(prompts, references, [row["sample_id"] for row in rows])
+    batch = collate([[sample] for sample in samples])
     best, log_probabilities = policy.predict(batch.to(policy.device))
     right = best.cpu() == batch.target[batch.loss_mask]
-    sizes = [len(reference) for reference in references]
+    sizes = batch.loss_mask.sum(dim=1).tolist()  # of all turns; an answer is the last one
     teacher_forced = right.split(sizes)
     likelihoods = log_probabilities.cpu().split(sizes)
 
@@ -151,9 +154,9 @@ def _score(
 
     free = answer(prompts, longest)
     recovery = sampled = None
-    if everything[0]["forced_ids"] is not None:
-        rest = max(len(row["rest_ids"]) for row in everything)
-        recovery = answer([row["prompt_ids"] + row["forced_ids"] for row in rows], rest)
+    if everything[0].rest_ids is not None:
+        rest = max(len(_array(sample.rest_ids)) for sample in everything)
+        recovery = answer([[*p, *_array(sample.forced_ids)] for p, sample in zip(prompts, samples, strict=True)], rest)
     if sample_temperature > 0:
         sampled = answer(prompts, longest, sample_temperature)
 
@@ -162,19 +165,26 @@ def _score(
 
     return [
         SampleScore(
-            sample_id=row["sample_id"],
-            prompt=text(row["prompt_ids"]),
-            reference=text(row["response_ids"]),
+            sample_id=sample.sample_id,
+            prompt=text(prompts[i]),
+            reference=text(references[i]),
             answer=text(free[i]),
             negative_log_likelihood=-float(likelihoods[i].sum()),
-            teacher_forced=teacher_forced[i].tolist(),
-            free_running=_right(free[i], row["response_ids"]),
-            recovery=None if recovery is None else _right(recovery[i], row["rest_ids"]),
-            sampled=None if sampled is None else _right(sampled[i], row["response_ids"]),
+            tokens=len(likelihoods[i]),
+            teacher_forced=teacher_forced[i][-len(references[i]) :].tolist(),
+            free_running=_right(free[i], references[i]),
+            recovery=None if recovery is None else _right(recovery[i], _array(sample.rest_ids).tolist()),
+            sampled=None if sampled is None else _right(sampled[i], references[i]),
             sampled_answer=None if sampled is None else text(sampled[i]),
         )
-        for i, row in enumerate(rows)
+        for i, sample in enumerate(samples)
     ]
+
+
+def _array(ids: np.ndarray | None) -> np.ndarray:
+    """Of a built-in task's sample, which has them."""
+    assert ids is not None
+    return ids
 
 
 def _right(answer: list[int], reference: list[int]) -> list[bool]:

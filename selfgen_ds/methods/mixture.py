@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from selfgen_ds.data.batches import TokenBatch
@@ -24,12 +23,12 @@ from selfgen_ds.methods import noise
 class Policy(Protocol):
     """What a method may ask of the model. Collective: every rank calls it equally often."""
 
-    def draw(self, contexts: list[Tensor], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        """Draw the masked tokens of a window, each from the model's distribution given its prefix.
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """Draw the masked tokens of a window, each from the model's distribution given its prefix in the context.
 
         Args:
-            contexts: One `[batch, length]` int64 tensor a micro-batch.
-            masks: `[batch, length]` bool, the tokens to draw; never position 0.
+            window: The micro-batches of one optimizer step.
+            masks: `[batch, length]` bool, the tokens to draw; never a sample's first.
             uniforms: Float64 in (0, 1), one a masked token, in row-major order: the noise of the draw.
 
         Returns:
@@ -39,9 +38,8 @@ class Policy(Protocol):
 
 
 def replacement_mask(batch: TokenBatch, probability: float, seed: int, step: int) -> Tensor:
-    """M of one micro-batch: `[batch, length]` bool, a function of (seed, step, sample id, position) alone."""
-    positions = torch.arange(batch.context.shape[1], device=batch.context.device)
-    coin = noise.uniform(noise.REPLACE, seed, step, batch.sample_ids[:, None], positions[None, :])
+    """M of one micro-batch: `[batch, length]` bool, a function of (seed, step, sample id, position in it) alone."""
+    coin = noise.uniform(noise.REPLACE, seed, step, batch.sample_ids, batch.position_ids)
     return (coin < probability) & batch.replaceable
 
 
@@ -55,12 +53,14 @@ def mix(
         masks: `[batch, length]` bool a micro-batch, from `replacement_mask`.
         passes: Parallel passes, 1 or more.
     """
-    uniforms = []
-    for batch, mask in zip(window, masks, strict=True):
-        rows, positions = mask.nonzero(as_tuple=True)
-        uniforms.append(noise.uniform(noise.DRAW, seed, step, batch.sample_ids[rows], positions))
-    contexts = [batch.context for batch in window]
+    uniforms = [
+        noise.uniform(noise.DRAW, seed, step, batch.sample_ids[mask], batch.position_ids[mask])
+        for batch, mask in zip(window, masks, strict=True)
+    ]
     for _ in range(passes):
-        drawn = policy.draw(contexts, masks, uniforms)
-        contexts = [c.masked_scatter(m, d) for c, m, d in zip(contexts, masks, drawn, strict=True)]
-    return [replace(b, context=c, drawn=m) for b, c, m in zip(window, contexts, masks, strict=True)]
+        drawn = policy.draw(window, masks, uniforms)
+        window = [
+            replace(batch, context=batch.context.masked_scatter(mask, tokens), drawn=mask)
+            for batch, mask, tokens in zip(window, masks, drawn, strict=True)
+        ]
+    return window

@@ -1,0 +1,200 @@
+"""Conversations -> token ids, as the tokenizer's chat template writes them, with the assistant's turns found in them.
+
+The ids are those of `tokenizer.apply_chat_template(messages)`; where a message spells a special token, those of its
+`sanitize_control_tokens=True`. The turns come from the template's `{% generation %}` markers where it has them;
+otherwise a turn is the message's content and the special token that the template closes it with. Either way the
+template is rendered a second time with marks in the place of the contents: what lies between the marks must be what
+lies between the contents, so that a template that leaves out, changes or repeats a message is found out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from selfgen_ds.config import InputError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # of Unicode's private use area
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One example in `messages` form."""
+
+    messages: list[dict[str, Any]]
+    given: int = 0
+    """So many messages at the start are a prompt: their assistant turns are not learned."""
+    tools: list[dict[str, Any]] | None = None
+    where: str = ""
+    """File and line that it was read from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    text: str
+    contents: list[tuple[int, int]]
+    """Characters of every message's content, in the order of the text."""
+    turns: list[tuple[int, int, int]]
+    """Of every learned turn: its first character, the end of its content, its end."""
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer's chat template.
+
+    Args:
+        assistant_turns: `all` or `last`: the turns that are learned.
+
+    Raises:
+        InputError: The tokenizer has no chat template, or gives no character offsets.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> None:
+        if not tokenizer.chat_template:
+            raise InputError(
+                "model.tokenizer: rows of messages need a tokenizer with a chat template (`chat_template.jinja`)"
+            )
+        if not tokenizer.is_fast:
+            raise InputError("model.tokenizer: rows of messages need a tokenizer of the library `tokenizers`")
+        self._tokenizer = tokenizer
+        self._last_only = assistant_turns == "last"
+        special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
+        spelled = "|".join(map(re.escape, reversed(special))) or "(?!)"
+        self._special, self._closing = re.compile(spelled), re.compile(rf"\s*(?:{spelled})")
+        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def encode(self, conversations: list[Conversation]) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Token ids of each conversation, and its turns: `[start, end of what may be replaced, end]`, in tokens.
+
+        Raises:
+            InputError: The template raises, or does not reproduce the messages; names the row.
+        """
+        rendered = [self._render(conversation) for conversation in conversations]
+        encoded = self._tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
+        for chat, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if any(self._special.search(chat.text, *span) for span in chat.contents):
+                ids, offsets = self._spelled_out(chat, ids, offsets)
+            yield ids, [_tokens_of(turn, offsets) for turn in chat.turns]
+
+    def _render(self, chat: Conversation) -> _Rendered:
+        messages = chat.messages
+        marked = [m | {"content": f"{_OPEN}{i}{_CLOSE}"} if m.get("content") else m for i, m in enumerate(messages)]
+        text, generated = self._apply(messages, chat)
+        pieces = _MARK.split(self._apply(marked, chat)[0])
+        order = [int(number) for number in pieces[1::2]]
+        expected = [i for i, message in enumerate(messages) if message.get("content")]
+        if missing := set(expected) - set(order):
+            raise InputError(f"{chat.where}: the chat template leaves out message {min(missing) + 1}")
+        spans = _find([messages[i]["content"] for i in order], pieces[::2], text)
+        if spans is None or sorted(order) != expected:
+            raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
+        turns = self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
+        return _Rendered(text=text, contents=spans, turns=turns)
+
+    def _apply(self, messages: list[dict[str, Any]], chat: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text, and the characters inside the template's generation markers if it has them."""
+        try:
+            template = self._tokenizer.get_chat_template(tools=chat.tools)
+            with_markers = _GENERATION.search(template) is not None
+            texts, generated = render_jinja_template(
+                [messages],
+                tools=chat.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=with_markers,
+                **self._tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template can raise anything
+            raise InputError(f"{chat.where}: the chat template raises: {' '.join(str(error).split())}") from error
+        return texts[0], generated[0] if with_markers else None
+
+    def _turns(
+        self,
+        chat: Conversation,
+        contents: dict[int, tuple[int, int]],
+        text: str,
+        generated: list[tuple[int, int]] | None,
+    ) -> list[tuple[int, int, int]]:
+        """Of the learned turns."""
+        assistant = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if generated is not None and len(generated) != len(assistant):
+            raise InputError(
+                f"{chat.where}: the chat template marks {len(generated)} generations, the row has {len(assistant)} "
+                "turns of the assistant"
+            )
+        turns = []
+        for number, i in enumerate(assistant):
+            if generated is None:
+                if i not in contents:
+                    raise InputError(
+                        f"{chat.where}, message {i + 1}: tool calls need a chat template with generation markers"
+                    )
+                start, end = contents[i]
+                closing = self._closing.match(text, end)
+                turn = (start, end, closing.end() if closing else end)
+            else:
+                first, last = generated[number]
+                # of a turn without content, such as a call of a tool, nothing is replaced
+                start, end = contents.get(i, (first, first))
+                if not first <= start <= end <= last:
+                    raise InputError(
+                        f"{chat.where}, message {i + 1}: the chat template's generation markers do not enclose it"
+                    )
+                turn = (first, end, last)
+            if i >= chat.given:
+                turns.append(turn)
+        return turns[-1:] if self._last_only else turns
+
+    def _spelled_out(
+        self, chat: _Rendered, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Special tokens that a message spells become the tokens of their letters."""
+        new_ids: list[int] = []
+        new_offsets: list[tuple[int, int]] = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            plain = [token]
+            if token in self._special_ids and any(a <= start and end <= b for a, b in chat.contents):
+                plain = self._as_text(chat.text[start:end])
+            new_ids += plain
+            new_offsets += [(start, end)] * len(plain)
+        return new_ids, new_offsets
+
+    def _as_text(self, spelled: str) -> list[int]:
+        """Behind a line's end, because some tokenizers put a space before the start of a text."""
+        line_end, whole = (
+            self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            for text in ("\n", f"\n{spelled}")
+        )
+        return whole[len(line_end) :]
+
+
+def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:
+    """Where the contents are in a text that should be `piece content piece content ... piece`.
+
+    Templates may strip a content's white space.
+    """
+    spans = []
+    position = 0
+    for content, before, behind in zip(contents, pieces[:-1], pieces[1:], strict=True):
+        start = position + len(before)
+        forms = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
+        form = next((form for form in forms if text.startswith(before + form + behind, position)), None)
+        if form is None:
+            return None
+        position = start + len(form)
+        spans.append((start, position))
+    return spans if text[position:] == pieces[-1] else None
+
+
+def _tokens_of(turn: tuple[int, int, int], offsets: list[tuple[int, int]]) -> list[int]:
+    """Characters to tokens; one that reaches past the content, into the template, may not be replaced."""
+    start, content_end, end = turn
+    first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
+    behind = next((i for i, (begin, _) in enumerate(offsets) if i >= first and begin >= end), len(offsets))
+    replaceable = next((i for i, (_, stop) in enumerate(offsets) if i >= first and stop > content_end), len(offsets))
+    return [first, min(max(first, replaceable), behind), behind]

@@ -1,0 +1,185 @@
+"""Files -> rows as they stand, one reader a format. Each says where in the file a row was, and what is broken there.
+
+JSONL, CSV, Parquet and Arrow are read piece by piece, a JSON array as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfgen_ds.config import InputError
+
+Raw = tuple[str, dict[str, Any]]
+"""Where the row was (`line 3`), and its fields."""
+
+csv.field_size_limit(sys.maxsize)  # of the whole process; the default of 128 KiB is less than a long document
+
+
+def read_file(path: Path) -> Iterator[Raw]:
+    """Rows of a file, in order; its suffix tells the format.
+
+    Raises:
+        InputError: Names file, line or row, and what was expected.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty")
+        yield from READERS[path.suffix](path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Raw]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"line {number}"
+                yield where, _object(_parse(line, number == 1, f"{path}, {where}"), f"{path}, {where}")
+
+
+def _read_json(path: Path) -> Iterator[Raw]:
+    """An array of objects; or, as many files of this name are, one object a line."""
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from _read_jsonl(path)
+        return
+    for number, row in enumerate(_parse(path.read_bytes(), True, str(path)), start=1):
+        where = f"row {number}"
+        yield where, _object(row, f"{path}, {where}")
+
+
+def _parse(text: bytes, starts_file: bool, where: str) -> Any:
+    expected = f"{where}: expected JSON objects, got malformed JSON"
+    try:
+        return json.loads(text.decode("utf-8-sig" if starts_file else "utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        line = "" if error.lineno == 1 else f"line {error.lineno}, "
+        raise InputError(f"{expected}: {error.msg} at {line}column {error.colno}") from error
+    except _DuplicateError as error:
+        raise InputError(f"{where}, field {str(error)!r}: comes twice") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
+        raise InputError(f"{expected}: {error}") from error
+
+
+class _DuplicateError(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise _DuplicateError(_twice(name for name, _ in pairs))
+    return result
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that comes more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected one JSON object, got {type(row).__name__}")
+    return row
+
+
+def _read_csv(path: Path) -> Iterator[Raw]:
+    """Comma-separated, the first line names the columns. Every cell is text."""
+    # bytes that are not UTF-8 come through as lone surrogates, so that whoever uses the cell can name its row
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        header: list[str] | None = None
+        while True:
+            first = lines.line_num + 1
+            try:
+                cells = next(lines, None)
+            except csv.Error as error:
+                raise InputError(f"{path}, line {first}: malformed CSV: {error}") from error
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if (name := _twice(header)) is not None:
+                    raise InputError(f"{path}, line {first}, field {name!r}: the header names it twice")
+                continue
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{path}, line {first}: expected {len(header)} fields, as in the header, got {len(cells)}"
+                )
+            yield f"line {first}", dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path) -> Iterator[Raw]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _read_batches(path, file.schema_arrow, file.iter_batches(batch_size=1000))
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: not a whole Parquet file: {_first_line(error)}") from error
+
+
+def _read_arrow(path: Path) -> Iterator[Raw]:
+    """Arrow's stream format, as `datasets` writes it, or its file format."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            if path.open("rb").read(6) == b"ARROW1":
+                with pa.ipc.open_file(file) as reader:
+                    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                    yield from _read_batches(path, reader.schema, batches)
+            else:
+                with pa.ipc.open_stream(file) as reader:
+                    yield from _read_batches(path, reader.schema, reader)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: not a whole Arrow file: {_first_line(error)}") from error
+
+
+def _read_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[Raw]:
+    if (name := _twice(schema.names)) is not None:
+        raise InputError(f"{path}, field {name!r}: the file has two columns of that name")
+    number = 0
+    for batch in batches:
+        for start in range(0, len(batch), 1000):  # a file may be one large batch
+            part = batch.slice(start, 1000)
+            for row in _python_rows(part, f"{path}, row", number):
+                number += 1
+                yield f"row {number}", row
+
+
+def _python_rows(part: pa.RecordBatch, where: str, before: int) -> list[dict[str, Any]]:
+    try:
+        return part.to_pylist()
+    except UnicodeDecodeError:
+        for i, name in ((i, name) for i in range(len(part)) for name in part.schema.names):
+            try:
+                part.column(name)[i].as_py()
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{where} {before + i + 1}, field {name!r}: expected UTF-8, got {error.reason}"
+                ) from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

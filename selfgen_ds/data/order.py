@@ -1,0 +1,100 @@
+"""The order of training: any position of an endless stream of rows, without the ones before it.
+
+Nothing here grows with the number of rows: the order of an epoch is a function, not a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from selfgen_ds.config import InputError
+
+_ROUNDS = 6
+
+
+def permute(positions: np.ndarray, size: int, *keys: int) -> np.ndarray:
+    """A pseudo-random permutation of `range(size)`, another one for other keys.
+
+    A Feistel network over the next even power of two, walked until the result lies inside (Black & Rogaway 2002,
+    "Ciphers with arbitrary finite domains").
+
+    Args:
+        positions: int64 in [0, size).
+    """
+    half = max(4, -(-(size - 1).bit_length() // 2))  # bits; of a network of less than 8 there are too few
+    low = np.uint64((1 << half) - 1)
+    round_keys = np.random.SeedSequence([size, *keys]).generate_state(_ROUNDS, np.uint64)
+    result = np.empty(len(positions), dtype=np.int64)
+    pending, values = np.arange(len(positions)), positions.astype(np.uint64)
+    while len(pending):
+        left, right = values >> np.uint64(half), values & low
+        for key in round_keys:
+            left, right = right, left ^ (_hash(right ^ key) & low)
+        values = left << np.uint64(half) | right
+        inside = values < size
+        result[pending[inside]] = values[inside]
+        pending, values = pending[~inside], values[~inside]
+    return result
+
+
+def _hash(bits: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea & Flood 2014)."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+class Stream:
+    """The rows of several sources as one endless stream, epoch after epoch, each shuffled by (seed, epoch) alone.
+
+    An epoch has as many positions as there are rows. Without weights each row comes once; with weights every
+    source gets its share of the positions, and goes through its own rows in a shuffled order from epoch to epoch.
+
+    Args:
+        sizes: Rows of each source.
+        weights: Shares of the sources, or None.
+
+    Raises:
+        InputError: A share is less than one row an epoch.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+        self.size = sum(sizes)
+        """Positions of an epoch."""
+        self._sizes = sizes
+        self._seed = seed
+        self._quotas = list(sizes) if weights is None else _apportion(self.size, weights)
+        if min(self._quotas) == 0:
+            raise InputError(f"data.train: a weight of {weights} is less than one of {self.size} rows an epoch")
+        self._ends = np.cumsum(self._quotas)
+        self._starts = self._ends - self._quotas
+
+    def at(self, positions: np.ndarray) -> list[tuple[int, int]]:
+        """`(source, row)` at some positions (int64, from 0) of the stream."""
+        found = np.empty((len(positions), 2), dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.size)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            slots = permute(offsets[here], self.size, self._seed, int(epoch))
+            sources = np.searchsorted(self._ends, slots, side="right")
+            found[here, 0] = sources
+            found[here, 1] = slots - self._starts[sources]
+        for source, (size, quota) in enumerate(zip(self._sizes, self._quotas, strict=True)):
+            if quota != size:
+                here = found[:, 0] == source
+                rounds, places = np.divmod(epochs[here] * quota + found[here, 1], size)
+                for lap in np.unique(rounds):
+                    rows = permute(places[rounds == lap], size, self._seed, source, int(lap))
+                    found[np.flatnonzero(here)[rounds == lap], 1] = rows
+        return [(int(source), int(row)) for source, row in found]
+
+
+def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in shares of the weights, by largest remainders."""
+    exact = np.array(weights) / sum(weights) * total
+    shares = np.floor(exact).astype(int)
+    for i in np.argsort(shares - exact, kind="stable")[: total - shares.sum()]:
+        shares[i] += 1
+    return shares.tolist()

@@ -1,0 +1,60 @@
+"""Which samples share a training row, so that rows are nearly full."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+
+from selfgen_ds.data.order import permute
+from selfgen_ds.data.samples import Samples
+
+_POOL = 10_000  # samples that are packed among themselves: more would fill rows no better
+
+
+def load_packs(samples: Samples, max_length: int) -> datasets.Dataset:
+    """The packed rows of a source: a memory-mapped table whose column `indices` lists the samples of each.
+
+    Made once, beside the samples in the cache, from their shuffled order: the same rows in every epoch and run.
+    """
+    path = samples.folder / "packs.arrow"
+    features = datasets.Features({"indices": datasets.List(datasets.Value("int64"))})
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with ArrowWriter(features=features, path=str(partial), writer_batch_size=1000) as writer:
+                for first in range(0, len(samples), _POOL):
+                    pool = permute(np.arange(first, min(first + _POOL, len(samples))), len(samples), 0)
+                    packs = pack(samples.lengths(pool), max_length)
+                    writer.write_batch({"indices": [pool[members].tolist() for members in packs]})
+            partial.rename(path)
+    return datasets.Dataset.from_file(str(path))
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: the longest sample first, each into the fullest row that has room for it.
+
+    Args:
+        lengths: Each at most `capacity`.
+
+    Returns:
+        The samples' numbers, a list a row.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room, row), ascending
+    for sample in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[sample])
+        place = bisect_left(rooms, (length, -1))
+        if place == len(rooms):
+            rows.append([])
+            room, row = capacity, len(rows) - 1
+        else:
+            room, row = rooms.pop(place)
+        rows[row].append(sample)
+        if room > length:
+            insort(rooms, (room - length, row))
+    return rows
