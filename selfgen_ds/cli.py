@@ -1,4 +1,4 @@
-"""The sub-commands: train, evaluate, compare, export.
+"""The sub-commands: train, inspect, evaluate, compare, export.
 
 Exit codes: 0 done; 2 bad input or configuration; 1 anything else.
 """
@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,9 +66,16 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
     train = ArgumentParser(description="Train a recipe.", exit_on_error=False, allow_abbrev=False)
-    train.add_argument("--config", action="config", help="the recipe, YAML; options given after it change it")
-    train.add_class_arguments(Recipe)
+    inspect = ArgumentParser(
+        description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
+    )
+    for parser_of_recipe in (train, inspect):
+        parser_of_recipe.add_argument("--config", action="config", help="the recipe, YAML; options after it change it")
+        parser_of_recipe.add_class_arguments(Recipe)
+    inspect.add_argument("--rows", type=int, default=3, help="training rows to show")
+    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show what it draws")
     commands.add_subcommand("train", train, help="train a recipe; under deepspeed, torchrun, mpirun or as it is")
+    commands.add_subcommand("inspect", inspect, help="show what a recipe's rows become, in one process")
     evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
     commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and the reference's")
@@ -88,6 +96,10 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         from selfgen_ds.train import train
 
         train(_recipe(options, overrides), overrides)
+    elif parsed.command == "inspect":
+        from selfgen_ds.inspection import inspect
+
+        inspect(_recipe(options, overrides), overrides, options.rows, options.draw)
     elif parsed.command == "evaluate":
         from selfgen_ds.evaluation import evaluate
 
@@ -108,11 +120,11 @@ def _settings(options: Namespace) -> dict[str, Any]:
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
-    """The recipe, where what the command line gives replaces what it excludes.
+    """The recipe of `train` or `inspect`, where what the command line gives replaces what it excludes.
 
     `--model.name_or_path` replaces a preset and the preset's tokenizer, `--train.max_steps` epochs and the other way.
     """
-    recipe = Recipe(**_settings(options))
+    recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
     if "model.name_or_path" in overrides and recipe.model.preset is not None:
         recipe.model.preset = None
         if "model.tokenizer" not in overrides:

@@ -26,7 +26,7 @@ from selfgen_ds.config import InputError, Recipe, SelfgenConfig, Sources, proble
 from selfgen_ds.data.batches import Windows
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
-from selfgen_ds.data.samples import Format, Sample, Samples, check_shares, end_tokens, load, take
+from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, take
 from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import checkpoint, ds_config, launch
@@ -73,24 +73,25 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     Raises:
         InputError: Bad input or configuration, the same on every rank.
     """
-    json_config = _check_settings(recipe, overrides)
+    json_config = check_settings(recipe, overrides)
     launch.init_process_group()
     with _together():
         folder_lock = _open_output(recipe, json_config)
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         _check_model(recipe, config)
-        samples = _load(recipe, recipe.data.train, "train", tokenizer)
+        samples = load_data(recipe, recipe.data.train, "train", tokenizer)
+        check_shares(recipe, samples)
         packs = [load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None
         eval_samples = None
         if recipe.data.eval is not None:
-            eval_samples = _load(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+            eval_samples = load_data(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+            check_shares(recipe, eval_samples)
     data = _checksum(samples)
-    weights = [source.weight for source in sources(recipe.data.train) if source.weight is not None]
     windows = Windows(
         samples,
         packs=packs,
-        weights=weights or None,
+        weights=weights(recipe),
         group_by_length=recipe.data.group_by_length,
         seed=recipe.seed,
         micro_batch_size=recipe.train.micro_batch_size,
@@ -129,17 +130,16 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         dist.get_world_size(),
         f"resumed from {resumed.path}" if resumed else "from the start",
     )
-    selfgen = recipe.selfgen
     return Run(
         engine=engine,
         policy=EnginePolicy(
             engine,
             engine.module,
             end_tokens=end_tokens([*samples, *(eval_samples or [])], tokenizer),
-            sampling=Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k),
+            sampling=sampling(recipe),
             budget=sweep_budget(engine.module.config, recipe.train.activation_checkpointing, _prefetched(engine)),
         ),
-        method=METHODS[selfgen.method](selfgen, recipe.seed, total_steps),
+        method=METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps),
         windows=windows,
         tokenizer=tokenizer,
         eval_samples=None if eval_samples is None else take(eval_samples, recipe.eval.max_samples),
@@ -158,8 +158,12 @@ def _prefetched(engine: DeepSpeedEngine) -> int:
     return min(int(engine.zero_prefetch_bucket_size()), sum(p.ds_numel for p in engine.module.parameters()))
 
 
-def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
-    """All problems of recipe and JSON at once; returns the JSON."""
+def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
+    """All problems of recipe and JSON at once; returns the JSON.
+
+    Raises:
+        InputError: A line for every problem.
+    """
     found = problems(recipe)
     if recipe.selfgen.method in METHODS:
         found += _unread_settings(recipe.selfgen, overrides)
@@ -210,16 +214,49 @@ def _together() -> Iterator[None]:
         raise InputError("\n".join(lines))
 
 
-def _load(
+def load_data(
     recipe: Recipe, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[Samples]:
+    """The samples of every source of `data.train` or `data.eval`.
+
+    Raises:
+        InputError: A source cannot be read, a row is not as expected, or none is usable.
+    """
     data = recipe.data
     columns = Columns(prompt=data.prompt_column, completion=data.completion_column, messages=data.messages_column)
     form = Format(columns=columns, assistant_turns=data.assistant_turns, max_length=data.max_length, limit=limit)
-    loaded = load(given, split, tokenizer, form)
-    for samples in loaded:
-        check_shares(samples, data.max_length, data.max_truncated_share, data.max_refused_share)
-    return loaded
+    return load(given, split, tokenizer, form)
+
+
+def check_shares(recipe: Recipe, samples: list[Samples]) -> None:
+    """Refuse data that `data.max_length` does too much harm to.
+
+    Raises:
+        InputError: More truncated or refused rows than the recipe allows.
+    """
+    data = recipe.data
+    for source in samples:
+        first = f" (the first is {source.first_refused})"
+        for count, share, setting, what in (
+            (source.refused, data.max_refused_share, "max_refused_share", f"prompts leave no room{first}"),
+            (source.truncated, data.max_truncated_share, "max_truncated_share", "responses are cut"),
+        ):
+            if count > share * source.read:
+                raise InputError(
+                    f"{source.name}: {count} of {source.read} {what} at data.max_length={data.max_length}; "
+                    f"data.{setting}={share} allows fewer"
+                )
+
+
+def weights(recipe: Recipe) -> list[float] | None:
+    """Shares of the sources of `data.train`, if they have any."""
+    return [source.weight for source in sources(recipe.data.train) if source.weight is not None] or None
+
+
+def sampling(recipe: Recipe) -> Sampling:
+    """The distribution that tokens are drawn from."""
+    selfgen = recipe.selfgen
+    return Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k)
 
 
 def _checksum(samples: list[Samples]) -> int:

@@ -103,8 +103,8 @@ def steps(
     for step in range(number):
         window = run.method.contexts(run.windows.window(step), run.policy, step)
         for batch in window:
-            for row, sample in enumerate(batch.sample_ids.tolist()):
-                contexts[step, sample] = batch.context[row, : batch.lengths[row]].tolist()
+            for sample in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
+                contexts[step, sample] = batch.context[batch.sample_ids == sample].tolist()
         results.append(train_step(run.engine, window, label_smoothing))
     return results, contexts
 

@@ -12,8 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from selfgen_ds.config import ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.rows import read_rows
-from selfgen_ds.data.samples import tokenize
+from selfgen_ds.data.samples import Format, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -134,7 +133,7 @@ def plain_training(
 
     Losses, learning rates and gradient norms by step, and the parameters at the end.
     """
-    rows = tokenize(read_rows(settings.data.train, "train", "prompt", "completion"), byte_tokenizer(), "", 128).rows
+    [rows] = load(settings.data.train, "train", byte_tokenizer(), Format(max_length=128))
     model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
     optim = settings.optim
     optimizer = torch.optim.AdamW(
@@ -154,7 +153,7 @@ def plain_training(
         total, targets = torch.zeros(()), 0
         for sample in [sample for s, sample in contexts if s == step]:
             context = torch.tensor([contexts[step, sample]])
-            response = rows[sample]["response_ids"]
+            response = rows[sample].response_ids.tolist()
             logits = model(context).logits[0, -len(response) - 1 : -1]
             total = total + torch.nn.functional.cross_entropy(
                 logits, torch.tensor(response), reduction="sum", label_smoothing=optim.label_smoothing

@@ -9,14 +9,14 @@ import pytest
 import torch.distributed as dist
 
 from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.batches import collate
-from selfgen_ds.data.samples import Samples
+from selfgen_ds.data.samples import take
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import ds_config
 from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import prepare
+from tests.batches import padded
 from tests.distributed import runs
 from tests.live_tensors import LiveTensors
 from tests.ranks import Ranks
@@ -54,7 +54,7 @@ def sweep_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     run = prepare(settings, set())
     rows, length = settings.train.micro_batch_size, 64
     window = [
-        collate([[65]] * rows, [[66] * (length - 1)] * rows, [m * rows + i for i in range(rows)])
+        padded([[65]] * rows, [[66] * (length - 1)] * rows, [m * rows + i for i in range(rows)])
         for m in range(settings.train.gradient_accumulation_steps)
     ]
     train_step(run.engine, window, 0.0)  # optimizer states and gradient buffers exist from here on
@@ -110,7 +110,7 @@ def largest_tensor(settings: Recipe) -> tuple[int, int]:
     """Largest tensor of pass, training step and evaluation, and the elements of `[batch, length, vocab]`."""
     run = prepare(settings, set())
     window = run.windows.window(0)
-    samples = Samples(rows=run.windows._rows, truncated=0, refused=0)
+    samples = take(list(run.windows._samples))
     with LiveTensors() as tensors:
         train_step(run.engine, run.method.contexts(window, run.policy, 0), 0.0)
         evaluate(run.policy, samples, run.tokenizer, batch_size=len(samples))

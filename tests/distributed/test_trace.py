@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, TrainConfig
-from selfgen_ds.data.samples import Samples
+from selfgen_ds.data.samples import take
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import Run, prepare
@@ -36,8 +36,7 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
     seen = watch(run)
     runs.steps(run, 3)
     if evaluated:
-        rows = run.windows._rows
-        few = Samples(rows=rows.select(range(3)), truncated=0, refused=0)
+        few = take(list(run.windows._samples), 3)
         evaluate(run.policy, few, run.tokenizer, batch_size=2)
         runs.steps(run, 3)
     assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.batches import collate
 from selfgen_ds.engine.policy import SweepBudget
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from selfgen_ds.prepare import prepare
+from tests.batches import padded
 from tests.distributed import runs
 from tests.ranks import Ranks
 
@@ -30,7 +30,7 @@ def uneven_draws(settings: Recipe) -> tuple[list[int], int]:
     """Rank 0 draws nothing, rank 1 in rows of very different lengths; then nobody draws."""
     run = prepare(settings, set())
     lengths = [1, 1] if dist.get_rank() == 0 else [1, 100]
-    window = [collate([[65, 66]], [[67] * length], [i]) for i, length in enumerate(lengths)]
+    window = [padded([[65, 66]], [[67] * length], [i]) for i, length in enumerate(lengths)]
     masks = [replacement_mask(batch, 1.0, seed=0, step=0) for batch in window]
     drawn = [int(mask.sum()) for mask in masks]
     mixed = mix(window, run.policy, masks, passes=2, seed=0, step=0)
@@ -72,7 +72,7 @@ def sweeps(settings: Recipe) -> int:
     run = prepare(settings, set())
     run.policy.budget = SweepBudget(forward=1, training=1, prefetched=0)
     count = 1 if dist.get_rank() == 0 else 4
-    window = [collate([[65]], [[67] * 20], [i]) for i in range(count)]
+    window = [padded([[65]], [[67] * 20], [i]) for i in range(count)]
     masks = [replacement_mask(batch, 1.0, seed=0, step=0) for batch in window]
     whole = mix(window, run.policy, masks, passes=1, seed=0, step=0)
     groups = run.policy.groups

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfgen_ds.data.batches import collate
+from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods.mixture import mix, replacement_mask
+from tests.batches import padded
 
 ROWS, STEPS, LEARNING_RATE = 2000, 150, 4.0
 
@@ -18,7 +19,7 @@ class TabularModel:
         self.first = torch.zeros(2, requires_grad=True)
         self.second = torch.zeros(2, 2, requires_grad=True)
 
-    def draw(self, contexts: list[Tensor], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         probability_of_0 = self.first.detach().softmax(0)[0]
         return [(u > probability_of_0).long() for u in uniforms]
 
@@ -33,7 +34,7 @@ def test_the_second_token_follows_the_first_with_1_minus_half_the_replaced_share
     replaced: float, optimum: float
 ) -> None:
     # y is 00 or 11; its last token is never replaced, so the first one is all that can be
-    batch = collate([[0]] * ROWS, [[row % 2, row % 2] for row in range(ROWS)], list(range(ROWS)))
+    batch = padded([[0]] * ROWS, [[row % 2, row % 2] for row in range(ROWS)], list(range(ROWS)))
     model = TabularModel()
     for step in range(STEPS):
         mask = replacement_mask(batch, replaced, seed=0, step=step)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.engine.model import extend
 from selfgen_ds.engine.policy import EnginePolicy, Sampling, SweepBudget
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
+from tests.batches import lengths, padded
 
 SEED, STEP, END = 5, 7, 39
 
@@ -46,7 +47,7 @@ def window() -> list[TokenBatch]:
     def rows(count: int, longest: int) -> list[list[int]]:
         return [rng.integers(0, 39, rng.integers(1, longest)).tolist() for _ in range(count)]
 
-    return [collate(rows(3, 6), rows(3, longest), [10 * m + i for i in range(3)]) for m, longest in enumerate((20, 4))]
+    return [padded(rows(3, 6), rows(3, longest), [10 * m + i for i in range(3)]) for m, longest in enumerate((20, 4))]
 
 
 def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
@@ -69,12 +70,12 @@ def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
 def reference_context(
     model: LlamaForCausalLM, batch: TokenBatch, row: int, mask: Tensor, passes: int, s: Sampling
 ) -> list[int]:
-    context = batch.target[row, : batch.lengths[row]].clone()
+    context = batch.target[row, : lengths(batch)[row]].clone()
     for _ in range(passes):
         logits = model(context[None]).logits[0]
         drawn = context.clone()
         for t in mask[row].nonzero().flatten().tolist():
-            uniform = noise.uniform(noise.DRAW, SEED, STEP, int(batch.sample_ids[row]), t)
+            uniform = noise.uniform(noise.DRAW, SEED, STEP, int(batch.sample_ids[row, 0]), t)
             drawn[t] = reference_draw(logits[t - 1], float(uniform), s)
         context = drawn
     return context.tolist()
@@ -88,17 +89,17 @@ def reference_context(
 def test_the_pass_draws_from_the_model_given_the_context_before(
     plain: LlamaForCausalLM, extended: PreTrainedModel, passes: int, budget: SweepBudget | None, sampling: Sampling
 ) -> None:
-    policy = EnginePolicy(extended, extended, end_token=END, sampling=sampling, budget=budget)
+    policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=sampling, budget=budget)
     batches = window()
     masks = [replacement_mask(batch, 0.6, SEED, STEP) for batch in batches]
     mixed = mix(batches, policy, masks, passes, SEED, STEP)
     assert policy.groups == (1 if budget is None else 2)
     changed = 0
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
-        for row in range(len(batch.lengths)):
+        for row, length in enumerate(lengths(batch)):
             expected = reference_context(plain, batch, row, mask, passes, sampling)
-            assert result.context[row, : batch.lengths[row]].tolist() == expected
-            changed += expected != batch.target[row, : batch.lengths[row]].tolist()
+            assert result.context[row, :length].tolist() == expected
+            changed += expected != batch.target[row, :length].tolist()
     assert changed >= 4
 
 
@@ -106,7 +107,7 @@ def test_greedy_answers_are_those_of_plain_generate_row_by_row(
     plain: LlamaForCausalLM, extended: PreTrainedModel
 ) -> None:
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    answers = EnginePolicy(extended, extended, end_token=END).complete(prompts, 12)
+    answers = EnginePolicy(extended, extended, end_tokens=[END]).complete(prompts, 12)
     for prompt, answer in zip(prompts, answers, strict=True):
         output = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=END)
         assert answer == output[0, len(prompt) :].tolist()
@@ -121,7 +122,7 @@ def defaults(model: PreTrainedModel, **settings: object) -> Iterator[None]:
 
 
 def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedModel) -> None:
-    policy = EnginePolicy(extended, extended, end_token=END)
+    policy = EnginePolicy(extended, extended, end_tokens=[END])
     prompts = [[1, 2, 3], [4, 5]]
     greedy = policy.complete(prompts, 12)
     with defaults(extended, do_sample=True, temperature=5.0, repetition_penalty=3.0, min_new_tokens=12):
@@ -133,18 +134,18 @@ def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedMod
 
 
 def test_an_answer_ends_with_its_end_token(extended: PreTrainedModel) -> None:
-    policy = EnginePolicy(extended, extended, end_token=END)
+    policy = EnginePolicy(extended, extended, end_tokens=[END])
     first = policy.complete([[1, 2, 3]], 6)[0]
-    ending = EnginePolicy(extended, extended, end_token=first[2])
+    ending = EnginePolicy(extended, extended, end_tokens=[first[2]])
     assert ending.complete([[1, 2, 3], [4, 5]], 6)[0] == first[: first.index(first[2]) + 1]
 
 
 def test_predictions_are_the_plain_models(plain: LlamaForCausalLM, extended: PreTrainedModel) -> None:
     [batch, _] = window()
-    best, log_probabilities = EnginePolicy(extended, extended, end_token=END).predict(batch)
+    best, log_probabilities = EnginePolicy(extended, extended, end_tokens=[END]).predict(batch)
     expected_best, expected = [], []
     with torch.no_grad():
-        for row, length in enumerate(batch.lengths.tolist()):
+        for row, length in enumerate(lengths(batch)):
             p = plain(batch.target[row : row + 1, :length]).logits[0].log_softmax(dim=-1)
             for t in batch.loss_mask[row].nonzero().flatten().tolist():
                 expected_best.append(int(p[t - 1].argmax()))

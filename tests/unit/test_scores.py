@@ -12,6 +12,7 @@ def _score(sample_id: int = 0, **changes: object) -> SampleScore:
         "reference": "abc",
         "answer": "abc",
         "negative_log_likelihood": 2.0,
+        "tokens": 4,
         "teacher_forced": [True, True, False, True],
         "free_running": [True, False, False, True],
     }
@@ -44,7 +45,7 @@ def test_sampled_answers_are_scored_apart() -> None:
 
 
 def test_the_loss_is_a_mean_over_tokens_and_the_rest_over_rows() -> None:
-    short = _score(1, negative_log_likelihood=4.0, teacher_forced=[False], free_running=[False], answer="x")
+    short = _score(1, negative_log_likelihood=4.0, tokens=1, teacher_forced=[False], free_running=[False], answer="x")
     metrics = aggregate([_score(), short])
     assert metrics["loss"] == pytest.approx(6.0 / 5)
     assert metrics["teacher_forced_accuracy"] == pytest.approx(0.75 / 2)

@@ -1,0 +1,79 @@
+"""Real tokens a second of padded, length-grouped and packed rows, step by step in turn on one engine.
+
+    deepspeed --num_accelerators 2 benchmarks/packing.py --config recipes/gsm8k.yaml --data.train FILE
+
+Takes a recipe and its overrides as `train` does, trains nothing that is kept, and prints the median and quartiles.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from jsonargparse import ArgumentParser
+
+from selfgen_ds.config import Recipe
+from selfgen_ds.data.batches import Windows
+from selfgen_ds.data.packing import load_packs
+from selfgen_ds.engine import launch
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.prepare import load_data, prepare
+
+_STEPS = 8
+
+
+def main() -> None:
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Recipe)
+    options = parser.instantiate(parser.parse_args([a for a in sys.argv[1:] if not a.startswith("--local_rank")]))
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "config"})
+        recipe = replace(recipe, output_dir=folder, data=replace(recipe.data, packing=True))
+        run = prepare(recipe, {"output_dir", "data.packing"})
+        samples = load_data(recipe, recipe.data.train, "train", run.tokenizer)
+        shape: dict[str, Any] = {
+            "seed": recipe.seed,
+            "micro_batch_size": recipe.train.micro_batch_size,
+            "accumulation": recipe.train.gradient_accumulation_steps,
+            "rank": dist.get_rank(),
+            "world_size": dist.get_world_size(),
+            "epochs": None,
+        }
+        packs = [load_packs(source, recipe.data.max_length) for source in samples]
+        variants = {
+            "padded": Windows(samples, **shape),
+            "group_by_length": Windows(samples, group_by_length=True, **shape),
+            "packing": Windows(samples, packs=packs, **shape),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in variants}
+        real: dict[str, list[float]] = {name: [] for name in variants}
+        for step in range(_STEPS + 1):
+            for name, windows in variants.items():
+                window = windows.window(step)
+                dist.barrier()
+                started = time.perf_counter()
+                result = train_step(run.engine, run.method.contexts(window, run.policy, run.total_steps - 1), 0.0)
+                if step:  # the first one also fills the caches
+                    rates[name].append(result.tokens / (time.perf_counter() - started))
+                    ids = [batch.sample_ids for batch in window]
+                    real[name].append(sum(int((i >= 0).sum()) for i in ids) / sum(i.numel() for i in ids))
+        if dist.get_rank() == 0:
+            for name, values in rates.items():
+                low, median, high = np.percentile(values, [25, 50, 75])
+                ratio = median / np.median(rates["padded"])
+                print(
+                    f"{name:16} {median:8.0f} real tokens/s [{low:.0f}, {high:.0f}], {ratio:.2f} x padded, "
+                    f"{np.mean(real[name]):.1%} of the positions real"
+                )
+        dist.barrier()
+    launch.leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

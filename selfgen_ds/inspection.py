@@ -1,0 +1,137 @@
+"""`selfgen-ds inspect`: what a recipe's rows become, before anything is spent on training them.
+
+One process, no DeepSpeed: counts of rows read, truncated and refused, the lengths, and some training rows with what
+the model is given, what it learns, what may be replaced, and what it drew itself.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from selfgen_ds.config import InputError, Recipe
+from selfgen_ds.data.batches import TokenBatch, Windows
+from selfgen_ds.data.packing import load_packs
+from selfgen_ds.data.samples import Samples, end_tokens
+from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.engine import launch
+from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.methods import METHODS
+from selfgen_ds.prepare import check_settings, check_shares, load_data, sampling, weights
+
+_STYLES = {"prompt": "dim", "replaceable": "green underline", "target": "bold green", "drawn": "bold red"}
+_MEANING = {
+    "prompt": "read, not learned",
+    "replaceable": "learned, and may be replaced in the context",
+    "target": "learned, never replaced",
+    "drawn": "learned, replaced in the context by what the model drew",
+}
+_BARS = 12
+
+
+def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
+    """Print it.
+
+    Args:
+        overrides: Settings that were given on the command line.
+        rows: Training rows to show.
+        draw: Load the model too, and let the method draw with the replacement probability of the last step.
+
+    Raises:
+        InputError: What `train` would refuse in recipe and data; counts and lengths are printed before.
+    """
+    if rows < 0:
+        raise InputError(f"--rows: expected 0 or more, got {rows}")
+    check_settings(recipe, overrides)
+    tokenizer = load_tokenizer(recipe.model)
+    samples = load_data(recipe, recipe.data.train, "train", tokenizer)
+    packs = [load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None
+    windows = Windows(
+        samples,
+        packs=packs,
+        weights=weights(recipe),
+        group_by_length=recipe.data.group_by_length,
+        seed=recipe.seed,
+        micro_batch_size=max(1, rows),
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        epochs=None,
+    )
+    console = Console(highlight=False)
+    _print_counts(console, samples, tokenizer)
+    _print_lengths(console, np.concatenate([source.table["length"][:] for source in samples]))
+    if packs:
+        tokens = sum(int(np.sum(source.table["length"][:], dtype=np.int64)) for source in samples)
+        full = tokens / (len(windows) * recipe.data.max_length)
+        console.print(f"packed into {len(windows)} rows of {recipe.data.max_length} tokens, {full:.1%} of them real\n")
+    check_shares(recipe, samples)
+    if rows:
+        window = windows.window(0)
+        if draw:
+            window = _draw(recipe, window, samples, tokenizer)
+        _print_rows(console, window[0], tokenizer)
+
+
+def _draw(
+    recipe: Recipe, window: list[TokenBatch], samples: list[Samples], tokenizer: PreTrainedTokenizerBase
+) -> list[TokenBatch]:
+    set_seed(recipe.seed)
+    model = build_model(recipe.model, model_config(recipe.model, tokenizer)).to(launch.device())
+    policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
+    method = METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps=1)
+    last = 1  # of one step: where a growing schedule has reached its end
+    window = [batch.to(policy.device) for batch in window]
+    return [batch.to("cpu") for batch in method.contexts(window, policy, last)]
+
+
+def _print_counts(console: Console, samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> None:
+    for source in samples:
+        closing = " ".join(tokenizer.convert_ids_to_tokens(source.closing_ids)) or "nothing"
+        console.print(
+            f"{source.name}: {source.read} rows read, {len(source)} used ({source.truncated} truncated), "
+            f"{source.refused} refused; responses end with {closing}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _print_lengths(console: Console, lengths: np.ndarray) -> None:
+    console.print(f"\ntokens a sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
+    counts, edges = np.histogram(lengths, bins=min(_BARS, int(np.ptp(lengths)) + 1))
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(50 * count / counts.max())
+        console.print(f"{low:8.0f} to {high:<8.0f}{count:>9}  {bar}", soft_wrap=True)
+    console.print()
+
+
+def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokenizerBase) -> None:
+    legend = Text()
+    for kind, meaning in _MEANING.items():
+        legend.append(kind, style=_STYLES[kind]).append(f": {meaning}\n")
+    console.print(legend)
+    for row in range(len(batch.context)):
+        for sample_id in dict.fromkeys(batch.sample_ids[row][batch.sample_ids[row] >= 0].tolist()):
+            here = batch.sample_ids[row] == sample_id
+            console.rule(f"row {row + 1}, sample {sample_id}, {int(here.sum())} tokens", align="left")
+            kinds = np.where(batch.replaceable[row][here], "replaceable", "target")
+            kinds = np.where(batch.loss_mask[row][here], kinds, "prompt")
+            kinds = np.where(batch.drawn[row][here], "drawn", kinds)
+            tokens = zip(kinds, batch.context[row][here].tolist(), batch.target[row][here].tolist(), strict=True)
+            console.print(_marked(list(tokens), tokenizer, console.is_terminal), soft_wrap=True)
+
+
+def _marked(tokens: list[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Text:
+    """Runs of one kind in their colour, or behind their name where there are no colours."""
+    text = Text()
+    for kind, run in groupby(tokens, key=lambda token: token[0]):
+        _, context, target = zip(*run, strict=True)
+        text.append("" if in_colour else f"[{kind}]").append(tokenizer.decode(context), style=_STYLES[kind])
+        if kind == "drawn":
+            text.append("" if in_colour else "[for]").append(tokenizer.decode(target), style="dim strike")
+    return text

@@ -1,0 +1,139 @@
+"""Several samples a row: each is read, drawn and learned as if it stood alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.data.samples import take
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.prepare import Run, prepare
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+TIMEOUT = 60.0
+
+
+def settings(folder: Path, **changes: Any) -> Recipe:
+    runs.write_rows(folder)
+    return runs.recipe(
+        folder,
+        **{
+            "data": DataConfig(train=str(folder / "rows.jsonl"), max_length=128, packing=True),
+            "train": TrainConfig(max_steps=2, micro_batch_size=2, gradient_accumulation_steps=2),
+            "optim": OptimConfig(learning_rate=1e-2, warmup_ratio=0.0, max_grad_norm=0.0),
+            "selfgen": SelfgenConfig(replace_probability=0.5, temperature=2.0, passes=2),
+        }
+        | changes,
+    )
+
+
+def apart(run: Run, window: list[TokenBatch]) -> list[TokenBatch]:
+    """The samples of a packed window, one a row."""
+    samples = {sample.sample_id: sample for sample in take(list(run.windows._samples))}
+    ids = [batch.sample_ids[batch.sample_ids >= 0].unique().tolist() for batch in window]
+    return [collate([[samples[sample]] for sample in some]) for some in ids]
+
+
+def by_sample(window: list[TokenBatch]) -> dict[int, list[int]]:
+    ids = {int(sample) for batch in window for sample in batch.sample_ids[batch.sample_ids >= 0].unique()}
+    return {i: [t for batch in window for t in batch.context[batch.sample_ids == i].tolist()] for i in sorted(ids)}
+
+
+def predictions(run: Run, window: list[TokenBatch]) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for batch in window:
+        _, log_probabilities = run.policy.predict(batch)
+        owners = batch.sample_ids[batch.loss_mask].tolist()
+        for owner, value in zip(owners, log_probabilities.tolist(), strict=True):
+            found.setdefault(owner, []).append(value)
+    return found
+
+
+def step_packed_or_apart(recipe: Recipe, packed: bool) -> dict[str, Any]:
+    run = prepare(recipe, set())
+    window = run.windows.window(0)
+    samples_a_row = [len(batch.sample_ids[row].unique()) for batch in window for row in range(len(batch.sample_ids))]
+    if not packed:
+        window = apart(run, window)
+    likelihoods = predictions(run, window)
+    window = run.method.contexts(window, run.policy, 0)
+    result = train_step(run.engine, window, recipe.optim.label_smoothing)
+    parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
+    return {
+        "samples a row": max(samples_a_row),
+        "contexts": by_sample(window),
+        "likelihoods": likelihoods,
+        "loss": result.loss,
+        "differing": result.differing,
+        "norm": result.grad_norm,
+        "parameters": parameters,
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_are_read_drawn_and_learned_like_samples_apart(
+    two_ranks: Ranks, tmp_path: Path, attention: str
+) -> None:
+    recipe = settings(tmp_path)
+    recipe.model = replace(recipe.model, attn_implementation=attention)
+    packed = two_ranks.run(step_packed_or_apart, recipe, True, timeout=TIMEOUT)
+    other = replace(recipe, output_dir=recipe.output_dir + "-apart")
+    alone = two_ranks.run(step_packed_or_apart, other, False, timeout=TIMEOUT)
+    for one, two in zip(packed, alone, strict=True):
+        assert one["samples a row"] > 1
+        assert one["differing"] > 0
+        assert one["contexts"] == two["contexts"]
+        assert one["likelihoods"].keys() == two["likelihoods"].keys()
+        for sample, values in one["likelihoods"].items():
+            assert values == pytest.approx(two["likelihoods"][sample], abs=1e-5)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["norm"] == pytest.approx(two["norm"], rel=1e-4)
+        for name, parameter in one["parameters"].items():
+            assert torch.allclose(parameter, two["parameters"][name], atol=1e-4), name
+
+
+def test_a_packed_run_trains_evaluates_and_ends(two_ranks: Ranks, tmp_path: Path) -> None:
+    recipe = settings(tmp_path, train=TrainConfig(epochs=2, micro_batch_size=1))
+    recipe.data.eval = recipe.data.train
+    two_ranks.run(runs.run_training, recipe, timeout=TIMEOUT)
+    last = runs.metrics(recipe)[-1]
+    assert last["epoch"] == 2.0
+    assert last["eval_loss"] > 0
+
+
+def tokens_of_an_epoch(recipe: Recipe) -> list[int]:
+    run = prepare(recipe, set())
+    ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.windows.window(step)]
+    mine = [int(i) for batch in ids for i in batch[batch >= 0].unique()]
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return sorted(i for some in everyone for i in some)
+
+
+def test_an_epoch_of_packed_rows_has_every_sample_once(two_ranks: Ranks, tmp_path: Path) -> None:
+    recipe = settings(tmp_path, train=TrainConfig(epochs=1, micro_batch_size=2))
+    assert two_ranks.run(tokens_of_an_epoch, recipe, timeout=TIMEOUT)[0] == list(range(40))
+
+
+def refused(recipe: Recipe) -> str:
+    try:
+        prepare(recipe, set())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def test_a_model_that_lets_packed_samples_see_each_other_is_refused(two_ranks: Ranks, tmp_path: Path) -> None:
+    opt = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = ModelConfig(preset=opt | {"word_embed_proj_dim": 32}, tokenizer="byte", dtype="float32")
+    for message in two_ranks.run(refused, settings(tmp_path, model=model), timeout=TIMEOUT):
+        assert message.startswith("InputError: data.packing")
+        assert "opt" in message
