@@ -154,7 +154,9 @@ class Windows:
         for micro in range(self._accumulation):
             first = (micro * self._world_size + self._rank) * self._micro_batch_size
             places = self._stream.at(positions[first : first + self._micro_batch_size])
-            yield collate([self._row(*place) for place in places], packed=self._packs is not None)
+            yield collate(
+                [self._row(source, number) for source, number in places.tolist()], packed=self._packs is not None
+            )
 
     def _row(self, source: int, number: int) -> list[Sample]:
         members = [number] if self._packs is None else self._packs[source][number]["indices"]
@@ -176,7 +178,7 @@ class Windows:
 
     def _sorted_by_length(self, group: int) -> np.ndarray:
         positions = self._range(group * _GROUPED_STEPS, _GROUPED_STEPS)
-        places = np.array(self._stream.at(positions))
+        places = self._stream.at(positions)
         lengths = np.empty(len(places), dtype=np.int64)
         for source, samples in enumerate(self._samples):
             here = places[:, 0] == source

@@ -10,8 +10,11 @@ lies between the contents, so that a template that leaves out, changes or repeat
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +24,7 @@ from selfgen_ds.config import InputError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # of Unicode's private use area
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
@@ -67,7 +71,6 @@ class ChatEncoder:
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         spelled = "|".join(map(re.escape, reversed(special))) or "(?!)"
         self._special, self._closing = re.compile(spelled), re.compile(rf"\s*(?:{spelled})")
-        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def encode(self, conversations: list[Conversation]) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Token ids of each conversation, and its turns: `[start, end of what may be replaced, end]`, in tokens.
@@ -78,8 +81,8 @@ class ChatEncoder:
         rendered = [self._render(conversation) for conversation in conversations]
         encoded = self._tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
         for chat, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            if any(self._special.search(chat.text, *span) for span in chat.contents):
-                ids, offsets = self._spelled_out(chat, ids, offsets)
+            if spelled := [m.span() for span in chat.contents for m in self._special.finditer(chat.text, *span)]:
+                ids, offsets = self._spelled_out(chat.text, spelled)
             yield ids, [_tokens_of(turn, offsets) for turn in chat.turns]
 
     def _render(self, chat: Conversation) -> _Rendered:
@@ -91,8 +94,9 @@ class ChatEncoder:
         expected = [i for i, message in enumerate(messages) if message.get("content")]
         if missing := set(expected) - set(order):
             raise InputError(f"{chat.where}: the chat template leaves out message {min(missing) + 1}")
-        spans = _find([messages[i]["content"] for i in order], pieces[::2], text)
-        if spans is None or sorted(order) != expected:
+        once = sorted(order) == expected
+        spans = _find([messages[i]["content"] for i in order], pieces[::2], text) if once else None
+        if spans is None:
             raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
         turns = self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
         return _Rendered(text=text, contents=spans, turns=turns)
@@ -111,6 +115,8 @@ class ChatEncoder:
             )
         except Exception as error:  # a template can raise anything
             raise InputError(f"{chat.where}: the chat template raises: {' '.join(str(error).split())}") from error
+        if not texts[0].isascii() and SURROGATE.search(texts[0]):
+            raise InputError(f"{chat.where}: expected UTF-8 text, got half a surrogate pair")
         return texts[0], generated[0] if with_markers else None
 
     def _turns(
@@ -150,27 +156,28 @@ class ChatEncoder:
                 turns.append(turn)
         return turns[-1:] if self._last_only else turns
 
-    def _spelled_out(
-        self, chat: _Rendered, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Special tokens that a message spells become the tokens of their letters."""
-        new_ids: list[int] = []
-        new_offsets: list[tuple[int, int]] = []
-        for token, (start, end) in zip(ids, offsets, strict=True):
-            plain = [token]
-            if token in self._special_ids and any(a <= start and end <= b for a, b in chat.contents):
-                plain = self._as_text(chat.text[start:end])
-            new_ids += plain
-            new_offsets += [(start, end)] * len(plain)
-        return new_ids, new_offsets
-
-    def _as_text(self, spelled: str) -> list[int]:
-        """Behind a line's end, because some tokenizers put a space before the start of a text."""
-        line_end, whole = (
-            self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            for text in ("\n", f"\n{spelled}")
-        )
-        return whole[len(line_end) :]
+    def _spelled_out(self, text: str, spelled: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a text in which some special tokens (`spelled`, by their characters) are plain text."""
+        line_end = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        edges = [0, *(edge for span in spelled for edge in span), len(text)]
+        for number, (start, end) in enumerate(pairwise(edges)):
+            if start == end:
+                continue
+            # behind a line's end, because some tokenizers put a space before the start of a text
+            lead = "\n" if number else ""
+            piece = self._tokenizer(
+                lead + text[start:end],
+                add_special_tokens=False,
+                split_special_tokens=number % 2 == 1,
+                return_offsets_mapping=True,
+            )
+            skipped = len(line_end) if number else 0
+            ids += piece["input_ids"][skipped:]
+            shift = start - len(lead)
+            offsets += [(first + shift, last + shift) for first, last in piece["offset_mapping"][skipped:]]
+        return ids, offsets
 
 
 def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:
@@ -194,7 +201,7 @@ def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, 
 def _tokens_of(turn: tuple[int, int, int], offsets: list[tuple[int, int]]) -> list[int]:
     """Characters to tokens; one that reaches past the content, into the template, may not be replaced."""
     start, content_end, end = turn
-    first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
-    behind = next((i for i, (begin, _) in enumerate(offsets) if i >= first and begin >= end), len(offsets))
-    replaceable = next((i for i, (_, stop) in enumerate(offsets) if i >= first and stop > content_end), len(offsets))
-    return [first, min(max(first, replaceable), behind), behind]
+    first = bisect_right(offsets, start, key=itemgetter(1))
+    behind = bisect_left(offsets, end, lo=first, key=itemgetter(0))
+    replaceable = bisect_right(offsets, content_end, lo=first, key=itemgetter(1))
+    return [first, min(replaceable, behind), behind]

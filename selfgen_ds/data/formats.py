@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -35,15 +36,16 @@ def read_file(path: Path) -> Iterator[Raw]:
             raise InputError(f"{path}: the file is empty")
         yield from READERS[path.suffix](path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Raw]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                where = f"line {number}"
-                yield where, _object(_parse(line, number == 1, f"{path}, {where}"), f"{path}, {where}")
+                at = f"{path}, line {number}"
+                row, _ = _parse(_decode(line, at, starts_file=number == 1), 0, at)
+                yield f"line {number}", _object(row, at)
 
 
 def _read_json(path: Path) -> Iterator[Raw]:
@@ -53,17 +55,43 @@ def _read_json(path: Path) -> Iterator[Raw]:
     if not start.startswith(b"["):
         yield from _read_jsonl(path)
         return
-    for number, row in enumerate(_parse(path.read_bytes(), True, str(path)), start=1):
-        where = f"row {number}"
-        yield where, _object(row, f"{path}, {where}")
+    text = _decode(path.read_bytes(), str(path), starts_file=True)
+    position = _past_space(text, text.index("[") + 1)
+    number = 0
+    more = text[position : position + 1] != "]"
+    while more:
+        number += 1
+        at = f"{path}, row {number}"
+        row, position = _parse(text, position, at, alone=False)
+        yield f"row {number}", _object(row, at)
+        behind = text[position : position + 1]
+        if behind not in {",", "]"}:
+            raise InputError(f"{at}: malformed JSON: expected a comma or the end of the array behind it")
+        more = behind == ","
+        position += more
+    if text[position + 1 :].strip():
+        raise InputError(f"{path}: malformed JSON: expected nothing behind the array")
 
 
-def _parse(text: bytes, starts_file: bool, where: str) -> Any:
-    expected = f"{where}: expected JSON objects, got malformed JSON"
+def _decode(text: bytes, where: str, *, starts_file: bool) -> str:
     try:
-        return json.loads(text.decode("utf-8-sig" if starts_file else "utf-8"), object_pairs_hook=_unique)
+        return text.decode("utf-8-sig" if starts_file else "utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
+
+
+def _parse(text: str, position: int, where: str, *, alone: bool = True) -> tuple[Any, int]:
+    """The value at a position, and the position behind it and the white space that follows.
+
+    Args:
+        alone: Nothing else may follow.
+    """
+    expected = f"{where}: expected JSON objects, got malformed JSON"
+    try:
+        value, end = _JSON.raw_decode(text, _past_space(text, position))
+        end = _past_space(text, end)
+        if alone and end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         line = "" if error.lineno == 1 else f"line {error.lineno}, "
         raise InputError(f"{expected}: {error.msg} at {line}column {error.colno}") from error
@@ -71,6 +99,13 @@ def _parse(text: bytes, starts_file: bool, where: str) -> Any:
         raise InputError(f"{where}, field {str(error)!r}: comes twice") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
         raise InputError(f"{expected}: {error}") from error
+    return value, end
+
+
+def _past_space(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    assert space is not None
+    return space.end()
 
 
 class _DuplicateError(Exception):
@@ -82,6 +117,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise _DuplicateError(_twice(name for name, _ in pairs))
     return result
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
 def _twice(names: Iterable[str]) -> str | None:
@@ -127,22 +166,29 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
     try:
         with pq.ParquetFile(path) as file:
             yield from _read_batches(path, file.schema_arrow, file.iter_batches(batch_size=1000))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: names of columns
         raise InputError(f"{path}: not a whole Parquet file: {_first_line(error)}") from error
+
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def _read_arrow(path: Path) -> Iterator[Raw]:
     """Arrow's stream format, as `datasets` writes it, or its file format."""
     try:
         with pa.memory_map(str(path)) as file:
-            if path.open("rb").read(6) == b"ARROW1":
+            if file.read(6) == b"ARROW1":
                 with pa.ipc.open_file(file) as reader:
                     batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
                     yield from _read_batches(path, reader.schema, batches)
             else:
+                file.seek(max(0, file.size() - len(_END_OF_STREAM)))
+                if file.read() != _END_OF_STREAM:  # the reader takes a stream that is cut between batches as it is
+                    raise InputError(f"{path}: not a whole Arrow file: it has no end mark")
+                file.seek(0)
                 with pa.ipc.open_stream(file) as reader:
                     yield from _read_batches(path, reader.schema, reader)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a whole Arrow file: {_first_line(error)}") from error
 
 
@@ -160,14 +206,17 @@ def _read_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
 
 def _python_rows(part: pa.RecordBatch, where: str, before: int) -> list[dict[str, Any]]:
     try:
+        part.validate(full=True)  # damaged offsets would read outside the file
         return part.to_pylist()
-    except UnicodeDecodeError:
+    except (pa.ArrowException, ValueError, OverflowError):  # the latter two: what Python's types cannot hold
         for i, name in ((i, name) for i in range(len(part)) for name in part.schema.names):
+            cell = part.column(name).slice(i, 1)
             try:
-                part.column(name)[i].as_py()
-            except UnicodeDecodeError as error:
+                cell.validate(full=True)
+                cell.to_pylist()
+            except (pa.ArrowException, ValueError, OverflowError) as error:
                 raise InputError(
-                    f"{where} {before + i + 1}, field {name!r}: expected UTF-8, got {error.reason}"
+                    f"{where} {before + i + 1}, field {name!r}: cannot be read: {_first_line(error)}"
                 ) from error
         raise
 

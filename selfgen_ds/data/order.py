@@ -71,8 +71,8 @@ class Stream:
         self._ends = np.cumsum(self._quotas)
         self._starts = self._ends - self._quotas
 
-    def at(self, positions: np.ndarray) -> list[tuple[int, int]]:
-        """`(source, row)` at some positions (int64, from 0) of the stream."""
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Source and row, `[positions, 2]` int64, at some positions (int64, from 0) of the stream."""
         found = np.empty((len(positions), 2), dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.size)
         for epoch in np.unique(epochs):
@@ -88,7 +88,7 @@ class Stream:
                 for lap in np.unique(rounds):
                     rows = permute(places[rounds == lap], size, self._seed, source, int(lap))
                     found[np.flatnonzero(here)[rounds == lap], 1] = rows
-        return [(int(source), int(row)) for source, row in found]
+        return found
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:

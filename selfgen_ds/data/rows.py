@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,11 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from selfgen_ds.config import InputError, Source
-from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.chat import SURROGATE, Conversation
 from selfgen_ds.data.formats import READERS, Raw, read_file
 from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.data.tasks import TASKS, Row, generate
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 
 
@@ -165,10 +164,8 @@ def _validated(name: str, raw: Iterable[Raw], columns: Columns) -> Iterator[Row 
             yield _pair(fields, where, columns)
         else:
             messages = _field(fields, columns.messages, where)
-            tools = fields.get("tools") or None
-            yield Conversation(
-                messages=_messages(messages, f"{where}, field {columns.messages!r}"), tools=tools, where=where
-            )
+            messages = _messages(messages, f"{where}, field {columns.messages!r}")
+            yield Conversation(messages=messages, tools=_tools(fields, where), where=where)
 
 
 def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Conversation:
@@ -176,7 +173,7 @@ def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Convers
     if _has_roles(prompt) and _has_roles(completion):
         both = f"{where}, fields {columns.prompt!r} and {columns.completion!r}"
         messages = _messages(prompt + completion, both)
-        return Conversation(messages=messages, given=len(prompt), tools=fields.get("tools") or None, where=where)
+        return Conversation(messages=messages, given=len(prompt), tools=_tools(fields, where), where=where)
     for column, text in ((columns.prompt, prompt), (columns.completion, completion)):
         _check_text(text, f"{where}, field {column!r}")
     return Row(prompt=prompt, completion=completion, where=where)
@@ -187,7 +184,7 @@ def _check_text(text: Any, where: str, may_be_empty: bool = False) -> None:
         raise InputError(f"{where}: expected a string, got {type(text).__name__}")
     if not text and not may_be_empty:
         raise InputError(f"{where}: expected text, got an empty string")
-    if not text.isascii() and _SURROGATE.search(text):
+    if not text.isascii() and SURROGATE.search(text):
         raise InputError(f"{where}: expected UTF-8 text, got half a surrogate pair or a stray byte")
 
 
@@ -217,7 +214,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
             raise InputError(f"{at}: expected an object with role and content, got {type(fields).__name__}")
         message = {name: item for name, item in fields.items() if item is not None}  # Arrow fills what a row lacks
         role = message.get("role")
-        if role not in _FOLLOWS:
+        if not isinstance(role, str) or role not in _FOLLOWS:
             raise InputError(f"{at}: expected a role of {', '.join(_FOLLOWS)}, got {role!r}")
         if before not in _FOLLOWS[role]:
             raise InputError(f"{at}: roles out of order: {role!r} {f'after {before!r}' if before else 'comes first'}")
@@ -229,6 +226,19 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if before != "assistant":
         raise InputError(f"{where}: the assistant's turn is missing: the last message is of {before!r}")
     return messages
+
+
+def _tools(fields: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """Schemas of the tools that a conversation may call: a list, or its JSON."""
+    tools = fields.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}, field 'tools': malformed JSON: {error}") from error
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f"{where}, field 'tools': expected a list of objects, got {type(tools).__name__}")
+    return tools or None
 
 
 def _field(fields: dict[str, Any], column: str, where: str) -> Any:

@@ -33,7 +33,7 @@ from selfgen_ds.config import InputError, Sources, sources
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.tasks import Row
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import make_folder, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -58,9 +58,9 @@ class Sample:
     sample_id: int
     """The row's number in its source, from 0; past it, those of the sources after it."""
     input_ids: np.ndarray
-    """`[length]` int32."""
+    """`[length]` int64."""
     turns: np.ndarray
-    """`[turns, 3]` int32: where a response starts, where what may be replaced of it ends, where it ends."""
+    """`[turns, 3]` int64: where a response starts, where what may be replaced of it ends, where it ends."""
     forced_ids: np.ndarray | None = None
     """Built-in tasks: the start of a response up to and with one wrong token."""
     rest_ids: np.ndarray | None = None
@@ -110,7 +110,7 @@ class Samples:
         )
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of some samples: int32."""
+        """Tokens of some samples: int64."""
         return self.table.select_columns("length")[indices]["length"]
 
 
@@ -147,7 +147,7 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
         InputError: A row is not as expected, or none is usable.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "selfgen_ds" / _fingerprint(source, tokenizer, form)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, "HF_DATASETS_CACHE")
     failure = folder.with_suffix(".error")
     since = time.time()
     with FileLock(folder.with_suffix(".lock")):
@@ -186,26 +186,9 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({tokenizer.eos_token_id, *(token for source in samples for token in source.closing_ids)})
 
 
-def check_shares(samples: Samples, max_length: int, max_truncated_share: float, max_refused_share: float) -> None:
-    """Refuse data that `max_length` does too much harm to.
-
-    Raises:
-        InputError: More truncated or refused rows than the shares allow.
-    """
-    for count, share, setting, what in (
-        (samples.refused, max_refused_share, "max_refused_share", "prompts leave no room for a response"),
-        (samples.truncated, max_truncated_share, "max_truncated_share", "responses are cut"),
-    ):
-        if count > share * samples.read:
-            first = f" (the first is {samples.first_refused})" if setting == "max_refused_share" else ""
-            raise InputError(
-                f"{samples.name}: {count} of {samples.read} {what} at data.max_length={max_length}{first}; "
-                f"data.{setting}={share} allows fewer"
-            )
-
-
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
     digest = hashlib.sha256(repr((source.fingerprint, form)).encode())
+    tokenizer("")  # the first call resets truncation and padding, which are saved too
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         code = Path(__file__).parent.glob("*.py")  # other code would make other samples of the same rows
@@ -234,14 +217,14 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
                 turns = [
                     [start, min(replaceable, len(ids) - 1), min(end, longest)]
                     for start, replaceable, end in encoded.turns
-                    if 0 < start < longest  # nothing predicts a first token
+                    if 0 < start < min(end, longest)  # nothing predicts a first token
                 ]
                 if not turns:
                     refused += 1
                     first_refused = first_refused or row.where or f"row {number + 1}"
                     continue
                 truncated += encoded.turns[-1][2] > longest
-                closing |= special & {encoded.ids[end - 1] for _, _, end in encoded.turns}
+                closing |= special & {encoded.ids[end - 1] for start, _, end in encoded.turns if start < end}
                 flat = [position for turn in turns for position in turn]
                 values = (number, len(ids), ids, flat, encoded.forced, encoded.rest)
                 for column, value in zip(columns.values(), values, strict=True):
@@ -298,19 +281,19 @@ class _Encoder:
         end = self._tokenizer.eos_token_id
         prompts = self._tokenizer([row.prompt for row in rows], split_special_tokens=True)["input_ids"]
         completions = self._plain([row.completion for row in rows])
-        forced = self._plain([row.forced or "" for row in rows])
-        rest = self._plain([row.rest or "" for row in rows])
-        for i, row in enumerate(rows):
+        with_error = rows[0].forced is not None
+        forced = self._plain([row.forced or "" for row in rows]) if with_error else []
+        rest = self._plain([row.rest or "" for row in rows]) if with_error else []
+        for i in range(len(rows)):
             prompt = prompts[i]
             if prompt and prompt[-1] == end:
                 prompt = prompt[:-1]  # some tokenizers close every text
             ids = [*prompt, *completions[i], end]
-            has_error = row.forced is not None
             yield _Encoded(
                 ids=ids,
                 turns=[[len(prompt), len(ids) - 1, len(ids)]],
-                forced=forced[i] if has_error else None,
-                rest=[*rest[i], end] if has_error else None,
+                forced=forced[i] if with_error else None,
+                rest=[*rest[i], end] if with_error else None,
             )
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
