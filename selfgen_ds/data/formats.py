@@ -205,20 +205,44 @@ def _read_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
 
 
 def _python_rows(part: pa.RecordBatch, where: str, before: int) -> list[dict[str, Any]]:
+    names = part.schema.names
     try:
-        part.validate(full=True)  # damaged offsets would read outside the file
-        return part.to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError):  # the latter two: what Python's types cannot hold
-        for i, name in ((i, name) for i in range(len(part)) for name in part.schema.names):
-            cell = part.column(name).slice(i, 1)
+        columns = [_python_values(part.column(name)) for name in names]
+    except _UNREADABLE:
+        for i, name in ((i, name) for i in range(len(part)) for name in names):
             try:
-                cell.validate(full=True)
-                cell.to_pylist()
-            except (pa.ArrowException, ValueError, OverflowError) as error:
-                raise InputError(
-                    f"{where} {before + i + 1}, field {name!r}: cannot be read: {_first_line(error)}"
-                ) from error
+                _python_values(part.column(name).slice(i, 1))
+            except _UNREADABLE as error:
+                at = f"{where} {before + i + 1}, field {name!r}"
+                raise InputError(f"{at}: cannot be read: {_first_line(error)}") from error
         raise
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+_UNREADABLE = (pa.ArrowException, ValueError, OverflowError)  # damaged, no UTF-8, a date that Python does not have
+
+
+def _python_values(column: pa.Array) -> list[Any]:
+    column.validate(full=True)  # damaged offsets would read outside the file
+    values = column.to_pylist()
+    return [_from_json(value, column.type) for value in values] if _has_json(column.type) else values
+
+
+def _has_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.JsonType) or any(_has_json(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _from_json(value: Any, kind: pa.DataType) -> Any:
+    """Values of Arrow's JSON type come as text. `datasets` uses it for objects that are not alike."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {name: _from_json(part, kind.field(name).type) for name, part in value.items()}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_from_json(part, kind.value_type) for part in value]
+    return value
 
 
 def _first_line(error: Exception) -> str:
