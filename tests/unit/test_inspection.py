@@ -1,0 +1,88 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds.config import DataConfig, InputError, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.inspection import inspect
+from tests.distributed import runs
+
+
+def _recipe(folder: Path, completions: list[str], **data: object) -> Recipe:
+    rows = [json.dumps({"prompt": f"ask {i}: ", "completion": text}) for i, text in enumerate(completions)]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    settings: dict = {"train": str(folder / "rows.jsonl"), "max_length": 32} | data
+    return runs.recipe(folder, data=DataConfig(**settings), train=TrainConfig(max_steps=1))
+
+
+def _shown(recipe: Recipe, capsys: pytest.CaptureFixture[str], rows: int = 1, draw: bool = False) -> str:
+    inspect(recipe, set(), rows, draw)
+    return capsys.readouterr().out
+
+
+def test_prompt_response_and_end_token_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _shown(_recipe(tmp_path, ["tell"]), capsys)
+    assert "[prompt]ask 0: [replaceable]tell[target]</s>" in output
+
+
+def test_read_used_truncated_and_refused_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    recipe = _recipe(tmp_path, ["a", "b" * 100, "c"], max_truncated_share=1.0)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('\n{"prompt": "' + "long " * 20 + '", "completion": "d"}\n')
+    recipe.data.max_refused_share = 0.5
+    assert "4 rows read, 3 used (1 truncated), 1 refused; responses end with </s>" in _shown(recipe, capsys)
+
+
+def test_too_many_truncated_rows_are_an_error_behind_the_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(tmp_path, ["b" * 100, "c"], max_truncated_share=0.1)
+    with pytest.raises(InputError, match=r"1 of 2 responses are cut"):
+        inspect(recipe, set(), 1, False)
+    assert "2 rows read, 2 used (1 truncated)" in capsys.readouterr().out
+
+
+def test_the_histogram_counts_every_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _shown(_recipe(tmp_path, ["x" * n for n in (1, 1, 2, 9, 20)]), capsys)
+    bars = re.findall(r"^ +\d+ to \d+ +(\d+) ", output, flags=re.M)
+    assert sum(map(int, bars)) == 5
+    assert "tokens a sample: 9 to 28, mean 14.6" in output
+
+
+def test_packed_rows_are_counted_and_show_their_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _shown(_recipe(tmp_path, ["abcdef", "ghijkl"], packing=True), capsys)
+    assert "packed into 1 rows of 32 tokens, 87.5% of them real" in output
+    assert {"row 1, sample 0, 14 tokens", "row 1, sample 1, 14 tokens"} <= {
+        line.rstrip(" ─") for line in output.splitlines()
+    }
+
+
+def test_drawn_tokens_stand_before_the_reference_that_they_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(tmp_path, ["abcdefgh"])
+    recipe.selfgen = SelfgenConfig(replace_probability=1.0, schedule="linear", schedule_share=0.1)
+    output = _shown(recipe, capsys, draw=True)
+    assert re.search(r"\[prompt\]ask 0: \[drawn\].*\[for\]abcdefgh\[target\]</s>", output, flags=re.S)
+
+
+def test_no_rows_may_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _shown(_recipe(tmp_path, ["tell"]), capsys, rows=0)
+    assert "1 rows read" in output
+    assert "ask 0" not in output
+
+
+def test_a_bad_row_is_the_error_that_training_would_give(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, ["tell", ""])
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2, field 'completion': expected text"):
+        inspect(recipe, set(), 1, False)
+
+
+def test_settings_are_checked_as_for_training(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, ["tell"])
+    recipe = replace(recipe, selfgen=SelfgenConfig(method="magic"))
+    with pytest.raises(InputError, match="selfgen.method"):
+        inspect(recipe, set(), 1, False)
