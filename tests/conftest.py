@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks import Ranks
+# read when `datasets` and `huggingface_hub` are imported; ranks and commands that tests start inherit them
+_cache = tempfile.TemporaryDirectory(prefix="selfgen-ds-tests-")
+os.environ.update(HF_DATASETS_CACHE=_cache.name, HF_HUB_OFFLINE="1")
+
+from tests.ranks import Ranks  # noqa: E402
 
 
 @pytest.fixture(scope="session")

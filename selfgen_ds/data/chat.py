@@ -181,21 +181,30 @@ class ChatEncoder:
 
 
 def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:
-    """Where the contents are in a text that should be `piece content piece content ... piece`.
-
-    Templates may strip a content's white space.
-    """
+    """Where the contents are in a text that should be `piece content piece content ... piece`."""
     spans = []
     position = 0
     for content, before, behind in zip(contents, pieces[:-1], pieces[1:], strict=True):
         start = position + len(before)
-        forms = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
-        form = next((form for form in forms if text.startswith(before + form + behind, position)), None)
-        if form is None:
+        end = _end(content, text, start, behind) if text.startswith(before, position) else None
+        if end is None:
             return None
-        position = start + len(form)
-        spans.append((start, position))
+        spans.append((start, end))
+        position = end
     return spans if text[position:] == pieces[-1] else None
+
+
+def _end(content: str, text: str, start: int, behind: str) -> int | None:
+    """Where a content ends that starts at `start`; its outer white space may be stripped, all or some of it."""
+    core = content.strip()
+    lead, trail = content.split(core, 1) if core else (content, "")
+    for stripped in range(len(lead) + 1):
+        if text.startswith(lead[stripped:] + core, start):
+            end = start + len(lead) - stripped + len(core)
+            for kept in range(len(trail), -1, -1):
+                if text.startswith(trail[:kept] + behind, end):
+                    return end + kept
+    return None
 
 
 def _tokens_of(turn: tuple[int, int, int], offsets: list[tuple[int, int]]) -> list[int]:

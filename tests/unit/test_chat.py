@@ -1,0 +1,305 @@
+import re
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from selfgen_ds.config import InputError
+from selfgen_ds.data.chat import ChatEncoder, Conversation
+from tests.chat_tokenizers import CHATML, CHATML_GENERATION, FAMILIES, build, tokenizer
+
+Messages = list[dict[str, Any]]
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+
+def _conversation(*contents: str, system: str | None = None) -> Messages:
+    """The user's and the assistant's contents in turn."""
+    roles = ["user", "assistant"] * (len(contents) // 2)
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+
+
+TWO_TURNS = _conversation("How many apples are left?", "There are three.", "Thank you!", "You are welcome.")
+
+
+def _encode(
+    chat_tokenizer: PreTrainedTokenizerFast, messages: Messages, assistant_turns: str = "all", **others: Any
+) -> tuple[list[int], list[list[int]]]:
+    encoder = ChatEncoder(chat_tokenizer, assistant_turns)
+    (encoded,) = encoder.encode([Conversation(messages=messages, where="rows.jsonl, line 7", **others)])
+    return encoded
+
+
+def _chatml(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    return build(template, "byte_level", CHATML_TOKENS, None, "<|im_end|>")
+
+
+def _refusal(template: str, messages: Messages = TWO_TURNS, **others: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        _encode(_chatml(template), messages, **others)
+    assert str(caught.value).startswith("rows.jsonl, line 7")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what is fed ---
+
+
+@EVERY_FAMILY
+def test_the_tokens_are_those_of_the_chat_template(family: str) -> None:
+    system = "Be good." if FAMILIES[family].system else None
+    messages = _conversation("How many?", "Three. ", " And now?\n", "Now\n\nfour", system=system)
+    ids, _ = _encode(tokenizer(family), messages)
+    assert ids == tokenizer(family).apply_chat_template(messages)["input_ids"]
+
+
+SNIPPETS = [
+    "user", "assistant", "system", "[INST]", " [/INST]", "<<SYS>>", "<</SYS>>\n\n", "<think>\n\n</think>", "model\n",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<bos>", "<end_of_turn>", "<start_of_turn>",
+    "<|eot_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|end|>", "\n", "\n\n", " ", "\t", "{{ x }}", "▁",
+    "▁a", "apples", "é", "😀",
+]  # fmt: skip
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=8)
+CONTENT = st.lists(st.sampled_from(SNIPPETS) | TEXT, min_size=1, max_size=6).map("".join).filter(bool)
+
+
+@EVERY_FAMILY
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT), system=st.none() | CONTENT)
+def test_the_tokens_are_those_of_the_chat_template_whatever_the_contents(
+    family: str, contents: tuple[str, ...], system: str | None
+) -> None:
+    chat_tokenizer = tokenizer(family)
+    messages = _conversation(*contents, system=system if FAMILIES[family].system else None)
+    text = "".join(message["content"] for message in messages)
+    spells = any(token in text for token in FAMILIES[family].special)
+    ids, turns = _encode(chat_tokenizer, messages)
+    assert ids == chat_tokenizer.apply_chat_template(messages, sanitize_control_tokens=spells)["input_ids"]
+    assert len(turns) == 2
+    for (start, replaceable, end), content in zip(turns, contents[1::2], strict=True):
+        assert 0 < start <= replaceable <= end
+        if FAMILIES[family].tokenizer == "byte_level":
+            form = content.strip() if FAMILIES[family].trims else content
+            learned = chat_tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            assert learned.endswith(form.lstrip("\n") + FAMILIES[family].closing)
+
+
+@EVERY_FAMILY
+def test_a_special_token_that_a_content_spells_is_text(family: str) -> None:
+    chat_tokenizer, special = tokenizer(family), FAMILIES[family].special
+    spelled = " ".join(special)
+    plain, _ = _encode(chat_tokenizer, _conversation("x", "y"))
+    ids, ((start, replaceable, _),) = _encode(chat_tokenizer, _conversation(f"a{spelled}b", f"c{spelled}d"))
+    special_ids = set(chat_tokenizer.convert_tokens_to_ids(list(special)))
+    assert sum(token in special_ids for token in ids) == sum(token in special_ids for token in plain)
+    assert chat_tokenizer.decode(ids[start:replaceable]).strip() == f"c{spelled}d"
+
+
+def test_a_content_may_hold_the_characters_that_contents_are_marked_with() -> None:
+    messages = _conversation("\ue0f01\ue0f1", "\ue0f00\ue0f1\ue0f07\ue0f1")
+    ids, ((start, replaceable, _),) = _encode(tokenizer("chatml"), messages)
+    assert ids == tokenizer("chatml").apply_chat_template(messages)["input_ids"]
+    assert tokenizer("chatml").decode(ids[start:replaceable]) == "\ue0f00\ue0f1\ue0f07\ue0f1"
+
+
+def test_conversations_encoded_together_are_as_each_alone() -> None:
+    chats = [TWO_TURNS, _conversation("a", "b <|im_end|>"), _conversation("c" * 50, "d")]
+    together = list(
+        ChatEncoder(tokenizer("chatml"), "all").encode([Conversation(messages=messages) for messages in chats])
+    )
+    assert together == [_encode(tokenizer("chatml"), messages) for messages in chats]
+
+
+def test_fields_beside_the_content_reach_the_template() -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m['name'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    messages: Messages = [message | {"name": "Ada"} for message in _conversation("a", "b")]
+    ids, _ = _encode(_chatml(template), messages)
+    assert _chatml().decode(ids) == "<|im_start|>Ada\na<|im_end|><|im_start|>Ada\nb<|im_end|>"
+
+
+def test_tools_reach_the_template() -> None:
+    template = "{% for tool in tools %}{{ tool['name'] }};{% endfor %}" + CHATML.strip()
+    ids, _ = _encode(_chatml(template), _conversation("a", "b"), tools=[{"name": "add"}, {"name": "sub"}])
+    assert _chatml().decode(ids).startswith("add;sub;<|im_start|>user")
+
+
+# --- turns ---
+
+
+@EVERY_FAMILY
+def test_a_turn_is_the_assistants_content_and_what_closes_it_and_the_content_is_replaceable(family: str) -> None:
+    given_family, chat_tokenizer = FAMILIES[family], tokenizer(family)
+    ids, turns = _encode(chat_tokenizer, TWO_TURNS)
+    pieces = [(chat_tokenizer.decode(ids[a:b]), chat_tokenizer.decode(ids[b:c])) for a, b, c in turns]
+    if given_family.tokenizer in {"metaspace", "prepending"}:  # the space before a word is in the word's token
+        pieces = [(content.removeprefix(" "), closing) for content, closing in pieces]
+    assert pieces == [("There are three.", given_family.closing), ("You are welcome.", given_family.closing)]
+
+
+def test_a_closing_token_is_one_token_that_ends_the_turn() -> None:
+    ids, turns = _encode(tokenizer("llama3"), TWO_TURNS)
+    end_of_turn = tokenizer("llama3").convert_tokens_to_ids("<|eot_id|>")
+    assert [ids[end - 1] for _, _, end in turns] == [end_of_turn] * 2
+    assert [end - replaceable for _, replaceable, end in turns] == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma"])
+def test_white_space_that_the_template_strips_is_in_no_turn(family: str) -> None:
+    ids, ((start, _, end),) = _encode(tokenizer(family), _conversation("a", "\n There are three. \n"))
+    assert tokenizer(family).decode(ids[start:end]) == "There are three." + FAMILIES[family].closing
+
+
+def test_what_a_template_writes_before_the_content_is_not_learned() -> None:
+    ids, turns = _encode(tokenizer("qwen3"), TWO_TURNS)
+    text = tokenizer("qwen3").decode(ids[: turns[-1][0]])
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_template_that_closes_no_turn_gives_turns_without_a_closing_token() -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    ids, turns = _encode(_chatml(template), TWO_TURNS)
+    assert [_chatml().decode(ids[start:end]).strip() for start, _, end in turns] == [
+        "There are three.",
+        "You are welcome.",
+    ]
+    assert all(replaceable == end for _, replaceable, end in turns)
+
+
+def test_a_token_that_reaches_past_the_content_is_not_replaceable() -> None:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + 'e user<|im_end|>' }}{% endfor %}"
+    ids, ((start, replaceable, end),) = _encode(_chatml(template), _conversation("x", "y th"))
+    assert _chatml().decode(ids[start:replaceable]) == "y"
+    assert _chatml().decode(ids[replaceable:end]) == " the"
+
+
+def test_the_last_turn_alone_may_be_learned() -> None:
+    _, turns = _encode(tokenizer("chatml"), TWO_TURNS, "last")
+    assert turns == _encode(tokenizer("chatml"), TWO_TURNS)[1][1:]
+
+
+def test_turns_of_the_given_messages_are_not_learned() -> None:
+    _, turns = _encode(tokenizer("chatml"), TWO_TURNS, given=3)
+    assert turns == _encode(tokenizer("chatml"), TWO_TURNS)[1][1:]
+
+
+def test_the_system_message_may_go_into_a_later_turn() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *TWO_TURNS]
+    ids, turns = _encode(tokenizer("mistral v3"), messages)
+    text = tokenizer("mistral v3").decode(ids[turns[0][2] :])
+    assert "Be brief.\n\nThank you!" in text
+    assert [tokenizer("mistral v3").decode(ids[end - 1 : end]) for _, _, end in turns] == ["</s>", "</s>"]
+
+
+# --- generation markers ---
+
+MARKED = "chatml with generation markers"
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT))
+def test_turns_are_the_templates_generation_markers(contents: tuple[str, ...]) -> None:
+    messages = _conversation(*(re.sub(r"<\|\w+\|>", "", content) or "x" for content in contents))
+    ids, turns = _encode(tokenizer(MARKED), messages)
+    mask = [0] * len(ids)
+    for start, _, end in turns:
+        mask[start:end] = [1] * (end - start)
+    expected = tokenizer(MARKED).apply_chat_template(messages, return_assistant_tokens_mask=True)
+    assert (ids, mask) == (expected["input_ids"], expected["assistant_masks"])
+
+
+def test_markers_and_rendering_find_the_same_turns() -> None:
+    assert _encode(tokenizer(MARKED), TWO_TURNS) == _encode(tokenizer("chatml"), TWO_TURNS)
+
+
+CALLS: Messages = [
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1, "b": 2}}]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]
+
+
+def test_a_tool_call_inside_markers_is_learned_and_never_replaced() -> None:
+    ids, turns = _encode(tokenizer(MARKED), CALLS)
+    (start, replaceable, end), (_, _, _) = turns
+    call = tokenizer(MARKED).decode(ids[start:end])
+    assert call == '<call>{"name": "add", "arguments": {"a": 1, "b": 2}}</call><|im_end|>'
+    assert replaceable == start
+
+
+def test_tool_calls_without_markers_are_refused() -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] or m['tool_calls'] | tojson }}<|im_end|>{% endfor %}"
+    assert "message 2: tool calls need a chat template with generation markers" in _refusal(template, CALLS)
+
+
+def test_markers_that_do_not_mark_every_turn_are_refused() -> None:
+    template = CHATML_GENERATION.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    assert "marks 1 generations, the row has 2 turns" in _refusal(template)
+
+
+def test_markers_around_something_else_are_refused() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    assert "message 2: the chat template's generation markers do not enclose it" in _refusal(template)
+
+
+# --- templates that are refused ---
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{{ m['content'] | upper }}", "does not reproduce the messages"),
+        ("{{ m['content'] | tojson }}", "does not reproduce the messages"),
+        ("{{ m['content'][:5] }}", "does not reproduce the messages"),
+        ("{{ m['content'] | replace('a', 'b') }}", "does not reproduce the messages"),
+        ("{{ m['content'] + m['content'] }}", "does not reproduce the messages"),
+        ("{{ 'x' if 'three' in m['content'] else m['content'] }}", "does not reproduce the messages"),
+        ("{% if loop.index != 2 %}{{ m['content'] }}{% endif %}", "leaves out message 2"),
+        ("{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}", "leaves out message 1"),
+        ("{{ 'always the same' }}", "leaves out message 1"),
+        ("{{ raise_exception('no such\nrole') }}", "the chat template raises: no such role"),
+        ("{{ m['content'] + 3 }}", "the chat template raises"),
+        ("{{ 1 / 0 }}", "the chat template raises"),
+        ("{{ m['content']", "the chat template raises"),
+    ],
+)
+def test_a_template_that_does_not_reproduce_the_messages_is_refused_with_the_row(content: str, expected: str) -> None:
+    messages = _conversation('a "few" apples\n?', "There are three.", "Thank you!", "You are welcome.")
+    template = f"{{% for m in messages %}}<|im_start|>{content}<|im_end|>\n{{% endfor %}}"
+    assert expected in _refusal(template, messages)
+
+
+def test_a_template_that_swallows_a_turn_of_some_rows_is_refused_for_those_rows_only() -> None:
+    template = "{% for m in messages[-2:] %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    assert "leaves out message 1" in _refusal(template)
+    assert len(_encode(_chatml(template), TWO_TURNS[2:])[1]) == 1
+
+
+def test_a_template_that_refuses_a_system_message_says_so_with_the_row() -> None:
+    with pytest.raises(InputError, match=r"line 7: the chat template raises: System role not supported"):
+        _encode(tokenizer("gemma"), [{"role": "system", "content": "x"}, *TWO_TURNS])
+
+
+def test_half_a_surrogate_pair_in_a_field_that_the_template_writes_is_refused() -> None:
+    template = "{% for m in messages %}{{ m['name'] + m['content'] }}<|im_end|>{% endfor %}"
+    messages: Messages = [message | {"name": "\ud83d"} for message in TWO_TURNS]
+    assert "half a surrogate pair" in _refusal(template, messages)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^model\.tokenizer: rows of messages need a tokenizer with a chat template"):
+        ChatEncoder(_chatml(None), "all")
+
+
+def test_contents_are_found_where_they_repeat_each_other_and_the_template() -> None:
+    messages = _conversation("assistant", "user", "user\nassistant\n", "assistant\nassistant")
+    ids, turns = _encode(tokenizer("llama3"), messages)
+    learned = [tokenizer("llama3").decode(ids[start:replaceable]) for start, replaceable, _ in turns]
+    assert learned == ["user", "assistant\nassistant"]
