@@ -1,0 +1,558 @@
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from selfgen_ds.config import InputError, Source
+from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.formats import read_file
+from selfgen_ds.data.rows import Columns, open_source
+from selfgen_ds.data.tasks import Row
+
+Rows = list[dict[str, Any]]
+
+PAIRS: Rows = [
+    {"prompt": "1+1=", "completion": "2"},
+    {"prompt": ' a, "quoted"\nsecond line ', "completion": "\tné 日本 😀"},
+    {"prompt": "x", "completion": "\r\n"},
+] * 5
+CHATS: Rows = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"{number} apples"},
+            {"role": "assistant", "content": 'a "few"\n'},
+        ]
+    }
+    for number in range(7)
+]
+PROMPT_AND_COMPLETION: Rows = [{"prompt": row["messages"][:2], "completion": row["messages"][2:]} for row in CHATS]
+
+
+def _read(path: Path, use: str = "train", columns: Columns | None = None, **source: Any) -> list[Row | Conversation]:
+    return list(open_source(Source(path=str(path), **source), use, columns or Columns()).rows)
+
+
+def _as_rows(rows: Rows) -> list[Row]:
+    return [Row(prompt=row["prompt"], completion=row["completion"]) for row in rows]
+
+
+def _error(path: Path, **others: Any) -> str:
+    """The one line that refuses a file."""
+    with pytest.raises(InputError) as caught:
+        _read(path, **others)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _jsonl(path: Path, rows: Rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _json_array(path: Path, rows: Rows) -> None:
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _csv(path: Path, rows: Rows) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _csv_with_mark(path: Path, rows: Rows) -> None:
+    _csv(path, rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def _parquet(path: Path, rows: Rows) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+
+
+def _arrow(path: Path, rows: Rows) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+
+
+def _arrow_file(path: Path, rows: Rows) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, Rows], None]]] = {
+    "jsonl": ("rows.jsonl", _jsonl),
+    "json array": ("rows.json", _json_array),
+    "json lines": ("rows.json", _jsonl),
+    "parquet": ("rows.parquet", _parquet),
+    "arrow stream": ("rows.arrow", _arrow),
+    "arrow file": ("rows.arrow", _arrow_file),
+    "csv": ("rows.csv", _csv),
+    "csv with a byte order mark": ("rows.csv", _csv_with_mark),
+}
+TEXT_ONLY = {"csv", "csv with a byte order mark"}
+EVERY_FORMAT = pytest.mark.parametrize("form", WRITERS)
+EVERY_FORMAT_WITH_LISTS = pytest.mark.parametrize("form", [form for form in WRITERS if form not in TEXT_ONLY])
+
+
+def _write(folder: Path, form: str, rows: Rows) -> Path:
+    name, writer = WRITERS[form]
+    writer(folder / name, rows)
+    return folder / name
+
+
+# --- the same rows through every format ---
+
+
+@EVERY_FORMAT
+def test_pairs_are_the_same_in_every_format(tmp_path: Path, form: str) -> None:
+    assert _read(_write(tmp_path, form, PAIRS)) == _as_rows(PAIRS)
+
+
+@EVERY_FORMAT
+def test_any_two_columns_can_be_named(tmp_path: Path, form: str) -> None:
+    rows = [
+        {"id": str(i), "Frage": row["prompt"], "prompt": "no", "a b": row["completion"]} for i, row in enumerate(PAIRS)
+    ]
+    path = _write(tmp_path, form, rows)
+    assert _read(path, columns=Columns(prompt="Frage", completion="a b")) == _as_rows(PAIRS)
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_conversations_are_the_same_in_every_format(tmp_path: Path, form: str) -> None:
+    rows = _read(_write(tmp_path, form, CHATS))
+    assert [row.messages for row in rows if isinstance(row, Conversation)] == [row["messages"] for row in CHATS]
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_conversations_may_be_in_any_column(tmp_path: Path, form: str) -> None:
+    rows = [{"turns": row["messages"]} for row in CHATS]
+    assert len(_read(_write(tmp_path, form, rows), columns=Columns(messages="turns"))) == 7
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_a_prompt_and_a_completion_of_messages_are_one_conversation_whose_prompt_is_given(
+    tmp_path: Path, form: str
+) -> None:
+    rows = [row for row in _read(_write(tmp_path, form, PROMPT_AND_COMPLETION)) if isinstance(row, Conversation)]
+    assert [row.messages for row in rows] == [row["messages"] for row in CHATS]
+    assert {row.given for row in rows} == {2}
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_what_one_message_has_and_others_lack_is_no_field_of_the_others(tmp_path: Path, form: str) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+    messages = [
+        *CHATS[0]["messages"][:2],
+        call,
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3"},
+    ]
+    (row,) = _read(_write(tmp_path, form, [{"messages": messages}]))
+    assert isinstance(row, Conversation)
+    assert row.messages == messages
+
+
+def test_a_row_that_has_prompt_completion_and_messages_is_a_pair(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", [PAIRS[0] | CHATS[0]])
+    assert _read(path) == _as_rows(PAIRS[:1])
+
+
+def test_a_row_with_a_prompt_but_no_completion_and_messages_is_a_conversation(tmp_path: Path) -> None:
+    (row,) = _read(_write(tmp_path, "jsonl", [{"prompt": "a topic"} | CHATS[0]]))
+    assert isinstance(row, Conversation)
+
+
+def test_tools_may_be_a_list_or_its_json(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    path = _write(
+        tmp_path, "jsonl", [CHATS[0] | {"tools": value} for value in (tools, json.dumps(tools), None, [], "")]
+    )
+    rows = [row for row in _read(path) if isinstance(row, Conversation)]
+    assert [row.tools for row in rows] == [tools, tools, None, None, None]
+
+
+@pytest.mark.parametrize("tools", ["add", "[1]", [1], 3, {"name": "add"}])
+def test_tools_of_another_kind_are_refused(tmp_path: Path, tools: object) -> None:
+    path = _write(tmp_path, "jsonl", [CHATS[0] | {"tools": tools}])
+    assert _error(path).startswith(f"{path}, line 1, field 'tools': ")
+
+
+def test_objects_that_datasets_stores_as_json_are_objects(tmp_path: Path) -> None:
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "say", "arguments": {"text": ["x"]}}]
+    messages = [CHATS[0]["messages"][1], {"role": "assistant", "content": "", "tool_calls": calls}]
+    features = datasets.Features({"messages": datasets.List(datasets.Json())})
+    saved = datasets.Dataset.from_list([{"messages": messages}], features=features)
+    saved.save_to_disk(tmp_path / "saved")
+    saved.to_parquet(tmp_path / "rows.parquet")
+    for path in (tmp_path / "saved", tmp_path / "rows.parquet"):
+        (row,) = _read(path)
+        assert isinstance(row, Conversation)
+        assert row.messages == messages
+
+
+def test_text_is_kept_to_the_character(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": " né\\n", "completion": "\\ud83d\\ude00\\t 😀 "}'.encode())
+    assert _read(path) == [Row(prompt=" né\n", completion="😀\t 😀 ")]
+
+
+def test_a_csv_cell_may_be_longer_than_a_megabyte(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * 1_000_001, "completion": "y"}]
+    assert _read(_write(tmp_path, "csv", rows)) == _as_rows(rows)
+
+
+def test_a_row_says_where_it_was(tmp_path: Path) -> None:
+    found = {form: [row.where for row in _read(_write(tmp_path, form, PAIRS))] for form in WRITERS}
+    assert found["jsonl"] == [f"{tmp_path}/rows.jsonl, line {number}" for number in range(1, 16)]
+    assert found["csv"][:4] == [f"{tmp_path}/rows.csv, line {number}" for number in (2, 3, 5, 7)]
+    for form in ("parquet", "arrow stream", "arrow file"):
+        assert found[form] == [f"{tmp_path}/{WRITERS[form][0]}, row {number}" for number in range(1, 16)]
+
+
+def test_rows_are_read_piece_by_piece(tmp_path: Path) -> None:
+    for form in ("jsonl", "json array", "csv"):
+        path = _write(tmp_path, form, PAIRS)
+        path.write_bytes(path.read_bytes() + b'\n{"')
+        rows = open_source(Source(path=str(path)), "train", Columns()).rows
+        assert next(iter(rows)) == _as_rows(PAIRS)[0]
+
+
+# --- folders ---
+
+SHARDS = pytest.mark.parametrize("form", ["jsonl", "json array", "parquet", "csv", "arrow stream"])
+
+
+@SHARDS
+def test_a_folder_of_shards_is_its_files_in_order(tmp_path: Path, form: str) -> None:
+    suffix = Path(WRITERS[form][0]).suffix
+    for number in range(3):
+        WRITERS[form][1](tmp_path / f"train-0000{number}-of-00003{suffix}", PAIRS[5 * number : 5 * number + 5])
+    assert _read(tmp_path) == _as_rows(PAIRS)
+
+
+@SHARDS
+def test_a_folders_splits_are_told_apart(tmp_path: Path, form: str) -> None:
+    suffix = Path(WRITERS[form][0]).suffix
+    WRITERS[form][1](tmp_path / f"train{suffix}", PAIRS[:2])
+    WRITERS[form][1](tmp_path / f"test{suffix}", PAIRS[2:3])
+    assert _read(tmp_path, "train") == _as_rows(PAIRS[:2])
+    assert _read(tmp_path, "test") == _as_rows(PAIRS[2:3])
+    assert _read(tmp_path, "train", split="test") == _as_rows(PAIRS[2:3])
+    assert "no split 'dev'; it has train, test" in _error(tmp_path, split="dev")
+
+
+def test_a_folder_with_one_split_gives_it_for_evaluation_too(tmp_path: Path) -> None:
+    _write(tmp_path, "jsonl", PAIRS)
+    assert _read(tmp_path, "test") == _as_rows(PAIRS)
+
+
+def test_a_folders_subset_is_the_one_its_readme_names(tmp_path: Path) -> None:
+    _jsonl(tmp_path / "a.jsonl", PAIRS[:1])
+    _jsonl(tmp_path / "b.jsonl", PAIRS[1:2])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert _read(tmp_path, subset="b") == _as_rows(PAIRS[1:2])
+    assert str(tmp_path) in _error(tmp_path)
+    assert str(tmp_path) in _error(tmp_path, subset="c")
+
+
+def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(PAIRS)
+    saved.save_to_disk(tmp_path / "one", num_shards=3)
+    assert _read(tmp_path / "one") == _as_rows(PAIRS)
+    saved.select([4, 1]).save_to_disk(tmp_path / "selected")
+    assert _read(tmp_path / "selected") == _as_rows([PAIRS[4], PAIRS[1]])
+
+
+def test_what_datasets_saved_in_splits_is_read(tmp_path: Path) -> None:
+    splits = {"train": datasets.Dataset.from_list(PAIRS[:2]), "test": datasets.Dataset.from_list(CHATS)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path)
+    assert _read(tmp_path, "train") == _as_rows(PAIRS[:2])
+    assert len(_read(tmp_path, "test")) == 7
+    assert "no split 'dev'; it has train, test" in _error(tmp_path, split="dev")
+
+
+def test_a_folder_without_a_file_of_rows_is_refused(tmp_path: Path) -> None:
+    endings = ".jsonl, .json, .csv, .parquet, .arrow"
+    assert _error(tmp_path).startswith(f"{tmp_path}: expected a folder with files that end in {endings}")
+    (tmp_path / "notes.md").write_text("nothing")
+    assert _error(tmp_path) == f"{tmp_path}/notes.md: expected a file that ends in {endings}"
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("text")
+    assert "train.txt: expected a file that ends in .jsonl" in _error(tmp_path)
+
+
+def test_a_folder_of_two_formats_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, "jsonl", PAIRS)
+    _write(tmp_path, "parquet", PAIRS)
+    assert "would be left out beside" in _error(tmp_path)
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
+    _write(tmp_path, "jsonl", PAIRS)
+    (tmp_path / ".rows.csv").write_text("x")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "rows.csv").write_text("x")
+    assert _read(tmp_path) == _as_rows(PAIRS)
+
+
+def test_an_empty_file_of_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    _jsonl(tmp_path / "train-0.jsonl", PAIRS)
+    (tmp_path / "train-1.jsonl").touch()
+    assert _error(tmp_path) == f"{tmp_path}/train-1.jsonl: the file is empty"
+
+
+def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(PAIRS).save_to_disk(tmp_path)
+    for file in tmp_path.iterdir():
+        content = file.read_bytes()
+        for bad in (content[:20], b"", b"[]"):
+            file.write_bytes(bad)
+            if file.name != "dataset_info.json":
+                assert str(tmp_path) in _error(tmp_path)
+        file.write_bytes(content)
+    assert _read(tmp_path) == _as_rows(PAIRS)
+
+
+# --- bad input ---
+
+
+@EVERY_FORMAT
+def test_an_empty_file_is_refused(tmp_path: Path, form: str) -> None:
+    path = tmp_path / WRITERS[form][0]
+    path.touch()
+    assert _error(path) == f"{path}: the file is empty"
+
+
+@EVERY_FORMAT
+def test_a_file_without_rows_is_refused(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, PAIRS)
+    content = path.read_bytes()
+    if path.suffix == ".csv":
+        path.write_bytes(content.split(b"\r\n", 1)[0] + b"\r\n")
+    elif path.suffix in {".parquet", ".arrow"}:
+        schema = pa.Table.from_pylist(PAIRS).schema
+        if form == "parquet":
+            pq.write_table(schema.empty_table(), path)
+        else:
+            new = pa.ipc.new_stream if form == "arrow stream" else pa.ipc.new_file
+            new(str(path), schema).close()
+    else:
+        path.write_bytes(b"[\n]\n" if form == "json array" else b"\n \n")
+    assert _error(path) == f"{path}: no rows"
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("text")
+    assert _error(path) == f"{path}: expected a file that ends in .jsonl, .json, .csv, .parquet, .arrow"
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
+def test_a_file_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, PAIRS)
+    content = path.read_bytes()
+    for length in range(1, len(content), 11):
+        path.write_bytes(content[:length])
+        assert _error(path).startswith(f"{path}: ")
+
+
+def test_an_arrow_stream_cut_between_its_batches_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "arrow stream", PAIRS)
+    table = pa.Table.from_pylist(PAIRS)
+    whole = path.read_bytes()
+    sizes = []
+    for count in (4, 8):
+        sink = io.BytesIO()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table[:count], max_chunksize=4)
+        sizes.append(len(sink.getvalue()) - 8)  # without its end mark
+    for size in (*sizes, len(whole) - 8):
+        path.write_bytes(whole[:size])
+        assert _error(path) == f"{path}: not a whole Arrow file: it has no end mark"
+
+
+@pytest.mark.parametrize("form", ["arrow stream", "arrow file", "parquet"])
+def test_a_damaged_file_is_refused_or_read_and_never_ends_the_process(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, PAIRS)
+    content = path.read_bytes()
+    for place in range(0, len(content), 13):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xE6]) + content[place + 1 :])
+        try:
+            _read(path)
+        except InputError as error:
+            assert str(path) in str(error)  # noqa: PT017
+
+
+def test_bytes_that_are_not_utf_8_are_refused_with_row_and_field_in_arrow_and_parquet(tmp_path: Path) -> None:
+    text = pa.array([b"fine", b"fine", b"\xff\xfe"]).cast(pa.binary())
+    table = pa.table({"prompt": ["a"] * 3, "completion": pa.Array.from_buffers(pa.string(), 3, text.buffers())})
+    with pa.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for name in ("rows.arrow", "rows.parquet"):
+        message = _error(tmp_path / name)
+        assert message.startswith(f"{tmp_path / name}, row 3, field 'completion': ")
+        assert "UTF8" in message
+
+
+def test_a_date_that_python_does_not_have_is_refused_with_row_and_field(tmp_path: Path) -> None:
+    times = pa.array([0, 2**61]).cast(pa.timestamp("ms"))
+    pq.write_table(pa.table({"prompt": ["a"] * 2, "completion": ["b"] * 2, "time": times}), tmp_path / "rows.parquet")
+    assert _error(tmp_path / "rows.parquet").startswith(f"{tmp_path}/rows.parquet, row 2, field 'time': cannot be read")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays(
+        [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["prompt", "completion", "prompt"]
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        path = tmp_path / name
+        assert _error(path) == f"{path}, field 'prompt': the file has two columns of that name"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json array", "parquet", "arrow stream"])
+def test_a_column_of_lists_is_refused_with_row_and_field(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, [{"prompt": ["a", "b"], "completion": ["c"]}])
+    number = "line" if form == "jsonl" else "row"
+    assert _error(path) == f"{path}, {number} 1, field 'prompt': expected a string, got list"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json array"])
+def test_mixed_types_are_refused_at_the_row_that_differs(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, [*PAIRS[:2], {"prompt": "a", "completion": 3}])
+    number = "line" if form == "jsonl" else "row"
+    assert _error(path) == f"{path}, {number} 3, field 'completion': expected a string, got int"
+
+
+def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "parquet", [{"prompt": "a", "completion": 3}])
+    assert _error(path) == f"{path}, row 1, field 'completion': expected a string, got int"
+
+
+def test_pairs_among_conversations_are_refused_and_conversations_among_pairs(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", [CHATS[0], PAIRS[0]])
+    assert _error(path).startswith(f"{path}, line 2: field 'messages' is missing")
+    path = _write(tmp_path, "jsonl", [PAIRS[0], CHATS[0]])
+    assert _error(path).startswith(f"{path}, line 2: field 'prompt' is missing")
+
+
+def _text_cases() -> Iterator[Any]:
+    good = '{"prompt": "a", "completion": "b"}'
+    header = "prompt,completion\n"
+    cases: dict[str, tuple[str, str | bytes, str]] = {
+        "JSON: a key twice": (
+            "rows.json",
+            f'[{good}, {{"prompt": "a", "prompt": "b"}}]',
+            ", row 2, field 'prompt': comes twice",
+        ),
+        "JSONL: a key twice": (
+            "rows.jsonl",
+            f'{good}\n{{"prompt": "a", "prompt": "b"}}',
+            ", line 2, field 'prompt': comes twice",
+        ),
+        "JSONL: a message's key twice": (
+            "rows.jsonl",
+            '{"messages": [{"role": "user", "role": "user", "content": "x"}]}',
+            ", line 1, field 'role': comes twice",
+        ),
+        "JSON: cut short": (
+            "rows.json",
+            f'[{good}, {{"prompt": "a", "com',
+            ", row 2: expected JSON objects, got malformed JSON",
+        ),
+        "JSON: not closed": ("rows.json", f"[{good}\n", ", row 1: malformed JSON: expected a comma or the end"),
+        "JSON: no comma": ("rows.json", f"[{good} {good}]", ", row 1: malformed JSON: expected a comma or the end"),
+        "JSON: a comma too many": ("rows.json", f"[{good},]", ", row 2: expected JSON objects, got malformed JSON"),
+        "JSON: a second array": ("rows.json", f"[{good}]\n[]", ": malformed JSON: expected nothing behind the array"),
+        "JSON: a bracket alone": ("rows.json", "[", ", row 1: expected JSON objects, got malformed JSON"),
+        "JSON: numbers": ("rows.json", f"[{good}, 3]", ", row 2: expected one JSON object, got int"),
+        "JSON: one object over lines": ("rows.json", '{\n "prompt": "a"}', ", line 1: expected JSON objects"),
+        "JSON: not UTF-8": (
+            "rows.json",
+            b'[{"prompt": "\xff"}]',
+            ": expected UTF-8, got invalid start byte at byte 13",
+        ),
+        "JSON: deep": ("rows.json", "[" * 100_000, ", row 1: expected JSON objects, got malformed JSON"),
+        "JSONL: a long number": (
+            "rows.jsonl",
+            '{"prompt": ' + "9" * 5000 + "}",
+            ", line 1: expected JSON objects, got malformed JSON: Exceeds the limit",
+        ),
+        "JSONL: UTF-16": ("rows.jsonl", good.encode("utf-16"), ", line 1: expected UTF-8"),
+        "CSV: too few fields": (
+            "rows.csv",
+            f"{header}a,b\nc\n",
+            ", line 3: expected 2 fields, as in the header, got 1",
+        ),
+        "CSV: too many fields": (
+            "rows.csv",
+            f'{header}"a\nb",b\nc,d,e\n',
+            ", line 4: expected 2 fields, as in the header, got 3",
+        ),
+        "CSV: a name twice": (
+            "rows.csv",
+            "prompt,completion,prompt\na,b,c\n",
+            ", line 1, field 'prompt': the header names it twice",
+        ),
+        "CSV: an open quote": ("rows.csv", f'{header}a,b\nc,"d\ne,f\n', ", line 3: malformed CSV: unexpected end"),
+        "CSV: text behind a quote": ("rows.csv", f'{header}"a"b,c\n', ", line 2: malformed CSV: "),
+        "CSV: not UTF-8": (
+            "rows.csv",
+            f"{header}a,b\n".encode() + b"c,\xe9\n",
+            ", line 3, field 'completion': expected UTF-8 text",
+        ),
+        "CSV: an empty cell": (
+            "rows.csv",
+            f"{header}a,\n",
+            ", line 2, field 'completion': expected text, got an empty",
+        ),
+        "CSV: no such column": ("rows.csv", "q,a\n1,2\n", ", line 2: field 'prompt' is missing; the row has 'q', 'a'"),
+        "CSV: other separators": ("rows.csv", "prompt;completion\n1;2\n", ", line 2: field 'prompt' is missing"),
+        "Parquet: text": ("rows.parquet", good, ": not a whole Parquet file: "),
+        "Arrow: text": ("rows.arrow", good, ": not a whole Arrow file: "),
+    }
+    for name, (file, content, expected) in cases.items():
+        yield pytest.param(file, content.encode() if isinstance(content, str) else content, expected, id=name)
+
+
+@pytest.mark.parametrize(("file", "content", "expected"), _text_cases())
+def test_bad_content_is_an_error_that_names_file_row_and_field(
+    tmp_path: Path, file: str, content: bytes, expected: str
+) -> None:
+    path = tmp_path / file
+    path.write_bytes(content)
+    assert _error(path).startswith(f"{path}{expected}")
+
+
+def test_a_csv_column_that_nobody_asked_for_may_hold_any_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion,\xff\na,b,\xe9\n")
+    assert _read(path) == [Row(prompt="a", completion="b")]
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", PAIRS)
+    rows = open_source(Source(path=str(path)), "train", Columns()).rows
+    path.unlink()  # root may read any file, so it is one that has gone
+    with pytest.raises(InputError, match=f"^{path}: cannot be read: "):
+        list(rows)
+
+
+def test_reading_a_file_gives_its_fields_as_they_stand(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", [{"id": 3, "tags": [None]}])
+    assert list(read_file(path)) == [("line 1", {"id": 3, "tags": [None]})]
