@@ -19,8 +19,8 @@ from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_fo
 from selfgen_ds.data.rows import read_rows
 from selfgen_ds.data.samples import Samples, tokenize
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine import launch, probe
+from selfgen_ds.engine.model import build_model, model_config, most_positions
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.evaluation.scores import (
     METRICS,
@@ -52,20 +52,25 @@ def run(options: EvaluateOptions) -> None:
     make_folder(Path(options.output_dir), "--output_dir")
     if not options.data.startswith("builtin:") and not Path(options.data).is_file():
         raise InputError(f"--data: expected an existing file, or builtin:<task>, got {options.data!r}")
-    source = ModelConfig(name_or_path=options.model, dtype=options.dtype)
+    source = ModelConfig(
+        name_or_path=options.model, dtype=options.dtype, attn_implementation=options.attn_implementation
+    )
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
-    positions = config.max_position_embeddings
+    positions = most_positions(config)
     max_length = options.max_length or positions
-    if not 2 <= max_length <= positions:
+    if max_length is None:
+        raise InputError("--max_length: expected a length, for the model sets no limit")
+    if not 2 <= max_length <= (positions or max_length):
         raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
+    form = probe.check(source, config, packing=False)
     rows = islice(
         read_rows(options.data, "test", options.prompt_column, options.completion_column), options.max_samples
     )
     samples = tokenize(rows, tokenizer, options.data, max_length, max_refused_share=1.0)
     if launch.world_size() > 1:
         launch.init_process_group()
-    model = build_model(source, config).to(launch.device()).eval()
+    model = build_model(source, config, form).to(launch.device()).eval()
     set_seed(options.seed + launch.rank())
     policy = EnginePolicy(model, model, end_token=tokenizer.eos_token_id)
     scores = evaluate(policy, samples, tokenizer, options.batch_size, options.sample_temperature)
