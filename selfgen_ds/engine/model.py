@@ -224,7 +224,8 @@ def _reduce(
         context: `[B, L]` int64, rows padded on the right.
         positions: `[B, L]` bool, False at position 0. The token at t is predicted from those before it.
         position_ids: `[B, L]` int64, for packed rows only: from 0 for each sample.
-        routed: `[B, L]` bool, the real tokens: asks for a mixture of experts' router loss over them.
+        routed: `[B, L]` bool, the real tokens: asks for a mixture of experts' router loss over them, but for the
+            last one of a row, which nothing is predicted from.
 
     Returns:
         What `reduction` gives; with `routed`, that and the router loss, a scalar without its coefficient.
@@ -233,7 +234,7 @@ def _reduce(
     settings = {} if routed is None else {"output_router_logits": True}
     output = backbone(model, context[:, :-1], where, **settings)
     result = model.get_output_embeddings()(output.last_hidden_state[positions[:, 1:]], reduction)
-    return result if routed is None else (result, _router_loss(model, output.router_logits, routed[:, :-1]))
+    return result if routed is None else (result, _router_loss(model, output.router_logits, routed[:, 1:]))
 
 
 def backbone(model: PreTrainedModel, context: Tensor, position_ids: Tensor | None, **settings: Any) -> Any:

@@ -74,12 +74,11 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool) -> Logits
                 raise InputError(f"data.packing: {name} does not keep the samples of a packed row apart")
         if coefficient > 0:
             own = _attempt(lambda: small(ids, output_router_logits=True, use_cache=False).aux_loss)
-            every = torch.ones_like(ids, dtype=torch.bool)
             extend(small, form)
-            # one token more: the last one of a row is read by nobody
-            longer, none = F.pad(ids, (0, 1)), F.pad(every & False, (0, 1))
+            longer = F.pad(ids, (0, 1))  # the last token of a row is not read
+            everywhere = torch.ones_like(longer, dtype=torch.bool)
             if own is None or not _runs_equal(
-                lambda: small(longer, positions=none, routed=F.pad(every, (0, 1)), reduction=_nothing)[1], own
+                lambda: small(longer, positions=~everywhere, routed=everywhere, reduction=_nothing)[1], own
             ):
                 raise InputError(_no_router_loss(name))
     return form
@@ -164,9 +163,9 @@ def _small(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     for shrink in shrinks:
         try:
             smaller = shrink(config)
-            if parameter_count(model, smaller) > 10 * _MOST:
+            if parameter_count(model, smaller) > _MOST:
                 smaller = _shallow(smaller)
-            if parameter_count(model, smaller) > 20 * _MOST:
+            if parameter_count(model, smaller) > 10 * _MOST:
                 continue
             built = from_config(model, smaller, dtype=dtype, attn_implementation=model.attn_implementation)
             built = built.to(device).eval()
