@@ -248,7 +248,9 @@ def backbone(model: PreTrainedModel, context: Tensor, position_ids: Tensor | Non
         settings["position_ids"] = position_ids
         if "flash" in model.config._attn_implementation:
             context, settings["position_ids"] = context.reshape(1, -1), position_ids.reshape(1, -1)
-    output = model.base_model(input_ids=context, attention_mask=None, use_cache=False, **settings)
+    # Llama 4's causal LM names its backbone wrongly, and is its own base model
+    base = model.base_model if model.base_model is not model else model.get_decoder()
+    output = base(input_ids=context, attention_mask=None, use_cache=False, **settings)
     output.last_hidden_state = output.last_hidden_state.reshape(*shape, -1)
     return output
 

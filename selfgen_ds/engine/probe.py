@@ -23,6 +23,7 @@ from selfgen_ds.engine.head import LMHead, LogitsForm, Projection
 from selfgen_ds.engine.model import backbone, extend, from_config, parameter_count, router_loss_coefficient
 
 _LENGTHS = (7, 6)  # of two samples
+_WORDS = 256
 _WINDOW = 4  # of sliding or chunked attention: it must end inside a sample, and chunks must not fit them
 _MOST = 20_000_000  # parameters that are tried as they are
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -163,7 +164,7 @@ def _small(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     for shrink in shrinks:
         try:
             smaller = shrink(config)
-            if parameter_count(model, smaller) > _MOST:
+            if parameter_count(model, smaller) > 5 * _MOST:
                 smaller = _shallow(smaller)
             if parameter_count(model, smaller) > 10 * _MOST:
                 continue
@@ -188,37 +189,51 @@ def _randomize(model: PreTrainedModel) -> None:
 
 def _narrow(config: PretrainedConfig) -> PretrainedConfig:
     """Few and small heads."""
-    return _resized(config, head_size=16)
+    text = config.get_text_config(decoder=True)
+    heads, size = text.num_attention_heads, 16
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    kept = min(groups, 2)
+    fewer = max(1, heads * kept // groups)
+    return _resized(
+        config,
+        {
+            "hidden_size": fewer * size,
+            "num_attention_heads": fewer,
+            "num_key_value_heads": kept,
+            "head_dim": size,
+        },
+    )
 
 
 def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
-    """Heads of their own size: some lists in configurations belong to it (long rotary factors, mrope sections)."""
-    return _resized(config, head_size=None)
+    """Fewer heads of any kind, of the size that they have: rotary factors and state spaces depend on it."""
+    text = config.get_text_config(decoder=True)
+    factor = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return _resized(
+        config,
+        {
+            name: value // factor
+            for name in ("hidden_size", "num_attention_heads", *text.to_dict())
+            if (name == "hidden_size" or name.endswith("heads"))
+            and isinstance(value := getattr(text, name), int)
+            and value % factor == 0
+        },
+    )
 
 
-def _resized(config: PretrainedConfig, head_size: int | None) -> PretrainedConfig:
+def _resized(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     fields = config.to_dict()
-    text, original = _text_fields(config, fields), config.get_text_config(decoder=True)
-    heads = original.num_attention_heads
-    groups = getattr(original, "num_key_value_heads", None) or heads
-    kept = min(groups, 2)
-    fewer = max(1, heads * kept // groups)
-    size = head_size or getattr(original, "head_dim", None) or original.hidden_size // heads
-    changes: dict[str, Any] = {
-        "hidden_size": fewer * size,
-        "num_attention_heads": fewer,
-        "num_key_value_heads": kept,
-        "head_dim": size,
-        "vocab_size": 256,
-        "sliding_window": _WINDOW,
-        "attention_chunk_size": _WINDOW,
-    }
-    changes |= {name: 64 for name, value in text.items() if _is_inner_width(name) and isinstance(value, int)}
-    changes |= {
-        name: min(value, 255) for name, value in text.items() if name.endswith("_token_id") and isinstance(value, int)
-    }
+    text, names = _text_fields(config, fields), config.get_text_config(decoder=True).attribute_map
+    changes |= {"sliding_window": _WINDOW, "attention_chunk_size": _WINDOW}
+    for name, value in text.items():
+        if name.startswith("vocab_size"):
+            changes[name] = _WORDS
+        elif _is_inner_width(name) and value:
+            changes[name] = [64] * len(value) if isinstance(value, list) else 64
+        elif name.endswith("_token_id") and isinstance(value, int):
+            changes[name] = min(value, _WORDS - 1)
     for name, value in changes.items():
-        stored = original.attribute_map.get(name, name)
+        stored = names.get(name, name)
         if text.get(stored) is not None:
             text[stored] = value
     return _rebuilt(config, fields)
