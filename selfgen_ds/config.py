@@ -26,14 +26,17 @@ class ModelConfig:
     name_or_path: str | None = None
     """Hugging Face model folder or hub id. On the command line it replaces the recipe's `preset` and `tokenizer`."""
     preset: dict[str, Any] | None = None
-    """Train from scratch: the fields of a `transformers` Llama configuration, such as `{hidden_size: 64, ...}`.
-    Vocabulary and special tokens are the tokenizer's unless given. With `name_or_path`: what that model must be."""
+    """Train from scratch: the fields of a `transformers` configuration, such as `{hidden_size: 64, ...}`, of the
+    type that `model_type` names, or else of a Llama. Vocabulary and special tokens are the tokenizer's unless given.
+    With `name_or_path`: what that model must be."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id; `byte` is built in (256 bytes, a padding and an end token). Default: the model's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; with `bfloat16` the optimizer keeps float32 master weights."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, as `transformers` names it."""
+    resize_embeddings: bool = False
+    """Add embeddings for the ids of a tokenizer that has more than the model; otherwise it is refused."""
     trust_remote_code: bool = False
     """Allow code that a hub repository ships to run."""
 
@@ -222,6 +225,8 @@ class EvaluateOptions:
     """Above 0: also score answers sampled at this temperature (`sampled_*`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention kernel, as `transformers` names it."""
     seed: int = 0
     """Seeds the sampled answers, which depend on the number of ranks too."""
 

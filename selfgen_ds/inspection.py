@@ -18,8 +18,8 @@ from selfgen_ds.data.batches import TokenBatch, Windows
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.samples import Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine import launch, probe
+from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.methods import METHODS
 from selfgen_ds.prepare import check_settings, check_shares, load_data, sampling, weights
@@ -81,8 +81,10 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
 def _draw(
     recipe: Recipe, window: list[TokenBatch], samples: list[Samples], tokenizer: PreTrainedTokenizerBase
 ) -> list[TokenBatch]:
+    config = model_config(recipe.model, tokenizer)
+    form = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, model_config(recipe.model, tokenizer)).to(launch.device())
+    model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(launch.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
     method = METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps=1)
     last = 1  # of one step: where a growing schedule has reached its end

@@ -29,8 +29,8 @@ from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, take
 from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import checkpoint, ds_config, launch
-from selfgen_ds.engine.model import build_model, model_config, parameter_count
+from selfgen_ds.engine import checkpoint, ds_config, launch, probe
+from selfgen_ds.engine.model import build_model, model_config, most_positions, parameter_count, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
@@ -80,6 +80,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         _check_model(recipe, config)
+        form = probe.check(recipe.model, config, recipe.data.packing)
         samples = load_data(recipe, recipe.data.train, "train", tokenizer)
         check_shares(recipe, samples)
         packs = [load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None
@@ -104,10 +105,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     if total_steps == 0:
         raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
 
-    hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), config.hidden_size)
+    hidden_size = config.get_text_config(decoder=True).hidden_size
+    hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
     set_seed(recipe.seed)
     with _together():
-        model = build_model(recipe.model, config)
+        model = build_model(recipe.model, config, form, vocabulary(tokenizer))
     set_seed(recipe.seed + dist.get_rank())
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -137,7 +139,12 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             engine.module,
             end_tokens=end_tokens([*samples, *(eval_samples or [])], tokenizer),
             sampling=sampling(recipe),
-            budget=sweep_budget(engine.module.config, recipe.train.activation_checkpointing, _prefetched(engine)),
+            budget=sweep_budget(
+                engine.module.config,
+                recipe.train.activation_checkpointing,
+                _prefetched(engine),
+                recipe.data.max_length if recipe.data.packing else None,
+            ),
         ),
         method=METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps),
         windows=windows,
@@ -271,16 +278,16 @@ def _checksum(samples: list[Samples]) -> int:
 
 
 def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
-    if recipe.data.max_length > config.max_position_embeddings:
+    positions = most_positions(config)
+    if positions is not None and recipe.data.max_length > positions:
         raise InputError(
-            f"data.max_length: expected at most the model's {config.max_position_embeddings} positions, "
-            f"got {recipe.data.max_length}"
+            f"data.max_length: expected at most the model's {positions} positions, got {recipe.data.max_length}"
         )
     if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
-    need = checkpoint.required_bytes(parameter_count(config), recipe.model.dtype)
+    need = checkpoint.required_bytes(parameter_count(recipe.model, config), recipe.model.dtype)
     room = f"a checkpoint takes {need / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free"
     if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
         raise InputError(f"output_dir: {room}")

@@ -72,10 +72,12 @@ def _due(step: int, every: int | None) -> bool:
 
 def _metrics(run: Run, step: int, result: StepResult, pass_time: float, step_time: float) -> dict[str, float]:
     """One line of `metrics.jsonl`. `peak_memory_bytes` is rank 0's; on a CPU its resident set, sampled here."""
+    router_loss = {} if result.router_loss is None else {"router_loss": result.router_loss}
     return {
         "step": step + 1,
         "epoch": run.windows.epoch(step + 1),
         "loss": result.loss,
+        **router_loss,
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "replace_probability": run.method.replace_probability(step),

@@ -1,9 +1,10 @@
 """Checkpoints that count only when they are complete.
 
 `checkpoints/step-000100/` holds DeepSpeed's files, one file of generator states a rank, the model's Hugging Face
-configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`: the step, a checksum of
-the training data, the evaluation metrics of that step, and size and CRC-32 of every file by the rank that wrote
-it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor counted.
+configuration, tokenizer and list of tensors, and, written last by rank 0 after a barrier, `complete.json`: the step,
+a checksum of the training data, the evaluation metrics of that step, and size and CRC-32 of every file by the rank
+that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor
+counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError
+from selfgen_ds.engine.content import Content
 from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")
@@ -92,6 +94,7 @@ def save(
         engine.module.config.save_pretrained(path / HF_FOLDER)
         engine.module.generation_config.save_pretrained(path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
+        Content.of(engine.module).write(path)
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _writer(f.name, dist.get_world_size()) == rank]

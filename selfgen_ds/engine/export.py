@@ -19,10 +19,11 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError
 from selfgen_ds.engine import checkpoint
+from selfgen_ds.engine.content import Content
 from selfgen_ds.files import make_folder
 
 MAX_SHARD = "5GB"
@@ -31,12 +32,11 @@ MAX_SHARD = "5GB"
 def export_engine(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the engine's model; parameters are gathered one by one. Collective."""
     model = engine.module
-    state = model.state_dict().keys()
-    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in state}
-    shapes = {name: (getattr(t, "ds_shape", t.shape), t.dtype) for name, t in tensors.items()}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     writes = dist.get_rank() == 0
     with _replacing(folder, writes) as partial:
-        _write_shards(shapes, lambda name: _gather(tensors[name]), partial, writes)
+        content = Content.of(model)
+        _write_shards(content, lambda name: _gather(tensors[name]), partial, writes)
         if writes:
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(partial)
@@ -58,18 +58,15 @@ def export_checkpoint(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
     if folder.exists():
         raise InputError(f"{folder}: exists already")
-    dtype = AutoConfig.from_pretrained(path / checkpoint.HF_FOLDER).dtype
+    content = Content.read(path)
     whole = path / "mp_rank_00_model_states.pt"
     if whole.exists() and not list(path.glob("*_optim_states.pt")):  # stage 0: nothing is sharded
         tensors = torch.load(whole, mmap=True)["module"]
     else:
         with redirect_stdout(StringIO()):  # DeepSpeed prints its progress through the files
             tensors = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
-    first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights come once
-    tensors = {name: tensors[name] for name in reversed(first.values())}
     with _replacing(folder, writes=True) as partial:
-        shapes = {name: (tensor.shape, dtype) for name, tensor in tensors.items()}
-        _write_shards(shapes, lambda name: tensors[name].contiguous().to(dtype), partial, writes=True)
+        _write_shards(content, lambda name: tensors[name].contiguous(), partial, writes=True)
         shutil.copytree(path / checkpoint.HF_FOLDER, partial, dirs_exist_ok=True)
 
 
@@ -86,22 +83,27 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
         partial.rename(folder)
 
 
-def _write_shards(
-    shapes: dict[str, tuple[torch.Size, torch.dtype]],
-    fetch: Callable[[str], Tensor | None],
-    folder: Path,
-    writes: bool,
-) -> None:
+def _write_shards(content: Content, fetch: Callable[[str], Tensor | None], folder: Path, writes: bool) -> None:
     """Safetensors shards of at most `MAX_SHARD`, as `save_pretrained` lays them out.
 
     Args:
-        fetch: Gives a tensor's values. Called for every name in the same order on every rank.
+        fetch: Gives a tensor of the model. Called for the same names in the same order on every rank.
         writes: Whether this rank is the one that writes; on others `fetch` may give None.
     """
-    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
-    plan = split_torch_state_dict_into_shards(empty, max_shard_size=MAX_SHARD)
+    groups = content.groups()
+    group_of = {name: number for number, group in enumerate(groups) for name in group.stored}
+    plan = split_torch_state_dict_into_shards(
+        {name: tensor for group in groups for name, tensor in group.stored.items()}, max_shard_size=MAX_SHARD
+    )
     for shard, names in plan.filename_to_tensors.items():
-        tensors = {name: tensor for name in names if (tensor := fetch(name)) is not None}
+        tensors: dict[str, Tensor] = {}
+        for number in sorted({group_of[name] for name in names}):  # one that two shards share is fetched for each
+            parts = {name: fetch(name) for name in groups[number].tensors}
+            if writes:
+                stored = content.convert(
+                    {name: p.to(content.tensors[name][1]) for name, p in parts.items() if p is not None}
+                )
+                tensors |= {name: tensor.contiguous() for name, tensor in stored.items() if name in names}
         if writes:
             save_file(tensors, folder / shard, metadata={"format": "pt"})
             (folder / shard).chmod(0o644)  # safetensors leaves it to its owner alone

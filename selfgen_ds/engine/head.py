@@ -10,31 +10,69 @@ Shapes: N selected positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 _CHUNK = 256  # positions whose logits exist at the same time
 _DRAW_CHUNK, _SORTED_CHUNK = 32, 16  # a draw holds copies of them, top-p's sort many: no more bytes than the loss
 
-Reduction = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | tuple[Tensor, ...]"]
-"""`(hidden [N, H], weight [V, H], bias [V] or None) -> result`."""
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsForm:
+    """What a model makes of its output layer: `cap * tanh(scale * linear(hidden) / cap)`, or no cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Hidden states to logits. The scale is in hidden states and bias already."""
+
+    weight: Tensor
+    """`[V, H]`."""
+    bias: Tensor | None
+    """`[V]`."""
+    cap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[N, V]` of `[N, H]`; in float32 or more behind a cap."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.cap is None:
+            return logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return (logits / self.cap).tanh_() * self.cap
+
+
+Reduction = Callable[[Tensor, Projection], "Tensor | tuple[Tensor, ...]"]
+"""`(hidden [N, H], projection) -> result`."""
 
 
 class LMHead(nn.Module):
-    """The model's output projection, sharing its parameters, that can also reduce what it would project."""
+    """The model's output layer, sharing its parameters, that can also reduce what it would project.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Without a reduction it is the plain linear layer: scale and cap are applied by the model's own forward.
+    """
+
+    def __init__(self, linear: nn.Linear, form: LogitsForm | None = None) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.form = form or LogitsForm()
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, ...]:
         if reduction is None:
             return F.linear(hidden, self.weight, self.bias)
-        return reduction(hidden, self.weight, self.bias)
+        bias: Tensor | None = self.bias
+        if self.form.scale != 1.0:
+            hidden = hidden * self.form.scale
+            bias = None if bias is None else bias * self.form.scale
+        return reduction(hidden, Projection(weight=self.weight, bias=bias, cap=self.form.cap))
 
 
 def loss_sum(targets: Tensor, label_smoothing: float) -> Reduction:
@@ -47,7 +85,10 @@ def loss_sum(targets: Tensor, label_smoothing: float) -> Reduction:
         targets: `[N]` int64. N may be 0: the loss is then 0, with (zero) gradients.
     """
 
-    def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def reduction(hidden: Tensor, project: Projection) -> Tensor:
+        if project.cap is not None:
+            return _capped_loss_sum(hidden, project, targets, label_smoothing)
+        weight, bias = project.weight, project.bias
         full_precision = weight.dtype in (torch.float32, torch.float64)
         # Summing in bfloat16 would leave the loss 3 digits, so there the rows are summed here, in float32.
         options = torch.nn.LinearCrossEntropyOptions(
@@ -76,6 +117,19 @@ def loss_sum(targets: Tensor, label_smoothing: float) -> Reduction:
     return reduction
 
 
+def _capped_loss_sum(hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float) -> Tensor:
+    """A cap makes logits more than a product of matrices: each chunk's are computed again in the backward."""
+
+    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(project.logits(rows), wanted, reduction="sum", label_smoothing=label_smoothing)
+
+    losses = [
+        checkpoint(chunk_loss, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
 def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Reduction:
     """Sample a token a position, through the inverse of the cumulative distribution: `[N]` int64.
 
@@ -93,17 +147,17 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
 
     chunk = _SORTED_CHUNK if top_p < 1.0 else _DRAW_CHUNK
 
-    def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def reduction(hidden: Tensor, project: Projection) -> Tensor:
         tokens = [hidden.new_empty(0, dtype=torch.int64)]
         for rows, noise in zip(hidden.split(chunk), uniforms.split(chunk), strict=True):
             # no names for logits and probabilities: each is let go as soon as the next is there
-            cumulative = torch.softmax(warpers(None, F.linear(rows, weight, bias).float()), dim=-1).cumsum(
+            cumulative = torch.softmax(warpers(None, project.logits(rows).float()), dim=-1).cumsum(
                 dim=-1, dtype=torch.float64
             )
             # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
             found = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(1)
             # NaN finds nothing; any token will do, the step is dropped for its loss
-            tokens.append(found.clamp(max=len(weight) - 1))
+            tokens.append(found.clamp(max=len(project.weight) - 1))
         return torch.cat(tokens)
 
     return reduction
@@ -116,11 +170,11 @@ def predict(targets: Tensor) -> Reduction:
         targets: `[N]` int64.
     """
 
-    def reduction(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def reduction(hidden: Tensor, project: Projection) -> tuple[Tensor, Tensor]:
         best = [hidden.new_empty(0, dtype=torch.int64)]
         log_probabilities = [hidden.new_empty(0, dtype=torch.float32)]
         for rows, wanted in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            logits = F.linear(rows, weight, bias).float()
+            logits = project.logits(rows).float()
             best.append(logits.argmax(dim=-1))
             log_probabilities.append(-F.cross_entropy(logits, wanted, reduction="none"))
         return torch.cat(best), torch.cat(log_probabilities)

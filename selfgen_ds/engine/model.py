@@ -3,70 +3,116 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
+import deepspeed
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from selfgen_ds.config import InputError, ModelConfig
-from selfgen_ds.engine.head import LMHead, Reduction
+from selfgen_ds.engine.head import LMHead, LogitsForm, Reduction
 
 
 def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The `transformers` configuration of the recipe's model, without its weights.
 
     Raises:
-        InputError: It cannot be loaded, is no Llama, or the tokenizer has ids that it has no embedding for.
+        InputError: It cannot be loaded, is no causal LM, or the tokenizer has ids that it has no embedding for.
     """
-    if model.name_or_path is None:
-        assert model.preset is not None
-        try:
-            config: PretrainedConfig = LlamaConfig(
-                **{
-                    "vocab_size": len(tokenizer),
-                    "bos_token_id": tokenizer.bos_token_id,
-                    "eos_token_id": tokenizer.eos_token_id,
-                    "pad_token_id": tokenizer.pad_token_id,
-                }
-                | model.preset
-            )
-        except Exception as error:  # the field that is wrong is in the message; its type differs by field
-            raise InputError(f"model.preset: {' '.join(str(error).split())}") from error
-        unknown = set(model.preset) - set(LlamaConfig().to_dict())
-        if unknown:
-            raise InputError(f"model.preset: not fields of a Llama configuration: {', '.join(sorted(unknown))}")
-    else:
-        try:
-            config = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
-        differing = [
-            f"{name} is {getattr(config, name, None)!r}, not {value!r}"
-            for name, value in (model.preset or {}).items()
-            if getattr(config, name, None) != value
-        ]
-        if differing:
-            raise InputError(f"model.preset: {model.name_or_path!r} is another model: {', '.join(differing)}")
-    if config.model_type != "llama":
-        raise InputError(f"model: expected a Llama, got model type {config.model_type!r}")
-    if len(tokenizer) > config.vocab_size:
+    config = _preset_config(model, tokenizer) if model.name_or_path is None else _saved_config(model)
+    remote = model.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise InputError(f"model: expected a causal language model, got model type {config.model_type!r}")
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError as error:  # several towers of text
+        raise InputError(f"model: expected a causal language model, got model type {config.model_type!r}") from error
+    size = vocabulary(tokenizer)
+    if size > text.vocab_size and not model.resize_embeddings:
         raise InputError(
-            f"model.tokenizer: {len(tokenizer)} tokens, but the model has embeddings for {config.vocab_size}"
+            f"model.tokenizer: {size} ids, but the model has embeddings for {text.vocab_size}; "
+            "model.resize_embeddings=true adds rows"
         )
     return config
 
 
-def parameter_count(config: PretrainedConfig) -> int:
+def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    fields = dict(model.preset or {})
+    model_type = fields.pop("model_type", "llama")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"model.preset: model_type: transformers knows no {model_type!r}")
+    defaults = {
+        "vocab_size": vocabulary(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **defaults | fields)
+        known = CONFIG_MAPPING[model_type]()
+    except Exception as error:  # the field that is wrong is in the message; its type differs by field
+        raise InputError(f"model.preset: {' '.join(str(error).split())}") from error
+    if unknown := set(fields) - set(known.to_dict()) - set(known.attribute_map):
+        raise InputError(f"model.preset: not fields of a {model_type} configuration: {', '.join(sorted(unknown))}")
+    return config
+
+
+def _saved_config(model: ModelConfig) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
+    differing = [
+        f"{name} is {getattr(config, name, None)!r}, not {value!r}"
+        for name, value in (model.preset or {}).items()
+        if getattr(config, name, None) != value
+    ]
+    if differing:
+        raise InputError(f"model.preset: {model.name_or_path!r} is another model: {', '.join(differing)}")
+    return config
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Embeddings that a tokenizer needs: its highest id and one. There may be gaps below."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def most_positions(config: PretrainedConfig) -> int | None:
+    """The longest row that a model takes; None if its configuration sets no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def router_loss_coefficient(config: PretrainedConfig) -> float | None:
+    """What a mixture of experts' load balancing loss is multiplied by, 0 for other models.
+
+    None: there are experts, but no coefficient.
+    """
+    text = config.get_text_config(decoder=True)
+    counts = [value for name, value in text.to_dict().items() if "experts" in name and isinstance(value, int)]
+    if max(counts, default=0) <= 1:
+        return 0.0
+    # JetMoE has its own name for it
+    return getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", None))
+
+
+def from_config(model: ModelConfig, config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
+    """The model with new weights, in transformers' own initialisation."""
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code, **settings)
+
+
+def parameter_count(model: ModelConfig, config: PretrainedConfig) -> int:
     """Parameters of the model that a configuration describes; nothing is allocated.
 
     Raises:
@@ -74,23 +120,34 @@ def parameter_count(config: PretrainedConfig) -> int:
     """
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            built = from_config(model, config, attn_implementation=model.attn_implementation)
+            return sum(p.numel() for p in built.parameters())
     except Exception as error:  # torch's and transformers' types differ by what is wrong
+        if "attention implementation" in str(error):
+            raise InputError(
+                f"model.attn_implementation: model type {config.model_type!r} has no {model.attn_implementation}"
+            ) from error
         raise InputError(f"model: cannot be built: {' '.join(str(error).split())}") from error
 
 
-def build_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+def build_model(
+    model: ModelConfig, config: PretrainedConfig, form: LogitsForm | None = None, embeddings: int = 0
+) -> PreTrainedModel:
     """The model with its weights, on this rank's shard alone where a ZeRO-3 `HfDeepSpeedConfig` is alive.
 
     The caller seeds torch first (from scratch, weights depend on the seed and on whether the stage is 3, not on
     the world size), and again afterwards: initialisation leaves the ranks with different generator states.
+
+    Args:
+        form: From `selfgen_ds.engine.probe.check`.
+        embeddings: Rows that the tokenizer needs; a model with fewer gets more.
 
     Raises:
         InputError: Weights are missing or do not fit.
     """
     dtype = getattr(torch, model.dtype)
     if model.name_or_path is None:
-        built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
+        built = from_config(model, config, dtype=dtype, attn_implementation=model.attn_implementation)
     else:
         try:
             built, loaded = AutoModelForCausalLM.from_pretrained(
@@ -109,23 +166,47 @@ def build_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel
             raise InputError(
                 f"model.name_or_path: {model.name_or_path!r} lacks {len(absent)} tensors, the first is {absent[0]}"
             )
-    return extend(built).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed
+        # for the export; under ZeRO-3 transformers notes those too that it did not apply
+        built._weight_conversions = [c for c in built._weight_conversions or [] if c.was_used()]
+    if embeddings > built.get_input_embeddings().num_embeddings:
+        _add_embeddings(built, embeddings)
+    return extend(built, form).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed
 
 
-def extend(model: PreTrainedModel) -> PreTrainedModel:
+def _add_embeddings(model: PreTrainedModel, size: int) -> None:
+    """New rows of embeddings and output layer start as the mean of the old ones, the same on all ranks."""
+    before = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(size, mean_resizing=False)
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    rows = {id(p): p for layer in layers for p in (layer.weight, getattr(layer, "bias", None)) if p is not None}
+    for parameter in rows.values():  # once where weights are tied
+        sharded = [parameter] if hasattr(parameter, "ds_id") else []
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+            parameter[before:] = parameter[:before].float().mean(dim=0)
+
+
+def extend(model: PreTrainedModel, form: LogitsForm | None = None) -> PreTrainedModel:
     """Let `model(ids, positions=..., reduction=...)` reduce the hidden states at some positions at the LM head.
 
     In place: names of parameters, class name and the plain forward stay what they were, so checkpoints, exports
     and `generate()` do too. The class is swapped for a subclass, as torch's FSDP2 does.
+
+    Raises:
+        InputError: The output layer is not a linear one.
     """
-    plain = type(model)
+    plain, output = type(model), model.get_output_embeddings()
+    if not isinstance(output, nn.Linear):
+        raise InputError(
+            f"model: model type {model.config.model_type!r} has no linear output layer ({type(output).__name__})"
+        )
 
     @functools.wraps(plain.forward)  # `generate()` reads the signature
     def forward(self: PreTrainedModel, *args: Any, reduction: Reduction | None = None, **kwargs: Any) -> Any:
         return plain.forward(self, *args, **kwargs) if reduction is None else _reduce(self, reduction, *args, **kwargs)
 
     model.__class__ = type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
-    model.set_output_embeddings(LMHead(model.get_output_embeddings()))
+    model.set_output_embeddings(LMHead(output, form))
+    model.router_loss_coefficient = router_loss_coefficient(model.config) or 0.0
     return model
 
 
@@ -135,17 +216,53 @@ def _reduce(
     context: Tensor,
     positions: Tensor,
     position_ids: Tensor | None = None,
+    routed: Tensor | None = None,
 ) -> Any:
     """`reduction` over the hidden states that predict the tokens at `positions`.
 
     Args:
         context: `[B, L]` int64, rows padded on the right.
         positions: `[B, L]` bool, False at position 0. The token at t is predicted from those before it.
-        position_ids: `[B, L]` int64, restarting at 0 with every packed sample; None if nothing is packed.
+        position_ids: `[B, L]` int64, for packed rows only: from 0 for each sample.
+        routed: `[B, L]` bool, the real tokens: asks for a mixture of experts' router loss over them, but for the
+            last one of a row, which nothing is predicted from.
+
+    Returns:
+        What `reduction` gives; with `routed`, that and the router loss, a scalar without its coefficient.
     """
-    where = {} if position_ids is None else {"position_ids": position_ids[:, :-1]}
-    # attention_mask None and use_cache False are what isolates packed samples
-    hidden = model.base_model(
-        input_ids=context[:, :-1], attention_mask=None, use_cache=False, **where
-    ).last_hidden_state
-    return model.lm_head(hidden[positions[:, 1:]], reduction)
+    where = None if position_ids is None else position_ids[:, :-1]
+    settings = {} if routed is None else {"output_router_logits": True}
+    output = backbone(model, context[:, :-1], where, **settings)
+    result = model.get_output_embeddings()(output.last_hidden_state[positions[:, 1:]], reduction)
+    return result if routed is None else (result, _router_loss(model, output.router_logits, routed[:, 1:]))
+
+
+def backbone(model: PreTrainedModel, context: Tensor, position_ids: Tensor | None, **settings: Any) -> Any:
+    """The output of the model without its head, whose `last_hidden_state` is `[B, L, H]`.
+
+    Packed samples are kept apart by transformers if it gets no mask and no cache, and by flash attention only
+    in a single row.
+    """
+    shape = context.shape
+    if position_ids is not None:
+        settings["position_ids"] = position_ids
+        if "flash" in model.config._attn_implementation:
+            context, settings["position_ids"] = context.reshape(1, -1), position_ids.reshape(1, -1)
+    # Llama 4's causal LM names its backbone wrongly, and is its own base model
+    base = model.base_model if model.base_model is not model else model.get_decoder()
+    output = base(input_ids=context, attention_mask=None, use_cache=False, **settings)
+    output.last_hidden_state = output.last_hidden_state.reshape(*shape, -1)
+    return output
+
+
+def _router_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], routed: Tensor) -> Tensor:
+    """The load balancing loss as the model's own module has it; 0 where there is no real token."""
+    some = routed.any()
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
+    loss = function(
+        router_logits,
+        num_experts=model.num_experts,
+        top_k=model.num_experts_per_tok,
+        attention_mask=routed | ~some,  # the mean over no token would be NaN
+    )
+    return loss * some

@@ -58,19 +58,46 @@ class SweepBudget:
         return max(fitting, micro_batch_tokens)
 
 
-def sweep_budget(config: PretrainedConfig, activation_checkpointing: bool, prefetched: int) -> SweepBudget:
-    """The budget of a Llama.
+def sweep_budget(
+    config: PretrainedConfig, activation_checkpointing: bool, prefetched: int, packed_length: int | None = None
+) -> SweepBudget:
+    """The budget of a transformer.
 
     Args:
         prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
+        packed_length: Tokens of a packed row, which has a mask of all its pairs of tokens; None without packing.
     """
     if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
         return SweepBudget(forward=1, training=1, prefetched=0)
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    saved = 4 * inner + 10 * hidden
-    backward = 2 * inner + 2 * hidden
+    text = config.get_text_config(decoder=True)
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads = getattr(text, "num_attention_heads", 1)
+    # queries may be wider than the residual
+    width = max(hidden, heads * (getattr(text, "head_dim", None) or hidden // heads))
+    inner, experts = _inner_width(text)
+    copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
+    saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
+    backward = 2 * inner + 2 * hidden + copies
     kept = layers * hidden + saved if activation_checkpointing else layers * saved
-    return SweepBudget(forward=max(3 * inner + 4 * hidden, 8 * hidden), training=kept + backward, prefetched=prefetched)
+    forward = max(3 * inner + 4 * hidden + 2 * copies, 2 * hidden + 6 * width)
+    mask = 0
+    if packed_length is not None and "flash" not in config._attn_implementation:
+        # a boolean mask for each kind of attention, and its copy in the type of the scores
+        mask = packed_length * (1 + len(set(getattr(text, "layer_types", None) or ["full"])))
+    return SweepBudget(forward=forward + mask, training=kept + backward + mask, prefetched=prefetched)
+
+
+def _inner_width(text: PretrainedConfig) -> tuple[int, int]:
+    """Elements of an MLP's inner layer that a token goes through, and the experts that it goes to."""
+
+    def largest(*names: str) -> int:
+        value = next((v for name in names if (v := getattr(text, name, None))), 0)
+        return max(value) if isinstance(value, list) else value
+
+    dense = largest("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * text.hidden_size
+    experts = largest("num_experts_per_tok", "moe_topk", "moe_k") or 1
+    shared = largest("shared_expert_intermediate_size")
+    return max(dense, experts * (largest("moe_intermediate_size") or dense) + shared), experts
 
 
 class EnginePolicy:

@@ -67,6 +67,8 @@ class StepResult:
     """Mean over the step's target tokens."""
     learning_rate: float
     """Of the matrices' parameter group, in this step."""
+    router_loss: float | None
+    """A mixture of experts' load balancing loss, without its coefficient: mean over micro-batches and ranks."""
     grad_norm: float
     """Before clipping."""
     drawn: int
@@ -85,7 +87,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     """Forward and backward of every micro-batch, then the optimizer.
 
     The loss is the sum over target tokens divided by the number of target tokens of the whole step, over all
-    micro-batches and ranks: never a mean of unequal means.
+    micro-batches and ranks: never a mean of unequal means. A mixture of experts is trained on its router loss as well.
 
     Raises:
         RuntimeError: The loss is not finite at ZeRO stage 0, where DeepSpeed would apply it.
@@ -94,29 +96,36 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     # DeepSpeed divides by the accumulation steps and averages over ranks
     scale = len(window) * dist.get_world_size() / targets.clamp(min=1).item()
     learning_rate = engine.get_lr()[0]
+    coefficient = engine.module.router_loss_coefficient
     losses: list[Tensor] = []
+    router_losses: list[Tensor] = []
     for number, batch in enumerate(window, start=1):
         reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing)
-        loss = engine(
+        output = engine(
             batch.context,
             positions=batch.loss_mask,
             reduction=reduction,
             position_ids=batch.packed_position_ids,
+            routed=batch.sample_ids >= 0 if coefficient else None,
         )
+        loss, router_loss = output if coefficient else (output, output.new_zeros(()))
         losses.append(loss.detach())
+        router_losses.append(router_loss.detach())
+        objective = loss * scale + coefficient * router_loss
         if number == len(window):
-            totals = _sum_over_ranks(_totals(window, losses))
+            totals = _sum_over_ranks(_totals(window, losses, router_losses))
             # One rank's NaN or infinity becomes every rank's NaN gradient, on which DeepSpeed drops the step.
-            loss = loss * (totals[0] * 0 + 1)
-        engine.backward(loss * scale)
-        if engine.zero_optimization_stage() == 0 and number == len(window) and not torch.isfinite(totals[0]):
+            objective = objective * (totals[:2].sum() * 0 + 1)
+        engine.backward(objective)
+        if engine.zero_optimization_stage() == 0 and number == len(window) and not torch.isfinite(totals[:2]).all():
             raise RuntimeError("the loss is not finite, and ZeRO stage 0 cannot drop a step")
         engine.step()
-    loss_total, drawn, differing, tokens = totals.tolist()
+    loss_total, router_total, drawn, differing, tokens = totals.tolist()
     finite = math.isfinite(loss_total)
     return StepResult(
         loss=loss_total / max(1, int(targets)),
         learning_rate=learning_rate,
+        router_loss=router_total / (len(window) * dist.get_world_size()) if coefficient else None,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         drawn=int(drawn),
         differing=int(differing),
@@ -126,13 +135,14 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     )
 
 
-def _totals(window: list[TokenBatch], losses: list[Tensor]) -> Tensor:
-    """`[4]` float64 on this rank: loss, drawn tokens, drawn tokens that differ, real tokens."""
+def _totals(window: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor]) -> Tensor:
+    """`[5]` float64 on this rank: loss, router loss, drawn tokens, drawn tokens that differ, real tokens."""
     counts = [
         torch.stack([b.drawn.sum(), (b.drawn & (b.context != b.target)).sum(), (b.sample_ids >= 0).sum()])
         for b in window
     ]
-    return torch.cat([torch.stack(losses).double().sum()[None], torch.stack(counts).sum(dim=0).double()])
+    sums = [torch.stack(values).double().sum() for values in (losses, router_losses)]
+    return torch.cat([torch.stack(sums), torch.stack(counts).sum(dim=0).double()])
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_fo
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine import launch, probe
+from selfgen_ds.engine.model import build_model, model_config, most_positions
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.evaluation.scores import (
     METRICS,
@@ -51,13 +51,18 @@ def run(options: EvaluateOptions) -> None:
     make_folder(Path(options.output_dir), "--output_dir")
     if found := source_problems("--data", options.data):
         raise InputError(found[0])
-    source = ModelConfig(name_or_path=options.model, dtype=options.dtype)
+    source = ModelConfig(
+        name_or_path=options.model, dtype=options.dtype, attn_implementation=options.attn_implementation
+    )
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
-    positions = config.max_position_embeddings
+    positions = most_positions(config)
     max_length = options.max_length or positions
-    if not 2 <= max_length <= positions:
+    if max_length is None:
+        raise InputError("--max_length: expected a length, for the model sets no limit")
+    if not 2 <= max_length <= (positions or max_length):
         raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
+    logits_form = probe.check(source, config, packing=False)
     columns = Columns(
         prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
     )
@@ -65,7 +70,7 @@ def run(options: EvaluateOptions) -> None:
     samples = load(options.data, "test", tokenizer, form)
     if launch.world_size() > 1:
         launch.init_process_group()
-    model = build_model(source, config).to(launch.device()).eval()
+    model = build_model(source, config, logits_form).to(launch.device()).eval()
     set_seed(options.seed + launch.rank())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer))
     chosen = take(samples, options.max_samples)

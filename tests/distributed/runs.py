@@ -10,7 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds.config import (
     CheckpointConfig,
@@ -80,12 +80,18 @@ def write_limited_json(folder: Path) -> str:
 
 
 def write_model(folder: Path, **changes: Any) -> str:
-    """A saved model with random weights, for runs that start from the same ones."""
+    """A saved Llama with random weights, for runs that start from the same ones."""
+    return write_model_of(folder, PRESET | changes)
+
+
+def write_model_of(folder: Path, preset: dict[str, Any]) -> str:
+    """A saved model of any type with random weights."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(**(PRESET | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | changes))
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    fields = {"model_type": "llama", "vocab_size": len(tokenizer)} | special | preset
     path = folder / "model"
-    LlamaForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfgen_ds.config import ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.samples import Format, load
+from selfgen_ds.data.batches import TokenBatch, Windows
+from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import checkpoint
+from selfgen_ds.engine.export import export_checkpoint, export_engine
+from selfgen_ds.engine.policy import Sampling
+from selfgen_ds.engine.trainer import StepResult
+from selfgen_ds.methods.mixture import replacement_mask
+from selfgen_ds.prepare import prepare
+from tests.architectures import ARCHITECTURES, attention
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.unit.test_policy import reference_context
 
 
 @pytest.fixture
@@ -116,25 +128,26 @@ def test_training_equals_plain_torch(two_ranks: Ranks, folder: Path, optim: Opti
     settings.model.name_or_path = str(folder / "start")
     two_ranks.run(runs.run_training, settings)
     contexts = two_ranks.run(runs.contexts_of, settings, 6)
-    losses, rates, norms, parameters = plain_training(settings, contexts[0] | contexts[1], 6)
+    losses, rates, norms, parameters, _ = plain_training(settings, contexts[0] | contexts[1], 6)
     rows = runs.metrics(settings)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
     assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3)
-    trained = dict(LlamaForCausalLM.from_pretrained(f"{settings.output_dir}/model").named_parameters())
+    trained = dict(AutoModelForCausalLM.from_pretrained(f"{settings.output_dir}/model").named_parameters())
     for name, parameter in parameters.items():
         assert torch.allclose(trained[name], parameter, rtol=1e-4, atol=2e-4), name
 
 
 def plain_training(
     settings: Recipe, contexts: dict[tuple[int, int], list[int]], steps: int
-) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor]]:
+) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor], list[float]]:
     """The same steps without DeepSpeed, row by row with full logits: no ZeRO, no accumulation, no masks.
 
-    Losses, learning rates and gradient norms by step, and the parameters at the end.
+    Losses, learning rates and gradient norms by step, the parameters at the end, and router losses by step.
     """
-    [rows] = load(settings.data.train, "train", byte_tokenizer(), Format(max_length=128))
-    model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
+    samples = samples_of(settings)
+    model = plain_model(settings)
+    router_loss_of: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     optim = settings.optim
     optimizer = torch.optim.AdamW(
         [
@@ -144,29 +157,145 @@ def plain_training(
         betas=optim.betas,
         eps=optim.epsilon,
     )
-    losses, rates, norms = [], [], []
+    losses, rates, norms, router_losses = [], [], [], []
     for step in range(steps):
         warm_up = round(optim.warmup_ratio * steps)
         x = (step - warm_up) / (steps - warm_up)
         after = {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[optim.schedule]
         rates.append(optim.learning_rate * (step / warm_up if step < warm_up else after))
-        total, targets = torch.zeros(()), 0
-        for sample in [sample for s, sample in contexts if s == step]:
-            context = torch.tensor([contexts[step, sample]])
-            response = rows[sample].response_ids.tolist()
-            logits = model(context).logits[0, -len(response) - 1 : -1]
-            total = total + torch.nn.functional.cross_entropy(
-                logits, torch.tensor(response), reduction="sum", label_smoothing=optim.label_smoothing
-            )
-            targets += len(response)
-        (total / targets).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm).item())
+        total, targets, router_loss = torch.zeros(()), 0, torch.zeros(())
+        micro_batches = micro_batches_of(settings, samples, step)
+        for batch in micro_batches:
+            routed = []
+            for sample in [s for s in batch.sample_ids[:, 0].tolist() if s >= 0]:
+                context = torch.tensor([contexts[step, sample]])
+                response = samples[sample].response_ids.tolist()
+                extra = {"output_router_logits": True} if router_loss_of else {}
+                # nothing is predicted from the last token, so its experts do not count
+                output = model(context[:, :-1], **extra)
+                logits = output.logits[0, -len(response) :]
+                total = total + torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(response), reduction="sum", label_smoothing=optim.label_smoothing
+                )
+                targets += len(response)
+                if router_loss_of:
+                    routed.append(output.router_logits)
+            if routed:
+                layers = tuple(torch.cat(layer) for layer in zip(*routed, strict=True))
+                router_loss = router_loss + router_loss_of(layers, model.num_experts, model.num_experts_per_tok)
+        router_loss = router_loss / len(micro_batches)
+        (total / targets + getattr(model.config, "router_aux_loss_coef", 0.0) * router_loss).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm or math.inf).item())
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total.item() / targets)
-    return losses, rates, norms, {name: p.detach() for name, p in model.named_parameters()}
+        router_losses.append(router_loss.item())
+    return losses, rates, norms, {name: p.detach() for name, p in model.named_parameters()}, router_losses
+
+
+def plain_model(settings: Recipe) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        settings.model.name_or_path, attn_implementation=settings.model.attn_implementation
+    )
+
+
+def samples_of(settings: Recipe) -> Samples:
+    return load(settings.data.train, "train", byte_tokenizer(), Format(max_length=128))[0]
+
+
+def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[TokenBatch]:
+    """Of two ranks."""
+    return [
+        batch
+        for rank in range(2)
+        for batch in Windows(
+            [samples],
+            seed=settings.seed,
+            micro_batch_size=settings.train.micro_batch_size,
+            accumulation=settings.train.gradient_accumulation_steps,
+            rank=rank,
+            world_size=2,
+            epochs=settings.train.epochs,
+        ).window(step)
+    ]
+
+
+def train_and_export(settings: Recipe, number: int) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
+    """Steps between two exports, and a checkpoint after them."""
+    run = prepare(settings, set())
+    folder = Path(settings.output_dir)
+    export_engine(run.engine, folder / "untrained", run.tokenizer)
+    results = runs.steps(run, number)
+    checkpoint.save(run.engine, folder / "checkpoints", number, 0, {}, run.tokenizer)
+    export_engine(run.engine, folder / "trained", run.tokenizer)
+    return results
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_trained_as_plain_transformers_does_and_goes_out_as_it_came_in(
+    two_ranks: Ranks, folder: Path, name: str
+) -> None:
+    settings = runs.recipe(
+        folder,
+        model=ModelConfig(
+            name_or_path=runs.write_model_of(folder, ARCHITECTURES[name] | {"initializer_range": 0.2}),
+            tokenizer="byte",  # what a folder's is loaded as depends on its model's type
+            dtype="float32",
+            attn_implementation=attention(name),  # type: ignore[arg-type]
+        ),
+        # epsilon: gradients that are zero but for rounding stay zero
+        optim=OptimConfig(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-4, warmup_ratio=0.0, max_grad_norm=0.0),
+        train=TrainConfig(epochs=0.6, micro_batch_size=2, gradient_accumulation_steps=2),  # 3 steps of 8 rows
+    )
+    (results, contexts), (_, others) = two_ranks.run(train_and_export, settings, 3)
+    contexts |= others
+    assert_contexts_are_drawn_from(plain_model(settings), settings, contexts)
+
+    losses, _, _, parameters, router_losses = plain_training(settings, contexts, 3)
+    assert [r.loss for r in results] == pytest.approx(losses, rel=1e-5)
+    if "router_aux_loss_coef" in ARCHITECTURES[name]:
+        assert [r.router_loss for r in results] == pytest.approx(router_losses, rel=1e-5)
+    else:
+        assert [r.router_loss for r in results] == [None] * 3
+
+    output = Path(settings.output_dir)
+    trained = dict(AutoModelForCausalLM.from_pretrained(output / "trained").named_parameters())
+    assert trained.keys() == parameters.keys()
+    for parameter, expected in parameters.items():
+        assert torch.allclose(trained[parameter], expected, rtol=1e-4, atol=2e-4), parameter
+
+    assert_same_tensors(stored(folder / "model"), stored(output / "untrained"))
+    export_checkpoint(output / "checkpoints" / "step-000003", folder / "exported")
+    assert_same_tensors(stored(output / "trained"), stored(folder / "exported"))
+    assert stored(folder / "model").keys() == stored(folder / "exported").keys()
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name]), name
+
+
+def assert_contexts_are_drawn_from(
+    model: PreTrainedModel, settings: Recipe, contexts: dict[tuple[int, int], list[int]]
+) -> None:
+    """The contexts of the first step."""
+    changed = 0
+    sampling = Sampling(temperature=settings.selfgen.temperature)
+    for batch in micro_batches_of(settings, samples_of(settings), 0):
+        mask = replacement_mask(batch, settings.selfgen.replace_probability, settings.seed, 0)
+        for row, sample in enumerate(batch.sample_ids[:, 0].tolist()):
+            expected = reference_context(model, batch, row, mask, 1, sampling, settings.seed, 0)
+            assert contexts[0, sample] == expected
+            changed += expected != batch.target[row, : len(expected)].tolist()
+    assert changed >= 4
 
 
 def test_the_drawn_contexts_of_a_saved_model_are_the_same_in_any_batch_shape(one_rank: Ranks, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def step_packed_or_apart(recipe: Recipe, packed: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_rows_are_read_drawn_and_learned_like_samples_apart(
-    two_ranks: Ranks, tmp_path: Path, attention: str
+    two_ranks: Ranks, tmp_path: Path, attention: Literal["sdpa", "eager"]
 ) -> None:
     recipe = settings(tmp_path)
     recipe.model = replace(recipe.model, attn_implementation=attention)

@@ -84,5 +84,5 @@ def test_a_bad_row_is_the_error_that_training_would_give(tmp_path: Path) -> None
 def test_settings_are_checked_as_for_training(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, ["tell"])
     recipe = replace(recipe, selfgen=SelfgenConfig(method="magic"))
-    with pytest.raises(InputError, match="selfgen.method"):
+    with pytest.raises(InputError, match=r"selfgen\.method"):
         inspect(recipe, set(), 1, False)

@@ -68,14 +68,21 @@ def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
 
 @torch.no_grad()
 def reference_context(
-    model: LlamaForCausalLM, batch: TokenBatch, row: int, mask: Tensor, passes: int, s: Sampling
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    row: int,
+    mask: Tensor,
+    passes: int,
+    s: Sampling,
+    seed: int = SEED,
+    step: int = STEP,
 ) -> list[int]:
     context = batch.target[row, : lengths(batch)[row]].clone()
     for _ in range(passes):
         logits = model(context[None]).logits[0]
         drawn = context.clone()
         for t in mask[row].nonzero().flatten().tolist():
-            uniform = noise.uniform(noise.DRAW, SEED, STEP, int(batch.sample_ids[row, 0]), t)
+            uniform = noise.uniform(noise.DRAW, seed, step, int(batch.sample_ids[row, 0]), t)
             drawn[t] = reference_draw(logits[t - 1], float(uniform), s)
         context = drawn
     return context.tolist()

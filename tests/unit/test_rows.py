@@ -1,24 +1,33 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
+from huggingface_hub import constants
 
-from selfgen_ds.config import InputError
-from selfgen_ds.data.rows import read_rows
+from selfgen_ds.config import InputError, Source
+from selfgen_ds.data import hub
+from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.rows import Columns, open_source
 from selfgen_ds.data.tasks import Row, generate
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
 
 
-def _read(tmp_path: Path, content: bytes, prompt: str = "prompt", completion: str = "completion") -> list[Row]:
+def _read(tmp_path: Path, content: bytes, prompt: str = "prompt", completion: str = "completion") -> list[Any]:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    return list(read_rows(str(path), "train", prompt, completion))
+    return list(open_source(Source(path=str(path)), "train", Columns(prompt=prompt, completion=completion)).rows)
 
 
 def _error(tmp_path: Path, bad_line: bytes) -> str:
     """The message for a file whose third line is the bad one."""
     with pytest.raises(InputError) as caught:
         _read(tmp_path, GOOD + b"\n\n" + bad_line + b"\n" + GOOD + b"\n")
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -31,6 +40,7 @@ BAD_LINES = {
     "empty prompt": (b'{"prompt": "", "completion": "b"}', "field 'prompt': expected text, got an empty string"),
     "empty completion": (b'{"prompt": "a", "completion": ""}', "field 'completion': expected text"),
     "half a surrogate pair": (rb'{"prompt": "\ud800", "completion": "b"}', "field 'prompt'"),
+    "a field named by half a surrogate pair": (rb'{"\ud800": "a"}', "field 'prompt' is missing; the row has '\\ud800'"),
     "cut off": (b'{"prompt": "a", "completion": "b"', "malformed JSON"),
     "two objects": (b'{"prompt": "a", "completion": "b"} {}', "malformed JSON"),
     "no JSON": (b"not json", "malformed JSON"),
@@ -55,7 +65,8 @@ def test_a_missing_field_is_told_with_the_fields_there_are(tmp_path: Path) -> No
 def test_rows_before_a_bad_line_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n{\n")
-    assert next(read_rows(str(path), "train", "prompt", "completion")) == Row(prompt="1+1=", completion="2")
+    rows = open_source(Source(path=str(path)), "train", Columns()).rows
+    assert next(iter(rows)) == Row(prompt="1+1=", completion="2")
 
 
 def test_rows_come_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -71,6 +82,10 @@ def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
     assert len(_read(tmp_path, GOOD + b"\n" + GOOD)) == 2
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert _read(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD) == [Row(prompt="1+1=", completion="2")] * 2
+
+
 def test_columns_are_found_by_the_names_given(tmp_path: Path) -> None:
     content = b'{"prompt": "no", "completion": "no", "question": "q", "answer": "a"}'
     assert _read(tmp_path, content, "question", "answer") == [Row(prompt="q", completion="a")]
@@ -81,16 +96,133 @@ def test_other_fields_may_hold_anything(tmp_path: Path) -> None:
     assert _read(tmp_path, content) == [Row(prompt="p", completion="c")]
 
 
-def test_text_is_kept_to_the_character(tmp_path: Path) -> None:
-    content = '{"prompt": " né\\n", "completion": "\\ud83d\\ude00\\t 😀 "}'.encode()
-    assert _read(tmp_path, content) == [Row(prompt=" né\n", completion="😀\t 😀 ")]
+# --- conversations ---
+
+SYSTEM, USER, ASSISTANT, TOOL = (
+    f'{{"role": "{role}", "content": "x"}}' for role in ("system", "user", "assistant", "tool")
+)
+CALL = '{"role": "assistant", "tool_calls": [{"name": "f"}]}'
+
+GOOD_CONVERSATIONS = {
+    "one turn": [USER, ASSISTANT],
+    "system first": [SYSTEM, USER, ASSISTANT],
+    "developer first": [SYSTEM.replace("system", "developer"), USER, ASSISTANT],
+    "two turns": [USER, ASSISTANT, USER, ASSISTANT],
+    "a tool": [USER, CALL, TOOL, ASSISTANT],
+    "two tools": [USER, CALL, TOOL, TOOL, CALL, TOOL, ASSISTANT, USER, ASSISTANT],
+    "a call last": [USER, CALL],
+    "an empty question": ['{"role": "user", "content": ""}', ASSISTANT],
+}
+
+
+@pytest.mark.parametrize("messages", GOOD_CONVERSATIONS.values(), ids=GOOD_CONVERSATIONS)
+def test_roles_in_turn_are_a_conversation(tmp_path: Path, messages: list[str]) -> None:
+    (row,) = _read(tmp_path, f'{{"messages": [{", ".join(messages)}]}}'.encode())
+    assert isinstance(row, Conversation)
+    assert len(row.messages) == len(messages)
+
+
+BAD_CONVERSATIONS = {
+    "assistant first": ([ASSISTANT], "message 1: roles out of order: 'assistant' comes first"),
+    "tool first": ([TOOL, ASSISTANT], "message 1: roles out of order: 'tool' comes first"),
+    "assistant after system": ([SYSTEM, ASSISTANT], "message 2: roles out of order: 'assistant' after 'system'"),
+    "two users": ([USER, USER, ASSISTANT], "message 2: roles out of order: 'user' after 'user'"),
+    "two assistants": ([USER, ASSISTANT, ASSISTANT], "message 3: roles out of order: 'assistant' after 'assistant'"),
+    "a late system": ([USER, ASSISTANT, SYSTEM], "message 3: roles out of order: 'system' after 'assistant'"),
+    "two systems": ([SYSTEM, SYSTEM, USER, ASSISTANT], "message 2: roles out of order: 'system' after 'system'"),
+    "tool after user": ([USER, TOOL, ASSISTANT], "message 2: roles out of order: 'tool' after 'user'"),
+    "user after tool": ([USER, CALL, TOOL, USER], "message 4: roles out of order: 'user' after 'tool'"),
+    "no assistant": ([USER], ": the assistant's turn is missing: the last message is of 'user'"),
+    "user last": ([USER, ASSISTANT, USER], ": the assistant's turn is missing: the last message is of 'user'"),
+    "tool last": ([USER, CALL, TOOL], ": the assistant's turn is missing: the last message is of 'tool'"),
+    "none": ([], ": expected a list of messages, got none"),
+    "unknown role": ([USER.replace("user", "human")], "message 1: expected a role of system, developer, user"),
+    "role of another kind": (['{"role": ["user"], "content": "x"}'], "message 1: expected a role of"),
+    "no role": (['{"content": "x"}'], "message 1: expected a role of"),
+    "no object": (['"hello"'], "message 1: expected an object with role and content, got str"),
+    "no content": (['{"role": "user"}', ASSISTANT], "message 1, content: expected a string, got NoneType"),
+    "null content": ([USER, '{"role": "assistant", "content": null}'], "message 2, content: expected a string"),
+    "content of parts": (
+        ['{"role": "user", "content": [{"type": "text", "text": "x"}]}', ASSISTANT],
+        "message 1, content: expected a string, got list",
+    ),
+    "an empty answer": ([USER, '{"role": "assistant", "content": ""}'], "message 2, content: expected text, got an em"),
+    "half a surrogate pair": ([USER.replace("x", "\\ud800"), ASSISTANT], "message 1, content: expected UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize(("messages", "expected"), BAD_CONVERSATIONS.values(), ids=BAD_CONVERSATIONS)
+def test_a_bad_conversation_is_an_error_that_names_file_line_field_and_message(
+    tmp_path: Path, messages: list[str], expected: str
+) -> None:
+    good = f'{{"messages": [{USER}, {ASSISTANT}]}}\n'
+    with pytest.raises(InputError) as caught:
+        _read(tmp_path, f'{good}\n{{"messages": [{", ".join(messages)}]}}\n{good}'.encode())
+    separator = "" if expected.startswith(":") else ", "
+    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl, line 3, field 'messages'{separator}{expected}")
+
+
+@pytest.mark.parametrize("value", ['"text"', "3", "{}", "null"])
+def test_messages_that_are_no_list_are_an_error(tmp_path: Path, value: str) -> None:
+    with pytest.raises(InputError, match=r"line 1, field 'messages': expected a list of messages, got "):
+        _read(tmp_path, f'{{"messages": {value}}}'.encode())
+
+
+def test_a_bad_prompt_of_messages_names_both_fields(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"line 1, fields 'prompt' and 'completion', message 2: roles out of order"):
+        _read(tmp_path, f'{{"prompt": [{USER}], "completion": [{USER}]}}'.encode())
+
+
+# --- where rows come from ---
 
 
 def test_a_built_in_task_is_read_by_its_name() -> None:
-    rows = list(read_rows("builtin:running_sum", "test", "prompt", "completion"))
+    rows = list(open_source(Source(path="builtin:running_sum"), "test", Columns()).rows)
     assert rows == list(generate("running_sum", "test"))
 
 
 def test_an_unknown_built_in_task_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"builtin:sums: unknown task; known are pointer_chase, running_sum"):
-        next(read_rows("builtin:sums", "train", "prompt", "completion"))
+        open_source(Source(path="builtin:sums"), "train", Columns())
+
+
+def test_an_id_without_a_hub_is_an_error() -> None:
+    expected = r"^nobody/nothing: neither a file or folder here nor a data set that the hub gave: .+$"
+    with pytest.raises(InputError, match=expected):
+        open_source(Source(path="nobody/nothing"), "train", Columns())
+
+
+WITHOUT_NETWORK = """
+import time
+from selfgen_ds.config import InputError, Source
+from selfgen_ds.data.rows import Columns, open_source
+
+started = time.monotonic()
+for streaming in (False, True):
+    try:
+        open_source(Source(path="nobody/nothing", streaming=streaming), "train", Columns())
+    except InputError as error:
+        print(error)
+print(time.monotonic() - started)
+"""
+
+
+def test_without_a_network_a_hub_id_is_refused_in_one_line_and_quickly(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE")
+    command = [sys.executable, "-c", WITHOUT_NETWORK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    *refusals, seconds = done.stdout.splitlines()
+    assert [line.split(": ")[0] for line in refusals] == ["nobody/nothing"] * 2
+    assert float(seconds) < 15
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.use_cache_without_network.cache_clear()
+    hub.use_cache_without_network()
+    assert constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE
+    hub.use_cache_without_network.cache_clear()
