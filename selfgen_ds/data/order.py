@@ -12,20 +12,24 @@ import numpy as np
 from selfgen_ds.config import InputError
 
 _ROUNDS = 6
+_SMALL = 1024  # rows that are sorted by random numbers: there are too few networks of so few bits
 
 
 def permute(positions: np.ndarray, size: int, *keys: int) -> np.ndarray:
     """A pseudo-random permutation of `range(size)`, another one for other keys.
 
-    A Feistel network over the next even power of two, walked until the result lies inside (Black & Rogaway 2002,
-    "Ciphers with arbitrary finite domains").
+    Of many rows a Feistel network over the next even power of two, walked until the result lies inside (Black &
+    Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         positions: int64 in [0, size).
     """
-    half = max(4, -(-(size - 1).bit_length() // 2))  # bits; of a network of less than 8 there are too few
+    seeds = np.random.SeedSequence([size, *keys])
+    if size <= _SMALL:
+        return np.argsort(seeds.generate_state(size, np.uint64), kind="stable")[positions]
+    half = -(-(size - 1).bit_length() // 2)  # bits
     low = np.uint64((1 << half) - 1)
-    round_keys = np.random.SeedSequence([size, *keys]).generate_state(_ROUNDS, np.uint64)
+    round_keys = seeds.generate_state(_ROUNDS, np.uint64)
     result = np.empty(len(positions), dtype=np.int64)
     pending, values = np.arange(len(positions)), positions.astype(np.uint64)
     while len(pending):

@@ -1,50 +1,103 @@
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from itertools import chain
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.config import InputError
-from selfgen_ds.data.samples import Samples, tokenize
+from selfgen_ds.config import DataConfig, InputError, Recipe, Source
+from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.rows import Columns, Opened, open_source
+from selfgen_ds.data.samples import Format, Samples, end_tokens, load, load_samples, take
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.prepare import check_shares
+from tests.chat_tokenizers import CHATML, build, tokenizer
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "selfgen_ds"
 
 
 def _ids(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
 
 
-def _tokenize(
-    *rows: tuple[str, str], max_length: int = 100, max_truncated_share: float = 1.0, max_refused_share: float = 0.0
-) -> Samples:
+def _opened(rows: list[Row] | list[Conversation], name: str = "rows.jsonl") -> Opened:
+    return Opened(name=name, fingerprint=[name, repr(rows)], rows=rows)
+
+
+def _tokenize(*rows: tuple[str, str], max_length: int = 100) -> Samples:
     texts = [Row(prompt=prompt, completion=completion) for prompt, completion in rows]
-    return tokenize(texts, TOKENIZER, "rows.jsonl", max_length, max_truncated_share, max_refused_share)
+    return load_samples(_opened(texts), TOKENIZER, Format(max_length=max_length))
+
+
+def _only(samples: Samples) -> tuple[list[int], list[int]]:
+    """Prompt and response of the one sample."""
+    (sample,) = take([samples])
+    return sample.prompt_ids.tolist(), sample.response_ids.tolist()
+
+
+def _chat(*contents: str, **others: Any) -> Conversation:
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return Conversation(messages=messages, **others)
+
+
+# --- pairs ---
 
 
 def test_a_response_is_the_completion_and_the_end_token() -> None:
-    row = _tokenize(("ask ", "tell")).rows[0]
-    assert (row["prompt_ids"], row["response_ids"]) == (_ids("ask "), [*_ids("tell"), END])
+    assert _only(_tokenize(("ask ", "tell"))) == (_ids("ask "), [*_ids("tell"), END])
+
+
+def test_all_of_a_response_but_the_end_token_is_replaceable() -> None:
+    assert _tokenize(("ask", "tell"))[0].turns.tolist() == [[3, 7, 8]]
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:
-    row = _tokenize(("a </s>", "<pad></s>")).rows[0]
-    assert TOKENIZER.decode(row["prompt_ids"], skip_special_tokens=True) == "a </s>"
-    assert TOKENIZER.decode(row["response_ids"], skip_special_tokens=True) == "<pad></s>"
+    prompt, response = _only(_tokenize(("a </s>", "<pad></s>")))
+    assert TOKENIZER.decode(prompt, skip_special_tokens=True) == "a </s>"
+    assert TOKENIZER.decode(response, skip_special_tokens=True) == "<pad></s>"
+
+
+def test_only_the_prompt_gets_what_a_tokenizer_puts_around_a_text_and_never_its_end_token() -> None:
+    framing = byte_tokenizer()
+    framing.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A </s>",
+        special_tokens=[("<pad>", framing.pad_token_id), ("</s>", framing.eos_token_id)],
+    )
+    samples = load_samples(_opened([Row(prompt="ask", completion="tell")]), framing, Format(max_length=100))
+    assert _only(samples) == ([framing.pad_token_id, *_ids("ask")], [*_ids("tell"), END])
 
 
 def test_a_row_that_just_fits_is_not_truncated() -> None:
     samples = _tokenize(("abc", "defg"), max_length=8)
-    assert (samples.truncated, samples.rows[0]["response_ids"]) == (0, [*_ids("defg"), END])
+    assert (samples.truncated, _only(samples)[1]) == (0, [*_ids("defg"), END])
 
 
 def test_a_row_without_room_for_the_end_token_is_truncated() -> None:
     samples = _tokenize(("abc", "defg"), max_length=7)
-    assert (samples.truncated, samples.rows[0]["response_ids"]) == (1, _ids("defg"))
+    assert (samples.truncated, _only(samples)[1]) == (1, _ids("defg"))
 
 
 def test_a_response_is_cut_exactly_at_the_longest_length() -> None:
-    row = _tokenize(("abc", "defghijk"), max_length=5).rows[0]
-    assert (row["prompt_ids"], row["response_ids"]) == (_ids("abc"), _ids("de"))
+    samples = _tokenize(("abc", "defghijk"), max_length=5)
+    assert _only(samples) == (_ids("abc"), _ids("de"))
+    assert samples[0].turns.tolist() == [[3, 4, 5]]  # nothing reads the last token
 
 
 def test_truncated_rows_are_counted() -> None:
@@ -54,38 +107,22 @@ def test_truncated_rows_are_counted() -> None:
 
 def test_a_prompt_that_leaves_room_for_one_token_is_used() -> None:
     samples = _tokenize(("abcd", "ef"), max_length=5)
-    assert (samples.refused, samples.rows[0]["response_ids"]) == (0, _ids("e"))
+    assert (samples.refused, _only(samples)[1]) == (0, _ids("e"))
 
 
 def test_prompts_without_room_are_counted_as_refused() -> None:
-    samples = _tokenize(("abcde", "f"), ("a", "b"), ("abcdefg", "h"), max_length=5, max_refused_share=0.7)
+    samples = _tokenize(("abcde", "f"), ("a", "b"), ("abcdefg", "h"), max_length=5)
     assert (samples.refused, samples.truncated, len(samples)) == (2, 0, 1)
 
 
-def test_too_many_refused_prompts_are_an_error_that_names_source_row_and_setting() -> None:
-    with pytest.raises(InputError) as caught:
-        _tokenize(("a", "b"), ("a", "b"), ("abcde", "f"), ("abcdefg", "h"), max_length=5, max_refused_share=0.4)
-    message = str(caught.value)
-    assert message.startswith("rows.jsonl: 2 of 4 prompts")
-    assert "the first is row 3" in message
-    assert "data.max_length=5" in message
-    assert "data.max_refused_share=0.4" in message
-
-
-def test_the_allowed_share_of_refused_prompts_is_no_error() -> None:
-    assert _tokenize(("abcde", "f"), ("a", "b"), max_length=5, max_refused_share=0.5).refused == 1
-
-
-def test_too_many_truncated_responses_are_an_error_that_names_source_and_setting() -> None:
-    with pytest.raises(InputError) as caught:
-        _tokenize(("a", "bcdefg"), ("a", "b"), ("a", "b"), max_length=5, max_truncated_share=0.3)
-    message = str(caught.value)
-    assert message.startswith("rows.jsonl: 1 of 3 responses are cut at data.max_length=5")
-    assert "data.max_truncated_share=0.3" in message
-
-
-def test_the_allowed_share_of_truncated_responses_is_no_error() -> None:
-    assert _tokenize(("a", "bcdefg"), ("a", "b"), max_length=5, max_truncated_share=0.5).truncated == 1
+def test_every_row_read_is_used_or_refused_and_the_truncated_are_used() -> None:
+    rows = [("x" * prompt, "y" * completion) for prompt in range(1, 9) for completion in range(1, 9)]
+    samples = _tokenize(*rows, max_length=7)
+    assert samples.read == 64 == len(samples) + samples.refused
+    assert samples.refused == 16
+    assert samples.truncated == sum(p + c + 1 > 7 for p in range(1, 7) for c in range(1, 9))
+    cut = sum(int(samples[i].input_ids[-1] != END) for i in range(len(samples)))
+    assert samples.truncated == cut
 
 
 def test_no_row_at_all_is_an_error() -> None:
@@ -93,45 +130,387 @@ def test_no_row_at_all_is_an_error() -> None:
         _tokenize()
 
 
-def test_no_usable_row_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"rows\.jsonl: no usable row among 1"):
-        _tokenize(("abcde", "f"), max_length=5, max_refused_share=1.0)
+def test_no_usable_row_is_an_error_that_names_the_first() -> None:
+    expected = r"rows\.jsonl: no usable row among 1: row 1 leaves no room for a response within 5 tokens"
+    with pytest.raises(InputError, match=expected):
+        _tokenize(("abcde", "f"), max_length=5)
 
 
 def test_a_sample_id_is_the_rows_number_in_the_source() -> None:
-    samples = _tokenize(("abcde", "f"), ("a", "b"), ("abcde", "f"), ("a", "c"), max_length=5, max_refused_share=0.5)
-    assert samples.rows["sample_id"][:] == [1, 3]
+    samples = _tokenize(("abcde", "f"), ("a", "b"), ("abcde", "f"), ("a", "c"), max_length=5)
+    assert [samples[i].sample_id for i in range(2)] == [1, 3]
 
 
 def test_sample_ids_go_on_past_a_thousand_rows() -> None:
-    rows = [("a", str(number)) for number in range(2500)]
-    samples = _tokenize(*rows)
-    assert samples.rows["sample_id"][:] == list(range(2500))
-    assert samples.rows[2345]["response_ids"] == [*_ids("2345"), END]
-
-
-def test_the_row_that_a_refusal_names_is_counted_past_a_thousand_rows() -> None:
-    with pytest.raises(InputError, match=r"the first is row 1500\)"):
-        _tokenize(*[("a", "b")] * 1499, ("abcde", "f"), max_length=5)
+    samples = _tokenize(*(("a", str(number)) for number in range(2500)))
+    assert samples.table["sample_id"][:].tolist() == list(range(2500))
+    assert samples[2345].response_ids.tolist() == [*_ids("2345"), END]
+    assert samples.read == 2500
 
 
 def test_a_forced_error_and_the_rest_are_tokenised() -> None:
     row = Row(prompt="p", completion="abcd", forced="ax", rest="cd")
-    sample = tokenize([row], TOKENIZER, "builtin:x", 100).rows[0]
-    assert (sample["forced_ids"], sample["rest_ids"]) == (_ids("ax"), [*_ids("cd"), END])
+    sample = load_samples(_opened([row]), TOKENIZER, Format(max_length=100))[0]
+    assert sample.forced_ids is not None
+    assert sample.rest_ids is not None
+    assert (sample.forced_ids.tolist(), sample.rest_ids.tolist()) == (_ids("ax"), [*_ids("cd"), END])
 
 
 def test_rows_of_a_file_have_no_forced_error() -> None:
-    sample = _tokenize(("a", "b")).rows[0]
-    assert (sample["forced_ids"], sample["rest_ids"]) == (None, None)
+    sample = _tokenize(("a", "b"))[0]
+    assert (sample.forced_ids, sample.rest_ids) == (None, None)
 
 
-def test_only_the_prompt_gets_what_a_tokenizer_puts_around_a_text_and_never_its_end_token() -> None:
-    framing = byte_tokenizer()
-    framing.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<pad> $A </s>",
-        special_tokens=[("<pad>", framing.pad_token_id), ("</s>", framing.eos_token_id)],
+def test_a_sample_has_its_documented_types() -> None:
+    samples = _tokenize(("a", "b"), ("c", "de"))
+    sample = samples[1]
+    assert type(sample.sample_id) is int
+    assert (sample.input_ids.dtype, sample.input_ids.shape) == (np.int64, (4,))
+    assert (sample.turns.dtype, sample.turns.shape) == (np.int64, (1, 3))
+    lengths = samples.lengths(np.array([1, 0, 1]))
+    assert (lengths.dtype, lengths.tolist()) == (np.int64, [4, 3, 4])
+
+
+def test_a_limit_is_of_rows_read_the_first_ones() -> None:
+    rows = [Row(prompt="a", completion=str(number)) for number in range(5)]
+    samples = load_samples(_opened(rows), TOKENIZER, Format(max_length=9, limit=2))
+    assert (samples.read, len(samples)) == (2, 2)
+    assert samples[1].response_ids.tolist() == [*_ids("1"), END]
+
+
+def test_what_follows_the_limit_is_not_read() -> None:
+    def rows() -> Iterator[Row]:
+        yield Row(prompt="a", completion="b")
+        raise AssertionError
+
+    assert (
+        len(load_samples(Opened(name="x", fingerprint=[], rows=rows()), TOKENIZER, Format(max_length=9, limit=1))) == 1
     )
-    sample = tokenize([Row(prompt="ask", completion="tell")], framing, "rows.jsonl", 100).rows[0]
-    assert sample["prompt_ids"] == [framing.pad_token_id, *_ids("ask")]
-    assert sample["response_ids"] == [*_ids("tell"), END]
+
+
+# --- conversations ---
+
+
+def test_a_conversation_is_cut_in_a_later_turn() -> None:
+    chat = _chat("a", "b", "c", "defghi")
+    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))[0]
+    (first, second) = whole.turns.tolist()
+    longest = second[0] + 2
+    cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=longest))
+    assert (cut.truncated, cut.refused) == (1, 0)
+    assert cut[0].input_ids.tolist() == whole.input_ids[:longest].tolist()
+    assert cut[0].turns.tolist() == [first, [second[0], longest - 1, longest]]
+
+
+def test_a_conversation_cut_before_a_later_turn_keeps_the_first() -> None:
+    chat = _chat("a", "b", "c" * 20, "d")
+    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))[0]
+    cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=int(whole.turns[1, 0])))
+    assert (cut.truncated, cut.refused, cut[0].turns.tolist()) == (1, 0, whole.turns[:1].tolist())
+
+
+def test_a_conversation_without_a_turn_left_is_refused_by_its_line() -> None:
+    chats = [_chat("a", "b"), _chat("c" * 50, "d", where="rows.jsonl, line 9")]
+    samples = load_samples(_opened(chats), tokenizer("chatml"), Format(max_length=40))
+    assert (samples.read, samples.refused, samples.truncated, len(samples)) == (2, 1, 0, 1)
+    assert samples.first_refused == "rows.jsonl, line 9"
+
+
+def test_what_a_template_writes_behind_the_last_turn_is_no_truncation() -> None:
+    chat = _chat("a", "b")
+    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))[0]
+    end = int(whole.turns[-1, 2])
+    assert end < len(whole.input_ids)
+    cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=end))
+    assert cut.truncated == 0
+    assert cut[0].turns.tolist() == [[whole.turns[0, 0], end - 1, end]]
+
+
+@pytest.mark.parametrize("assistant_turns", ["all", "last"])
+def test_the_turns_that_are_learned_are_all_or_the_last(assistant_turns: str) -> None:
+    chat = _chat("a", "bcd", "e", "fgh")
+    form = Format(max_length=1000, assistant_turns=assistant_turns)
+    sample = load_samples(_opened([chat]), tokenizer("chatml"), form)[0]
+    learned = [tokenizer("chatml").decode(sample.input_ids[start:end]) for start, _, end in sample.turns]
+    assert learned == ["bcd<|im_end|>", "fgh<|im_end|>"][-1 if assistant_turns == "last" else 0 :]
+    assert tokenizer("chatml").decode(sample.response_ids) == "fgh<|im_end|>"
+    assert tokenizer("chatml").decode(sample.prompt_ids).endswith("e<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_turn_without_a_token_is_no_turn() -> None:
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] | trim }}{% endfor %}"
+    plain = build(template, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    samples = load_samples(_opened([_chat("a", " "), _chat("a", "b")]), plain, Format(max_length=1000))
+    assert (samples.read, samples.refused, len(samples)) == (2, 1, 1)
+
+
+def test_closing_tokens_are_the_end_token_or_what_the_template_closes_turns_with() -> None:
+    llama3 = tokenizer("llama3")
+    pairs = load_samples(_opened([Row(prompt="a", completion="b")]), llama3, Format(max_length=99))
+    chats = load_samples(_opened([_chat("a", "b", "c", "d")]), llama3, Format(max_length=99))
+    end_of_turn = llama3.convert_tokens_to_ids("<|eot_id|>")
+    assert pairs.closing_ids == [llama3.eos_token_id]
+    assert chats.closing_ids == [end_of_turn]
+    assert end_tokens([chats], llama3) == sorted([llama3.eos_token_id, end_of_turn])
+    assert end_tokens([pairs], llama3) == [llama3.eos_token_id]
+
+
+def test_turns_that_nothing_closes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+    plain = build(template, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    samples = load_samples(_opened([_chat("a", "b")]), plain, Format(max_length=99))
+    assert samples.closing_ids == []
+    assert "no special token closes a response" in caplog.text
+
+
+def test_rows_and_conversations_of_one_source_keep_their_order() -> None:
+    rows: list[Any] = [
+        Row(prompt="a", completion="b"),
+        _chat("c", "d"),
+        _chat("e", "f"),
+        Row(prompt="g", completion="h"),
+    ]
+    samples = load_samples(_opened(rows), tokenizer("chatml"), Format(max_length=99))
+    texts = [tokenizer("chatml").decode(sample.response_ids) for sample in take([samples])]
+    assert texts == [f"{letter}<|im_end|>" for letter in "bdfh"]
+
+
+def test_messages_need_a_chat_template() -> None:
+    with pytest.raises(InputError, match=r"^model\.tokenizer: rows of messages need a tokenizer with a chat template"):
+        load_samples(_opened([_chat("a", "b")]), TOKENIZER, Format(max_length=99))
+
+
+# --- several sources ---
+
+
+def test_several_sources_are_loaded_in_order_and_taken_with_ids_of_their_own(tmp_path: Path) -> None:
+    for name, count in (("a", 3), ("b", 2)):
+        rows = [{"prompt": "x" * 20 if i == 0 else "p", "completion": f"{name}{i}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loaded = load([f"{tmp_path}/a.jsonl", Source(path=f"{tmp_path}/b.jsonl")], "train", TOKENIZER, Format(max_length=9))
+    assert [(samples.read, len(samples)) for samples in loaded] == [(3, 2), (2, 1)]
+    assert [sample.sample_id for sample in take(loaded)] == [1, 2, 4]
+    assert [TOKENIZER.decode(sample.response_ids[:-1]) for sample in take(loaded)] == ["a1", "a2", "b1"]
+
+
+def test_a_part_is_taken_from_the_start_of_every_source() -> None:
+    many, few = _tokenize(*[("a", str(i)) for i in range(9)]), _tokenize(*[("b", str(i)) for i in range(3)])
+    assert [sample.sample_id for sample in take([many, few], 5)] == [0, 1, 2, 9, 10]
+    assert len(take([many, few], 100)) == 12
+
+
+# --- shares ---
+
+
+def _recipe(**data: Any) -> Recipe:
+    return Recipe(output_dir="run", deepspeed="zero3.json", data=DataConfig(train="rows.jsonl", max_length=5, **data))
+
+
+def test_too_many_refused_prompts_are_an_error_that_names_source_row_and_setting() -> None:
+    samples = _tokenize(("a", "b"), ("a", "b"), ("abcde", "f"), ("abcdefg", "h"), max_length=5)
+    with pytest.raises(InputError) as caught:
+        check_shares(_recipe(max_refused_share=0.4), [samples])
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl: 2 of 4 prompts")
+    assert "the first is row 3" in message
+    assert "data.max_length=5" in message
+    assert "data.max_refused_share=0.4" in message
+
+
+def test_the_row_that_a_refusal_names_is_counted_past_a_thousand_rows() -> None:
+    samples = _tokenize(*[("a", "b")] * 1499, ("abcde", "f"), max_length=5)
+    assert samples.first_refused == "row 1500"
+
+
+def test_too_many_truncated_responses_are_an_error_that_names_source_and_setting() -> None:
+    samples = _tokenize(("a", "bcdefg"), ("a", "b"), ("a", "b"), max_length=5)
+    with pytest.raises(InputError) as caught:
+        check_shares(_recipe(max_truncated_share=0.3), [samples])
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl: 1 of 3 responses are cut at data.max_length=5")
+    assert "data.max_truncated_share=0.3" in message
+
+
+def test_the_allowed_shares_are_no_error() -> None:
+    samples = _tokenize(("abcde", "f"), ("a", "bcdefg"), max_length=5)
+    check_shares(_recipe(max_refused_share=0.5, max_truncated_share=0.5), [samples])
+
+
+# --- the cache ---
+
+
+def _file(tmp_path: Path, content: str = '{"prompt": "a", "completion": "b"}\n') -> Opened:
+    (tmp_path / "rows.jsonl").write_text(content)
+    return open_source(Source(path=str(tmp_path / "rows.jsonl")), "train", Columns())
+
+
+def _unread(opened: Opened) -> Opened:
+    """The same source, whose rows must not be read."""
+
+    def rows() -> Iterator[Row]:
+        raise AssertionError("read again")
+        yield
+
+    return Opened(name=opened.name, fingerprint=opened.fingerprint, rows=rows())
+
+
+def _stores(cache: Path) -> int:
+    return len(list(cache.glob("*/info.json")))
+
+
+def test_a_second_load_reads_no_row(tmp_path: Path, cache: Path) -> None:
+    rows = [Row(prompt="abcde", completion="f", where="line 1"), Row(prompt="a", completion="bcdefgh")] * 3
+    first = load_samples(_opened(rows), TOKENIZER, Format(max_length=5))
+    second = load_samples(_unread(_opened(rows)), byte_tokenizer(), Format(max_length=5))
+    assert [str(sample) for sample in take([first])] == [str(sample) for sample in take([second])]
+    for name in ("name", "read", "truncated", "refused", "first_refused", "closing_ids", "checksum", "folder"):
+        assert getattr(first, name) == getattr(second, name)
+    assert _stores(cache) == 1
+
+
+def test_a_used_tokenizer_finds_what_a_fresh_one_stored(tmp_path: Path) -> None:
+    shipped = byte_tokenizer()  # as files of tokenizers are that somebody has saved after a call
+    shipped.backend_tokenizer.enable_truncation(7)
+    shipped.backend_tokenizer.enable_padding(length=9)
+    shipped.save_pretrained(tmp_path / "tokenizer")
+    fresh = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    opened = _opened([Row(prompt="a", completion="b" * 20)])
+    samples = load_samples(opened, fresh, Format(max_length=50))
+    assert len(samples[0].input_ids) == 22
+    load_samples(_unread(opened), fresh, Format(max_length=50))
+    load_samples(
+        _unread(opened), PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer"), Format(max_length=50)
+    )
+
+
+def test_a_changed_file_makes_new_samples(tmp_path: Path, cache: Path) -> None:
+    first = load_samples(_file(tmp_path), TOKENIZER, Format(max_length=9))
+    second = load_samples(_file(tmp_path, '{"prompt": "a", "completion": "c"}\n'), TOKENIZER, Format(max_length=9))
+    assert first[0].input_ids.tolist() != second[0].input_ids.tolist()
+    assert first.checksum != second.checksum
+    assert _stores(cache) == 2
+
+
+def test_the_same_content_under_another_name_is_read_once(tmp_path: Path, cache: Path) -> None:
+    opened = _file(tmp_path)
+    load_samples(opened, TOKENIZER, Format(max_length=9))
+    (tmp_path / "rows.jsonl").rename(tmp_path / "others.jsonl")
+    moved = open_source(Source(path=str(tmp_path / "others.jsonl")), "train", Columns())
+    assert load_samples(_unread(moved), TOKENIZER, Format(max_length=9)).name == str(tmp_path / "others.jsonl")
+
+
+def test_every_setting_of_the_format_and_the_tokenizer_makes_new_samples(tmp_path: Path, cache: Path) -> None:
+    messages = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}])
+    opened = _file(tmp_path, f'{{"prompt": "a", "completion": "b", "other": "c", "messages": {messages}}}\n')
+    other_template = build(CHATML.replace("assistant", "model"), "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    same_words = build(CHATML, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    formats = [
+        Format(max_length=90),
+        Format(max_length=91),
+        Format(max_length=90, limit=1),
+        Format(max_length=90, assistant_turns="last"),
+        Format(max_length=90, columns=Columns(completion="other")),
+    ]
+    for number, (form, given) in enumerate(
+        [*((form, TOKENIZER) for form in formats), (formats[0], same_words), (formats[0], other_template)], start=1
+    ):
+        load_samples(_file(tmp_path, (tmp_path / "rows.jsonl").read_text()), given, form)
+        assert _stores(cache) == number
+    assert opened.fingerprint
+
+
+def test_what_was_half_written_is_made_anew(tmp_path: Path, cache: Path) -> None:
+    opened = _opened([Row(prompt="a", completion="b")])
+    first = load_samples(opened, TOKENIZER, Format(max_length=9))
+    expected = first[0].input_ids.tolist()
+    content = (first.folder / "samples.arrow").read_bytes()
+    partial = first.folder.with_suffix(".partial")
+    first.folder.rename(partial)
+    (partial / "info.json").unlink()
+    (partial / "samples.arrow").unlink()
+    (partial / "samples.arrow").write_bytes(content[:100])
+    again = load_samples(opened, TOKENIZER, Format(max_length=9))
+    assert again[0].input_ids.tolist() == expected
+    assert not partial.exists()
+
+
+def test_rows_that_cannot_be_read_leave_no_samples(tmp_path: Path, cache: Path) -> None:
+    bad = '{"prompt": "a", "completion": "b"}\n{\n'
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"line 2: expected JSON objects"):
+            load_samples(_file(tmp_path, bad), TOKENIZER, Format(max_length=9))
+        assert _stores(cache) == 0
+        assert not list(cache.glob("*.partial"))
+    assert load_samples(_file(tmp_path), TOKENIZER, Format(max_length=9)).read == 1
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(InputError, match=r"^HF_DATASETS_CACHE: .* cannot be written to"):
+        _tokenize(("a", "b"))
+
+
+def _load_in_process(path: str, cache: str, log: str, connection: Connection) -> None:
+    """Load a file's samples, and write a line to `log` if its rows were read."""
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    opened = open_source(Source(path=path), "train", Columns())
+
+    def rows() -> Iterator[Row | Conversation]:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        yield from opened.rows
+
+    watched = Opened(name=opened.name, fingerprint=opened.fingerprint, rows=rows())
+    given = byte_tokenizer()
+    connection.send("ready")
+    connection.recv()
+    try:
+        samples = load_samples(watched, given, Format(max_length=50))
+        connection.send([sample.input_ids.tolist() for sample in take([samples])])
+    except InputError as error:
+        connection.send(str(error))
+
+
+def _in_processes(tmp_path: Path, content: str, count: int = 3) -> tuple[list[Any], int]:
+    """What several processes that load at once get, and how many of them read the rows."""
+    (tmp_path / "rows.jsonl").write_text(content)
+    context = multiprocessing.get_context("fork")
+    pipes, processes = [], []
+    for _ in range(count):
+        mine, theirs = context.Pipe()
+        arguments = (str(tmp_path / "rows.jsonl"), str(tmp_path / "shared"), str(tmp_path / "log"), theirs)
+        processes.append(context.Process(target=_load_in_process, args=arguments))
+        processes[-1].start()
+        pipes.append(mine)
+    for pipe in pipes:
+        assert pipe.recv() == "ready"
+    for pipe in pipes:
+        pipe.send("go")
+    results = [pipe.recv() for pipe in pipes]
+    for process in processes:
+        process.join()
+    return results, len((tmp_path / "log").read_text().splitlines())
+
+
+def test_of_several_processes_one_tokenises_and_all_get_the_same_samples(tmp_path: Path) -> None:
+    rows = "".join(f'{{"prompt": "{number}", "completion": "b"}}\n' for number in range(2_000))
+    results, readers = _in_processes(tmp_path, rows)
+    assert readers == 1
+    assert [len(result) for result in results] == [2_000] * 3
+    assert results[0] == results[1] == results[2]
+
+
+def test_of_several_processes_one_meets_a_bad_row_and_all_say_so(tmp_path: Path) -> None:
+    rows = "".join(f'{{"prompt": "{number}", "completion": "b"}}\n' for number in range(2_000))
+    results, readers = _in_processes(tmp_path, rows + "{")
+    assert readers == 1
+    assert len(set(results)) == 1
+    assert results[0].startswith(f"{tmp_path}/rows.jsonl, line 2001: expected JSON objects")
+
+
+def test_samples_are_mapped_from_the_disk_and_not_held(tmp_path: Path) -> None:
+    samples = _tokenize(*(("a", "b" * 80) for _ in range(3)))
+    files = [file["filename"] for file in samples.table.cache_files]
+    assert files == [str(samples.folder / "samples.arrow")]
+    assert list(chain(samples[0].input_ids))
