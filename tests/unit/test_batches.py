@@ -1,18 +1,28 @@
 from collections import Counter
+from dataclasses import fields
+from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from selfgen_ds.data.batches import TokenBatch, Windows, collate
-from selfgen_ds.data.samples import Samples
+from selfgen_ds.data.packing import load_packs
+from selfgen_ds.data.rows import Opened
+from selfgen_ds.data.samples import Format, Sample, Samples, load_samples
+from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from tests.batches import lengths, padded, sample
+
+# --- collate ---
 
 
 @pytest.fixture
 def batch() -> TokenBatch:
     """Rows of 5, 3 and 2 tokens; token 0 is both content and padding."""
-    return collate([[1, 2], [0], [9]], [[3, 4, 0], [0, 0], [7]], [10, 11, 12])
+    return padded([[1, 2], [0], [9]], [[3, 4, 0], [0, 0], [7]], [10, 11, 12])
 
 
 def test_a_row_is_its_prompt_and_response_padded_on_the_right(batch: TokenBatch) -> None:
@@ -23,8 +33,13 @@ def test_the_context_of_a_collated_batch_is_the_reference(batch: TokenBatch) -> 
     assert torch.equal(batch.context, batch.target)
 
 
-def test_lengths_and_sample_ids_are_kept(batch: TokenBatch) -> None:
-    assert (batch.lengths.tolist(), batch.sample_ids.tolist()) == ([5, 3, 2], [10, 11, 12])
+def test_every_token_has_its_samples_id_and_padding_has_none(batch: TokenBatch) -> None:
+    assert lengths(batch) == [5, 3, 2]
+    assert batch.sample_ids.tolist() == [[10] * 5, [11, 11, 11, -1, -1], [12, 12, -1, -1, -1]]
+
+
+def test_every_token_has_its_position_in_its_sample(batch: TokenBatch) -> None:
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]]
 
 
 def test_the_loss_is_on_the_response_and_never_on_prompt_or_padding(batch: TokenBatch) -> None:
@@ -40,73 +55,150 @@ def test_nothing_of_a_collated_batch_is_drawn(batch: TokenBatch) -> None:
 
 
 def test_every_tensor_has_its_documented_type(batch: TokenBatch) -> None:
-    for ids in (batch.sample_ids, batch.lengths, batch.context, batch.target):
-        assert ids.dtype == torch.int64
+    for ids in (batch.sample_ids, batch.position_ids, batch.context, batch.target):
+        assert (ids.dtype, ids.shape) == (torch.int64, (3, 5))
     for mask in (batch.loss_mask, batch.replaceable, batch.drawn):
         assert (mask.dtype, mask.shape) == (torch.bool, (3, 5))
 
 
-def test_a_batch_without_rows_can_be_read_but_has_no_targets() -> None:
-    empty = collate([], [], [])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_without_rows_can_be_read_but_has_no_targets(packed: bool) -> None:
+    empty = collate([], packed=packed)
     assert empty.context.shape == (1, 2)
     assert not (empty.loss_mask | empty.replaceable | empty.drawn).any()
-    assert empty.sample_ids.tolist() == [-1]
+    assert empty.sample_ids.tolist() == [[-1, -1]]
 
 
-def _samples(count: int) -> Samples:
-    rows = {
-        "sample_id": [100 + i for i in range(count)],
-        "prompt_ids": [[1]] * count,
-        "response_ids": [[i + 2, 0] for i in range(count)],
-    }
-    return Samples(rows=datasets.Dataset.from_dict(rows), truncated=0, refused=0)
+TURNS = Sample(
+    sample_id=20, input_ids=np.arange(30, 39), turns=np.array([[2, 3, 4], [6, 7, 8]])
+)  # two turns, each of a replaceable token and the one that closes it
 
 
-def _windows(
-    count: int = 24,
-    *,
-    seed: int = 0,
-    micro: int = 2,
-    accumulation: int = 2,
-    rank: int = 0,
-    ranks: int = 1,
-    epochs: float | None = None,
-) -> Windows:
-    return Windows(
-        _samples(count),
-        seed=seed,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=ranks,
-        epochs=epochs,
+def test_of_several_turns_each_has_loss_and_its_own_closing_token() -> None:
+    batch = collate([[TURNS]])
+    assert batch.loss_mask[0].int().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert batch.replaceable[0].int().tolist() == [0, 0, 1, 0, 0, 0, 1, 0, 0]
+
+
+def test_packed_samples_follow_each_other_and_each_counts_from_zero() -> None:
+    batch = collate(
+        [[sample([1, 2], [3, 4, 0], 10), TURNS, sample([9], [7], 12)], [sample([5], [6, 8], 13)]], packed=True
     )
+    assert batch.packed
+    assert batch.target.tolist() == [[1, 2, 3, 4, 0, *range(30, 39), 9, 7], [5, 6, 8, *[0] * 13]]
+    assert batch.sample_ids.tolist() == [[10] * 5 + [20] * 9 + [12] * 2, [13] * 3 + [-1] * 13]
+    assert batch.position_ids.tolist() == [[*range(5), *range(9), 0, 1], [0, 1, 2, *[0] * 13]]
+    assert batch.loss_mask[0].int().tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
+    assert batch.replaceable[0].int().tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_positions_are_told_to_the_model_only_where_samples_are_packed() -> None:
+    packed, alone = collate([[TURNS]], packed=True), collate([[TURNS]])
+    assert packed.packed_position_ids is packed.position_ids
+    assert alone.packed_position_ids is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_moved_batch_keeps_its_values(packed: bool) -> None:
+    batch = collate([[TURNS, sample([1], [2, 3])]], packed=packed)
+    moved = batch.to("cpu")
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(moved, field.name), value)
+        else:
+            assert getattr(moved, field.name) == value
+
+
+# --- Windows ---
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def _samples(sizes: list[int]) -> Samples:
+    """A source of samples with so many tokens each, 3 or more."""
+    rows = [Row(prompt="p", completion="c" * (size - 2)) for size in sizes]
+    opened = Opened(name="rows.jsonl", fingerprint=[repr(sizes)], rows=rows)
+    return load_samples(opened, byte_tokenizer(), Format(max_length=100))
+
+
+def _windows(count: int = 24, *, sources: list[Samples] | None = None, packing: bool = False, **others: Any) -> Windows:
+    samples = sources or [_samples([3 + number % 5 for number in range(count)])]
+    defaults: dict[str, Any] = {
+        "seed": 0,
+        "micro_batch_size": 2,
+        "accumulation": 2,
+        "rank": 0,
+        "world_size": 1,
+        "epochs": None,
+    }
+    packs = [load_packs(source, 100) for source in samples] if packing else None
+    return Windows(samples, packs=packs, **(defaults | others))
+
+
+def _batch_ids(batch: TokenBatch) -> list[int]:
+    """The samples of a batch in order, each once."""
+    firsts = (batch.sample_ids >= 0) & (batch.position_ids == 0)
+    return batch.sample_ids[firsts].tolist()
 
 
 def _ids(windows: Windows, steps: range) -> list[int]:
     """Sample ids in the order in which one rank sees them."""
-    rows = torch.cat([batch.sample_ids for step in steps for batch in windows.window(step)])
-    return rows[rows >= 0].tolist()
+    return [i for step in steps for batch in windows.window(step) for i in _batch_ids(batch)]
 
 
-ALL_24 = list(range(100, 124))
+LONG = [3 + (7 * number) % 50 for number in range(120)]
+KINDS = pytest.mark.parametrize("kind", ["plain", "packed", "grouped", "weighted", "several", "several packed"])
+
+
+def _of_kind(kind: str, **others: Any) -> Windows:
+    several = [_samples(LONG[:70]), _samples(LONG[70:])]
+    settings: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "packed": {"packing": True},
+        "grouped": {"group_by_length": True},
+        "weighted": {"sources": several, "weights": [1.0, 3.0]},
+        "several": {"sources": several, "group_by_length": True},
+        "several packed": {"sources": several, "packing": True},
+    }
+    return _windows(**({"sources": [_samples(LONG)]} | settings[kind] | others))
 
 
 def test_a_window_holds_the_micro_batches_of_one_step() -> None:
-    window = _windows(micro=3, accumulation=4).window(0)
-    assert [batch.context.shape for batch in window] == [(3, 3)] * 4
+    window = _windows(micro_batch_size=3, accumulation=4).window(0)
+    assert [len(batch.context) for batch in window] == [3] * 4
 
 
 def test_a_rows_tokens_come_with_its_sample_id() -> None:
-    for batch in _windows().window(3):
-        assert (batch.context[:, 1] - 2 + 100).tolist() == batch.sample_ids.tolist()
+    source = _samples([3 + number % 5 for number in range(24)])
+    for batch in _windows(sources=[source]).window(3):
+        for row, size in enumerate(lengths(batch)):
+            assert batch.context[row, :size].tolist() == source[int(batch.sample_ids[row, 0])].input_ids.tolist()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_an_epoch_visits_every_row_once(ranks: int) -> None:
     steps = range(24 // (4 * ranks))
-    seen = [i for rank in range(ranks) for i in _ids(_windows(rank=rank, ranks=ranks), steps)]
-    assert sorted(seen) == ALL_24
+    seen = [i for rank in range(ranks) for i in _ids(_windows(rank=rank, world_size=ranks), steps)]
+    assert sorted(seen) == list(range(24))
+
+
+@KINDS
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str, ranks: int) -> None:
+    runs = [_of_kind(kind, rank=rank, world_size=ranks, epochs=2) for rank in range(ranks)]
+    seen = Counter(i for windows in runs for i in _ids(windows, range(windows.steps())))
+    if kind == "weighted":
+        assert sum(seen.values()) == 240
+        assert sum(seen[i] for i in range(70)) == 60
+        assert {seen[i] for i in range(70, 120)} <= {3, 4}
+    else:
+        assert seen == dict.fromkeys(range(120), 2)
 
 
 def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -> None:
@@ -114,40 +206,38 @@ def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -
     assert set(seen.values()) == {4}
 
 
-@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 4, 2), (2, 2, 2), (4, 2, 1), (4, 1, 2), (8, 1, 1)])
-def test_a_step_has_the_same_rows_on_any_number_of_ranks(ranks: int, micro: int, accumulation: int) -> None:
+@KINDS
+@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 4, 2), (2, 2, 2), (8, 1, 1)])
+def test_a_step_has_the_same_rows_on_any_number_of_ranks(kind: str, ranks: int, micro: int, accumulation: int) -> None:
+    whole = _of_kind(kind, micro_batch_size=8, accumulation=1)
+    parts = [
+        _of_kind(kind, micro_batch_size=micro, accumulation=accumulation, rank=rank, world_size=ranks)
+        for rank in range(ranks)
+    ]
     for step in range(6):
-        rows = [
-            sample_id
-            for rank in range(ranks)
-            for sample_id in _ids(
-                _windows(micro=micro, accumulation=accumulation, rank=rank, ranks=ranks), range(step, step + 1)
-            )
-        ]
-        assert sorted(rows) == sorted(_ids(_windows(micro=8, accumulation=1), range(step, step + 1)))
+        rows = [i for windows in parts for i in _ids(windows, range(step, step + 1))]
+        assert sorted(rows) == sorted(_ids(whole, range(step, step + 1)))
 
 
-def test_the_order_changes_with_the_epoch() -> None:
-    windows = _windows()
-    first, second = _ids(windows, range(6)), _ids(windows, range(6, 12))
-    assert first != second
-    assert sorted(second) == ALL_24
+@KINDS
+def test_any_step_alone_is_what_it_is_in_sequence(kind: str) -> None:
+    uninterrupted = _of_kind(kind)
+    expected = [_ids(uninterrupted, range(step, step + 1)) for step in range(53)]
+    for step in (52, 3, 50, 0):
+        assert _ids(_of_kind(kind), range(step, step + 1)) == expected[step]
+        assert _ids(uninterrupted, range(step, step + 1)) == expected[step]
 
 
-def test_the_order_changes_with_the_seed() -> None:
-    assert _ids(_windows(seed=0), range(6)) != _ids(_windows(seed=1), range(6))
+@KINDS
+def test_the_order_changes_with_the_epoch_and_the_seed(kind: str) -> None:
+    windows = _of_kind(kind, epochs=2)
+    half = windows.steps() // 2
+    assert _ids(windows, range(half)) != _ids(windows, range(half, 2 * half))
+    assert _ids(_of_kind(kind, seed=0), range(3)) != _ids(_of_kind(kind, seed=1), range(3))
 
 
 def test_rows_are_shuffled() -> None:
-    assert _ids(_windows(), range(6)) != ALL_24
-
-
-def test_a_resumed_run_sees_the_rows_that_the_uninterrupted_one_would_have() -> None:
-    uninterrupted = _windows(10)
-    expected = [_ids(uninterrupted, range(step, step + 1)) for step in range(12)]
-    for step in (11, 3, 7, 0):
-        assert _ids(_windows(10), range(step, step + 1)) == expected[step]
-        assert _ids(uninterrupted, range(step, step + 1)) == expected[step]
+    assert _ids(_windows(), range(6)) != list(range(24))
 
 
 def test_a_run_of_epochs_ends_with_a_short_window() -> None:
@@ -156,16 +246,18 @@ def test_a_run_of_epochs_ends_with_a_short_window() -> None:
     assert [len(_ids(windows, range(step, step + 1))) for step in range(4)] == [4, 4, 2, 0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_run_of_epochs_visits_every_row_once_an_epoch(ranks: int) -> None:
-    runs = [_windows(7, rank=rank, ranks=ranks, epochs=3) for rank in range(ranks)]
-    seen = Counter(i for windows in runs for i in _ids(windows, range(windows.steps())))
-    assert seen == dict.fromkeys(range(100, 107), 3)
+def test_a_grouped_run_ends_with_a_short_window_too() -> None:
+    windows = _windows(5, epochs=2, group_by_length=True)
+    assert [len(_ids(windows, range(step, step + 1))) for step in (0, 1, 2, 3, 60)] == [4, 4, 2, 0, 0]
 
 
-def test_a_rank_without_rows_left_still_has_its_micro_batches() -> None:
-    window = _windows(4, rank=1, ranks=2, micro=2, accumulation=3, epochs=1).window(0)
-    assert [batch.sample_ids.tolist().count(-1) for batch in window] == [0, 1, 1]
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_rank_without_rows_left_still_has_its_micro_batches(packing: bool) -> None:
+    source = [_samples([100] * 4)]  # each fills a packed row
+    windows = _windows(sources=source, packing=packing, rank=1, world_size=2, accumulation=3, epochs=1)
+    window = windows.window(0)
+    assert [len(_batch_ids(batch)) for batch in window] == [2, 0, 0]
+    assert {batch.packed for batch in window} == {packing}
 
 
 def test_half_an_epoch_visits_half_of_the_rows_once() -> None:
@@ -178,7 +270,7 @@ def test_half_an_epoch_visits_half_of_the_rows_once() -> None:
     ("epochs", "ranks", "steps"), [(1.0, 1, 6), (1.0, 2, 3), (2.5, 1, 15), (1.0, 5, 2), (0.01, 1, 0)]
 )
 def test_steps_are_as_many_as_the_epochs_take(epochs: float, ranks: int, steps: int) -> None:
-    assert _windows(24, ranks=ranks, epochs=epochs).steps() == steps
+    assert _windows(24, world_size=ranks, epochs=epochs).steps() == steps
 
 
 def test_epochs_done_are_rows_seen_over_rows() -> None:
@@ -191,8 +283,41 @@ def test_epochs_done_never_pass_the_epochs_of_the_run() -> None:
     assert windows.epoch(windows.steps()) == 2.0
 
 
-def test_a_moved_batch_keeps_its_values(batch: TokenBatch) -> None:
-    moved = batch.to("cpu")
-    for name, value in vars(batch).items():
-        assert isinstance(value, Tensor)
-        assert torch.equal(getattr(moved, name), value)
+def test_an_epoch_of_packed_rows_is_as_many_rows_as_there_are_packs() -> None:
+    windows = _of_kind("packed", epochs=1)
+    assert len(windows) == len(load_packs(_samples(LONG), 100)) < 60
+    assert windows.steps() == -(-len(windows) // 4)
+
+
+def test_packed_rows_are_nearly_full() -> None:
+    batches = [batch for step in range(5) for batch in _of_kind("packed").window(step)]
+    assert all(batch.packed for batch in batches)
+    assert sum(sum(lengths(batch)) for batch in batches) > 0.9 * 100 * sum(len(batch.context) for batch in batches)
+
+
+def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
+    # an id counts the rows that were read: the first source's refused ones too
+    rows = [Row(prompt="p" * (200 if number % 2 else 1), completion="a") for number in range(10)]
+    first = load_samples(Opened(name="a", fingerprint=["odd"], rows=rows), byte_tokenizer(), Format(max_length=100))
+    assert first.refused == 5
+    windows = _windows(sources=[first, _samples([4, 5, 6])], epochs=1)
+    assert sorted(_ids(windows, range(windows.steps()))) == [0, 2, 4, 6, 8, 10, 11, 12]
+    for batch in windows.window(0):
+        for row, size in enumerate(lengths(batch)):
+            assert size == {10: 4, 11: 5, 12: 6}.get(int(batch.sample_ids[row, 0]), 3)
+
+
+def _padding(windows: Windows, steps: int) -> float:
+    """Share of padding."""
+    batches = [batch for step in range(steps) for batch in windows.window(step)]
+    return 1 - sum(sum(lengths(batch)) for batch in batches) / sum(batch.context.numel() for batch in batches)
+
+
+def test_grouping_saves_most_of_the_padding() -> None:
+    assert _padding(_of_kind("grouped"), 50) < 0.2 * _padding(_of_kind("plain"), 50)
+
+
+def test_grouped_steps_are_not_in_the_order_of_their_lengths() -> None:
+    windows = _of_kind("grouped")
+    longest = [max(max(lengths(batch)) for batch in windows.window(step)) for step in range(50)]
+    assert abs(np.corrcoef(np.arange(50), longest)[0, 1]) < 0.4
