@@ -26,8 +26,8 @@ def check(preset: dict[str, Any], packing: bool = False, attn_implementation: An
 
 
 FORMS = {
-    "gemma2": LogitsForm(cap=0.5),
-    "gemma2, untied": LogitsForm(cap=0.5),
+    "gemma2": LogitsForm(cap=3.0),
+    "gemma2, untied": LogitsForm(cap=3.0),
     "cohere": LogitsForm(scale=0.25),
     "granite": LogitsForm(scale=0.25),
 }
