@@ -20,11 +20,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True} | _COMMON,
     "qwen3": {"model_type": "qwen3", "head_dim": 16} | _COMMON,
     "mistral": {"model_type": "mistral", "sliding_window": 8} | _COMMON,
-    "gemma2": {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 0.5, "sliding_window": 8} | _COMMON,
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 8} | _COMMON,
     "gemma2, untied": {
         "model_type": "gemma2",
         "head_dim": 16,
-        "final_logit_softcapping": 0.5,
+        "final_logit_softcapping": 3.0,
         "tie_word_embeddings": False,
     }
     | _COMMON,

@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from selfgen_ds.config import InputError
 
+_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what else a turn may hold
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # of Unicode's private use area
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
@@ -133,13 +134,13 @@ class ChatEncoder:
                 f"{chat.where}: the chat template marks {len(generated)} generations, the row has {len(assistant)} "
                 "turns of the assistant"
             )
+        learned = [(number, i) for number, i in enumerate(assistant) if i >= chat.given]
         turns = []
-        for number, i in enumerate(assistant):
+        for number, i in learned[-1:] if self._last_only else learned:
+            message, where = chat.messages[i], f"{chat.where}, message {i + 1}"
             if generated is None:
-                if i not in contents:
-                    raise InputError(
-                        f"{chat.where}, message {i + 1}: tool calls need a chat template with generation markers"
-                    )
+                if beside := [name for name in _BESIDE_CONTENT if message.get(name)]:  # where it is nobody can tell
+                    raise InputError(f"{where}: {beside[0]} needs a chat template with generation markers")
                 start, end = contents[i]
                 closing = self._closing.match(text, end)
                 turn = (start, end, closing.end() if closing else end)
@@ -148,13 +149,10 @@ class ChatEncoder:
                 # of a turn without content, such as a call of a tool, nothing is replaced
                 start, end = contents.get(i, (first, first))
                 if not first <= start <= end <= last:
-                    raise InputError(
-                        f"{chat.where}, message {i + 1}: the chat template's generation markers do not enclose it"
-                    )
+                    raise InputError(f"{where}: the chat template's generation markers do not enclose it")
                 turn = (first, end, last)
-            if i >= chat.given:
-                turns.append(turn)
-        return turns[-1:] if self._last_only else turns
+            turns.append(turn)
+        return turns
 
     def _spelled_out(self, text: str, spelled: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets of a text in which some special tokens (`spelled`, by their characters) are plain text."""

@@ -59,7 +59,7 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool) -> Logits
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         small = _small(model, config)
-        ids = torch.randint(3, 64, (1, sum(_LENGTHS)), device=small.device)
+        ids = _random_ids(small, sum(_LENGTHS))
         alone = [_hidden(small, sample) for sample in ids.split(_LENGTHS, dim=1)]
         naive = _hidden(small, ids)
         if not _same(naive[:, : _LENGTHS[0]], alone[0]):
@@ -94,6 +94,10 @@ def _no_router_loss(name: str) -> str:
 
 def _nothing(hidden: Tensor, project: Projection) -> Tensor:
     return hidden.new_zeros(())
+
+
+def _random_ids(model: PreTrainedModel, length: int) -> Tensor:
+    return torch.randint(model.config.get_text_config(decoder=True).vocab_size, (1, length), device=model.device)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -171,7 +175,7 @@ def _small(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
             built = from_config(model, smaller, dtype=dtype, attn_implementation=model.attn_implementation)
             built = built.to(device).eval()
             _randomize(built)
-            if torch.isfinite(_hidden(built, torch.arange(3, 3 + _LENGTHS[0], device=device)[None])).all():
+            if torch.isfinite(_hidden(built, _random_ids(built, _LENGTHS[0]))).all():
                 return built
             problem = "its hidden states are not finite"
         except Exception as error:  # types differ by model

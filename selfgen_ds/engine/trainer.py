@@ -53,10 +53,8 @@ def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
     """
     nothing = collate([]).to(engine.device)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-        loss = engine(
-            nothing.context, positions=nothing.loss_mask, reduction=head.loss_sum(nothing.context[:0, 0], 0.0)
-        )
-        engine.backward(loss * 0)
+        loss, router_loss = _losses(engine, nothing, 0.0)
+        engine.backward((loss + router_loss) * 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +98,10 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     losses: list[Tensor] = []
     router_losses: list[Tensor] = []
     for number, batch in enumerate(window, start=1):
-        reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing)
-        output = engine(
-            batch.context,
-            positions=batch.loss_mask,
-            reduction=reduction,
-            position_ids=batch.packed_position_ids,
-            routed=batch.sample_ids >= 0 if coefficient else None,
-        )
-        loss, router_loss = output if coefficient else (output, output.new_zeros(()))
+        loss, router_loss = _losses(engine, batch, label_smoothing)
         losses.append(loss.detach())
         router_losses.append(router_loss.detach())
-        objective = loss * scale + coefficient * router_loss
+        objective = loss * scale + router_loss * coefficient
         if number == len(window):
             totals = _sum_over_ranks(_totals(window, losses, router_losses))
             # One rank's NaN or infinity becomes every rank's NaN gradient, on which DeepSpeed drops the step.
@@ -133,6 +123,20 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
         applied=engine.was_step_applied(),
         suspects=[] if finite else _suspects(window, losses),
     )
+
+
+def _losses(engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Sum of the token losses, and the router loss (0 for a model without one)."""
+    reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing)
+    routed = batch.sample_ids >= 0 if engine.module.router_loss_coefficient else None
+    result = engine(
+        batch.context,
+        positions=batch.loss_mask,
+        reduction=reduction,
+        position_ids=batch.packed_position_ids,
+        routed=routed,
+    )
+    return (result, result.new_zeros(())) if routed is None else result
 
 
 def _totals(window: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from selfgen_ds.data.samples import take
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import Run, prepare
+from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
 
@@ -43,7 +44,7 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
     return len(seen)
 
 
-@pytest.mark.parametrize("start", ["preset", "saved"])
+@pytest.mark.parametrize("start", ["preset", "saved", "experts"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("limited", [True, False])
 def test_steps_with_a_pass_and_evaluations_never_invalidate_the_trace(
@@ -56,6 +57,8 @@ def test_steps_with_a_pass_and_evaluations_never_invalidate_the_trace(
         settings.deepspeed = runs.write_limited_json(tmp_path)
     if start == "saved":
         settings.model = ModelConfig(name_or_path=runs.write_model(tmp_path), dtype="float32")
+    if start == "experts":  # of which the ranks choose different ones
+        settings.model.preset = ARCHITECTURES["mixtral"]
     assert two_ranks.run(invalidations, settings, True) == [0, 0]
 
 

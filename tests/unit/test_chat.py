@@ -231,9 +231,28 @@ def test_a_tool_call_inside_markers_is_learned_and_never_replaced() -> None:
     assert replaceable == start
 
 
+PLAIN_CALLS = """
+{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['reasoning_content'] or '') }}
+{{- (m['content'] or '') + (m['tool_calls'] | tojson if m['tool_calls'] else '') + '<|im_end|>\\n' }}{% endfor %}"""
+
+
 def test_tool_calls_without_markers_are_refused() -> None:
-    template = "{% for m in messages %}<|im_start|>{{ m['content'] or m['tool_calls'] | tojson }}<|im_end|>{% endfor %}"
-    assert "message 2: tool calls need a chat template with generation markers" in _refusal(template, CALLS)
+    expected = "line 7, message 2: tool_calls needs a chat template with generation markers"
+    assert expected in _refusal(PLAIN_CALLS, CALLS)
+    beside_text = [CALLS[0], CALLS[1] | {"content": "Let me see."}, *CALLS[2:]]
+    assert expected in _refusal(PLAIN_CALLS, beside_text)
+
+
+def test_reasoning_beside_the_content_is_refused_without_markers() -> None:
+    messages = [TWO_TURNS[0], TWO_TURNS[1] | {"reasoning_content": "I see three."}]
+    assert "message 2: reasoning_content needs a chat template with gen" in _refusal(PLAIN_CALLS, messages)
+
+
+def test_a_tool_call_in_a_turn_that_is_not_learned_needs_no_markers() -> None:
+    ids, turns = _encode(_chatml(PLAIN_CALLS), CALLS, "last")
+    assert [_chatml().decode(ids[start:end]) for start, _, end in turns] == ["It is 3.<|im_end|>"]
+    assert '[{"name": "add"' in _chatml().decode(ids)
+    assert _encode(_chatml(PLAIN_CALLS), CALLS, given=3) == (ids, turns)
 
 
 def test_markers_that_do_not_mark_every_turn_are_refused() -> None:

@@ -7,12 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from selfgen_ds.engine.head import LMHead, Reduction, draw, loss_sum, predict
+from selfgen_ds.engine.head import LMHead, LogitsForm, Reduction, draw, loss_sum, predict
 from selfgen_ds.methods import noise
 
 ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows: two chunks and a part of a third
 
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+FORM = pytest.mark.parametrize(
+    "form",
+    [LogitsForm(scale=0.3), LogitsForm(cap=1.5), LogitsForm(scale=3.0, cap=2.0)],
+    ids=["scale", "cap", "scale and cap"],
+)
 SMOOTHING = pytest.mark.parametrize("smoothing", [0.0, 0.1])
 
 
@@ -120,6 +125,53 @@ def test_the_gradients_in_bfloat16_are_right_to_its_precision(bias: bool, smooth
     expected = torch.autograd.grad(reference, [inputs, *exact.parameters()])
     for a, e in zip(actual, expected, strict=True):
         assert float((a.double() - e).norm() / e.norm()) < 2e-2
+
+
+def _full_logits(linear: nn.Linear, hidden: Tensor, form: LogitsForm) -> Tensor:
+    logits = linear(hidden) * form.scale
+    return logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
+
+
+@BIAS
+@SMOOTHING
+@FORM
+def test_the_loss_of_scaled_and_capped_logits_and_its_gradients(bias: bool, smoothing: float, form: LogitsForm) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
+    leaves = [hidden, *linear.parameters()]
+    logits = _full_logits(linear, hidden, form)
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    loss = LMHead(linear, form)(hidden, loss_sum(targets, smoothing))
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for a, e in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@BIAS
+@FORM
+def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: bool, form: LogitsForm) -> None:
+    linear, hidden = _linear(bias, torch.float32), torch.empty(0, WIDTH, requires_grad=True)
+    loss = LMHead(linear, form)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in linear.parameters())
+
+
+@BIAS
+@FORM
+def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, form: LogitsForm) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
+    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(ROWS))
+    with torch.no_grad():
+        logits = _full_logits(linear, hidden, form)
+        tokens = LMHead(linear, form)(hidden, draw(uniforms, 1.0, 1.0, 0))
+        best, log_probabilities = LMHead(linear, form)(hidden, predict(targets))
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    assert torch.equal(tokens, torch.searchsorted(cumulative, uniforms[:, None]).squeeze(1))
+    assert torch.equal(best, logits.argmax(-1))
+    expected = logits.log_softmax(-1)[torch.arange(ROWS), targets]
+    torch.testing.assert_close(log_probabilities.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def _draw_from(logits: list[float], uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -250,10 +302,11 @@ def _largest_allocation(work: Callable[[], object]) -> int:
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def test_the_logits_of_all_positions_never_exist_at_once() -> None:
+@pytest.mark.parametrize("form", [LogitsForm(), LogitsForm(scale=2.0, cap=3.0)], ids=["plain", "capped"])
+def test_the_logits_of_all_positions_never_exist_at_once(form: LogitsForm) -> None:
     rows, width, vocabulary = 2048, 32, 32_000
     logits_bytes = rows * vocabulary * 4
-    head = LMHead(nn.Linear(width, vocabulary, bias=False))
+    head = LMHead(nn.Linear(width, vocabulary, bias=False), form)
     hidden, targets = torch.randn(rows, width, requires_grad=True), torch.randint(vocabulary, (rows,))
     uniforms = noise.uniform(noise.DRAW, 0, torch.arange(rows))
 

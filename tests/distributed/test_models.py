@@ -1,0 +1,123 @@
+"""What is particular to some models, under ZeRO-3: larger tokenizers, folders in several files, experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from selfgen_ds.config import ModelConfig, Recipe, TrainConfig
+from selfgen_ds.engine import checkpoint, export
+from selfgen_ds.prepare import prepare
+from tests.architectures import ARCHITECTURES
+from tests.distributed import runs
+from tests.distributed.test_equivalence import assert_same_tensors, stored
+from tests.ranks import Ranks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    return tmp_path
+
+
+def saved(folder: Path, name: str, dtype: str = "float32", **changes: object) -> ModelConfig:
+    path = runs.write_model_of(folder, ARCHITECTURES[name] | changes)
+    return ModelConfig(name_or_path=path, tokenizer="byte", dtype=dtype)  # type: ignore[arg-type]
+
+
+def parameters_and_export(settings: Recipe) -> dict[str, torch.Tensor]:
+    """Parameters at the start; a model exported after two steps."""
+    run = prepare(settings, set())
+    parameters = {name: runs.whole(parameter) for name, parameter in run.engine.module.named_parameters()}
+    runs.steps(run, 2)
+    export.export_engine(run.engine, Path(settings.output_dir) / "model", run.tokenizer)
+    return parameters
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "phi"])
+def test_embeddings_grow_for_a_larger_tokenizer_alike_on_all_ranks(
+    two_ranks: Ranks, folder: Path, name: str, stage: int
+) -> None:
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    settings = runs.recipe(folder, deepspeed=str(folder / "ds.json"), model=saved(folder, name, vocab_size=200))
+    with pytest.raises(AssertionError, match=r"258 ids, .* embeddings for 200; model\.resize_embeddings=true"):
+        two_ranks.run(parameters_and_export, settings)
+    settings.model.resize_embeddings = True
+    one, other = two_ranks.run(parameters_and_export, settings)
+    assert_same_tensors(one, other)
+    old = dict(AutoModelForCausalLM.from_pretrained(settings.model.name_or_path).named_parameters())
+    assert one.keys() == old.keys()
+    grown = [n for n in one if one[n].shape != old[n].shape]
+    assert set(grown) == {n for n in old if len(old[n]) == 200}
+    for parameter in grown:
+        assert torch.equal(one[parameter][:200], old[parameter])
+        mean = old[parameter].mean(dim=0).expand_as(one[parameter][200:])
+        torch.testing.assert_close(one[parameter][200:], mean, rtol=1e-5, atol=1e-7)
+    exported = Path(settings.output_dir) / "model"
+    assert AutoConfig.from_pretrained(exported).vocab_size == 258
+    trained = AutoModelForCausalLM.from_pretrained(exported)
+    assert trained.get_input_embeddings().weight.shape[0] == trained.get_output_embeddings().weight.shape[0] == 258
+
+
+def export_in_small_shards(settings: Recipe) -> None:
+    """One step at a learning rate of 0, then an export and a checkpoint."""
+    run = prepare(settings, set())
+    runs.steps(run, 1)
+    folder = Path(settings.output_dir)
+    before, export.MAX_SHARD = export.MAX_SHARD, "30KB"
+    try:
+        export.export_engine(run.engine, folder / "engine", run.tokenizer)
+        checkpoint.save(run.engine, folder / "checkpoints", 1, 0, {}, run.tokenizer)
+    finally:
+        export.MAX_SHARD = before
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt2"])
+def test_a_folder_of_many_files_goes_out_as_it_came_in_in_bfloat16_too(
+    two_ranks: Ranks, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved(folder, name, "bfloat16")
+    source = Path(str(model.name_or_path))
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    (source / "model.safetensors").unlink()
+    plain.save_pretrained(source, max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 3
+    settings = runs.recipe(folder, model=model)
+    settings.optim.learning_rate = 0.0
+    two_ranks.run(export_in_small_shards, settings)
+    output = Path(settings.output_dir)
+    monkeypatch.setattr(export, "MAX_SHARD", "30KB")
+    export.export_checkpoint(output / "checkpoints" / "step-000001", output / "checkpoint")
+    for exported in ("engine", "checkpoint"):
+        path = output / exported
+        assert len(list(path.glob("*.safetensors"))) > 3
+        assert_same_tensors(stored(source), stored(path))
+        assert_same_tensors(
+            dict(plain.state_dict()),
+            dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()),
+        )
+
+
+def test_experts_are_trained_when_a_rank_has_run_out_of_rows(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path, count=9)  # 8 a step: the second step has one row, on rank 0
+    model = ModelConfig(preset=ARCHITECTURES["mixtral"], tokenizer="byte", dtype="float32")
+    settings = runs.recipe(
+        tmp_path, model=model, train=TrainConfig(epochs=1, micro_batch_size=2, gradient_accumulation_steps=2)
+    )
+    two_ranks.run(runs.run_training, settings, timeout=60.0)
+    first, second = runs.metrics(settings)
+    assert 1.0 < first["router_loss"] < 4.0  # of 2 experts of 4 a token; 2 when they are used alike
+    # a mean over 4 micro-batches, of which one has tokens
+    assert 0.25 < second["router_loss"] < 1.0
+    assert [row["dropped"] for row in (first, second)] == [0, 0]
+
+
+def test_a_dense_models_metrics_have_no_router_loss(two_ranks: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder, train=TrainConfig(max_steps=1, micro_batch_size=1))
+    two_ranks.run(runs.run_training, settings)
+    assert "router_loss" not in runs.metrics(settings)[0]

@@ -1,0 +1,202 @@
+"""Which models are taken, and what the extended forward gives: packed rows, router losses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import head, probe
+from selfgen_ds.engine.model import backbone, build_model, extend, model_config, most_positions
+from tests.architectures import ARCHITECTURES, attention
+
+
+def preset(**fields: Any) -> ModelConfig:
+    return ModelConfig(preset=fields, tokenizer="byte", dtype="float32")
+
+
+def test_a_preset_without_a_type_is_a_llama() -> None:
+    config = model_config(preset(hidden_size=64), byte_tokenizer())
+    assert (config.model_type, config.hidden_size, config.vocab_size) == ("llama", 64, 258)
+
+
+def test_a_preset_of_another_type_takes_that_types_fields_and_their_common_names() -> None:
+    config = model_config(preset(model_type="gpt2", n_embd=64, num_attention_heads=2), byte_tokenizer())
+    assert (config.model_type, config.hidden_size, config.n_head, config.vocab_size) == ("gpt2", 64, 2, 258)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"model_type": "lama"}, "model.preset: model_type: transformers knows no 'lama'"),
+        ({"n_embd": 64}, "model.preset: not fields of a llama configuration: n_embd"),
+        ({"model_type": "gpt2", "head_size": 8, "z": 1}, "not fields of a gpt2 configuration: head_size, z"),
+        ({"model_type": "gpt2", "n_embd": "wide"}, "model.preset: .*n_embd"),
+        ({"model_type": "bart"}, "model: expected a causal language model, got model type 'bart'"),
+        ({"model_type": "t5"}, "model: expected a causal language model, got model type 't5'"),
+        ({"model_type": "vit"}, "model: expected a causal language model, got model type 'vit'"),
+        ({"vocab_size": 200}, "258 ids, but the model has embeddings for 200; model.resize_embeddings=true adds"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_preset_that_cannot_be_trained_is_refused_in_one_line(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem) as error:
+        model_config(preset(**fields), byte_tokenizer())
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_fewer_ids_than_the_model_is_fine_and_decodes_ids_without_a_token() -> None:
+    tokenizer = byte_tokenizer()
+    assert model_config(preset(vocab_size=300), tokenizer).vocab_size == 300
+    assert tokenizer.decode([72, 299, 73], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({"model_type": "gpt2", "n_positions": 77}, 77),
+        ({"max_position_embeddings": 99}, 99),
+        ({"model_type": "bloom"}, None),
+    ],
+    ids=["gpt2", "llama", "bloom"],
+)
+def test_the_longest_row_is_the_configurations_limit_if_it_has_one(
+    fields: dict[str, Any], positions: int | None
+) -> None:
+    assert most_positions(model_config(preset(**fields), byte_tokenizer())) == positions
+
+
+def test_an_output_layer_that_is_not_linear_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"vocab_size": 50} | ARCHITECTURES["llama"]))
+    model.lm_head = nn.Identity()
+    with pytest.raises(InputError, match="model type 'llama' has no linear output layer"):
+        extend(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_embeddings_are_the_mean_of_the_old_ones(tmp_path: Path, tied: bool) -> None:
+    fields = ARCHITECTURES["llama"] | {"vocab_size": 50, "tie_word_embeddings": tied}
+    saved = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    saved.save_pretrained(tmp_path)
+    settings = ModelConfig(name_or_path=str(tmp_path), dtype="float32", resize_embeddings=True)
+    config = model_config(settings, byte_tokenizer())
+    model = build_model(settings, config, None, 258)
+    assert model.config.vocab_size == 258
+    for layer, old in (
+        (model.get_input_embeddings(), saved.get_input_embeddings()),
+        (model.get_output_embeddings(), saved.get_output_embeddings()),
+    ):
+        assert torch.equal(layer.weight[:50], old.weight)
+        torch.testing.assert_close(layer.weight[50:], old.weight.mean(dim=0).expand(208, -1))
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+
+
+LENGTHS = (9, 6)
+PACKABLE = [(name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if kind in ("eager", attention(name))]
+
+
+def extended(name: str, attn_implementation: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    fields = ARCHITECTURES[name] | {"vocab_size": 50, "pad_token_id": None, "initializer_range": 0.5}
+    config = AutoConfig.for_model(**fields)
+    settings = ModelConfig(preset=fields, attn_implementation=attn_implementation)  # type: ignore[arg-type]
+    form = probe.check(settings, config, packing=True)
+    return extend(AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation), form).train()
+
+
+def packed_row() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions of a loss in both samples, and position ids of one row with both."""
+    torch.manual_seed(1)
+    context = torch.randint(0, 50, (1, sum(LENGTHS)))
+    position_ids = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    return context, position_ids > 2, position_ids
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("name", "attn_implementation"), PACKABLE)
+def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
+    name: str, attn_implementation: str, checkpointing: bool
+) -> None:
+    model = extended(name, attn_implementation)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    context, positions, position_ids = packed_row()
+    parameters = list(model.parameters())
+
+    def loss_of(context: Tensor, positions: Tensor, position_ids: Tensor | None) -> Tensor:
+        reduction = head.loss_sum(context[positions], 0.1)
+        return model(context, positions=positions, reduction=reduction, position_ids=position_ids)
+
+    together = loss_of(context, positions, position_ids)
+    apart = sum(
+        loss_of(c, p, None) for c, p in zip(context.split(LENGTHS, 1), positions.split(LENGTHS, 1), strict=True)
+    )
+    naive = loss_of(context, positions, None)
+    assert isinstance(apart, Tensor)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+    assert abs(float(naive - apart)) > 1e-2, "the test could not see a leak"
+    for one, other in zip(
+        torch.autograd.grad(together, parameters), torch.autograd.grad(apart, parameters), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize(("name", "attn_implementation"), PACKABLE)
+def test_no_token_of_a_packed_row_sees_another_sample(name: str, attn_implementation: str) -> None:
+    model = extended(name, attn_implementation).eval()
+    context, _, position_ids = packed_row()
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        seen.append(output.requires_grad_())
+        return output
+
+    model.get_input_embeddings().register_forward_hook(keep)
+    for own, other in (
+        (slice(None, LENGTHS[0]), slice(LENGTHS[0], None)),
+        (slice(LENGTHS[0], None), slice(None, LENGTHS[0])),
+    ):
+        hidden = backbone(model, context, position_ids).last_hidden_state
+        [gradient] = torch.autograd.grad(hidden[0, own].square().sum(), seen[-1:])
+        assert gradient[0, own].abs().max() > 0
+        assert torch.count_nonzero(gradient[0, other]) == 0
+
+
+MIXTURES = [name for name, fields in ARCHITECTURES.items() if "router_aux_loss_coef" in fields]
+
+
+def router_loss(model: PreTrainedModel, context: Tensor, real: Tensor) -> Tensor:
+    none = torch.zeros_like(real)
+    reduction = head.loss_sum(context[none], 0.0)
+    loss, router = model(context, positions=none, reduction=reduction, routed=real)
+    assert loss == 0
+    return router
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_router_loss_counts_real_tokens_alone(name: str) -> None:
+    model = extended(name, "sdpa")
+    context, _, _ = packed_row()
+    padded = torch.cat([context, torch.full((1, 5), 7)], dim=1)
+    real = torch.arange(padded.shape[1])[None] < sum(LENGTHS)
+    gates = model.base_model(input_ids=context[:, :-1], output_router_logits=True).router_logits
+    expected = load_balancing_loss_func(gates, model.num_experts, model.num_experts_per_tok)
+    torch.testing.assert_close(router_loss(model, context, torch.ones_like(context, dtype=torch.bool)), expected)
+    torch.testing.assert_close(router_loss(model, padded, real), expected)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_router_loss_of_no_token_is_0_with_gradients_of_0(name: str) -> None:
+    model = extended(name, "sdpa")
+    context, _, _ = packed_row()
+    loss = router_loss(model, context, torch.zeros_like(context, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0.0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)

@@ -1,0 +1,217 @@
+"""The start check: what a model makes of its output layer, and which models it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.engine import probe
+from selfgen_ds.engine.head import LogitsForm
+from tests.architectures import ARCHITECTURES, attention
+
+
+def configuration(preset: dict[str, Any]) -> PretrainedConfig:
+    return AutoConfig.for_model(**{"vocab_size": 300, "pad_token_id": 1} | preset)
+
+
+def check(preset: dict[str, Any], packing: bool = False, attn_implementation: Any = "sdpa") -> LogitsForm:
+    return probe.check(
+        ModelConfig(preset=preset, attn_implementation=attn_implementation), configuration(preset), packing
+    )
+
+
+FORMS = {
+    "gemma2": LogitsForm(cap=3.0),
+    "gemma2, untied": LogitsForm(cap=3.0),
+    "cohere": LogitsForm(scale=0.25),
+    "granite": LogitsForm(scale=0.25),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_let_through_with_the_form_of_its_logits(name: str) -> None:
+    assert check(ARCHITECTURES[name], True, attention(name)) == FORMS.get(name, LogitsForm())
+
+
+LARGE: dict[str, tuple[dict[str, Any], LogitsForm]] = {
+    "Llama 3 8B": (
+        {
+            "model_type": "llama",
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        LogitsForm(),
+    ),
+    "Llama 3.1 70B": (
+        {
+            "model_type": "llama",
+            "vocab_size": 128_256,
+            "hidden_size": 8192,
+            "intermediate_size": 28_672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "max_position_embeddings": 131_072,
+        },
+        LogitsForm(),
+    ),
+    "Mixtral 8x7B": ({"model_type": "mixtral"}, LogitsForm()),
+    "Gemma 2 9B": (
+        {
+            "model_type": "gemma2",
+            "vocab_size": 256_000,
+            "hidden_size": 3584,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+        },
+        LogitsForm(cap=30.0),
+    ),
+    "Phi 3.5 mini, long rotary factors": (
+        {
+            "model_type": "phi3",
+            "max_position_embeddings": 131_072,
+            "original_max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+            },
+        },
+        LogitsForm(),
+    ),
+    "Gemma 3 4B, with its image tower": ({"model_type": "gemma3"}, LogitsForm()),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_model_is_tried_as_a_small_one(name: str) -> None:
+    preset, form = LARGE[name]
+    preset = {"pad_token_id": 0} | preset
+    settings = ModelConfig(preset=preset, attn_implementation="eager" if preset["model_type"] == "gemma2" else "sdpa")
+    assert probe.check(settings, AutoConfig.for_model(**preset), packing=True) == form
+
+
+OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {
+    "word_embed_proj_dim": 32
+}
+BLOOM = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
+
+@pytest.mark.parametrize("preset", [OPT, BLOOM, MAMBA], ids=lambda preset: preset["model_type"])
+def test_models_that_mix_packed_samples_are_refused_for_packing_alone(preset: dict[str, Any]) -> None:
+    attn_implementation = "sdpa" if preset is OPT else "eager"
+    assert check(preset, False, attn_implementation) == LogitsForm()
+    with pytest.raises(InputError, match=rf"data\.packing: model type '{preset['model_type']}' does not keep"):
+        check(preset, True, attn_implementation)
+
+
+def test_a_model_that_cannot_be_told_to_mix_samples_is_refused_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe must be able to fail: hidden states that do not depend on other tokens prove nothing."""
+    forward = LlamaModel.forward
+
+    def blind(self: LlamaModel, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        flat = forward(self, input_ids=input_ids.reshape(-1, 1), **kwargs)
+        flat.last_hidden_state = flat.last_hidden_state.reshape(*input_ids.shape, -1)
+        return flat
+
+    monkeypatch.setattr(LlamaModel, "forward", blind)
+    with pytest.raises(InputError, match="cannot be told"):
+        check(ARCHITECTURES["llama"], packing=True)
+
+
+def test_an_unknown_transform_of_the_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def shifted(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits + output.logits**2 / 100
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    with pytest.raises(InputError, match="model type 'llama' computes its logits in a way that is not known"):
+        check(ARCHITECTURES["llama"])
+
+
+@pytest.mark.parametrize("cap", [0.05, 30.0, 1000.0])
+def test_a_cap_that_the_configuration_has_and_the_model_does_not_apply_is_seen(
+    monkeypatch: pytest.MonkeyPatch, cap: float
+) -> None:
+    preset = ARCHITECTURES["gemma2"] | {"final_logit_softcapping": cap}
+    assert check(preset, attn_implementation="eager") == LogitsForm(cap=cap)
+    monkeypatch.setattr(Gemma2ForCausalLM, "forward", LlamaForCausalLM.forward)
+    assert check(preset, attn_implementation="eager") == LogitsForm()
+
+
+@pytest.mark.parametrize("logits_scaling", [0.01, 1.0, 13.0])
+def test_a_scale_of_any_size_is_seen(logits_scaling: float) -> None:
+    preset = ARCHITECTURES["granite"] | {"logits_scaling": logits_scaling}
+    assert check(preset).scale == pytest.approx(1 / logits_scaling)
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    preset = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    with pytest.raises(InputError, match="model type 'bert' is not causal"):
+        check(preset)
+
+
+def test_an_attention_kernel_that_the_model_lacks_is_named() -> None:
+    with pytest.raises(InputError, match=r"model\.attn_implementation: model type 'gemma2' has no sdpa"):
+        check(ARCHITECTURES["gemma2"])
+
+
+EXPERTS_WITHOUT_A_LOSS = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+
+
+def test_a_mixture_of_experts_without_a_router_loss_is_refused_unless_none_is_asked_for() -> None:
+    with pytest.raises(InputError, match=r"model type 'deepseek_v3' is a mixture .* router_aux_loss_coef: 0"):
+        check(EXPERTS_WITHOUT_A_LOSS)
+    assert check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.0}) == LogitsForm()
+    with pytest.raises(InputError, match="router loss cannot be computed"):
+        check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.1})
+
+
+def test_random_generators_are_left_as_they_were() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check(ARCHITECTURES["llama"])
+    assert torch.equal(torch.get_rng_state(), before)
