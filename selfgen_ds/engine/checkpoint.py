@@ -69,7 +69,7 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def required_bytes(parameters: int, dtype: str) -> int:
-    """Size of a checkpoint: the weights, and float32 master weights and two Adam moments."""
+    """Size of a checkpoint: the trained weights, and their float32 master weights and two Adam moments."""
     return parameters * ((4 if dtype == "float32" else 2) + 3 * 4)
 
 
@@ -86,7 +86,7 @@ def save(
     if rank == 0 and path.exists():
         _remove(path)  # left half-written by a run that was killed
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
     torch.save(_generator_states(engine.device), path / f"generators_rank_{rank}.pt")
     if rank == 0:
         engine.module.config.save_pretrained(path / HF_FOLDER)
@@ -131,7 +131,9 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> C
             continue
         if checkpoint.data != data:
             raise InputError(f"data.train: not the rows that {checkpoint.path} was trained on")
-        loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.path.name)
+        # frozen parameters are not in the file: they are where the model came from
+        whole = all(p.requires_grad for p in engine.module.parameters())
+        loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.path.name, load_module_strict=whole)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed did not load {checkpoint.path}")
         _restore_generators(torch.load(checkpoint.path / f"generators_rank_{rank}.pt"), engine.device)

@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.config import InputError, LoraConfig, ModelConfig
+from selfgen_ds.engine import lora
 from selfgen_ds.engine.head import LMHead, Reduction
 
 
@@ -46,7 +47,8 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
             raise InputError(f"model.preset: not fields of a Llama configuration: {', '.join(sorted(unknown))}")
     else:
         try:
-            config = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+            name = lora.base_of(model.name_or_path)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
@@ -66,17 +68,21 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
     return config
 
 
-def parameter_count(config: PretrainedConfig) -> int:
-    """Parameters of the model that a configuration describes; nothing is allocated.
+def parameter_count(config: PretrainedConfig, adapter: LoraConfig | None = None) -> int:
+    """Trained parameters of the model that a configuration describes; nothing is allocated.
 
     Raises:
-        InputError: There is no such model.
+        InputError: There is no such model, or the adapter does not fit it.
     """
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # torch's and transformers' types differ by what is wrong
         raise InputError(f"model: cannot be built: {' '.join(str(error).split())}") from error
+    if adapter is not None:
+        with torch.device("meta"):
+            lora.add_adapter(model, adapter, "")
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def build_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:

@@ -128,14 +128,14 @@ def test_training_equals_plain_torch(two_ranks: Ranks, folder: Path, optim: Opti
 
 
 def plain_training(
-    settings: Recipe, contexts: dict[tuple[int, int], list[int]], steps: int
+    settings: Recipe, contexts: dict[tuple[int, int], list[int]], steps: int, model: torch.nn.Module | None = None
 ) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor]]:
     """The same steps without DeepSpeed, row by row with full logits: no ZeRO, no accumulation, no masks.
 
     Losses, learning rates and gradient norms by step, and the parameters at the end.
     """
     rows = tokenize(read_rows(settings.data.train, "train", "prompt", "completion"), byte_tokenizer(), "", 128).rows
-    model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
+    model = model or LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
     optim = settings.optim
     optimizer = torch.optim.AdamW(
         [
