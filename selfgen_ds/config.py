@@ -295,7 +295,9 @@ def problems(recipe: Recipe) -> list[str]:
     if model.name_or_path is not None:
         found += model_folder_problems("model.name_or_path", model.name_or_path)
         if (Path(model.name_or_path) / "adapter_config.json").is_file():
-            found.append(f"model.name_or_path: {model.name_or_path!r} is an adapter; train a model that it is merged into")
+            found.append(
+                f"model.name_or_path: {model.name_or_path!r} is an adapter; train a model that it is merged into"
+            )
     if model.lora is not None:
         setting = "model.name_or_path, since checkpoints hold the adapters alone"
         check(model.name_or_path is not None, "model.lora", asdict(model.lora), setting)

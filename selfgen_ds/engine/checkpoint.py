@@ -1,9 +1,9 @@
 """Checkpoints that count only when they are complete.
 
-`checkpoints/step-000100/` holds DeepSpeed's files, one file of generator states a rank, the model's Hugging Face
-configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`: the step, a checksum of
-the training data, the evaluation metrics of that step, and size and CRC-32 of every file by the rank that wrote
-it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor counted.
+`checkpoints/step-000100/` holds DeepSpeed's files (without frozen parameters), one file of generator states a rank,
+the model's Hugging Face configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`:
+the step, a checksum of the training data, the evaluation metrics of that step, and size and CRC-32 of every file by
+the rank that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError
-from selfgen_ds.files import write_atomically
+from selfgen_ds.config import InputError, LoraConfig, ModelConfig
+from selfgen_ds.files import absolute_folder, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
 MARKER = "complete.json"
 BROKEN = "broken.json"
 HF_FOLDER = "huggingface"
+_ADAPTED = "adapted_model.json"
 
 # No checkpoint is unpickled as code: torch refuses everything but tensors, plain containers and these classes,
 # which DeepSpeed keeps in its files; it passes `weights_only=False` itself, which this overrides.
@@ -80,8 +81,12 @@ def save(
     data: int,
     metrics: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
 ) -> None:
-    """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched."""
+    """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched.
+
+    Of a model with adapters it holds the adapters, and where the model is.
+    """
     rank, path = dist.get_rank(), folder / f"step-{step:06d}"
     if rank == 0 and path.exists():
         _remove(path)  # left half-written by a run that was killed
@@ -92,6 +97,9 @@ def save(
         engine.module.config.save_pretrained(path / HF_FOLDER)
         engine.module.generation_config.save_pretrained(path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
+        if model.lora is not None and model.name_or_path is not None:
+            located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
+            (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _writer(f.name, dist.get_world_size()) == rank]
@@ -143,6 +151,14 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> C
     if damaged:
         raise InputError(f"resume: every checkpoint is broken, the newest is {damaged[-1]}")
     return None
+
+
+def adapted_model(path: Path) -> ModelConfig | None:
+    """The model that a checkpoint's adapters belong to, its folder's path absolute; None if it holds a whole model."""
+    if not (path / _ADAPTED).exists():
+        return None
+    settings = json.loads((path / _ADAPTED).read_text(encoding="utf-8"))
+    return ModelConfig(**settings | {"lora": LoraConfig(**settings["lora"])})
 
 
 def broken_files(checkpoint: Checkpoint, rank: int) -> list[str]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from selfgen_ds.config import InputError, LoraConfig
+from selfgen_ds.files import absolute_folder
 
 _ADAPTER = "default"  # peft's name for the only one
 
@@ -42,7 +43,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
-        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+        base_model_name_or_path=absolute_folder(base),
         task_type=peft.TaskType.CAUSAL_LM,
     )
     try:
