@@ -3,7 +3,8 @@
 `checkpoints/step-000100/` holds DeepSpeed's files (without frozen parameters), one file of generator states a rank,
 the model's Hugging Face configuration and tokenizer, and, written last by rank 0 after a barrier, `complete.json`:
 the step, a checksum of the training data, the evaluation metrics of that step, and size and CRC-32 of every file by
-the rank that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor counted.
+the rank that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded
+nor counted.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
     )
     try:
         peft.inject_adapter_in_model(config, model, _ADAPTER)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise InputError(f"model.lora.target_modules: {' '.join(str(error).split())}") from error
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
@@ -59,8 +60,6 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
         for target in lora.target_modules:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
                 raise InputError(f"model.lora.target_modules: the model has no linear layer {target!r}")
-    # Else nothing that goes into the first layer has a gradient, and ZeRO-3 never hears that its backward is over.
-    model.enable_input_require_grads()
     model.register_state_dict_post_hook(_drop_frozen)
 
 
