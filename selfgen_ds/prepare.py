@@ -133,7 +133,12 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             engine.module,
             end_token=tokenizer.eos_token_id,
             sampling=Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k),
-            budget=sweep_budget(engine.module.config, recipe.train.activation_checkpointing, _prefetched(engine)),
+            budget=sweep_budget(
+                engine.module.config,
+                recipe.train.activation_checkpointing,
+                _prefetched(engine),
+                adapted=recipe.model.lora is not None,
+            ),
         ),
         method=METHODS[selfgen.method](selfgen, recipe.seed, total_steps),
         windows=windows,

@@ -58,19 +58,24 @@ class SweepBudget:
         return max(fitting, micro_batch_tokens)
 
 
-def sweep_budget(config: PretrainedConfig, activation_checkpointing: bool, prefetched: int) -> SweepBudget:
+def sweep_budget(
+    config: PretrainedConfig, activation_checkpointing: bool, prefetched: int, adapted: bool = False
+) -> SweepBudget:
     """The budget of a Llama.
 
     Args:
         prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
+        adapted: Whether adapters are trained. A layer's forward then also holds the adapter's output beside its own,
+            and a frozen layer without one does not save its input.
     """
     if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
         return SweepBudget(forward=1, training=1, prefetched=0)
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    saved = 4 * inner + 10 * hidden
+    saved = (3 * inner + 9 * hidden) if adapted else (4 * inner + 10 * hidden)
     backward = 2 * inner + 2 * hidden
     kept = layers * hidden + saved if activation_checkpointing else layers * saved
-    return SweepBudget(forward=max(3 * inner + 4 * hidden, 8 * hidden), training=kept + backward, prefetched=prefetched)
+    forward = max(4 * inner + 4 * hidden, 10 * hidden) if adapted else max(3 * inner + 4 * hidden, 8 * hidden)
+    return SweepBudget(forward=forward, training=kept + backward, prefetched=prefetched)
 
 
 class EnginePolicy:

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 
-from selfgen_ds.config import EvaluateOptions, InputError, LoraConfig, ModelConfig, Recipe
+from selfgen_ds.config import EvaluateOptions, InputError, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import export, head
@@ -23,6 +23,7 @@ from selfgen_ds.evaluation import evaluate, scores
 from selfgen_ds.prepare import prepare
 from tests.distributed import runs
 from tests.distributed.test_equivalence import plain_training
+from tests.distributed.test_memory import sweep_and_step_peaks
 from tests.distributed.test_trace import watch
 from tests.ranks import Ranks
 
@@ -160,6 +161,22 @@ def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, chec
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], found[0])
     assert not torch.equal(drawn[0], found[1])
+
+
+@pytest.mark.parametrize(("checkpointing", "targets", "groups"), [(True, "all-linear", 6), (False, ["q_proj"], 4)])
+def test_the_pass_stays_under_the_training_steps_peak(
+    one_rank: Ranks, folder: Path, checkpointing: bool, targets: str | list[str], groups: int
+) -> None:
+    runs.write_model(folder, hidden_size=128, intermediate_size=384, num_hidden_layers=2)
+    (folder / "model").rename(folder / "base")
+    settings = adapting(folder, LoraConfig(target_modules=targets), deepspeed=with_stage(folder, 3))
+    settings.train = TrainConfig(
+        max_steps=4, micro_batch_size=8, gradient_accumulation_steps=8, activation_checkpointing=checkpointing
+    )
+    settings.selfgen = SelfgenConfig(replace_probability=0.9)
+    sweep, step, used = one_rank.run(sweep_and_step_peaks, settings)[0]
+    assert sweep <= step
+    assert used == groups
 
 
 def repeated(settings: Recipe) -> tuple[list[torch.Tensor], list[float]]:
