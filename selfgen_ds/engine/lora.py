@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -102,7 +103,7 @@ def merge(layer: Linear, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     product = b.float() @ a.float()
     if layer.fan_in_fan_out:
         product = product.T
-    return weight.float().add_(product, alpha=layer.scaling[_ADAPTER]).to(weight.dtype)
+    return torch.add(weight.float(), product, alpha=layer.scaling[_ADAPTER]).to(weight.dtype)
 
 
 def save_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
