@@ -20,6 +20,22 @@ class InputError(Exception):
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters of a frozen model, through `peft`; the names are `peft`'s."""
+
+    r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: int = 8
+    """The adapters' product is scaled by `lora_alpha / r`."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters, in training steps alone."""
+    target_modules: str | list[str] = "all-linear"
+    """Linear layers to adapt: the ends of their names, a regular expression, or all but the LM head."""
+    export: Literal["merged", "adapter"] = "merged"
+    """What is exported: a whole model with the adapters added to its weights, or `peft`'s adapter folder."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The model: a Hugging Face folder or hub id, or a preset trained from scratch."""
 
@@ -39,6 +55,8 @@ class ModelConfig:
     """Add embeddings for the ids of a tokenizer that has more than the model; otherwise it is refused."""
     trust_remote_code: bool = False
     """Allow code that a hub repository ships to run."""
+    lora: LoraConfig | None = None
+    """Freeze `name_or_path` and train adapters; checkpoints then hold the adapters alone. Default: train all of it."""
 
 
 @dataclass(kw_only=True)
@@ -317,6 +335,17 @@ def problems(recipe: Recipe) -> list[str]:
             check(False, f"eval.{name}", getattr(recipe.eval, name), "data.eval to be given as well")
     if model.name_or_path is not None:
         found += model_folder_problems("model.name_or_path", model.name_or_path)
+        if (Path(model.name_or_path) / "adapter_config.json").is_file():
+            found.append(
+                f"model.name_or_path: {model.name_or_path!r} is an adapter; train a model that it is merged into"
+            )
+    if model.lora is not None:
+        setting = "model.name_or_path, since checkpoints hold the adapters alone"
+        check(model.name_or_path is not None, "model.lora", asdict(model.lora), setting)
+        at_least(1, "model.lora.r", "model.lora.lora_alpha")
+        check(not model.resize_embeddings, "model.resize_embeddings", True, "false with model.lora, which freezes them")
+        dropout = model.lora.lora_dropout
+        check(0 <= dropout < 1, "model.lora.lora_dropout", dropout, "a number in [0, 1)")
     return found
 
 

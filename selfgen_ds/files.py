@@ -28,6 +28,11 @@ def make_folder(path: Path, setting: str) -> None:
         raise InputError(f"{setting}: {path} cannot be written to: {error.strerror}") from error
 
 
+def absolute_folder(name: str) -> str:
+    """The absolute path of a model's folder; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def lock(folder: Path, setting: str) -> IO[str]:
     """Keep other processes from writing to a folder, until the returned file is closed or this process ends.
 

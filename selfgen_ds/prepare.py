@@ -22,15 +22,24 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from selfgen_ds.config import InputError, Recipe, SelfgenConfig, Sources, problems, sources, to_yaml
+from selfgen_ds.config import (
+    DataConfig,
+    InputError,
+    Recipe,
+    SelfgenConfig,
+    Sources,
+    problems,
+    sources,
+    to_yaml,
+)
 from selfgen_ds.data.batches import Windows
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, take
 from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import checkpoint, ds_config, launch, probe
-from selfgen_ds.engine.model import build_model, model_config, most_positions, parameter_count, vocabulary
+from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
+from selfgen_ds.engine.model import build_model, model_config, most_positions, trained_parameter_count, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
@@ -110,6 +119,9 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     set_seed(recipe.seed)
     with _together():
         model = build_model(recipe.model, config, form, vocabulary(tokenizer))
+        if recipe.model.lora is not None:
+            set_seed(recipe.seed)
+            lora.add_adapter(model, recipe.model.lora, str(recipe.model.name_or_path))
     set_seed(recipe.seed + dist.get_rank())
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -144,6 +156,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 recipe.train.activation_checkpointing,
                 _prefetched(engine),
                 recipe.data.max_length if recipe.data.packing else None,
+                adapted=recipe.model.lora is not None,
             ),
         ),
         method=METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps),
@@ -287,7 +300,7 @@ def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
         raise InputError("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
-    need = checkpoint.required_bytes(parameter_count(recipe.model, config), recipe.model.dtype)
+    need = checkpoint.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)
     room = f"a checkpoint takes {need / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free"
     if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
         raise InputError(f"output_dir: {room}")
@@ -317,7 +330,10 @@ def _check_output(recipe: Recipe, json_config: dict[str, Any], folder: Path) -> 
     if recipe.resume is None:
         raise InputError(f"output_dir: {folder} holds a run already; continue it with --resume auto")
     try:
-        before = _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
+        # a setting that an older version did not write was at what is its default now
+        unset = Recipe(output_dir="", deepspeed="", data=DataConfig(train=""))
+        defaults = _flat(yaml.safe_load(to_yaml(unset)))
+        before = defaults | _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError) as error:
         raise InputError(f"{written}: not a run's recipe") from error
     now = _flat(yaml.safe_load(to_yaml(recipe)))

@@ -62,7 +62,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             gc.collect()
     gc.enable()
     journal.close()
-    export_engine(run.engine, folder / "model", run.tokenizer)
+    export_engine(run.engine, folder / "model", run.tokenizer, recipe.model.lora)
     log.info("done; the model is in %s", folder / "model")
 
 
@@ -115,6 +115,6 @@ def _is_best(folder: Path, scores: dict[str, float], metric: str) -> bool:
 
 def _save(run: Run, folder: Path, step: int, scores: dict[str, float], recipe: Recipe) -> None:
     checkpoints = folder / "checkpoints"
-    checkpoint.save(run.engine, checkpoints, step, run.data, scores, run.tokenizer)
+    checkpoint.save(run.engine, checkpoints, step, run.data, scores, run.tokenizer, recipe.model)
     if dist.get_rank() == 0:
         checkpoint.retain(checkpoints, recipe.checkpoint.keep, recipe.eval.best)

@@ -1,10 +1,10 @@
 """Checkpoints that count only when they are complete.
 
-`checkpoints/step-000100/` holds DeepSpeed's files, one file of generator states a rank, the model's Hugging Face
-configuration, tokenizer and list of tensors, and, written last by rank 0 after a barrier, `complete.json`: the step,
-a checksum of the training data, the evaluation metrics of that step, and size and CRC-32 of every file by the rank
-that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is neither loaded nor
-counted.
+`checkpoints/step-000100/` holds DeepSpeed's files (without frozen parameters), one file of generator states a rank,
+the model's Hugging Face configuration, tokenizer and list of tensors, and, written last by rank 0 after a barrier,
+`complete.json`: the step, a checksum of the training data, the evaluation metrics of that step, and size and CRC-32 of
+every file by the rank that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is
+neither loaded nor counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError
+from selfgen_ds.config import InputError, LoraConfig, ModelConfig
 from selfgen_ds.engine.content import Content
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import absolute_folder, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
 MARKER = "complete.json"
 BROKEN = "broken.json"
 HF_FOLDER = "huggingface"
+_ADAPTED = "adapted_model.json"
 
 # No checkpoint is unpickled as code: torch refuses everything but tensors, plain containers and these classes,
 # which DeepSpeed keeps in its files; it passes `weights_only=False` itself, which this overrides.
@@ -71,7 +72,7 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def required_bytes(parameters: int, dtype: str) -> int:
-    """Size of a checkpoint: the weights, and float32 master weights and two Adam moments."""
+    """Size of a checkpoint: the trained weights, and their float32 master weights and two Adam moments."""
     return parameters * ((4 if dtype == "float32" else 2) + 3 * 4)
 
 
@@ -82,19 +83,26 @@ def save(
     data: int,
     metrics: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
 ) -> None:
-    """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched."""
+    """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched.
+
+    Of a model with adapters it holds the adapters, and where the model is.
+    """
     rank, path = dist.get_rank(), folder / f"step-{step:06d}"
     if rank == 0 and path.exists():
         _remove(path)  # left half-written by a run that was killed
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
     torch.save(_generator_states(engine.device), path / f"generators_rank_{rank}.pt")
     if rank == 0:
         engine.module.config.save_pretrained(path / HF_FOLDER)
         engine.module.generation_config.save_pretrained(path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
         Content.of(engine.module).write(path)
+        if model.lora is not None and model.name_or_path is not None:
+            located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
+            (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _writer(f.name, dist.get_world_size()) == rank]
@@ -134,7 +142,9 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> C
             continue
         if checkpoint.data != data:
             raise InputError(f"data.train: not the rows that {checkpoint.path} was trained on")
-        loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.path.name)
+        # frozen parameters are not in the file: they are where the model came from
+        whole = all(p.requires_grad for p in engine.module.parameters())
+        loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.path.name, load_module_strict=whole)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed did not load {checkpoint.path}")
         _restore_generators(torch.load(checkpoint.path / f"generators_rank_{rank}.pt"), engine.device)
@@ -144,6 +154,14 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> C
     if damaged:
         raise InputError(f"resume: every checkpoint is broken, the newest is {damaged[-1]}")
     return None
+
+
+def adapted_model(path: Path) -> ModelConfig | None:
+    """The model that a checkpoint's adapters belong to, its folder's path absolute; None if it holds a whole model."""
+    if not (path / _ADAPTED).exists():
+        return None
+    settings = json.loads((path / _ADAPTED).read_text(encoding="utf-8"))
+    return ModelConfig(**settings | {"lora": LoraConfig(**settings["lora"])})
 
 
 def broken_files(checkpoint: Checkpoint, rank: int) -> list[str]:

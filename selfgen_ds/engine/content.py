@@ -23,6 +23,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from selfgen_ds.engine import lora
+
 _FILE = "tensors.json"
 _HF_FOLDER = "huggingface"
 
@@ -50,14 +52,12 @@ class Content:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Content:
         """Of a model whose parameters may be partitioned."""
-        state = model.state_dict().keys() - set(model._keys_to_ignore_on_save or [])
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:
             conversions = _default_conversions(model)
         return cls(
             # a partitioned parameter is empty; `ds_shape` is its real shape
-            tensors={n: (getattr(t, "ds_shape", t.shape), t.dtype) for n, t in tensors.items() if n in state},
+            tensors={n: (getattr(t, "ds_shape", t.shape), t.dtype) for n, t in plain_tensors(model).items()},
             conversions=conversions,
             config=model.config,
         )
@@ -110,6 +110,15 @@ class Content:
         return revert_weight_conversion(
             SimpleNamespace(_weight_conversions=self.conversions, config=self.config), tensors
         )
+
+
+def plain_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is stored of a model, tied tensors once, under the names that they have without adapters."""
+    persistent = model.state_dict().keys()
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
+    ignored = model._keys_to_ignore_on_save or ()
+    plain = lora.without_adapters(tensors, lora.adapted_layers(model))
+    return {name: tensor for name, tensor in plain.items() if name not in ignored}
 
 
 def _default_conversions(model: PreTrainedModel) -> list[WeightTransform]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -19,28 +20,37 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError
-from selfgen_ds.engine import checkpoint
-from selfgen_ds.engine.content import Content
+from selfgen_ds.config import InputError, LoraConfig, ModelConfig
+from selfgen_ds.engine import checkpoint, lora
+from selfgen_ds.engine.content import Content, plain_tensors
+from selfgen_ds.engine.model import build_model, from_config
 from selfgen_ds.files import make_folder
 
 MAX_SHARD = "5GB"
 
 
-def export_engine(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the engine's model; parameters are gathered one by one. Collective."""
-    model = engine.module
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    writes = dist.get_rank() == 0
+def export_engine(
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: LoraConfig | None = None,
+) -> None:
+    """Write the engine's model, or its adapter alone; parameters are gathered one by one. Collective."""
+    model, writes = engine.module, dist.get_rank() == 0
     with _replacing(folder, writes) as partial:
-        content = Content.of(model)
-        _write_shards(content, lambda name: _gather(tensors[name]), partial, writes)
+        if adapter is not None and adapter.export == "adapter":
+            trained = {name: _gather(p, writes) for name, p in model.named_parameters() if p.requires_grad}
+            if writes:
+                lora.save_adapter(model, {n: t for n, t in trained.items() if t is not None}, partial)
+        else:
+            _write_model(model, partial, writes)
+            if writes:
+                model.config.architectures = [type(model).__name__]
+                model.config.save_pretrained(partial)
+                model.generation_config.save_pretrained(partial)
         if writes:
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(partial)
-            model.generation_config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     dist.barrier()
 
@@ -49,7 +59,8 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     """Write the model of a complete checkpoint, in one process and without a process group.
 
     Raises:
-        InputError: `path` is no complete checkpoint or not as it was written, or `folder` exists.
+        InputError: `path` is no complete checkpoint or not as it was written, `folder` exists, or the model that an
+            adapter was trained on is gone.
     """
     found = next((c for c in checkpoint.complete_checkpoints(path.parent) if c.path == path), None)
     if found is None:
@@ -58,16 +69,50 @@ def export_checkpoint(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
     if folder.exists():
         raise InputError(f"{folder}: exists already")
+    tensors = _saved_tensors(path)
+    if (source := checkpoint.adapted_model(path)) is not None:
+        _export_adapted(path, folder, tensors, source)
+        return
     content = Content.read(path)
+    with _replacing(folder, writes=True) as partial:
+        _write_shards(content, lambda name: tensors[name].contiguous(), partial, writes=True)
+        shutil.copytree(path / checkpoint.HF_FOLDER, partial, dirs_exist_ok=True)
+
+
+def _saved_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint's files; some are read when they are used."""
     whole = path / "mp_rank_00_model_states.pt"
     if whole.exists() and not list(path.glob("*_optim_states.pt")):  # stage 0: nothing is sharded
         tensors = torch.load(whole, mmap=True)["module"]
     else:
         with redirect_stdout(StringIO()):  # DeepSpeed prints its progress through the files
             tensors = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
+    return tensors
+
+
+def _export_adapted(path: Path, folder: Path, tensors: dict[str, Tensor], source: ModelConfig) -> None:
+    """Write what the run asked for, of a checkpoint of adapters: these alone, or the model with them added."""
+    assert source.lora is not None
+    assert source.name_or_path is not None
+    config = AutoConfig.from_pretrained(path / checkpoint.HF_FOLDER, trust_remote_code=source.trust_remote_code)
+    if merged := source.lora.export == "merged":
+        lora.check_base(str(path), source.name_or_path)
+        model = build_model(replace(source, attn_implementation="eager"), config)  # which needs no device
+    else:
+        with torch.device("meta"):
+            model = from_config(source, config)
+    lora.add_adapter(model, source.lora, source.name_or_path)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapters = {name: tensors[name].contiguous().to(config.dtype) for name in trained}
     with _replacing(folder, writes=True) as partial:
-        _write_shards(content, lambda name: tensors[name].contiguous(), partial, writes=True)
-        shutil.copytree(path / checkpoint.HF_FOLDER, partial, dirs_exist_ok=True)
+        if merged:
+            model.load_state_dict(adapters, strict=False)
+            _write_model(model, partial, writes=True)
+        else:
+            lora.save_adapter(model, adapters, partial)
+        # with a model's configuration in it, the adapter's folder would be taken for a whole model
+        skipped = shutil.ignore_patterns(*(() if merged else ("config.json", "generation_config.json")))
+        shutil.copytree(path / checkpoint.HF_FOLDER, partial, dirs_exist_ok=True, ignore=skipped)
 
 
 @contextmanager
@@ -81,6 +126,20 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
     if writes:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+
+def _write_model(model: PreTrainedModel, folder: Path, writes: bool) -> None:
+    """The weights of a model, with its adapters added. Collective if it is partitioned."""
+    layers, tensors = lora.adapted_layers(model), plain_tensors(model)
+
+    def fetch(name: str) -> Tensor | None:
+        wanted = (tensors[name], *(lora.factors_of(layers[name]) if name in layers else ()))
+        parts = [part for tensor in wanted if (part := _gather(tensor, writes)) is not None]
+        if not parts:
+            return None
+        return lora.merge(layers[name], *parts) if name in layers else parts[0]
+
+    _write_shards(Content.of(model), fetch, folder, writes)
 
 
 def _write_shards(content: Content, fetch: Callable[[str], Tensor | None], folder: Path, writes: bool) -> None:
@@ -113,7 +172,7 @@ def _write_shards(content: Content, fetch: Callable[[str], Tensor | None], folde
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _gather(tensor: Tensor) -> Tensor | None:
-    """The whole tensor, on the host, on rank 0; None elsewhere. Collective."""
-    with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-        return tensor.detach().cpu().clone() if dist.get_rank() == 0 else None
+def _gather(tensor: Tensor, writes: bool) -> Tensor | None:
+    """The whole tensor, on the host, on the rank that writes; None elsewhere. Collective if it is partitioned."""
+    with deepspeed.zero.GatheredParameters([tensor]) if hasattr(tensor, "ds_id") else nullcontext():
+        return tensor.detach().cpu().clone() if writes else None

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.engine import lora
 from selfgen_ds.engine.head import LMHead, LogitsForm, Reduction
 
 
@@ -70,7 +71,8 @@ def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 def _saved_config(model: ModelConfig) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+        name = lora.base_of(str(model.name_or_path))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
@@ -118,10 +120,26 @@ def parameter_count(model: ModelConfig, config: PretrainedConfig) -> int:
     Raises:
         InputError: There is no such model.
     """
+    return sum(p.numel() for p in _without_data(model, config).parameters())
+
+
+def trained_parameter_count(model: ModelConfig, config: PretrainedConfig) -> int:
+    """Those that are not frozen.
+
+    Raises:
+        InputError: There is no such model, or the adapter does not fit it.
+    """
+    built = _without_data(model, config)
+    if model.lora is not None:
+        with torch.device("meta"):
+            lora.add_adapter(built, model.lora, "")
+    return sum(p.numel() for p in built.parameters() if p.requires_grad)
+
+
+def _without_data(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            built = from_config(model, config, attn_implementation=model.attn_implementation)
-            return sum(p.numel() for p in built.parameters())
+            return from_config(model, config, attn_implementation=model.attn_implementation)
     except Exception as error:  # torch's and transformers' types differ by what is wrong
         if "attention implementation" in str(error):
             raise InputError(

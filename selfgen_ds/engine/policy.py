@@ -59,13 +59,19 @@ class SweepBudget:
 
 
 def sweep_budget(
-    config: PretrainedConfig, activation_checkpointing: bool, prefetched: int, packed_length: int | None = None
+    config: PretrainedConfig,
+    activation_checkpointing: bool,
+    prefetched: int,
+    packed_length: int | None = None,
+    adapted: bool = False,
 ) -> SweepBudget:
     """The budget of a transformer.
 
     Args:
         prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
         packed_length: Tokens of a packed row, which has a mask of all its pairs of tokens; None without packing.
+        adapted: Whether adapters are trained. A layer's forward then also holds the adapter's output beside its own,
+            and a frozen layer without one does not save its input.
     """
     if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
         return SweepBudget(forward=1, training=1, prefetched=0)
@@ -77,9 +83,12 @@ def sweep_budget(
     inner, experts = _inner_width(text)
     copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
     saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
+    forward = max(3 * inner + 4 * hidden + 2 * copies, 2 * hidden + 6 * width)
+    if adapted:
+        saved -= inner + hidden
+        forward = max(4 * inner + 4 * hidden + 2 * copies, 2 * hidden + 8 * width)
     backward = 2 * inner + 2 * hidden + copies
     kept = layers * hidden + saved if activation_checkpointing else layers * saved
-    forward = max(3 * inner + 4 * hidden + 2 * copies, 2 * hidden + 6 * width)
     mask = 0
     if packed_length is not None and "flash" not in config._attn_implementation:
         # a boolean mask for each kind of attention, and its copy in the type of the scores

@@ -27,13 +27,14 @@ def initialize(
     # a partitioned parameter is empty; `ds_shape` is its real shape
     matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     warmup_steps = round(optim.warmup_ratio * total_steps)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=[
-            {"params": matrices, "weight_decay": optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        model_parameters=[group for group in groups if group["params"]],  # adapters have no vectors
         lr_scheduler=lambda optimizer: get_scheduler(
             _SCHEDULES[optim.schedule],
             optimizer,

@@ -17,7 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfgen_ds.config import CheckpointConfig, EvalConfig, InputError, ModelConfig, Recipe, TrainConfig, to_yaml
+from selfgen_ds.config import (
+    CheckpointConfig,
+    EvalConfig,
+    InputError,
+    LoraConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    to_yaml,
+)
 from selfgen_ds.engine import checkpoint, export
 from tests.distributed import runs
 from tests.ranks import Ranks, deepspeed
@@ -37,10 +46,18 @@ def names(settings: Recipe) -> list[str]:
     return [c.path.name for c in checkpoint.complete_checkpoints(Path(settings.output_dir) / "checkpoints")]
 
 
-def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(two_ranks: Ranks, folder: Path) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(
+    two_ranks: Ranks, folder: Path, adapted: bool
+) -> None:
     long = TrainConfig(max_steps=60, micro_batch_size=2, gradient_accumulation_steps=2)
     settings = runs.recipe(folder, train=long, checkpoint=CheckpointConfig(every=4))
-    settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # torch's generators matter too
+    if adapted:
+        base = runs.write_model(folder, attention_dropout=0.1)
+        lora = LoraConfig(r=4, lora_dropout=0.1)
+        settings.model = ModelConfig(name_or_path=base, dtype="float32", lora=lora)
+    else:
+        settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # torch's generators matter too
     settings.data.eval, settings.eval = settings.data.train, EvalConfig(every=10, max_samples=4)
     two_ranks.run(runs.run_training, settings)
     whole = weights(settings)

@@ -139,14 +139,17 @@ def test_training_equals_plain_torch(two_ranks: Ranks, folder: Path, optim: Opti
 
 
 def plain_training(
-    settings: Recipe, contexts: dict[tuple[int, int], list[int]], steps: int
+    settings: Recipe,
+    contexts: dict[tuple[int, int], list[int]],
+    steps: int,
+    model: PreTrainedModel | None = None,
 ) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor], list[float]]:
     """The same steps without DeepSpeed, row by row with full logits: no ZeRO, no accumulation, no masks.
 
     Losses, learning rates and gradient norms by step, the parameters at the end, and router losses by step.
     """
     samples = samples_of(settings)
-    model = plain_model(settings)
+    model = model or plain_model(settings)
     router_loss_of: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     optim = settings.optim
     optimizer = torch.optim.AdamW(
@@ -228,7 +231,7 @@ def train_and_export(settings: Recipe, number: int) -> tuple[list[StepResult], d
     folder = Path(settings.output_dir)
     export_engine(run.engine, folder / "untrained", run.tokenizer)
     results = runs.steps(run, number)
-    checkpoint.save(run.engine, folder / "checkpoints", number, 0, {}, run.tokenizer)
+    checkpoint.save(run.engine, folder / "checkpoints", number, 0, {}, run.tokenizer, settings.model)
     export_engine(run.engine, folder / "trained", run.tokenizer)
     return results
 

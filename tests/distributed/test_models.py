@@ -72,7 +72,7 @@ def export_in_small_shards(settings: Recipe) -> None:
     before, export.MAX_SHARD = export.MAX_SHARD, "30KB"
     try:
         export.export_engine(run.engine, folder / "engine", run.tokenizer)
-        checkpoint.save(run.engine, folder / "checkpoints", 1, 0, {}, run.tokenizer)
+        checkpoint.save(run.engine, folder / "checkpoints", 1, 0, {}, run.tokenizer, settings.model)
     finally:
         export.MAX_SHARD = before
 

@@ -157,7 +157,7 @@ def test_rows_are_refused_or_each_is_accounted_for(
     samples = _load(folder, name, _content(name, rows), max_length, template)
     if samples is not None:
         event("read")
-        assert samples.read == len(rows)
+        assert samples.read == (sum(map(bool, rows)) if name == "rows.csv" else len(rows))  # a blank line is no row
         _check_accounts(samples, max_length)
 
 

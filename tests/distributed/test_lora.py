@@ -1,0 +1,331 @@
+"""Adapters under real ZeRO: what is trained, drawn from, saved and exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
+
+from selfgen_ds.config import EvaluateOptions, InputError, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.data.samples import take
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import export, head
+from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.evaluation import evaluate, scores
+from selfgen_ds.prepare import prepare
+from tests.batches import padded
+from tests.distributed import runs
+from tests.distributed.test_equivalence import plain_training
+from tests.distributed.test_memory import sweep_and_step_peaks
+from tests.distributed.test_trace import watch
+from tests.ranks import Ranks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    return tmp_path
+
+
+def adapting(folder: Path, lora: LoraConfig | None = None, tied: bool = False, **changes: Any) -> Recipe:
+    """A run with adapters on the model in `folder/base`."""
+    if not (folder / "base").exists():
+        runs.write_model(folder, tie_word_embeddings=tied)
+        (folder / "model").rename(folder / "base")
+    lora = lora or LoraConfig(r=4, lora_alpha=16)
+    model = ModelConfig(name_or_path=str(folder / "base"), dtype="float32", lora=lora)
+    return runs.recipe(folder, model=model, **changes)
+
+
+def with_stage(folder: Path, stage: int) -> str:
+    """A JSON; of stage 3 one whose limits really release parameters."""
+    if stage == 3:
+        return runs.write_limited_json(folder)
+    (folder / "stage.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return str(folder / "stage.json")
+
+
+def fresh_reference(settings: Recipe) -> peft.PeftModel:
+    """The model with the adapters that the run starts from, by `peft` alone."""
+    assert settings.model.name_or_path is not None
+    lora = settings.model.lora
+    assert lora is not None
+    model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+    )
+    set_seed(settings.seed)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tied", "checkpointing"),
+    [(3, False, True), (3, True, False), (2, False, True), (1, True, True), (0, False, False)],
+)
+def test_training_equals_plain_torch_and_peft(
+    two_ranks: Ranks, folder: Path, stage: int, tied: bool, checkpointing: bool
+) -> None:
+    settings = adapting(folder, tied=tied, deepspeed=with_stage(folder, stage))
+    settings.train.activation_checkpointing = checkpointing
+    results = two_ranks.run(runs.losses_parameters_contexts, settings, 4)
+    reference = fresh_reference(settings)
+    before = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    losses, _, _, expected, _ = plain_training(settings, results[0][2] | results[1][2], 4, reference)
+    assert results[0][0] == pytest.approx(losses, rel=1e-5)
+    moved = 0
+    for name, parameter in results[0][1].items():
+        wanted = expected[f"base_model.model.{name}"]
+        if "lora_" in name:
+            assert torch.allclose(parameter, wanted, rtol=1e-4, atol=2e-4), name
+            moved += not torch.equal(wanted, before[f"base_model.model.{name}"])
+        else:
+            assert torch.equal(parameter, before[f"base_model.model.{name}"]), name
+    assert moved == 2 * 7 * 3
+
+
+def base_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "base" / "model.safetensors")
+
+
+def prompts_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(60).reshape(3, 20)).logits
+
+
+def logits_of_a_new_run(settings: Recipe) -> torch.Tensor:
+    return prompts_logits(prepare(settings, set()).engine.module)
+
+
+def test_a_fresh_adapter_changes_nothing(two_ranks: Ranks, folder: Path) -> None:
+    settings = adapting(folder)
+    expected = prompts_logits(LlamaForCausalLM.from_pretrained(folder / "base"))
+    assert all(torch.equal(logits, expected) for logits in two_ranks.run(logits_of_a_new_run, settings))
+
+
+def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
+    """Of steps, an evaluation that generates, and steps again: how often the trace was thrown away, and which frozen
+    parameters ZeRO-3 still holds whole."""
+    run = prepare(settings, set())
+    seen = watch(run)
+    runs.steps(run, 2)
+    few = take(list(run.windows._samples), 3)
+    scores.evaluate(run.policy, few, run.tokenizer, batch_size=2)
+    runs.steps(run, 2)
+    parameters = run.engine.module.named_parameters()
+    left = [n for n, p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.requires_grad]
+    return len(seen), left
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_trace_stays_valid_and_the_frozen_model_is_released(
+    two_ranks: Ranks, folder: Path, checkpointing: bool
+) -> None:
+    settings = adapting(folder, deepspeed=with_stage(folder, 3))
+    settings.train.activation_checkpointing = checkpointing
+    assert two_ranks.run(invalidations_and_left_gathered, settings) == [(0, [])] * 2
+
+
+def draw_inputs() -> tuple[list[TokenBatch], list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    contexts = torch.randint(256, (4, 40), generator=generator).tolist()
+    batch = padded([row[:1] for row in contexts], [row[1:] for row in contexts], list(range(4)))
+    masks = torch.rand(4, 40, generator=generator) < 0.5
+    masks[:, 0] = False
+    return [batch], [masks], [torch.rand(int(masks.sum()), generator=generator, dtype=torch.float64)]
+
+
+def export_and_draws(settings: Recipe) -> torch.Tensor:
+    run = prepare(settings, set())
+    runs.steps(run, 4)
+    export.export_engine(run.engine, Path(settings.output_dir) / "model", run.tokenizer, settings.model.lora)
+    return run.policy.draw(*draw_inputs())[0]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, checkpointing: bool) -> None:
+    settings = adapting(folder, LoraConfig(r=4, lora_alpha=16, lora_dropout=0.5), deepspeed=with_stage(folder, 3))
+    settings.train.activation_checkpointing = checkpointing
+    settings.selfgen.temperature = 1.0
+    drawn = two_ranks.run(export_and_draws, settings)
+    found = []
+    for path in (f"{settings.output_dir}/model", str(folder / "base")):
+        source = ModelConfig(name_or_path=path, dtype="float32")
+        model = build_model(source, model_config(source, byte_tokenizer()))
+        found.append(EnginePolicy(model, model, end_tokens=[257]).draw(*draw_inputs())[0])
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], found[0])
+    assert not torch.equal(drawn[0], found[1])
+
+
+@pytest.mark.parametrize(("checkpointing", "targets", "groups"), [(True, "all-linear", 6), (False, ["q_proj"], 4)])
+def test_the_pass_stays_under_the_training_steps_peak(
+    one_rank: Ranks, folder: Path, checkpointing: bool, targets: str | list[str], groups: int
+) -> None:
+    runs.write_model(folder, hidden_size=128, intermediate_size=384, num_hidden_layers=2)
+    (folder / "model").rename(folder / "base")
+    settings = adapting(folder, LoraConfig(target_modules=targets), deepspeed=with_stage(folder, 3))
+    settings.train = TrainConfig(
+        max_steps=4, micro_batch_size=8, gradient_accumulation_steps=8, activation_checkpointing=checkpointing
+    )
+    settings.selfgen = SelfgenConfig(replace_probability=0.9)
+    sweep, step, used = one_rank.run(sweep_and_step_peaks, settings)[0]
+    assert sweep <= step
+    assert used == groups
+
+
+def repeated(settings: Recipe) -> tuple[list[torch.Tensor], list[float]]:
+    """Two predictions and two training losses on the same batch."""
+    run = prepare(settings, set())
+    runs.steps(run, 2)
+    batch = run.windows.window(2)[0]
+    predictions = [run.policy.predict(batch)[1] for _ in range(2)]
+    reduction = head.loss_sum(batch.target[batch.loss_mask], 0.0)
+    losses = [run.engine(batch.context, positions=batch.loss_mask, reduction=reduction).item() for _ in range(2)]
+    return predictions, losses
+
+
+def test_dropout_is_on_in_training_steps_alone(two_ranks: Ranks, folder: Path) -> None:
+    settings = adapting(folder, LoraConfig(lora_dropout=0.5))
+    predictions, losses = two_ranks.run(repeated, settings)[0]
+    assert torch.equal(*predictions)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "tied", "exported"),
+    [
+        (0, "float32", True, "merged"),
+        (0, "float32", False, "adapter"),
+        (1, "bfloat16", False, "merged"),
+        (2, "bfloat16", True, "merged"),
+        (3, "float32", True, "merged"),
+        (3, "bfloat16", False, "adapter"),
+    ],
+)
+def test_a_resumed_run_ends_alike_and_its_checkpoints_hold_and_export_the_adapter(
+    two_ranks: Ranks, folder: Path, stage: int, dtype: Any, tied: bool, exported: Any
+) -> None:
+    file = "model.safetensors" if exported == "merged" else "adapter_model.safetensors"
+    found = []
+    for stops in ([2], [1, 2]):
+        settings = adapting(folder, LoraConfig(r=2, lora_dropout=0.1, export=exported), tied=tied, resume="auto")
+        settings.deepspeed, settings.model.dtype = with_stage(folder, stage), dtype
+        settings.optim.schedule = "constant"
+        for steps in stops:
+            settings.train.max_steps = steps
+            two_ranks.run(runs.run_training, settings)
+        found.append((Path(settings.output_dir) / "model" / file).read_bytes())
+    assert found[0] == found[1]
+
+    last = Path(settings.output_dir) / "checkpoints" / "step-000002"
+    states = [torch.load(path)["module"] for path in last.glob("*model_states.pt")]
+    assert states
+    assert all("lora_" in name for state in states for name in state)
+    saved = sum(path.stat().st_size for path in last.glob("*.pt"))
+    assert saved < (folder / "base" / "model.safetensors").stat().st_size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "MAX_SHARD", "50KB")
+        export.export_checkpoint(last, folder / "exported")
+    model = Path(settings.output_dir) / "model"
+    others = {path.name for path in model.iterdir()} ^ {path.name for path in (folder / "exported").iterdir()}
+    assert all("safetensors" in name for name in others)
+    expected, tensors = load_file(model / file), all_tensors(folder / "exported")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def trained(two_ranks: Ranks, settings: Recipe) -> Path:
+    two_ranks.run(runs.run_training, settings)
+    return Path(settings.output_dir) / "model"
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
+def test_merged_and_adapter_exports_are_what_was_trained(
+    two_ranks: Ranks, folder: Path, dtype: Any, tied: bool
+) -> None:
+    exports: dict[str, Path] = {}
+    for form in ("merged", "adapter"):
+        settings = adapting(folder, LoraConfig(r=4, lora_alpha=6, export=form), tied=tied)
+        settings.model.dtype, settings.deepspeed = dtype, with_stage(folder, 3 if dtype == "float32" else 2)
+        exports[form] = trained(two_ranks, settings)
+    base = {name: tensor.to(getattr(torch, dtype)) for name, tensor in base_tensors(folder).items()}
+    merged, adapter = load_file(exports["merged"] / "model.safetensors"), all_tensors(exports["adapter"])
+    assert merged.keys() == base.keys()
+    changed = 0
+    for name, tensor in merged.items():
+        factors = [adapter.get(f"base_model.model.{name.replace('.weight', f'.lora_{x}.weight')}") for x in "AB"]
+        expected = base[name]
+        if factors[0] is not None and factors[1] is not None:
+            assert factors[0].dtype == tensor.dtype
+            product = factors[1].double() @ factors[0].double() * (6 / 4)
+            exact = base[name].double() + product
+            assert torch.allclose(tensor.double(), exact, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-8)
+            expected = tensor
+            changed += not torch.equal(tensor, base[name])
+        assert torch.equal(tensor, expected), name
+    assert changed == 7 * 3
+
+    if dtype == "float32":
+        wanted = prompts_logits(AutoModelForCausalLM.from_pretrained(exports["merged"]))
+        started = prompts_logits(AutoModelForCausalLM.from_pretrained(folder / "base"))
+        by_peft = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder / "base"), exports["adapter"]
+        )
+        for loaded in (by_peft, AutoModelForCausalLM.from_pretrained(exports["adapter"])):
+            assert torch.allclose(prompts_logits(loaded), wanted, atol=1e-5)
+        assert not torch.allclose(started, wanted, atol=1e-2)
+        assert AutoTokenizer.from_pretrained(exports["adapter"]).eos_token == "</s>"
+
+
+def test_an_adapter_folder_is_evaluated_like_the_merged_model(two_ranks: Ranks, folder: Path) -> None:
+    metrics = {}
+    for form in ("merged", "adapter"):
+        settings = adapting(folder, LoraConfig(r=4, export=form), deepspeed=with_stage(folder, 1))
+        model = trained(two_ranks, settings)
+        evaluate.run(
+            EvaluateOptions(model=str(model), data=str(folder / "rows.jsonl"), output_dir=str(folder), max_samples=8)
+        )
+        metrics[form] = json.loads((folder / "evaluation.json").read_text())["metrics"]
+    assert metrics["adapter"] == pytest.approx(metrics["merged"], rel=1e-5)
+    evaluate.run(
+        EvaluateOptions(
+            model=str(folder / "base"), data=str(folder / "rows.jsonl"), output_dir=str(folder), max_samples=8
+        )
+    )
+    assert json.loads((folder / "evaluation.json").read_text())["metrics"]["loss"] > metrics["adapter"]["loss"] + 0.1
+
+    (folder / "base").rename(folder / "moved")
+    with pytest.raises(InputError, match=r"model: the model that it was trained on, .*base, is gone"):
+        evaluate.run(EvaluateOptions(model=str(model), data=str(folder / "rows.jsonl"), output_dir=str(folder)))
+
+
+def test_a_checkpoint_whose_base_is_gone_is_not_merged(two_ranks: Ranks, folder: Path) -> None:
+    settings = adapting(folder, deepspeed=with_stage(folder, 1))
+    trained(two_ranks, settings)
+    (folder / "base").rename(folder / "moved")
+    with pytest.raises(InputError, match=r"step-000004: the model that it was trained on, .*base, is gone"):
+        export.export_checkpoint(Path(settings.output_dir) / "checkpoints" / "step-000004", folder / "exported")
+    assert not (folder / "exported").exists()
+
+
+def test_an_adapter_that_was_not_trained_merges_into_the_base_bit_for_bit(two_ranks: Ranks, folder: Path) -> None:
+    settings = adapting(folder, deepspeed=with_stage(folder, 2))
+    settings.model.dtype, settings.optim.learning_rate = "bfloat16", 0.0
+    merged = load_file(trained(two_ranks, settings) / "model.safetensors")
+    base = {name: tensor.bfloat16() for name, tensor in base_tensors(folder).items()}
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[name], base[name]) for name in base)

@@ -1,0 +1,208 @@
+"""Adapters without ranks: what they are put into, how they are merged, and which settings are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from selfgen_ds import prepare
+from selfgen_ds.config import DataConfig, InputError, LoraConfig, ModelConfig, Recipe, TrainConfig, problems, to_yaml
+from selfgen_ds.engine import checkpoint, lora
+from selfgen_ds.engine.model import extend, trained_parameter_count
+from tests.unit.test_config import DEMO, _parse
+
+LLAMA = LlamaConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, eos_token_id=1
+)
+GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16, eos_token_id=1)
+
+
+def built(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return extend(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def test_all_linear_layers_but_the_lm_head_are_adapted_and_nothing_else_is_trained() -> None:
+    model = built(LLAMA)
+    lora.add_adapter(model, LoraConfig(r=2), "base")
+    projections = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    expected = {f"model.layers.{i}.{name}.weight" for i in range(2) for name in projections}
+    assert lora.adapted_layers(model).keys() == expected
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name.replace(".weight", f".lora_{x}.default.weight") for name in expected for x in "AB"
+    }
+
+
+def test_adapters_have_the_models_dtype() -> None:
+    model = built(LLAMA, torch.bfloat16)
+    lora.add_adapter(model, LoraConfig(), "base")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["linear layers", "transposed ones"])
+def test_the_merged_tensors_are_the_models_own_names_and_pefts_own_sum(config: Any) -> None:
+    model = built(config)
+    names = dict(model.named_parameters()).keys()
+    lora.add_adapter(model, LoraConfig(r=4, lora_alpha=6), "base")
+    randomized(model)
+    layers = lora.adapted_layers(model)
+    plain = lora.without_adapters(dict(model.named_parameters()), layers)
+    assert plain.keys() == names
+    merged = {
+        name: lora.merge(layers[name], tensor.detach(), *(f.detach() for f in lora.factors_of(layers[name])))
+        if name in layers
+        else tensor
+        for name, tensor in plain.items()
+    }
+    for layer in layers.values():
+        layer.merge()
+    for name, tensor in lora.without_adapters(dict(model.named_parameters()), layers).items():
+        assert torch.allclose(merged[name], tensor, atol=1e-6), name
+    assert layers
+
+
+def test_a_merge_in_bfloat16_rounds_once() -> None:
+    model = built(LLAMA, torch.bfloat16)
+    lora.add_adapter(model, LoraConfig(r=4, lora_alpha=2), "base")
+    layer = next(iter(lora.adapted_layers(randomized(model)).values()))
+    weight = layer.base_layer.weight.detach()
+    a, b = (factor.detach() for factor in lora.factors_of(layer))
+    exact = (weight.double() + 0.5 * (b.double() @ a.double())).float()
+    assert torch.equal(lora.merge(layer, weight, a, b), exact.bfloat16())
+    twice = weight + (0.5 * (b.float() @ a.float())).bfloat16()
+    assert not torch.equal(twice, exact.bfloat16()), "the test needs a sum where it matters"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("lm_head", "LMHead"),
+        (["q_proj", "lm_head"], "LMHead"),
+        (["embed_tokens"], r"linear layers below the LM head, got model\.embed_tokens"),
+        (["q_proj", "query"], "no linear layer 'query'"),
+        (["query"], "query"),
+        (r".*\.query", "query"),
+        ("(", "unterminated"),
+        ([], "target_modules"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused(targets: str | list[str], message: str) -> None:
+    with pytest.raises(InputError, match=rf"model\.lora\.target_modules: .*{message}"):
+        lora.add_adapter(built(LLAMA), LoraConfig(target_modules=targets), "base")
+    with pytest.raises(InputError, match=r"model\.lora\.target_modules: "):
+        trained_parameter_count(ModelConfig(lora=LoraConfig(target_modules=targets)), LLAMA)
+
+
+def test_a_checkpoint_is_expected_to_take_what_is_trained() -> None:
+    adapted = ModelConfig(lora=LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = trained_parameter_count(adapted, LLAMA)
+    assert trained == 2 * 2 * (16 + 16)
+    assert checkpoint.required_bytes(trained, "bfloat16") == trained * 14
+    assert trained_parameter_count(ModelConfig(), LLAMA) == sum(p.numel() for p in built(LLAMA).parameters())
+
+
+def test_an_adapter_folder_is_pefts(tmp_path: Path) -> None:
+    model = built(LLAMA)
+    lora.add_adapter(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]), str(tmp_path))
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    lora.save_adapter(model, trained, tmp_path)
+    config = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert config.base_model_name_or_path == str(tmp_path)
+    assert (config.r, config.lora_alpha, config.target_modules) == (2, 6, {"q_proj", "down_proj"})
+    loaded, own = peft.utils.load_peft_weights(str(tmp_path)), peft.get_peft_model_state_dict(model)
+    assert loaded.keys() == {f"base_model.model.{name}" for name in own}
+    assert lora.base_of(str(tmp_path)) == str(tmp_path)
+    assert lora.base_of("some/hub-id") == "some/hub-id"
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="not an adapter's configuration"):
+        lora.base_of(str(tmp_path))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "ds.json").write_text("{}")
+    return Recipe(
+        output_dir=str(tmp_path / "run"),
+        deepspeed=str(tmp_path / "ds.json"),
+        data=DataConfig(train="builtin:pointer_chase"),
+        model=ModelConfig(name_or_path=str(tmp_path / "base"), lora=LoraConfig()),
+        train=TrainConfig(max_steps=10),
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("r", 0), ("lora_alpha", 0), ("lora_dropout", 1.0), ("lora_dropout", -0.1)]
+)
+def test_settings_that_cannot_be_are_refused(recipe: Recipe, setting: str, value: float) -> None:
+    assert problems(recipe) == []
+    setattr(recipe.model.lora, setting, value)
+    assert [problem.split(":")[0] for problem in problems(recipe)] == [f"model.lora.{setting}"]
+
+
+def test_a_model_from_scratch_is_not_adapted(recipe: Recipe) -> None:
+    recipe.model.name_or_path, recipe.model.preset, recipe.model.tokenizer = None, {"hidden_size": 8}, "byte"
+    assert [problem.split(":")[0] for problem in problems(recipe)] == ["model.lora"]
+
+
+def test_an_adapter_folder_is_not_trained_from(recipe: Recipe) -> None:
+    (Path(str(recipe.model.name_or_path)) / "adapter_config.json").write_text("{}")
+    assert "is an adapter" in problems(recipe)[0]
+
+
+def test_the_command_line_makes_and_changes_an_adapter_and_the_resolved_recipe_is_read_back(tmp_path: Path) -> None:
+    assert _parse("--config", DEMO).model.lora is None
+    arguments = ["--config", DEMO, "--model.lora.r", "4", "--model.lora.target_modules", "[q_proj, v_proj]"]
+    recipe = _parse(*arguments)
+    assert recipe.model.lora == LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe))
+    assert _parse("--config", str(tmp_path / "config.yaml")) == recipe
+    changed = _parse("--config", str(tmp_path / "config.yaml"), "--model.lora.export", "adapter").model.lora
+    assert changed == LoraConfig(r=4, target_modules=["q_proj", "v_proj"], export="adapter")
+
+
+def written(recipe: Recipe, **without: list[str]) -> None:
+    """What a run leaves in its folder, as an older version that did not know some settings would have."""
+    settings = yaml.safe_load(to_yaml(recipe))
+    for section, names in without.items():
+        for name in names:
+            del settings[section][name]
+    folder = Path(recipe.output_dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "ds_config.json").write_text("{}")
+
+
+def test_settings_that_an_older_run_did_not_write_were_at_their_defaults(recipe: Recipe) -> None:
+    recipe.model.lora, recipe.resume = None, "auto"
+    written(recipe, model=["lora", "attn_implementation"], optim=["epsilon"])
+    prepare._check_output(recipe, {}, Path(recipe.output_dir))
+    recipe.model.lora, recipe.optim.epsilon = LoraConfig(r=4), 1e-6
+    with pytest.raises(InputError, match=r"model\.lora\.r was None and is 4; .*optim\.epsilon was 1e-08 and is 1e-06"):
+        prepare._check_output(recipe, {}, Path(recipe.output_dir))
+
+
+def test_an_adapter_may_not_change_on_resume(recipe: Recipe) -> None:
+    recipe.resume = "auto"
+    written(recipe)
+    prepare._check_output(recipe, {}, Path(recipe.output_dir))
+    recipe.model.lora = LoraConfig(r=4)
+    with pytest.raises(InputError, match=r"model\.lora\.r was 8 and is 4"):
+        prepare._check_output(recipe, {}, Path(recipe.output_dir))
+    recipe.model.lora = None
+    with pytest.raises(InputError, match=r"model\.lora\.export was 'merged' and is None"):
+        prepare._check_output(recipe, {}, Path(recipe.output_dir))
