@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.data.hub import use_cache_without_network
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -29,9 +32,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     name = model.tokenizer or model.name_or_path
     setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
+    if not Path(str(name)).is_dir():
+        use_cache_without_network()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the types differ by which of its files is damaged, and how
         raise InputError(
             f"{setting}: no tokenizer could be loaded from {name!r}: {' '.join(str(error).split())}"
         ) from error

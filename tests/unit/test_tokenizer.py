@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,32 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path: P
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
     assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"{", b"\xff", b'{"added_tokens": [], "model": {"type": "XYZ"}}']
+)
+def test_a_damaged_file_of_a_tokenizer_is_an_error_that_names_the_setting(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"^model\.tokenizer: .+$"):
+        load_tokenizer(ModelConfig(preset={}, tokenizer=str(tmp_path)))
+
+
+def test_without_a_network_a_hub_id_is_refused_in_one_line_and_quickly(tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom selfgen_ds.config import InputError, ModelConfig\n"
+        "from selfgen_ds.data.tokenizer import load_tokenizer\nstarted = time.monotonic()\n"
+        "try:\n    load_tokenizer(ModelConfig(name_or_path='nobody/nothing'))\n"
+        "except InputError as error:\n    print(error)\nprint(time.monotonic() - started)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    refusal, seconds = done.stdout.splitlines()
+    assert refusal.startswith("model.name_or_path: no tokenizer could be loaded from 'nobody/nothing': ")
+    assert float(seconds) < 15
