@@ -256,9 +256,9 @@ def check_shares(recipe: Recipe, samples: list[Samples]) -> None:
     """
     data = recipe.data
     for source in samples:
-        first = f" (the first is {source.first_refused})"
+        refused = f"prompts leave no room for a response (the first is {source.first_refused})"
         for count, share, setting, what in (
-            (source.refused, data.max_refused_share, "max_refused_share", f"prompts leave no room{first}"),
+            (source.refused, data.max_refused_share, "max_refused_share", refused),
             (source.truncated, data.max_truncated_share, "max_truncated_share", "responses are cut"),
         ):
             if count > share * source.read:

@@ -102,12 +102,12 @@ ROW = '{"prompt": "a", "completion": "b"}\n'
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (ROW + '{"prompt": "a", "completion": \n', "rows.jsonl, line 2: expected one JSON object, got malformed JSON"),
+        (ROW + '{"prompt": "a", "completion": \n', "rows.jsonl, line 2: expected JSON objects, got malformed JSON"),
         (ROW + '{"prompt": "a"}\n', "rows.jsonl, line 2: field 'completion' is missing"),
         (ROW + '{"prompt": "a", "completion": ""}\n', "rows.jsonl, line 2, field 'completion': expected text"),
         (ROW + '{"prompt": 3, "completion": "b"}\n', "rows.jsonl, line 2, field 'prompt': expected a string, got int"),
         (ROW + json.dumps({"prompt": "a" * 128, "completion": "b"}), "leave no room for a response"),
-        ("", "rows.jsonl: no usable row among 0"),
+        ("", "rows.jsonl: the file is empty"),
     ],
     ids=["malformed", "missing column", "empty response", "no string", "no room", "no row"],
 )
@@ -218,7 +218,7 @@ def test_gsm8k_is_trained_on_killed_resumed_exported_and_loaded(folder: Path) ->
             assert run.process.poll() is None, run.output()[-3000:]
             assert time.monotonic() < run.deadline
             time.sleep(0.01)
-    assert "7473 rows (182 truncated, 0 refused)" in run.output()
+    assert "7473 samples (182 truncated, 0 refused)" in run.output()
     assert not (out / "model").exists()
     with deepspeed(command, folder / "log") as run:
         assert run.wait() == 0, run.output()[-3000:]
