@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.engine import lora
 from selfgen_ds.engine.head import LMHead, LogitsForm, Reduction
 
@@ -72,6 +74,8 @@ def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 def _saved_config(model: ModelConfig) -> PretrainedConfig:
     try:
         name = lora.base_of(str(model.name_or_path))
+        if not Path(name).is_dir():
+            use_cache_without_network()
         config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
