@@ -199,6 +199,21 @@ def test_objects_that_datasets_stores_as_json_are_objects(tmp_path: Path) -> Non
         assert row.messages == messages
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
+def test_a_file_may_be_one_large_batch(tmp_path: Path, form: str) -> None:
+    table = pa.table({"prompt": list(map(str, range(2500))), "completion": ["c"] * 2500})
+    path = tmp_path / WRITERS[form][0]
+    if form == "parquet":
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_stream if form == "arrow stream" else pa.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table)
+    rows = [row for row in _read(path) if isinstance(row, Row)]
+    assert [row.prompt for row in rows] == list(map(str, range(2500)))
+    assert rows[2100].where == f"{path}, row 2101"
+
+
 def test_text_is_kept_to_the_character(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": " né\\n", "completion": "\\ud83d\\ude00\\t 😀 "}'.encode())

@@ -183,6 +183,13 @@ def test_with_weights_a_sources_rows_come_equally_often_to_one(sizes: list[int],
             assert max(often) - min(often) <= 1
 
 
+def test_with_weights_a_source_is_shuffled_anew_each_time_it_begins_again() -> None:
+    stream = Stream([10, 10], [1.0, 3.0], seed=1)  # 5 rows of the first source an epoch
+    halves = [{row for source, row in _rows(stream, 20 * epoch, 20 * epoch + 20) if source == 0} for epoch in range(8)]
+    assert all(first | second == set(range(10)) for first, second in zip(halves[::2], halves[1::2], strict=True))
+    assert len({frozenset(half) for half in halves[::2]}) > 1
+
+
 def test_equal_weights_of_equal_sources_are_as_no_weights() -> None:
     assert _rows(Stream([9, 9], [2.0, 2.0], seed=5), 0, 40) == _rows(Stream([9, 9], None, seed=5), 0, 40)
 
