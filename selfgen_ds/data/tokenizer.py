@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pathlib import Path
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfgen_ds.config import InputError, ModelConfig
-from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.data.hub import use_cache_without_network
 
 
@@ -35,8 +32,6 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     name = model.tokenizer or model.name_or_path
     setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
-    if not Path(str(name)).is_dir():
-        use_cache_without_network()
     if not Path(str(name)).is_dir():
         use_cache_without_network()
     try:
