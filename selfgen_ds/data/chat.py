@@ -99,8 +99,18 @@ class ChatEncoder:
         spans = _find([messages[i]["content"] for i in order], pieces[::2], text) if once else None
         if spans is None:
             raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
+        for i in (i for i, message in enumerate(messages) if message.get("tool_calls")):
+            if self._ignores_calls(chat, i, text):
+                raise InputError(f"{chat.where}: the chat template leaves out the tool calls of message {i + 1}")
         turns = self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
         return _Rendered(text=text, contents=spans, turns=turns)
+
+    def _ignores_calls(self, chat: Conversation, i: int, text: str) -> bool:
+        without = [*chat.messages[:i], chat.messages[i] | {"tool_calls": []}, *chat.messages[i + 1 :]]
+        try:
+            return self._apply(without, chat)[0] == text
+        except InputError:  # a template that misses them does not ignore them
+            return False
 
     def _apply(self, messages: list[dict[str, Any]], chat: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
         """The text, and the characters inside the template's generation markers if it has them."""

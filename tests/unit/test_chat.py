@@ -243,6 +243,21 @@ def test_tool_calls_without_markers_are_refused() -> None:
     assert expected in _refusal(PLAIN_CALLS, beside_text)
 
 
+def test_a_template_that_swallows_a_tool_call_is_refused() -> None:
+    template = CHATML_GENERATION.replace("m['tool_calls'] or []", "[]")
+    assert "leaves out the tool calls of message 2" in _refusal(template, CALLS)
+    text_beside = [CALLS[0], CALLS[1] | {"content": "Let me see."}, *CALLS[2:]]
+    assert "leaves out the tool calls of message 2" in _refusal(CHATML, text_beside)
+
+
+def test_a_template_that_raises_without_a_tool_call_does_not_swallow_it() -> None:
+    template = CHATML_GENERATION.replace(
+        "{%- for call",
+        "{%- if not m['content'] and not m['tool_calls'] %}{{ raise_exception('no') }}{% endif %}{% for call",
+    )
+    assert len(_encode(_chatml(template), CALLS)[1]) == 2
+
+
 def test_reasoning_beside_the_content_is_refused_without_markers() -> None:
     messages = [TWO_TURNS[0], TWO_TURNS[1] | {"reasoning_content": "I see three."}]
     assert "message 2: reasoning_content needs a chat template with gen" in _refusal(PLAIN_CALLS, messages)
