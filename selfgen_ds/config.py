@@ -73,6 +73,12 @@ class Source:
     weight: float | None = None
     """Share of the training rows relative to the other sources, whatever their size; a small source then comes round
     more often. Without weights every row comes once an epoch."""
+    prompt_column: str | None = None
+    """Default: the same setting of `data`."""
+    completion_column: str | None = None
+    """Default: the same setting of `data`."""
+    messages_column: str | None = None
+    """Default: the same setting of `data`."""
     streaming: bool = False
     """Hub: tokenise rows while they are fetched, without a copy of the raw files."""
 

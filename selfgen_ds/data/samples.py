@@ -134,7 +134,15 @@ def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: F
     Raises:
         InputError: A source cannot be found or read.
     """
-    return [load_samples(open_source(source, split, form.columns), tokenizer, form) for source in sources(given)]
+    loaded = []
+    for source in sources(given):
+        columns = Columns(
+            prompt=source.prompt_column or form.columns.prompt,
+            completion=source.completion_column or form.columns.completion,
+            messages=source.messages_column or form.columns.messages,
+        )
+        loaded.append(load_samples(open_source(source, split, columns), tokenizer, replace(form, columns=columns)))
+    return loaded
 
 
 def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> Samples:
