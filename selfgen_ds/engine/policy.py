@@ -58,6 +58,9 @@ class SweepBudget:
         return max(fitting, micro_batch_tokens)
 
 
+_FUSED = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", None)  # activation functions that are one operation
+
+
 def sweep_budget(
     config: PretrainedConfig,
     activation_checkpointing: bool,
@@ -83,12 +86,13 @@ def sweep_budget(
     inner, experts = _inner_width(text)
     copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
     saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
-    forward = max(3 * inner + 4 * hidden + 2 * copies, 2 * hidden + 6 * width)
     if adapted:
         saved -= inner + hidden
-        forward = max(4 * inner + 4 * hidden + 2 * copies, 2 * hidden + 8 * width)
     backward = 2 * inner + 2 * hidden + copies
     kept = layers * hidden + saved if activation_checkpointing else layers * saved
+    # gate, up and product; or what an activation function that is written out in steps holds
+    held = 3 if text.to_dict().get("hidden_act", text.to_dict().get("activation_function")) in _FUSED else 5
+    forward = max((held + adapted) * inner + 4 * hidden + 4 * copies, 2 * hidden + (8 if adapted else 6) * width)
     mask = 0
     if packed_length is not None and "flash" not in config._attn_implementation:
         # a boolean mask for each kind of attention, and its copy in the type of the scores

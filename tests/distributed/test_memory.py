@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import prepare
+from tests.architectures import ARCHITECTURES
 from tests.batches import padded
 from tests.distributed import runs
 from tests.live_tensors import LiveTensors
@@ -104,6 +105,29 @@ def test_the_pass_stays_under_the_training_steps_peak_in_few_sweeps(
         print(f"{layers} layers, {vocabulary}, {attention}, {top_p}: {sweep / step:.2f} of the peak, {used} groups")
         assert sweep <= step
         assert used == groups
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_the_pass_of_other_architectures_stays_under_the_peak_too(two_ranks: Ranks, tmp_path: Path, name: str) -> None:
+    runs.write_rows(tmp_path)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4} | ({"intermediate_size": 192} if name == "mixtral" else {})
+    settings = runs.recipe(
+        tmp_path,
+        deepspeed=runs.write_limited_json(tmp_path),
+        model=ModelConfig(preset=_renamed(ARCHITECTURES[name], sizes), tokenizer="byte", dtype="float32"),
+        selfgen=SelfgenConfig(replace_probability=0.9),
+        train=TrainConfig(max_steps=4, micro_batch_size=8, gradient_accumulation_steps=8),
+    )
+    for sweep, step, used in two_ranks.run(sweep_and_step_peaks, settings):
+        print(f"{name}: {sweep / step:.2f} of the peak, {used} groups")
+        assert sweep <= step
+        assert used < 8
+
+
+def _renamed(preset: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """A preset with other sizes, under the names that it has for them."""
+    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"} if preset["model_type"] == "gpt2" else {}
+    return preset | {names.get(name, name): size for name, size in sizes.items()}
 
 
 def largest_tensor(settings: Recipe) -> tuple[int, int]:

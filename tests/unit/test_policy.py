@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.engine import probe
 from selfgen_ds.engine.model import extend
-from selfgen_ds.engine.policy import EnginePolicy, Sampling, SweepBudget
+from selfgen_ds.engine.policy import EnginePolicy, Sampling, SweepBudget, sweep_budget
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.architectures import ARCHITECTURES, attention
@@ -195,3 +196,38 @@ def assert_predictions_are_those_of(plain: PreTrainedModel, policy: EnginePolicy
                 expected.append(float(p[t - 1, batch.target[row, t]]))
     assert best.tolist() == expected_best
     assert log_probabilities.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def budget_of(packed_length: int | None = None, attn_implementation: str = "sdpa", **fields: Any) -> SweepBudget:
+    sizes = {"hidden_size": 100, "intermediate_size": 400, "num_hidden_layers": 3, "num_attention_heads": 10}
+    config = AutoConfig.for_model(**{"model_type": "llama", "num_key_value_heads": 10} | sizes | fields)
+    config._attn_implementation = attn_implementation
+    return sweep_budget(config, True, 0, packed_length)
+
+
+def test_the_budget_counts_the_experts_that_a_token_goes_to() -> None:
+    dense = budget_of(intermediate_size=800)
+    experts: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    two, four = budget_of(**experts), budget_of(**experts | {"num_experts_per_tok": 4})
+    assert dense.forward < two.forward < four.forward
+    assert dense.training < two.training < four.training
+    assert budget_of(**experts | {"num_local_experts": 64}) == two
+
+
+def test_the_budget_of_a_configuration_without_an_inner_size_is_that_of_four_times_the_hidden_size() -> None:
+    fields: dict[str, Any] = {
+        "model_type": "gpt2",
+        "n_embd": 100,
+        "n_layer": 3,
+        "n_head": 10,
+        "activation_function": "gelu",
+    }
+    assert budget_of(**fields) == budget_of(**fields | {"n_inner": 400}) == budget_of()
+
+
+def test_packed_rows_have_a_mask_in_sweep_and_step_but_not_with_flash_attention() -> None:
+    plain, packed = budget_of(), budget_of(packed_length=1000)
+    assert packed.forward - plain.forward == packed.training - plain.training == 2000
+    assert packed.tokens(1000) < plain.tokens(1000)
+    assert budget_of(1000, "flash_attention_2") == plain
+    assert budget_of(1000, "eager") == SweepBudget(forward=1, training=1, prefetched=0)
