@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -243,6 +244,8 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
             used += len(columns["length"])
             read += len(chunk)
             bar.update(len(chunk))
+    with open(folder / "samples.arrow", "rb") as file:
+        os.fsync(file.fileno())
     if not used:
         refusal = f": {first_refused} leaves no room for a response within {longest} tokens" if refused else ""
         raise InputError(f"{source.name}: no usable row among {read}{refusal}")
