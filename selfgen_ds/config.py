@@ -386,7 +386,10 @@ def source_problems(setting: str, value: Sources | None) -> list[str]:
             found.append(f"{setting}: streaming is for hub data sets, {name} is read as it is")
         if source.weight is not None and not 0 < source.weight < float("inf"):
             found.append(f"{setting}: weight: expected a number more than 0, got {source.weight!r}")
-    if len({source.weight is None for source in given}) > 1:
+    weighted = [source for source in given if source.weight is not None]
+    if weighted and setting != "data.train":
+        found.append(f"{setting}: weights are for data.train")
+    elif weighted and len(weighted) < len(given):
         found.append(f"{setting}: expected a weight for every source, or for none")
     return found
 

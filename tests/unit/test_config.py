@@ -14,6 +14,8 @@ from selfgen_ds.config import (
     OptimConfig,
     Recipe,
     SelfgenConfig,
+    Source,
+    Sources,
     TrainConfig,
     problems,
     to_yaml,
@@ -143,8 +145,43 @@ def test_a_value_on_the_edge_of_what_is_allowed_is_no_problem(recipe: Recipe, se
     assert problems(recipe) == []
 
 
+SOURCES = {
+    "no source": ([], "expected at least one source"),
+    "no file": (["a/b/c.jsonl"], "expected an existing file or folder, a hub id, or builtin:<task>, got 'a/b/c.jsonl'"),
+    "no folder": ("../nothing", "expected an existing file or folder"),
+    "some weights": ([Source(path="a/b", weight=1.0), "c/d"], "expected a weight for every source, or for none"),
+    "no share": ([Source(path="a/b", weight=0.0)], "weight: expected a number more than 0, got 0.0"),
+    "split of a task": (Source(path="builtin:running_sum", split="train"), "without subsets or splits"),
+    "streamed task": (Source(path="builtin:running_sum", streaming=True), "streaming is for hub data sets"),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), SOURCES.values(), ids=SOURCES)
+def test_a_source_that_cannot_be_is_a_problem(recipe: Recipe, given: Sources, expected: str) -> None:
+    recipe.data.train = given
+    [problem] = problems(recipe)
+    assert problem.startswith("data.train: ")
+    assert expected in problem
+
+
+@pytest.mark.parametrize("given", ["squad", "org/name", ["a/b", Source(path="c/d", subset="x", split="y")]])
+def test_files_hub_ids_and_lists_of_them_are_sources(recipe: Recipe, given: Sources) -> None:
+    recipe.data.train = given
+    assert problems(recipe) == []
+
+
+def test_weights_are_for_training(recipe: Recipe) -> None:
+    recipe.data.eval = [Source(path="a/b", weight=1.0)]
+    assert problems(recipe) == ["data.eval: weights are for data.train"]
+
+
+def test_packed_rows_are_not_grouped_by_length(recipe: Recipe) -> None:
+    recipe.data.packing = recipe.data.group_by_length = True
+    assert problems(recipe) == ["data.group_by_length: expected false with data.packing, whose rows are all full"]
+
+
 def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
-    for setting, value in [("seed", -1), ("selfgen.top_p", 2.0), ("train.micro_batch_size", 0), ("data.train", "no")]:
+    for setting, value in [("seed", -1), ("selfgen.top_p", 2.0), ("train.micro_batch_size", 0), ("data.train", "./no")]:
         _set(recipe, setting, value)
     assert {problem.split(":")[0] for problem in problems(recipe)} == {
         *("seed", "selfgen.top_p", "train.micro_batch_size", "data.train")
