@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from selfgen_ds.config import InputError, ModelConfig
 from selfgen_ds.data.hub import use_cache_without_network
@@ -35,7 +36,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if not Path(str(name)).is_dir():
         use_cache_without_network()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        # for some model types AutoTokenizer takes a class with tokens of its own where the folder names the general one
+        general = get_tokenizer_config(name).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if general else AutoTokenizer
+        tokenizer = loader.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the types differ by which of its files is damaged, and how
         raise InputError(
             f"{setting}: no tokenizer could be loaded from {name!r}: {' '.join(str(error).split())}"

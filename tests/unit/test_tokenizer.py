@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from selfgen_ds.config import InputError, ModelConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -124,3 +124,11 @@ def test_without_a_network_a_hub_id_is_refused_in_one_line_and_quickly(tmp_path:
     refusal, seconds = done.stdout.splitlines()
     assert refusal.startswith("model.name_or_path: no tokenizer could be loaded from 'nobody/nothing': ")
     assert float(seconds) < 15
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gpt2"])
+def test_a_saved_tokenizer_comes_back_with_its_tokens_whatever_the_model(tmp_path: Path, model_type: str) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    assert loaded.get_vocab() == byte_tokenizer().get_vocab()
