@@ -18,11 +18,9 @@ import torch.distributed as dist
 from jsonargparse import ArgumentParser
 
 from selfgen_ds.config import Recipe
-from selfgen_ds.data.batches import Windows
-from selfgen_ds.data.packing import load_packs
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.prepare import load_data, prepare
+from selfgen_ds.prepare import load_data, load_windows, prepare
 
 _STEPS = 8
 
@@ -38,19 +36,16 @@ def main() -> None:
         run = prepare(recipe, {"output_dir", "data.packing"})
         samples = load_data(recipe, recipe.data.train, "train", run.tokenizer)
         shape: dict[str, Any] = {
-            "seed": recipe.seed,
             "micro_batch_size": recipe.train.micro_batch_size,
             "accumulation": recipe.train.gradient_accumulation_steps,
             "rank": dist.get_rank(),
             "world_size": dist.get_world_size(),
             "epochs": None,
         }
-        packs = [load_packs(source, recipe.data.max_length) for source in samples]
-        variants = {
-            "padded": Windows(samples, **shape),
-            "group_by_length": Windows(samples, group_by_length=True, **shape),
-            "packing": Windows(samples, packs=packs, **shape),
-        }
+        variants = {}
+        for name in ("padded", "group_by_length", "packing"):
+            data = replace(recipe.data, packing=name == "packing", group_by_length=name == "group_by_length")
+            variants[name] = load_windows(replace(recipe, data=data), samples, **shape)
         rates: dict[str, list[float]] = {name: [] for name in variants}
         real: dict[str, list[float]] = {name: [] for name in variants}
         for step in range(_STEPS + 1):

@@ -14,15 +14,14 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from selfgen_ds.config import InputError, Recipe
-from selfgen_ds.data.batches import TokenBatch, Windows
-from selfgen_ds.data.packing import load_packs
+from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.samples import Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.methods import METHODS
-from selfgen_ds.prepare import check_settings, check_shares, load_data, sampling, weights
+from selfgen_ds.prepare import check_settings, check_shares, load_data, load_windows, sampling
 
 _STYLES = {"prompt": "dim", "replaceable": "green underline", "target": "bold green", "drawn": "bold red"}
 _MEANING = {
@@ -50,23 +49,13 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     check_settings(recipe, overrides)
     tokenizer = load_tokenizer(recipe.model)
     samples = load_data(recipe, recipe.data.train, "train", tokenizer)
-    packs = [load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None
-    windows = Windows(
-        samples,
-        packs=packs,
-        weights=weights(recipe),
-        group_by_length=recipe.data.group_by_length,
-        seed=recipe.seed,
-        micro_batch_size=max(1, rows),
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        epochs=None,
+    windows = load_windows(
+        recipe, samples, micro_batch_size=max(1, rows), accumulation=1, rank=0, world_size=1, epochs=None
     )
     console = Console(highlight=False)
     _print_counts(console, samples, tokenizer)
     _print_lengths(console, np.concatenate([source.table["length"][:] for source in samples]))
-    if packs:
+    if recipe.data.packing:
         tokens = sum(int(np.sum(source.table["length"][:], dtype=np.int64)) for source in samples)
         full = tokens / (len(windows) * recipe.data.max_length)
         console.print(f"packed into {len(windows)} rows of {recipe.data.max_length} tokens, {full:.1%} of them real\n")

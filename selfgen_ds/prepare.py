@@ -92,24 +92,20 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         form = probe.check(recipe.model, config, recipe.data.packing)
         samples = load_data(recipe, recipe.data.train, "train", tokenizer)
         check_shares(recipe, samples)
-        packs = [load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None
         eval_samples = None
         if recipe.data.eval is not None:
             eval_samples = load_data(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
             check_shares(recipe, eval_samples)
+        windows = load_windows(
+            recipe,
+            samples,
+            micro_batch_size=recipe.train.micro_batch_size,
+            accumulation=recipe.train.gradient_accumulation_steps,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            epochs=recipe.train.epochs,
+        )
     data = _checksum(samples)
-    windows = Windows(
-        samples,
-        packs=packs,
-        weights=weights(recipe),
-        group_by_length=recipe.data.group_by_length,
-        seed=recipe.seed,
-        micro_batch_size=recipe.train.micro_batch_size,
-        accumulation=recipe.train.gradient_accumulation_steps,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        epochs=recipe.train.epochs,
-    )
     total_steps = recipe.train.max_steps or windows.steps()
     if total_steps == 0:
         raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
@@ -138,7 +134,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         sum(map(len, samples)),
         sum(source.truncated for source in samples),
         sum(source.refused for source in samples),
-        f" in {len(windows)} packed rows" if packs else "",
+        f" in {len(windows)} packed rows" if recipe.data.packing else "",
         total_steps,
         windows.step_size,
         dist.get_world_size(),
@@ -268,9 +264,24 @@ def check_shares(recipe: Recipe, samples: list[Samples]) -> None:
                 )
 
 
-def weights(recipe: Recipe) -> list[float] | None:
-    """Shares of the sources of `data.train`, if they have any."""
-    return [source.weight for source in sources(recipe.data.train) if source.weight is not None] or None
+def load_windows(recipe: Recipe, samples: list[Samples], **shape: Any) -> Windows:
+    """The training rows in the recipe's order, packed if it says so.
+
+    Args:
+        shape: Of the steps: `micro_batch_size`, `accumulation`, `rank`, `world_size`, `epochs` (see `Windows`).
+
+    Raises:
+        InputError: A source's weight is less than one row an epoch.
+    """
+    weights = [source.weight for source in sources(recipe.data.train) if source.weight is not None]
+    return Windows(
+        samples,
+        packs=[load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None,
+        weights=weights or None,
+        group_by_length=recipe.data.group_by_length,
+        seed=recipe.seed,
+        **shape,
+    )
 
 
 def sampling(recipe: Recipe) -> Sampling:
