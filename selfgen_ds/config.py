@@ -386,6 +386,9 @@ def source_problems(setting: str, value: Sources | None) -> list[str]:
             found.append(f"{setting}: streaming is for hub data sets, {name} is read as it is")
         if source.weight is not None and not 0 < source.weight < float("inf"):
             found.append(f"{setting}: weight: expected a number more than 0, got {source.weight!r}")
+    tasks = [source for source in given if source.path.startswith("builtin:")]
+    if setting != "data.train" and 0 < len(tasks) < len(given):
+        found.append(f"{setting}: expected built-in tasks alone, whose recovery is measured, or none")
     weighted = [source for source in given if source.weight is not None]
     if weighted and setting != "data.train":
         found.append(f"{setting}: weights are for data.train")

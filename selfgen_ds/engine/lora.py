@@ -21,6 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from selfgen_ds.config import InputError, LoraConfig
@@ -40,11 +41,16 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
     Raises:
         InputError: `target_modules` names no linear layer, or something else.
     """
+    targets = lora.target_modules
+    if targets == "all-linear":  # peft's own would have routers of experts among them
+        head = model.get_output_embeddings()
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+        targets = sorted({name.rpartition(".")[2] for name in linear})
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        target_modules=targets,
         base_model_name_or_path=absolute_folder(base),
         task_type=peft.TaskType.CAUSAL_LM,
     )

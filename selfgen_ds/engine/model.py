@@ -66,7 +66,8 @@ def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         known = CONFIG_MAPPING[model_type]()
     except Exception as error:  # the field that is wrong is in the message; its type differs by field
         raise InputError(f"model.preset: {' '.join(str(error).split())}") from error
-    if unknown := set(fields) - set(known.to_dict()) - set(known.attribute_map):
+    # what turns the router loss off is a field of any mixture of experts
+    if unknown := set(fields) - set(known.to_dict()) - set(known.attribute_map) - {"router_aux_loss_coef"}:
         raise InputError(f"model.preset: not fields of a {model_type} configuration: {', '.join(sorted(unknown))}")
     return config
 
@@ -107,7 +108,7 @@ def router_loss_coefficient(config: PretrainedConfig) -> float | None:
     """
     text = config.get_text_config(decoder=True)
     counts = [value for name, value in text.to_dict().items() if "experts" in name and isinstance(value, int)]
-    if max(counts, default=0) <= 1:
+    if max(counts, default=0) <= 1 or getattr(text, "is_moe", True) is False:
         return 0.0
     # JetMoE has its own name for it
     return getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", None))
@@ -271,7 +272,7 @@ def backbone(model: PreTrainedModel, context: Tensor, position_ids: Tensor | Non
         if "flash" in model.config._attn_implementation:
             context, settings["position_ids"] = context.reshape(1, -1), position_ids.reshape(1, -1)
     # Llama 4's causal LM names its backbone wrongly, and is its own base model
-    base = model.base_model if model.base_model is not model else model.get_decoder()
+    base = model.base_model if model.base_model is not model else model.model
     output = base(input_ids=context, attention_mask=None, use_cache=False, **settings)
     output.last_hidden_state = output.last_hidden_state.reshape(*shape, -1)
     return output

@@ -81,8 +81,9 @@ def sweep_budget(
     text = config.get_text_config(decoder=True)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     heads = getattr(text, "num_attention_heads", 1)
+    fields = text.to_dict()  # where it may differ by layer, the attribute raises
     # queries may be wider than the residual
-    width = max(hidden, heads * (getattr(text, "head_dim", None) or hidden // heads))
+    width = max(hidden, heads * max((v for n, v in fields.items() if n.endswith("head_dim") and v), default=0))
     inner, experts = _inner_width(text)
     copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
     saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
@@ -91,7 +92,7 @@ def sweep_budget(
     backward = 2 * inner + 2 * hidden + copies
     kept = layers * hidden + saved if activation_checkpointing else layers * saved
     # gate, up and product; or what an activation function that is written out in steps holds
-    held = 3 if text.to_dict().get("hidden_act", text.to_dict().get("activation_function")) in _FUSED else 5
+    held = 3 if fields.get("hidden_act", fields.get("activation_function")) in _FUSED else 5
     forward = max((held + adapted) * inner + 4 * hidden + 4 * copies, 2 * hidden + (8 if adapted else 6) * width)
     mask = 0
     if packed_length is not None and "flash" not in config._attn_implementation:

@@ -40,10 +40,11 @@ _SCALES = (
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def check(model: ModelConfig, config: PretrainedConfig, packing: bool) -> LogitsForm:
+def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training: bool = True) -> LogitsForm:
     """Try a small copy of the model; torch's generators are left as they were.
 
     Args:
+        training: Whether a router loss is needed.
         packing: Whether rows will hold several samples.
 
     Returns:
@@ -53,7 +54,7 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool) -> Logits
         InputError: Its training would not be right; names the model type.
     """
     name = f"model type {config.model_type!r}"
-    coefficient = router_loss_coefficient(config)
+    coefficient = router_loss_coefficient(config) if training else 0.0
     if coefficient is None:
         raise InputError(_no_router_loss(name))
     with torch.random.fork_rng(devices=[]), torch.no_grad():

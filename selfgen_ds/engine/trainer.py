@@ -67,7 +67,7 @@ class StepResult:
     learning_rate: float
     """Of the matrices' parameter group, in this step."""
     router_loss: float | None
-    """A mixture of experts' load balancing loss, without its coefficient: mean over micro-batches and ranks."""
+    """A mixture of experts' load balancing loss, without its coefficient: mean over micro-batches that have tokens."""
     grad_norm: float
     """Before clipping."""
     drawn: int
@@ -91,9 +91,10 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     Raises:
         RuntimeError: The loss is not finite at ZeRO stage 0, where DeepSpeed would apply it.
     """
-    targets = _sum_over_ranks(torch.stack([batch.loss_mask.sum() for batch in window]).sum())
+    counts = torch.stack([torch.stack([b.loss_mask.sum(), (b.sample_ids >= 0).any().long()]) for b in window])
+    targets, batches = (max(1, count) for count in _sum_over_ranks(counts.sum(dim=0)).tolist())
     # DeepSpeed divides by the accumulation steps and averages over ranks
-    scale = len(window) * dist.get_world_size() / targets.clamp(min=1).item()
+    parts = len(window) * dist.get_world_size()
     learning_rate = engine.get_lr()[0]
     coefficient = engine.module.router_loss_coefficient
     losses: list[Tensor] = []
@@ -102,7 +103,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
         loss, router_loss = _losses(engine, batch, label_smoothing)
         losses.append(loss.detach())
         router_losses.append(router_loss.detach())
-        objective = loss * scale + router_loss * coefficient
+        objective = loss * (parts / targets) + router_loss * (coefficient * parts / batches)
         if number == len(window):
             totals = _sum_over_ranks(_totals(window, losses, router_losses))
             # One rank's NaN or infinity becomes every rank's NaN gradient, on which DeepSpeed drops the step.
@@ -114,9 +115,9 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     loss_total, router_total, drawn, differing, tokens = totals.tolist()
     finite = math.isfinite(loss_total)
     return StepResult(
-        loss=loss_total / max(1, int(targets)),
+        loss=loss_total / targets,
         learning_rate=learning_rate,
-        router_loss=router_total / (len(window) * dist.get_world_size()) if coefficient else None,
+        router_loss=router_total / batches if coefficient else None,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         drawn=int(drawn),
         differing=int(differing),

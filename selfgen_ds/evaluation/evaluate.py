@@ -62,7 +62,7 @@ def run(options: EvaluateOptions) -> None:
         raise InputError("--max_length: expected a length, for the model sets no limit")
     if not 2 <= max_length <= (positions or max_length):
         raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
-    logits_form = probe.check(source, config, packing=False)
+    logits_form = probe.check(source, config, packing=False, training=False)
     columns = Columns(
         prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
     )

@@ -112,8 +112,7 @@ def test_experts_are_trained_when_a_rank_has_run_out_of_rows(two_ranks: Ranks, t
     two_ranks.run(runs.run_training, settings, timeout=60.0)
     first, second = runs.metrics(settings)
     assert 1.0 < first["router_loss"] < 4.0  # of 2 experts of 4 a token; 2 when they are used alike
-    # a mean over 4 micro-batches, of which one has tokens
-    assert 0.25 < second["router_loss"] < 1.0
+    assert 1.0 < second["router_loss"] < 4.0  # a mean over the one micro-batch that has tokens
     assert [row["dropped"] for row in (first, second)] == [0, 0]
 
 
