@@ -194,7 +194,7 @@ class EvalConfig:
     every: int | None = None
     """Optimizer steps between evaluations. Default: only after the last step."""
     max_samples: int = 256
-    """Rows used, the first ones of `data.eval`."""
+    """Rows read, the first ones of `data.eval`, an equal part of every source."""
     batch_size: int = 64
     """Rows a rank evaluates at once."""
     best: str = "loss"
@@ -239,7 +239,7 @@ class EvaluateOptions:
     messages_column: str = "messages"
     """Field with a conversation, whose last turn is the reference; read where a row has no prompt and completion."""
     max_samples: int | None = None
-    """Rows used, the first ones. Default: all."""
+    """Rows read, the first ones, an equal part of every source. Default: all."""
     max_length: int | None = None
     """Longest row in tokens; longer responses are cut, prompts without room are left out, both counted.
     Default: the model's positions."""
@@ -330,6 +330,8 @@ def problems(recipe: Recipe) -> list[str]:
         check(0 <= share <= 1, setting, share, "a number in [0, 1]")
     for setting, value in {"data.train": data.train, "data.eval": data.eval}.items():
         found += source_problems(setting, value)
+    columns = (data.prompt_column, data.completion_column)
+    check(columns[0] != columns[1], "data.completion_column", columns[1], "another field than data.prompt_column")
     if data.packing and data.group_by_length:
         found.append("data.group_by_length: expected false with data.packing, whose rows are all full")
     if selfgen.schedule == "constant":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -37,6 +37,8 @@ class Conversation:
     given: int = 0
     """So many messages at the start are a prompt: their assistant turns are not learned."""
     tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of the template."""
     where: str = ""
     """File and line that it was read from."""
 
@@ -47,7 +49,7 @@ class _Rendered:
     contents: list[tuple[int, int]]
     """Characters of every message's content, in the order of the text."""
     turns: list[tuple[int, int, int]]
-    """Of every learned turn: its first character, the end of its content, its end."""
+    """Of what is learned: its first character, the end of what may be replaced, its end; see `ChatEncoder.encode`."""
 
 
 class ChatEncoder:
@@ -76,6 +78,8 @@ class ChatEncoder:
     def encode(self, conversations: list[Conversation]) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Token ids of each conversation, and its turns: `[start, end of what may be replaced, end]`, in tokens.
 
+        What a template generates before a turn's content stands before it as a turn of which nothing may be replaced.
+
         Raises:
             InputError: The template raises, or does not reproduce the messages; names the row.
         """
@@ -99,17 +103,16 @@ class ChatEncoder:
         spans = _find([messages[i]["content"] for i in order], pieces[::2], text) if once else None
         if spans is None:
             raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
-        for i in (i for i, message in enumerate(messages) if message.get("tool_calls")):
-            if self._ignores_calls(chat, i, text):
-                raise InputError(f"{chat.where}: the chat template leaves out the tool calls of message {i + 1}")
+        for what, without in _without_parts(chat):
+            if self._gives(without, text):
+                raise InputError(f"{chat.where}: the chat template leaves out {what}")
         turns = self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
         return _Rendered(text=text, contents=spans, turns=turns)
 
-    def _ignores_calls(self, chat: Conversation, i: int, text: str) -> bool:
-        without = [*chat.messages[:i], chat.messages[i] | {"tool_calls": []}, *chat.messages[i + 1 :]]
+    def _gives(self, chat: Conversation, text: str) -> bool:
         try:
-            return self._apply(without, chat)[0] == text
-        except InputError:  # a template that misses them does not ignore them
+            return self._apply(chat.messages, chat)[0] == text
+        except InputError:  # a template that misses something does not ignore it
             return False
 
     def _apply(self, messages: list[dict[str, Any]], chat: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
@@ -122,7 +125,7 @@ class ChatEncoder:
                 tools=chat.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=with_markers,
-                **self._tokenizer.special_tokens_map,
+                **self._tokenizer.special_tokens_map | chat.template_kwargs,
             )
         except Exception as error:  # a template can raise anything
             raise InputError(f"{chat.where}: the chat template raises: {' '.join(str(error).split())}") from error
@@ -153,15 +156,16 @@ class ChatEncoder:
                     raise InputError(f"{where}: {beside[0]} needs a chat template with generation markers")
                 start, end = contents[i]
                 closing = self._closing.match(text, end)
-                turn = (start, end, closing.end() if closing else end)
+                turns.append((start, end, closing.end() if closing else end))
             else:
                 first, last = generated[number]
                 # of a turn without content, such as a call of a tool, nothing is replaced
                 start, end = contents.get(i, (first, first))
                 if not first <= start <= end <= last:
                     raise InputError(f"{where}: the chat template's generation markers do not enclose it")
-                turn = (first, end, last)
-            turns.append(turn)
+                if first < start:
+                    turns.append((first, first, start))
+                turns.append((start, end, last))
         return turns
 
     def _spelled_out(self, text: str, spelled: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -173,19 +177,38 @@ class ChatEncoder:
         for number, (start, end) in enumerate(pairwise(edges)):
             if start == end:
                 continue
-            # behind a line's end, because some tokenizers put a space before the start of a text
-            lead = "\n" if number else ""
-            piece = self._tokenizer(
-                lead + text[start:end],
-                add_special_tokens=False,
-                split_special_tokens=number % 2 == 1,
-                return_offsets_mapping=True,
-            )
-            skipped = len(line_end) if number else 0
+            # behind a line's end, because some tokenizers put a space before the start of a text; but not where a
+            # line's end becomes one token with what follows it
+            for lead in ("\n", "") if number else ("",):
+                piece = self._tokenizer(
+                    lead + text[start:end],
+                    add_special_tokens=False,
+                    split_special_tokens=number % 2 == 1,
+                    return_offsets_mapping=True,
+                )
+                skipped = len(line_end) if lead else 0
+                if piece["input_ids"][:skipped] == line_end[:skipped]:
+                    break
             ids += piece["input_ids"][skipped:]
             shift = start - len(lead)
             offsets += [(first + shift, last + shift) for first, last in piece["offset_mapping"][skipped:]]
         return ids, offsets
+
+
+def _without_parts(chat: Conversation) -> Iterator[tuple[str, Conversation]]:
+    """What a template must not leave out beside contents, and the conversation without it.
+
+    Reasoning of earlier turns is left out by design in some templates.
+    """
+    if chat.tools:
+        yield "the tools", replace(chat, tools=None)
+    last = len(chat.messages) - 1
+    for i, message in enumerate(chat.messages):
+        for name in _BESIDE_CONTENT:
+            if message.get(name) and (name == "tool_calls" or i == last):
+                messages = [m if j != i else m | {name: None} for j, m in enumerate(chat.messages)]
+                messages[i] = {key: value for key, value in messages[i].items() if value is not None}
+                yield f"{name} of message {i + 1}", replace(chat, messages=messages)
 
 
 def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:

@@ -34,7 +34,7 @@ def read_file(path: Path) -> Iterator[Raw]:
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty")
-        yield from READERS[path.suffix](path)
+        yield from READERS[path.suffix.lower()](path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
 
@@ -51,8 +51,8 @@ def _read_jsonl(path: Path) -> Iterator[Raw]:
 def _read_json(path: Path) -> Iterator[Raw]:
     """An array of objects; or, as many files of this name are, one object a line."""
     with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+        first_line = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+    if not first_line.lstrip().startswith(b"["):
         yield from _read_jsonl(path)
         return
     text = _decode(path.read_bytes(), str(path), starts_file=True)

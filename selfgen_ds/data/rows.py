@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from selfgen_ds.config import InputError, Source
+from selfgen_ds.data.cache import content_hash
 from selfgen_ds.data.chat import SURROGATE, Conversation
 from selfgen_ds.data.formats import READERS, Raw, read_file
 from selfgen_ds.data.hub import use_cache_without_network
@@ -65,13 +65,12 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
 
 
 def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
-    if unknown := [file for file in files if file.suffix not in READERS]:
+    if unknown := [file for file in files if file.suffix.lower() not in READERS]:
         raise InputError(f"{unknown[0]}: expected a file that ends in {', '.join(READERS)}")
     fingerprint = []
     for file in files:
         try:
-            with open(file, "rb") as content:
-                fingerprint.append(hashlib.file_digest(content, "sha256").hexdigest())
+            fingerprint.append(content_hash(file))
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from error
 
@@ -108,7 +107,7 @@ def _folder_files(folder: Path, source: Source, split: str) -> list[Path]:
 
 def _holds_rows(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-    return file.suffix in READERS and file.name not in _NO_DATA and not hidden
+    return file.suffix.lower() in READERS and file.name not in _NO_DATA and not hidden
 
 
 def _saved_files(folder: Path, source: Source, split: str) -> list[Path]:
@@ -149,8 +148,18 @@ def _open_hub(source: Source, split: str, columns: Columns) -> Opened:
         raise InputError(
             f"{source.path}: neither a file or folder here nor a data set that the hub gave: {_first_line(error)}"
         ) from error
-    raw = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    return Opened(name=name, fingerprint=[name, chosen, fingerprint], rows=_validated(name, raw, columns))
+    return Opened(
+        name=name, fingerprint=[name, chosen, fingerprint], rows=_validated(name, _read_hub(name, rows), columns)
+    )
+
+
+def _read_hub(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Raw]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+    except Exception as error:  # a connection that breaks, a file that is damaged: the types differ
+        raise InputError(f"{name}: cannot be read behind row {number}: {_first_line(error)}") from error
 
 
 def _validated(name: str, raw: Iterable[Raw], columns: Columns) -> Iterator[Row | Conversation]:
@@ -165,7 +174,7 @@ def _validated(name: str, raw: Iterable[Raw], columns: Columns) -> Iterator[Row 
         else:
             messages = _field(fields, columns.messages, where)
             messages = _messages(messages, f"{where}, field {columns.messages!r}")
-            yield Conversation(messages=messages, tools=_tools(fields, where), where=where)
+            yield _conversation(messages, fields, where)
 
 
 def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Conversation:
@@ -173,7 +182,7 @@ def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Convers
     if _has_roles(prompt) and _has_roles(completion):
         both = f"{where}, fields {columns.prompt!r} and {columns.completion!r}"
         messages = _messages(prompt + completion, both)
-        return Conversation(messages=messages, given=len(prompt), tools=_tools(fields, where), where=where)
+        return _conversation(messages, fields, where, given=len(prompt))
     for column, text in ((columns.prompt, prompt), (columns.completion, completion)):
         _check_text(text, f"{where}, field {column!r}")
     return Row(prompt=prompt, completion=completion, where=where)
@@ -226,6 +235,16 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if before != "assistant":
         raise InputError(f"{where}: the assistant's turn is missing: the last message is of {before!r}")
     return messages
+
+
+def _conversation(messages: list[dict[str, Any]], fields: dict[str, Any], where: str, given: int = 0) -> Conversation:
+    """With what else a row may have for its template, as in TRL."""
+    settings = fields.get("chat_template_kwargs") or {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{where}, field 'chat_template_kwargs': expected an object, got {type(settings).__name__}")
+    settings = {name: value for name, value in settings.items() if value is not None}  # Arrow fills what a row lacks
+    tools = _tools(fields, where)
+    return Conversation(messages=messages, given=given, tools=tools, template_kwargs=settings, where=where)
 
 
 def _tools(fields: dict[str, Any], where: str) -> list[dict[str, Any]] | None:

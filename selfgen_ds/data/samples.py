@@ -31,14 +31,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError, Sources, sources
+from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.tasks import Row
-from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
-_CHUNK = 1000  # rows tokenised at once
+_CHUNK, _CHARACTERS = 1000, 1_000_000  # rows tokenised at once: at most so many, and about so much text
 _IDS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
     {
@@ -123,7 +124,7 @@ class Format:
     assistant_turns: str = "all"
     max_length: int
     limit: int | None = None
-    """Rows read, the first ones; none means all."""
+    """Rows read, the first ones, an equal part of every source; none means all."""
 
 
 def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> list[Samples]:
@@ -136,13 +137,17 @@ def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: F
         InputError: A source cannot be found or read.
     """
     loaded = []
-    for source in sources(given):
+    found = sources(given)
+    limit = None if form.limit is None else -(-form.limit // len(found))
+    for source in found:
         columns = Columns(
             prompt=source.prompt_column or form.columns.prompt,
             completion=source.completion_column or form.columns.completion,
             messages=source.messages_column or form.columns.messages,
         )
-        loaded.append(load_samples(open_source(source, split, columns), tokenizer, replace(form, columns=columns)))
+        loaded.append(
+            load_samples(open_source(source, split, columns), tokenizer, replace(form, columns=columns, limit=limit))
+        )
     return loaded
 
 
@@ -155,8 +160,7 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
     Raises:
         InputError: A row is not as expected, or none is usable.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "selfgen_ds" / _fingerprint(source, tokenizer, form)
-    make_folder(folder.parent, "HF_DATASETS_CACHE")
+    folder = cache_folder() / _fingerprint(source, tokenizer, form)
     failure = folder.with_suffix(".error")
     since = time.time()
     with FileLock(folder.with_suffix(".lock")):
@@ -180,13 +184,12 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
 
 
 def take(samples: list[Samples], limit: int | None = None) -> list[Sample]:
-    """Samples in memory, with ids of their own: at most `limit`, an equal part from the start of every source."""
-    each = None if limit is None else -(-limit // len(samples))
+    """Samples in memory, with ids of their own: at most `limit`."""
     first_ids = np.cumsum([0, *(source.read for source in samples)]).tolist()
     return [
         replace(sample, sample_id=first + sample.sample_id)
         for source, first in zip(samples, first_ids, strict=False)
-        for sample in map(source.__getitem__, range(len(source))[:each])
+        for sample in map(source.__getitem__, range(len(source)))
     ][:limit]
 
 
@@ -200,7 +203,8 @@ def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
     tokenizer("")  # the first call resets truncation and padding, which are saved too
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        code = Path(__file__).parent.glob("*.py")  # other code would make other samples of the same rows
+        # other code would make other samples of the same rows
+        code = [Path(__file__).parent / f"{name}.py" for name in ("chat", "formats", "rows", "samples", "tasks")]
         for file in sorted([*Path(folder).iterdir(), *code], key=lambda path: path.name):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:32]
@@ -219,7 +223,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=_CHUNK) as writer,
         tqdm(desc=f"tokenise {source.name}", unit="row", delay=2, leave=False) as bar,
     ):
-        while chunk := list(islice(rows, _CHUNK)):
+        for chunk in _chunks(rows):
             columns: dict[str, list] = {name: [] for name in _FEATURES}
             for number, (row, encoded) in enumerate(zip(chunk, encoder.encode(chunk), strict=True), start=read):
                 ids = encoded.ids[:longest]
@@ -233,7 +237,8 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
                     first_refused = first_refused or row.where or f"row {number + 1}"
                     continue
                 truncated += encoded.turns[-1][2] > longest
-                closing |= special & {encoded.ids[end - 1] for start, _, end in encoded.turns if start < end}
+                _, content_end, end = encoded.turns[-1]
+                closing |= set([token for token in encoded.ids[content_end:end] if token in special][-1:])
                 flat = [position for turn in turns for position in turn]
                 values = (number, len(ids), ids, flat, encoded.forced, encoded.rest)
                 for column, value in zip(columns.values(), values, strict=True):
@@ -260,6 +265,24 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         "checksum": crc,
     }
     write_atomically(folder / "info.json", json.dumps(info))
+
+
+def _chunks(rows: Iterator[Row | Conversation]) -> Iterator[list[Row | Conversation]]:
+    chunk: list[Row | Conversation] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        texts = (
+            (m.get("content") or "" for m in row.messages)
+            if isinstance(row, Conversation)
+            else (row.prompt, row.completion)
+        )
+        size += sum(map(len, texts))
+        if len(chunk) == _CHUNK or size > _CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,9 +245,9 @@ def test_tool_calls_without_markers_are_refused() -> None:
 
 def test_a_template_that_swallows_a_tool_call_is_refused() -> None:
     template = CHATML_GENERATION.replace("m['tool_calls'] or []", "[]")
-    assert "leaves out the tool calls of message 2" in _refusal(template, CALLS)
+    assert "leaves out tool_calls of message 2" in _refusal(template, CALLS)
     text_beside = [CALLS[0], CALLS[1] | {"content": "Let me see."}, *CALLS[2:]]
-    assert "leaves out the tool calls of message 2" in _refusal(CHATML, text_beside)
+    assert "leaves out tool_calls of message 2" in _refusal(CHATML, text_beside)
 
 
 def test_a_template_that_raises_without_a_tool_call_does_not_swallow_it() -> None:
