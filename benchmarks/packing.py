@@ -34,7 +34,7 @@ def main() -> None:
         recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "config"})
         recipe = replace(recipe, output_dir=folder, data=replace(recipe.data, packing=True))
         run = prepare(recipe, {"output_dir", "data.packing"})
-        samples = load_data(recipe, recipe.data.train, "train", run.tokenizer)
+        samples = load_data(recipe, run.tokenizer)
         shape: dict[str, Any] = {
             "micro_batch_size": recipe.train.micro_batch_size,
             "accumulation": recipe.train.gradient_accumulation_steps,

@@ -21,7 +21,15 @@ from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.methods import METHODS
-from selfgen_ds.prepare import check_settings, check_shares, load_data, load_windows, sampling
+from selfgen_ds.prepare import (
+    check_positions,
+    check_settings,
+    check_shares,
+    load_data,
+    load_eval_data,
+    load_windows,
+    sampling,
+)
 
 _STYLES = {"prompt": "dim", "replaceable": "green underline", "target": "bold green", "drawn": "bold red"}
 _MEANING = {
@@ -48,18 +56,20 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         raise InputError(f"--rows: expected 0 or more, got {rows}")
     check_settings(recipe, overrides)
     tokenizer = load_tokenizer(recipe.model)
-    samples = load_data(recipe, recipe.data.train, "train", tokenizer)
+    check_positions(recipe, model_config(recipe.model, tokenizer))
+    samples = load_data(recipe, tokenizer)
     windows = load_windows(
-        recipe, samples, micro_batch_size=max(1, rows), accumulation=1, rank=0, world_size=1, epochs=None
+        recipe, samples, micro_batch_size=max(1, rows), accumulation=1, rank=0, world_size=1, epochs=1
     )
+    eval_samples = [] if recipe.data.eval is None else load_eval_data(recipe, tokenizer)
     console = Console(highlight=False)
-    _print_counts(console, samples, tokenizer)
+    _print_counts(console, samples + eval_samples, tokenizer)
     _print_lengths(console, np.concatenate([source.table["length"][:] for source in samples]))
     if recipe.data.packing:
         tokens = sum(int(np.sum(source.table["length"][:], dtype=np.int64)) for source in samples)
         full = tokens / (len(windows) * recipe.data.max_length)
         console.print(f"packed into {len(windows)} rows of {recipe.data.max_length} tokens, {full:.1%} of them real\n")
-    check_shares(recipe, samples)
+    check_shares(recipe, samples + eval_samples)
     if rows:
         window = windows.window(0)
         if draw:
@@ -94,10 +104,11 @@ def _print_counts(console: Console, samples: list[Samples], tokenizer: PreTraine
 
 def _print_lengths(console: Console, lengths: np.ndarray) -> None:
     console.print(f"\ntokens a sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
-    counts, edges = np.histogram(lengths, bins=min(_BARS, int(np.ptp(lengths)) + 1))
-    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BARS + 1).astype(int))
+    counts, _ = np.histogram(lengths, bins=edges)
+    for count, low, behind in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * round(50 * count / counts.max())
-        console.print(f"{low:8.0f} to {high:<8.0f}{count:>9}  {bar}", soft_wrap=True)
+        console.print(f"{low:8} to {behind - 1:<8}{count:>9}  {bar}", soft_wrap=True)
     console.print()
 
 

@@ -88,13 +88,14 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         folder_lock = _open_output(recipe, json_config)
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
+        check_positions(recipe, config)
         _check_model(recipe, config)
         form = probe.check(recipe.model, config, recipe.data.packing)
-        samples = load_data(recipe, recipe.data.train, "train", tokenizer)
+        samples = load_data(recipe, tokenizer)
         check_shares(recipe, samples)
         eval_samples = None
         if recipe.data.eval is not None:
-            eval_samples = load_data(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+            eval_samples = load_eval_data(recipe, tokenizer)
             check_shares(recipe, eval_samples)
         windows = load_windows(
             recipe,
@@ -230,15 +231,28 @@ def _together() -> Iterator[None]:
         raise InputError("\n".join(lines))
 
 
-def load_data(
-    recipe: Recipe, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> list[Samples]:
-    """The samples of every source of `data.train` or `data.eval`.
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Samples]:
+    """The samples of every source of `data.train`.
 
     Raises:
         InputError: A source cannot be read, a row is not as expected, or none is usable.
     """
-    data = recipe.data
+    return _load(recipe.data, recipe.data.train, "train", tokenizer, None)
+
+
+def load_eval_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Samples]:
+    """The samples of every source of `data.eval`, `eval.max_samples` in all.
+
+    Raises:
+        InputError: As `load_data`.
+    """
+    assert recipe.data.eval is not None
+    return _load(recipe.data, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+
+
+def _load(
+    data: DataConfig, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> list[Samples]:
     columns = Columns(prompt=data.prompt_column, completion=data.completion_column, messages=data.messages_column)
     form = Format(columns=columns, assistant_turns=data.assistant_turns, max_length=data.max_length, limit=limit)
     return load(given, split, tokenizer, form)
@@ -301,12 +315,20 @@ def _checksum(samples: list[Samples]) -> int:
     return mine
 
 
-def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
+def check_positions(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Refuse rows that the model has no positions for.
+
+    Raises:
+        InputError: `data.max_length` is more than the model takes.
+    """
     positions = most_positions(config)
     if positions is not None and recipe.data.max_length > positions:
         raise InputError(
             f"data.max_length: expected at most the model's {positions} positions, got {recipe.data.max_length}"
         )
+
+
+def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
     if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
     folder = Path(recipe.output_dir).absolute()

@@ -145,9 +145,8 @@ def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: F
             completion=source.completion_column or form.columns.completion,
             messages=source.messages_column or form.columns.messages,
         )
-        loaded.append(
-            load_samples(open_source(source, split, columns), tokenizer, replace(form, columns=columns, limit=limit))
-        )
+        its_form = replace(form, columns=columns, limit=limit)
+        loaded.append(load_samples(open_source(source, split, columns), tokenizer, its_form))
     return loaded
 
 
@@ -272,12 +271,10 @@ def _chunks(rows: Iterator[Row | Conversation]) -> Iterator[list[Row | Conversat
     size = 0
     for row in rows:
         chunk.append(row)
-        texts = (
-            (m.get("content") or "" for m in row.messages)
-            if isinstance(row, Conversation)
-            else (row.prompt, row.completion)
-        )
-        size += sum(map(len, texts))
+        if isinstance(row, Conversation):
+            size += sum(len(message.get("content") or "") for message in row.messages)
+        else:
+            size += len(row.prompt) + len(row.completion)
         if len(chunk) == _CHUNK or size > _CHARACTERS:
             yield chunk
             chunk, size = [], 0

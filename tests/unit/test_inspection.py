@@ -86,3 +86,28 @@ def test_settings_are_checked_as_for_training(tmp_path: Path) -> None:
     recipe = replace(recipe, selfgen=SelfgenConfig(method="magic"))
     with pytest.raises(InputError, match=r"selfgen\.method"):
         inspect(recipe, set(), 1, False)
+
+
+def test_fewer_rows_than_asked_for_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _shown(_recipe(tmp_path, ["tell"]), capsys, rows=3)
+    assert output.count("[prompt]") == 1
+
+
+def test_evaluation_rows_are_checked_and_counted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path, ["tell"])
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    recipe.data.eval = str(tmp_path / "eval.jsonl")
+    assert "eval.jsonl: 4 rows read" in _shown(recipe, capsys)
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(InputError, match=r"eval\.jsonl, line 1: field 'completion' is missing"):
+        inspect(recipe, set(), 1, False)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.max_length: expected at most the model's 256 positions"):
+        inspect(_recipe(tmp_path, ["tell"], max_length=512), set(), 1, False)
+
+
+def test_the_histogram_of_one_length_is_one_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _shown(_recipe(tmp_path, ["abcd", "efgh"]), capsys)
+    assert re.findall(r"^ +(\d+) to (\d+) +(\d+) ", output, flags=re.M) == [("12", "12", "2")]
