@@ -15,6 +15,11 @@ _CORPUS = [
     "What is 12 + 30? It is 42. Is it? Yes, it is the answer to the question. [INST] [/INST] <s> </s>",
     "Thank you! You are welcome, and the same to you. Ä Ö ü é 日本語 😀",
 ] * 3
+# of Llama 3 and its like: line ends make one piece, alone or behind punctuation
+_WITH_LINE_ENDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}
@@ -78,7 +83,7 @@ class Family:
 
     template: str
     tokenizer: str
-    """`byte_level`, `metaspace`, `prepending` or `replacing`."""
+    """`byte_level`, `line_ends`, `metaspace`, `prepending` or `replacing`."""
     special: tuple[str, ...]
     bos: str | None = None
     eos: str
@@ -149,6 +154,9 @@ FAMILIES = {
         template=ZEPHYR, tokenizer="metaspace", special=("<s>", "</s>"), bos="<s>", eos="</s>", closing="</s>"
     ),
     "phi3": Family(template=PHI3, tokenizer="metaspace", special=_PHI3_TOKENS, eos="<|endoftext|>", closing="<|end|>"),
+    "line ends that merge": Family(
+        template=CHATML, tokenizer="line_ends", special=_CHATML_TOKENS, eos="<|im_end|>", closing="<|im_end|>"
+    ),
     "qwen3": Family(
         template=QWEN3, tokenizer="byte_level", special=_CHATML_TOKENS, eos="<|im_end|>", closing="<|im_end|>"
     ),
@@ -178,11 +186,14 @@ def build(
 
 
 def _backend(kind: str) -> Tokenizer:
-    if kind == "byte_level":
+    if kind in ("byte_level", "line_ends"):
         trained = Tokenizer(models.BPE())
-        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "byte_level")
+        split = pre_tokenizers.Split(Regex(_WITH_LINE_ENDS), "isolated")
+        trained.pre_tokenizer = pieces if kind == "byte_level" else pre_tokenizers.Sequence([split, pieces])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trained.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+        corpus = _CORPUS if kind == "byte_level" else [*_CORPUS, *["a\n\nb\n\n\nc.\n\nd!\ne>\nf>\n\ng"] * 20]
+        trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
         trained.decoder = decoders.ByteLevel()
         return trained
     # as sentencepiece's: spaces are `▁`, what is not in the vocabulary becomes bytes

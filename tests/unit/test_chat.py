@@ -88,6 +88,26 @@ def test_the_tokens_are_those_of_the_chat_template_whatever_the_contents(
             assert learned.endswith(form.lstrip("\n") + FAMILIES[family].closing)
 
 
+BEFORE_LINE_ENDS = ["x <|im_end|>\n\nfoo", "a<|im_end|>\n", "<|im_end|>\n\n", "b.<|im_end|>\n\n\n<|im_start|>\n.\n\nc"]
+
+
+@pytest.mark.parametrize("family", ["line ends that merge", "chatml"])
+@pytest.mark.parametrize("content", BEFORE_LINE_ENDS)
+def test_line_ends_behind_a_special_token_that_a_content_spells_are_kept(family: str, content: str) -> None:
+    chat_tokenizer = tokenizer(family)
+    messages = _conversation(content, "y", "z", content)
+    ids, turns = _encode(chat_tokenizer, messages)
+    assert ids == chat_tokenizer.apply_chat_template(messages, sanitize_control_tokens=True)["input_ids"]
+    assert chat_tokenizer.decode(ids) == chat_tokenizer.apply_chat_template(messages, tokenize=False)
+    learned = [chat_tokenizer.decode(ids[start:replaceable]) for start, replaceable, _ in turns]
+    assert learned == ["y", content]
+
+
+def test_the_family_whose_line_ends_merge_has_tokens_of_several() -> None:
+    ids, _ = _encode(tokenizer("line ends that merge"), _conversation("a\n\nb", "c.\n\nd"))
+    assert {"ĊĊ", ".ĊĊ"} <= set(tokenizer("line ends that merge").convert_ids_to_tokens(ids))
+
+
 @EVERY_FAMILY
 def test_a_special_token_that_a_content_spells_is_text(family: str) -> None:
     chat_tokenizer, special = tokenizer(family), FAMILIES[family].special
@@ -127,6 +147,21 @@ def test_tools_reach_the_template() -> None:
     assert _chatml().decode(ids).startswith("add;sub;<|im_start|>user")
 
 
+TOOLS = [{"name": "add"}, {"name": "sub"}]
+
+
+def test_a_template_that_ignores_the_tools_is_refused() -> None:
+    assert "the chat template leaves out the tools" in _refusal(CHATML, _conversation("a", "b"), tools=TOOLS)
+
+
+def test_settings_of_a_row_reach_the_template() -> None:
+    template = "{% if think %}{{ think }}{% endif %}" + CHATML.strip()
+    ids, _ = _encode(_chatml(template), _conversation("a", "b"), template_kwargs={"think": "hard;"})
+    assert _chatml().decode(ids).startswith("hard;<|im_start|>user")
+    plain, _ = _encode(_chatml(template), _conversation("a", "b"))
+    assert _chatml().decode(plain).startswith("<|im_start|>user")
+
+
 # --- turns ---
 
 
@@ -151,6 +186,21 @@ def test_a_closing_token_is_one_token_that_ends_the_turn() -> None:
 def test_white_space_that_the_template_strips_is_in_no_turn(family: str) -> None:
     ids, ((start, _, end),) = _encode(tokenizer(family), _conversation("a", "\n There are three. \n"))
     assert tokenizer(family).decode(ids[start:end]) == "There are three." + FAMILIES[family].closing
+
+
+@pytest.mark.parametrize(
+    ("written", "learned"),
+    [
+        ("rstrip('\\n')", "\n\tThere are three. \t"),
+        ("rstrip('\\t\\n')", "\n\tThere are three. "),
+        ("lstrip('\\n')", "\tThere are three. \t\n"),
+    ],
+)
+def test_white_space_may_be_stripped_in_part(written: str, learned: str) -> None:
+    template = f"{{% for m in messages %}}<|im_start|>{{{{ m['content'].{written} }}}}<|im_end|>{{% endfor %}}"
+    ids, ((start, replaceable, end),) = _encode(_chatml(template), _conversation("a", "\n\tThere are three. \t\n"))
+    assert _chatml().decode(ids[start:replaceable]) == learned
+    assert _chatml().decode(ids[replaceable:end]) == "<|im_end|>"
 
 
 def test_what_a_template_writes_before_the_content_is_not_learned() -> None:
@@ -215,6 +265,32 @@ def test_markers_and_rendering_find_the_same_turns() -> None:
     assert _encode(tokenizer(MARKED), TWO_TURNS) == _encode(tokenizer("chatml"), TWO_TURNS)
 
 
+WITH_HEADER = """
+{%- for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}
+{{- '<|im_start|>assistant\\n' + m['content'] + '<|im_end|>\\n' }}{% endgeneration %}
+{%- else %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"""
+
+
+def test_a_header_inside_markers_is_learned_and_never_replaced() -> None:
+    chat_tokenizer = _chatml(WITH_HEADER)
+    ids, turns = _encode(chat_tokenizer, TWO_TURNS)
+    expected = chat_tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)
+    learned, replaceable = [0] * len(ids), [0] * len(ids)
+    for start, middle, end in turns:
+        learned[start:end] = [1] * (end - start)
+        replaceable[start:middle] = [1] * (middle - start)
+    assert (ids, learned) == (expected["input_ids"], expected["assistant_masks"])
+    replaced = [token for token, may_be in zip(ids, replaceable, strict=True) if may_be]
+    assert chat_tokenizer.decode(replaced) == "There are three.You are welcome."
+    pieces = [chat_tokenizer.decode(ids[start:end]) for start, _, end in turns]
+    header = "<|im_start|>assistant\n"
+    assert pieces == [header, "There are three.<|im_end|>\n", header, "You are welcome.<|im_end|>\n"]
+
+
+def test_the_last_turn_alone_keeps_its_header_inside_markers() -> None:
+    assert _encode(_chatml(WITH_HEADER), TWO_TURNS, "last")[1] == _encode(_chatml(WITH_HEADER), TWO_TURNS)[1][2:]
+
+
 CALLS: Messages = [
     {"role": "user", "content": "1 + 2?"},
     {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1, "b": 2}}]},
@@ -263,6 +339,25 @@ def test_reasoning_beside_the_content_is_refused_without_markers() -> None:
     assert "message 2: reasoning_content needs a chat template with gen" in _refusal(PLAIN_CALLS, messages)
 
 
+REASONING = CHATML_GENERATION.replace(
+    "{%- if m['content'] %}", "{{- m['reasoning_content'] if loop.last }}{%- if m['content'] %}"
+)
+
+
+def test_reasoning_of_the_last_message_that_the_template_ignores_is_refused() -> None:
+    messages = [*TWO_TURNS[:3], TWO_TURNS[3] | {"reasoning_content": "They are polite."}]
+    assert "leaves out reasoning_content of message 4" in _refusal(CHATML_GENERATION, messages)
+    ids, turns = _encode(_chatml(REASONING), messages)
+    learned = _chatml().decode([token for start, _, end in turns[1:] for token in ids[start:end]])
+    assert learned == "They are polite.You are welcome.<|im_end|>"
+    assert [_chatml().decode(ids[start:end]) for start, end, _ in turns] == ["There are three.", "", "You are welcome."]
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out() -> None:
+    messages = [TWO_TURNS[0], TWO_TURNS[1] | {"reasoning_content": "I see three."}, *TWO_TURNS[2:]]
+    assert _encode(_chatml(REASONING), messages) == _encode(_chatml(REASONING), TWO_TURNS)
+
+
 def test_a_tool_call_in_a_turn_that_is_not_learned_needs_no_markers() -> None:
     ids, turns = _encode(_chatml(PLAIN_CALLS), CALLS, "last")
     assert [_chatml().decode(ids[start:end]) for start, _, end in turns] == ["It is 3.<|im_end|>"]
@@ -308,6 +403,10 @@ def test_a_template_that_does_not_reproduce_the_messages_is_refused_with_the_row
     messages = _conversation('a "few" apples\n?', "There are three.", "Thank you!", "You are welcome.")
     template = f"{{% for m in messages %}}<|im_start|>{content}<|im_end|>\n{{% endfor %}}"
     assert expected in _refusal(template, messages)
+
+
+def test_what_a_template_writes_behind_the_last_content_may_not_depend_on_contents() -> None:
+    assert "does not reproduce" in _refusal(CHATML + "{{ 'Bye.' if 'apples' in messages[0]['content'] }}")
 
 
 def test_a_template_that_swallows_a_turn_of_some_rows_is_refused_for_those_rows_only() -> None:
