@@ -24,6 +24,7 @@ from selfgen_ds.config import (
     LoraConfig,
     ModelConfig,
     Recipe,
+    Source,
     TrainConfig,
     to_yaml,
 )
@@ -210,6 +211,23 @@ def test_every_stage_resumes_and_exports(
     for (name, one), (_, other) in zip(*(model.named_parameters() for model in loaded), strict=True):
         assert torch.equal(one, other), name
     assert (folder / "exported" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("order", ["packing", "group_by_length", "weights"])
+def test_packed_grouped_and_weighted_rows_go_on_where_they_stopped(two_ranks: Ranks, folder: Path, order: str) -> None:
+    (folder / "more.jsonl").write_text(json.dumps({"prompt": "other: ", "completion": "row"}) + "\n")
+    sources = [Source(path=str(folder / name), weight=w) for name, w in (("rows.jsonl", 1.0), ("more.jsonl", 1.0))]
+    found = []
+    for stops in ([6], [3, 6]):
+        settings = runs.recipe(folder, resume="auto")
+        settings.data.packing, settings.data.group_by_length = order == "packing", order == "group_by_length"
+        settings.data.train = sources if order == "weights" else settings.data.train
+        settings.optim.schedule = "constant"
+        for steps in stops:
+            settings.train.max_steps = steps
+            two_ranks.run(runs.run_training, settings)
+        found.append(weights(settings))
+    assert found[0] == found[1]
 
 
 def test_a_broken_checkpoint_is_not_exported(saved: Recipe, folder: Path) -> None:
