@@ -321,3 +321,11 @@ def test_grouped_steps_are_not_in_the_order_of_their_lengths() -> None:
     windows = _of_kind("grouped")
     longest = [max(max(lengths(batch)) for batch in windows.window(step)) for step in range(50)]
     assert abs(np.corrcoef(np.arange(50), longest)[0, 1]) < 0.4
+
+
+def test_every_group_of_grouped_steps_has_an_order_of_its_own() -> None:
+    lengths_once = list(range(3, 53))  # as many rows as a group has steps
+    windows = _windows(sources=[_samples(lengths_once)], group_by_length=True, micro_batch_size=1, accumulation=1)
+    groups = [[lengths(windows.window(step)[0])[0] for step in range(first, first + 50)] for first in (0, 50, 100)]
+    assert all(sorted(group) == lengths_once for group in groups)
+    assert len({tuple(group) for group in groups}) == 3

@@ -175,6 +175,22 @@ def test_weights_are_for_training(recipe: Recipe) -> None:
     assert problems(recipe) == ["data.eval: weights are for data.train"]
 
 
+@pytest.mark.parametrize("given", [["builtin:running_sum", "a/b"], ["a/b", Source(path="builtin:running_sum")]])
+def test_tasks_and_other_rows_are_trained_together_but_not_evaluated_together(recipe: Recipe, given: Sources) -> None:
+    recipe.data.train = given
+    assert problems(recipe) == []
+    recipe.data.eval = given
+    assert problems(recipe) == ["data.eval: expected built-in tasks alone, whose recovery is measured, or none"]
+    recipe.data.eval = ["builtin:running_sum", "builtin:pointer_chase"]
+    assert problems(recipe) == []
+
+
+def test_one_column_is_not_prompt_and_completion(recipe: Recipe) -> None:
+    recipe.data.prompt_column = recipe.data.completion_column = "text"
+    [problem] = problems(recipe)
+    assert problem == "data.completion_column: expected another field than data.prompt_column, got 'text'"
+
+
 def test_packed_rows_are_not_grouped_by_length(recipe: Recipe) -> None:
     recipe.data.packing = recipe.data.group_by_length = True
     assert problems(recipe) == ["data.group_by_length: expected false with data.packing, whose rows are all full"]

@@ -554,6 +554,13 @@ def test_bad_content_is_an_error_that_names_file_row_and_field(
     assert _error(path).startswith(f"{path}{expected}")
 
 
+@pytest.mark.parametrize("space", [b"\n" * 10_000, b" " * 10_000, b"\r\n\t " * 3000, b"\xef\xbb\xbf" + b"\n " * 5000])
+def test_a_json_array_may_stand_behind_any_white_space(tmp_path: Path, space: bytes) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(space + b'[{"prompt": "a",\n"completion": "b"}]')
+    assert _read(path) == [Row(prompt="a", completion="b")]
+
+
 def test_a_csv_column_that_nobody_asked_for_may_hold_any_bytes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion,\xff\na,b,\xe9\n")

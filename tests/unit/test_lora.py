@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from selfgen_ds import prepare
 from selfgen_ds.config import DataConfig, InputError, LoraConfig, ModelConfig, Recipe, TrainConfig, problems, to_yaml
@@ -45,6 +45,36 @@ def test_all_linear_layers_but_the_lm_head_are_adapted_and_nothing_else_is_train
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name.replace(".weight", f".lora_{x}.default.weight") for name in expected for x in "AB"
     }
+
+
+MIXTRAL = MixtralConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    num_local_experts=4,
+    vocab_size=32,
+    eos_token_id=1,
+)
+MIXTRAL_LAYERS = [f"model.layers.{i}.self_attn.{x}_proj.weight" for i in range(2) for x in "qkvo"]
+GPT2_LAYERS = [
+    f"transformer.h.{i}.{name}.weight"
+    for i in range(2)
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [(MIXTRAL, MIXTRAL_LAYERS), (GPT2, GPT2_LAYERS)], ids=["experts", "transposed layers"]
+)
+def test_routers_and_experts_are_left_alone_and_transposed_layers_adapted(config: Any, expected: list[str]) -> None:
+    model = built(config)
+    lora.add_adapter(model, LoraConfig(r=2), "base")
+    assert lora.adapted_layers(model).keys() == set(expected)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(expected)
+    assert not [name for name in trained if "gate" in name or "router" in name or "experts" in name]
 
 
 def test_adapters_have_the_models_dtype() -> None:

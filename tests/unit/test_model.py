@@ -12,7 +12,15 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from selfgen_ds.config import InputError, ModelConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import head, probe
-from selfgen_ds.engine.model import backbone, build_model, extend, model_config, most_positions
+from selfgen_ds.engine.model import (
+    backbone,
+    build_model,
+    extend,
+    model_config,
+    most_positions,
+    router_loss_coefficient,
+)
+from selfgen_ds.engine.policy import sweep_budget
 from tests.architectures import ARCHITECTURES, attention
 
 
@@ -69,6 +77,59 @@ def test_the_longest_row_is_the_configurations_limit_if_it_has_one(
     fields: dict[str, Any], positions: int | None
 ) -> None:
     assert most_positions(model_config(preset(**fields), byte_tokenizer())) == positions
+
+
+def test_what_turns_the_router_loss_off_is_a_field_of_any_preset() -> None:
+    config = model_config(preset(model_type="deepseek_v3", router_aux_loss_coef=0), byte_tokenizer())
+    assert router_loss_coefficient(config) == 0.0
+    assert router_loss_coefficient(model_config(preset(model_type="deepseek_v3"), byte_tokenizer())) is None
+
+
+LLAMA4: dict[str, Any] = {
+    "model_type": "llama4_text",
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "attention_chunk_size": 8,
+}
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "vocab_size": 50,
+    "vocab_size_per_layer_input": 50,
+    "hidden_size_per_layer_input": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
+
+
+@pytest.mark.parametrize("fields", [LLAMA4, GEMMA4], ids=lambda fields: fields["model_type"])
+def test_the_hidden_states_are_those_that_the_output_layer_reads(fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32).eval()
+    context = torch.randint(0, 50, (2, 7))
+    hidden = backbone(model, context, None).last_hidden_state
+    assert hidden.shape == (2, 7, 32)
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), model(context, use_cache=False).logits)
+
+
+def test_a_model_whose_layers_differ_has_a_budget_that_grows_with_its_heads() -> None:
+    narrow, wide = (
+        sweep_budget(AutoConfig.for_model(**GEMMA4 | {"head_dim": size}), True, 0, None) for size in (8, 64)
+    )
+    assert 0 < narrow.training < wide.training
 
 
 def test_an_output_layer_that_is_not_linear_is_refused() -> None:

@@ -190,6 +190,13 @@ def test_with_weights_a_source_is_shuffled_anew_each_time_it_begins_again() -> N
     assert len({frozenset(half) for half in halves[::2]}) > 1
 
 
+def test_with_weights_sources_of_one_size_have_orders_of_their_own() -> None:
+    stream = Stream([100, 100, 200], [1.0, 1.0, 6.0], seed=1)  # 50 rows of the first two an epoch
+    first, second = ({row for source, row in _rows(stream, 0, 400) if source == wanted} for wanted in (0, 1))
+    assert len(first) == len(second) == 50
+    assert 10 < len(first & second) < 40
+
+
 def test_equal_weights_of_equal_sources_are_as_no_weights() -> None:
     assert _rows(Stream([9, 9], [2.0, 2.0], seed=5), 0, 40) == _rows(Stream([9, 9], None, seed=5), 0, 40)
 

@@ -19,9 +19,11 @@ def configuration(preset: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(**{"vocab_size": 300, "pad_token_id": 1} | preset)
 
 
-def check(preset: dict[str, Any], packing: bool = False, attn_implementation: Any = "sdpa") -> LogitsForm:
+def check(
+    preset: dict[str, Any], packing: bool = False, attn_implementation: Any = "sdpa", training: bool = True
+) -> LogitsForm:
     return probe.check(
-        ModelConfig(preset=preset, attn_implementation=attn_implementation), configuration(preset), packing
+        ModelConfig(preset=preset, attn_implementation=attn_implementation), configuration(preset), packing, training
     )
 
 
@@ -208,6 +210,30 @@ def test_a_mixture_of_experts_without_a_router_loss_is_refused_unless_none_is_as
     assert check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.0}) == LogitsForm()
     with pytest.raises(InputError, match="router loss cannot be computed"):
         check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.1})
+
+
+@pytest.mark.parametrize("fields", [{}, {"router_aux_loss_coef": 0.1}])
+def test_a_mixture_of_experts_is_evaluated_without_a_router_loss(fields: dict[str, Any]) -> None:
+    assert check(EXPERTS_WITHOUT_A_LOSS | fields, training=False) == LogitsForm()
+    assert check(ARCHITECTURES["mixtral"], training=False) == LogitsForm()
+
+
+WINDOWS = {
+    "Mistral 7B": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+    "Gemma 3": ({"model_type": "gemma3_text", "sliding_window": 1024}, "sliding_window"),
+    "Llama 4": ({"model_type": "llama4_text", "attention_chunk_size": 8192}, "attention_chunk_size"),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_window_of_a_shrunk_model_ends_inside_a_sample(name: str) -> None:
+    preset, field = WINDOWS[name]
+    preset = {"pad_token_id": 0} | preset
+    with torch.no_grad():
+        small = probe._small(ModelConfig(preset=preset), AutoConfig.for_model(**preset))
+    window = getattr(small.config, field)
+    assert 1 < window < min(probe._LENGTHS)
+    assert all(length % window for length in probe._LENGTHS)
 
 
 def test_random_generators_are_left_as_they_were() -> None:

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from huggingface_hub import constants
 from selfgen_ds.config import InputError, Source
 from selfgen_ds.data import hub
 from selfgen_ds.data.chat import Conversation
-from selfgen_ds.data.rows import Columns, open_source
+from selfgen_ds.data.rows import Columns, _open_hub, _read_hub, open_source
 from selfgen_ds.data.tasks import Row, generate
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
@@ -173,7 +175,95 @@ def test_a_bad_prompt_of_messages_names_both_fields(tmp_path: Path) -> None:
         _read(tmp_path, f'{{"prompt": [{USER}], "completion": [{USER}]}}'.encode())
 
 
+def test_settings_of_the_template_come_with_the_row(tmp_path: Path) -> None:
+    content = f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": {{"think": false, "other": null}}}}'
+    (row,) = _read(tmp_path, content.encode())
+    assert row.template_kwargs == {"think": False}
+    pair = f'{{"prompt": [{USER}], "completion": [{ASSISTANT}], "chat_template_kwargs": {{"think": true}}}}'
+    (row,) = _read(tmp_path, pair.encode())
+    assert row.template_kwargs == {"think": True}
+    (row,) = _read(tmp_path, f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": null}}'.encode())
+    assert row.template_kwargs == {}
+
+
+@pytest.mark.parametrize(("value", "kind"), [('"think"', "str"), ("[1]", "list"), ("3", "int")])
+def test_settings_of_the_template_that_are_no_object_are_an_error(tmp_path: Path, value: str, kind: str) -> None:
+    content = f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": {value}}}'
+    expected = rf"line 1, field 'chat_template_kwargs': expected an object, got {kind}$"
+    with pytest.raises(InputError, match=expected):
+        _read(tmp_path, content.encode())
+
+
 # --- where rows come from ---
+
+
+@pytest.mark.parametrize("name", ["b.JSONL", "b.Json", "b.CSV"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
+    content = b"prompt,completion\n1+1=,2\n" if name.endswith("CSV") else GOOD
+    (tmp_path / name).write_bytes(content)
+    rows = list(open_source(Source(path=str(tmp_path / name)), "train", Columns()).rows)
+    assert rows == [Row(prompt="1+1=", completion="2")]
+
+
+@pytest.mark.parametrize("name", ["b.JSONL", "b.CSV", "b.Parquet"])
+def test_a_file_of_a_folder_that_datasets_does_not_take_for_its_suffix_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(GOOD)
+    with pytest.raises(InputError, match="expected a folder with files that end in"):
+        open_source(Source(path=str(tmp_path)), "train", Columns())
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    with pytest.raises(InputError, match=rf"{name} would be left out beside a\.jsonl: name the files"):
+        open_source(Source(path=str(tmp_path)), "train", Columns())
+
+
+def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set as the hub has it, on this disk: `datasets` takes its folder for its id."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for subset in ("a", "b"):
+        for split in ("train", "test"):
+            rows = [{"prompt": f"{subset} {split} {i}", "completion": "c", "id": i} for i in range(5)]
+            (tmp_path / "hub" / subset).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "hub" / subset / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in "ab")
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return str(tmp_path / "hub")
+
+
+@pytest.mark.parametrize(("given", "split"), [(None, "train"), (None, "test"), ("test", "test")])
+def test_a_hub_data_set_is_the_rows_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, split: str
+) -> None:
+    source = Source(path=_hub(tmp_path, monkeypatch), subset="b", split=given)
+    use = "train" if given else split
+    opened = _open_hub(source, use, Columns())
+    assert list(opened.rows) == [Row(prompt=f"b {split} {i}", completion="c") for i in range(5)]
+    assert opened.fingerprint == _open_hub(source, use, Columns()).fingerprint
+    other = _open_hub(Source(path=source.path, subset="a", split=given), use, Columns())
+    assert opened.fingerprint[-1] != other.fingerprint[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"subset": "a", "split": "dev"}, "no split 'dev'; it has "), ({}, "nor a data set that the hub gave")],
+)
+def test_a_split_or_subset_that_a_hub_data_set_lacks_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected) as caught:
+        _open_hub(Source(path=_hub(tmp_path, monkeypatch), **fields), "train", Columns())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_the_hub_that_cannot_be_read_is_one_line_with_its_number() -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"prompt": "a", "completion": "b"} for _ in range(2))
+        raise ConnectionError("the line\nis cut")
+
+    streamed = datasets.IterableDataset.from_generator(rows)
+    found = _read_hub("org/name", streamed)
+    assert [next(found)[0], next(found)[0]] == ["row 1", "row 2"]
+    with pytest.raises(InputError, match=r"^org/name: cannot be read behind row 2: .+$") as caught:
+        next(found)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_built_in_task_is_read_by_its_name() -> None:

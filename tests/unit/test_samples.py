@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from selfgen_ds.config import DataConfig, InputError, Recipe, Source
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
-from selfgen_ds.data.samples import Format, Samples, end_tokens, load, load_samples, take
+from selfgen_ds.data.samples import _CHARACTERS, Format, Samples, _chunks, end_tokens, load, load_samples, take
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.prepare import check_shares
@@ -188,6 +188,31 @@ def test_what_follows_the_limit_is_not_read() -> None:
     )
 
 
+def _sizes(rows: list[Any]) -> list[int]:
+    chunks = list(_chunks(iter(rows)))
+    assert [id(row) for chunk in chunks for row in chunk] == [id(row) for row in rows]
+    return [len(chunk) for chunk in chunks]
+
+
+def test_rows_are_tokenised_in_chunks_of_so_many_rows_and_about_so_much_text() -> None:
+    third = "x" * (_CHARACTERS // 3 + 1)
+    assert _sizes([]) == []
+    assert _sizes([Row(prompt="a", completion="b")] * 2500) == [1000, 1000, 500]
+    assert _sizes([Row(prompt=third, completion="b")] * 6) == [3, 3]
+    assert _sizes([Row(prompt="a", completion=third)] * 7) == [3, 3, 1]
+    assert _sizes([_chat("a", third)] * 7) == [3, 3, 1]
+    assert _sizes([Row(prompt=third * 9, completion="b")] * 2) == [1, 1]
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    assert _sizes([Conversation(messages=[{"role": "user", "content": third}, call])] * 4) == [3, 1]
+
+
+def test_chunks_that_text_ends_are_numbered_on() -> None:
+    rows = [Row(prompt="a" * (_CHARACTERS if i % 3 else 1), completion=str(i)) for i in range(7)]
+    samples = load_samples(_opened(rows), TOKENIZER, Format(max_length=9))
+    assert samples.table["sample_id"][:].tolist() == [0, 3, 6]
+    assert (samples.read, samples.refused, samples.first_refused) == (7, 4, "row 2")
+
+
 # --- conversations ---
 
 
@@ -235,6 +260,32 @@ def test_the_turns_that_are_learned_are_all_or_the_last(assistant_turns: str) ->
     assert learned == ["bcd<|im_end|>", "fgh<|im_end|>"][-1 if assistant_turns == "last" else 0 :]
     assert tokenizer("chatml").decode(sample.response_ids) == "fgh<|im_end|>"
     assert tokenizer("chatml").decode(sample.prompt_ids).endswith("e<|im_end|>\n<|im_start|>assistant\n")
+
+
+HEADER_INSIDE_MARKERS = """
+{%- for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}
+{{- '<|im_start|>' + m['content'] + '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}
+{%- endfor %}"""
+
+
+def test_a_first_token_gets_no_loss() -> None:
+    marked = build(HEADER_INSIDE_MARKERS, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
+    sample = load_samples(_opened([_chat("", "b", "c", "d")]), marked, Format(max_length=99))[0]
+    learned = [marked.decode(sample.input_ids[start:end]) for start, _, end in sample.turns]
+    assert learned == ["b<|im_end|>\n", "<|im_start|>", "d<|im_end|>\n"]
+    assert sample.turns[0, 0] == 1
+
+    bare = HEADER_INSIDE_MARKERS.replace("'<|im_start|>' + ", "")
+    bare = build(bare, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    samples = load_samples(_opened([_chat("", "b"), _chat("a", "b")]), bare, Format(max_length=99))
+    assert (samples.refused, samples[0].sample_id) == (1, 1)
+
+
+def test_a_closing_token_is_what_stands_behind_the_content_inside_markers() -> None:
+    special = ("<|im_start|>", "<|im_end|>", "</s>")
+    marked = build(HEADER_INSIDE_MARKERS, "byte_level", special, None, "</s>")
+    samples = load_samples(_opened([_chat("a", "b", "c", "d")]), marked, Format(max_length=99))
+    assert samples.closing_ids == [marked.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_turn_without_a_token_is_no_turn() -> None:
@@ -293,10 +344,22 @@ def test_several_sources_are_loaded_in_order_and_taken_with_ids_of_their_own(tmp
     assert [TOKENIZER.decode(sample.response_ids[:-1]) for sample in take(loaded)] == ["a1", "a2", "b1"]
 
 
-def test_a_part_is_taken_from_the_start_of_every_source() -> None:
-    many, few = _tokenize(*[("a", str(i)) for i in range(9)]), _tokenize(*[("b", str(i)) for i in range(3)])
-    assert [sample.sample_id for sample in take([many, few], 5)] == [0, 1, 2, 9, 10]
-    assert len(take([many, few], 100)) == 12
+def test_a_limit_is_an_equal_part_of_every_source(tmp_path: Path) -> None:
+    for name, count in (("a", 9), ("b", 4), ("c", 1)):
+        rows = [{"prompt": "p", "completion": f"{name}{i}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources: list[str | Source] = [f"{tmp_path}/{name}.jsonl" for name in "abc"]
+    loaded = load(sources, "train", TOKENIZER, Format(max_length=9, limit=5))
+    assert [samples.read for samples in loaded] == [2, 2, 1]
+    read = [TOKENIZER.decode(sample.response_ids[:-1]) for sample in take(loaded)]
+    assert read == ["a0", "a1", "b0", "b1", "c0"]
+    assert [samples.read for samples in load(sources, "train", TOKENIZER, Format(max_length=9))] == [9, 4, 1]
+
+
+def test_no_more_samples_are_taken_than_asked_for() -> None:
+    first, second = _tokenize(*[("a", str(i)) for i in range(9)]), _tokenize(*[("b", str(i)) for i in range(3)])
+    assert [sample.sample_id for sample in take([first, second], 10)] == list(range(10))
+    assert [sample.sample_id for sample in take([first, second], 100)] == list(range(12))
 
 
 # --- shares ---
