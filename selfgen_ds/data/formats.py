@@ -51,7 +51,7 @@ def _read_jsonl(path: Path) -> Iterator[Raw]:
 def _read_json(path: Path) -> Iterator[Raw]:
     """An array of objects; or, as many files of this name are, one object a line."""
     with open(path, "rb") as file:
-        first_line = next((text for line in file if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
+        first_line = next((rest for line in file if (rest := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
     if not first_line.startswith(b"["):
         yield from _read_jsonl(path)
         return

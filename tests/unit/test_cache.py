@@ -41,7 +41,7 @@ def test_a_file_is_read_once_as_long_as_its_size_and_time_stay(tmp_path: Path) -
     assert content_hash(_write(tmp_path / "rows", b"two")) == _sha256(b"one")
 
 
-@pytest.mark.parametrize(("content", "changed"), [(b"longer", OLD), (b"two", OLD + 1e-3)])
+@pytest.mark.parametrize(("content", "changed"), [(b"longer", OLD), (b"two", OLD + 1e-3)], ids=["size", "time"])
 def test_another_size_or_time_is_another_content(tmp_path: Path, content: bytes, changed: float) -> None:
     content_hash(_write(tmp_path / "rows", b"one"))
     assert content_hash(_write(tmp_path / "rows", content, changed)) == _sha256(content)

@@ -246,7 +246,7 @@ def test_a_hub_data_set_is_the_rows_of_its_files(
     [({"subset": "a", "split": "dev"}, "no split 'dev'; it has "), ({}, "nor a data set that the hub gave")],
 )
 def test_a_split_or_subset_that_a_hub_data_set_lacks_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(InputError, match=expected) as caught:
         _open_hub(Source(path=_hub(tmp_path, monkeypatch), **fields), "train", Columns())
