@@ -82,8 +82,9 @@ def sweep_budget(
     hidden, layers = text.hidden_size, text.num_hidden_layers
     heads = getattr(text, "num_attention_heads", 1)
     fields = text.to_dict()  # where it may differ by layer, the attribute raises
-    # queries may be wider than the residual
-    width = max(hidden, heads * max((v for n, v in fields.items() if n.endswith("head_dim") and v), default=0))
+    layers_fields = [fields, *(fields.get("per_layer_config") or {}).values()]
+    head_sizes = [v for some in layers_fields for n, v in some.items() if n.endswith("head_dim") and v]
+    width = max(hidden, heads * max(head_sizes, default=0))  # queries may be wider than the residual
     inner, experts = _inner_width(text)
     copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
     saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies

@@ -216,7 +216,9 @@ def test_every_stage_resumes_and_exports(
 @pytest.mark.parametrize("order", ["packing", "group_by_length", "weights"])
 def test_packed_grouped_and_weighted_rows_go_on_where_they_stopped(two_ranks: Ranks, folder: Path, order: str) -> None:
     (folder / "more.jsonl").write_text(json.dumps({"prompt": "other: ", "completion": "row"}) + "\n")
-    sources = [Source(path=str(folder / name), weight=w) for name, w in (("rows.jsonl", 1.0), ("more.jsonl", 1.0))]
+    sources: list[str | Source] = [
+        Source(path=str(folder / name), weight=w) for name, w in (("rows.jsonl", 1.0), ("more.jsonl", 1.0))
+    ]
     found = []
     for stops in ([6], [3, 6]):
         settings = runs.recipe(folder, resume="auto")
