@@ -380,7 +380,11 @@ def source_problems(setting: str, value: Sources | None) -> list[str]:
         found.append(f"{setting}: expected at least one source")
     for source in given:
         name, is_path = source.path, Path(source.path).exists()
-        if not is_path and not name.startswith("builtin:") and not _HUB_ID.fullmatch(name):
+        if name.startswith(("{", "[")):
+            found.append(f"{setting}: not a source, which has {', '.join(f.name for f in fields(Source))}: {name}")
+        elif not name:
+            found.append(f"{setting}: expected a file or folder, a hub id, or builtin:<task>, got an empty string")
+        elif not is_path and not name.startswith("builtin:") and not _HUB_ID.fullmatch(name):
             found.append(f"{setting}: expected an existing file or folder, a hub id, or builtin:<task>, got {name!r}")
         if (name.startswith("builtin:") or Path(name).is_file()) and (source.subset or source.split):
             found.append(f"{setting}: {name} is one file or task, without subsets or splits to choose from")

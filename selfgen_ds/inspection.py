@@ -116,6 +116,8 @@ def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokeni
     legend = Text()
     for kind, meaning in _MEANING.items():
         legend.append(kind, style=_STYLES[kind]).append(f": {meaning}\n")
+    if not console.is_terminal:
+        legend.append("for: the reference's tokens that were replaced\n")
     console.print(legend)
     for row in range(len(batch.context)):
         for sample_id in dict.fromkeys(batch.sample_ids[row][batch.sample_ids[row] >= 0].tolist()):

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from selfgen_ds.config import InputError, Source
-from selfgen_ds.data.cache import content_hash
+from selfgen_ds.data.cache import cache_folder, content_hash
 from selfgen_ds.data.chat import SURROGATE, Conversation
 from selfgen_ds.data.formats import READERS, Raw, read_file
 from selfgen_ds.data.hub import use_cache_without_network
@@ -90,19 +90,26 @@ def _folder_files(folder: Path, source: Source, split: str) -> list[Path]:
     """The files of a split, as `datasets` finds them: by names such as `train-00000.parquet`, or the README's list."""
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved_files(folder, source, split)
+    cache_folder()  # `datasets` needs it too, and would blame the data
     try:
         found = datasets.load_dataset_builder(str(folder), source.subset).config.data_files
     except (OSError, ValueError, DatasetsError) as error:
         expected = f"expected a folder with files that end in {', '.join(READERS)}"
-        raise InputError(f"{folder}: {expected}: {_first_line(error)}") from error
+        raise InputError(f"{folder}: {expected}: {' '.join(str(error).split())}") from error
     by_split = {str(name): [Path(file) for file in files] for name, files in found.items()}
     files = by_split[_split(str(folder), source, split, list(by_split))]
-    if source.subset is None:  # `datasets` takes the commonest format and leaves the rest without a word
+    if not _declares_files(folder):  # `datasets` takes the commonest format and leaves the rest without a word
         used = {file.resolve() for files in by_split.values() for file in files}
         left = [f for f in sorted(folder.rglob("*")) if _holds_rows(f, folder) and f.resolve() not in used]
         if left:
             raise InputError(f"{folder}: {left[0].name} would be left out beside {files[0].name}: name the files")
     return files
+
+
+def _declares_files(folder: Path) -> bool:
+    """Whether a README names the files of each split, as on the hub: others are left out on purpose then."""
+    card = folder / "README.md"
+    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _holds_rows(file: Path, folder: Path) -> bool:
@@ -183,6 +190,9 @@ def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Convers
         both = f"{where}, fields {columns.prompt!r} and {columns.completion!r}"
         messages = _messages(prompt + completion, both)
         return _conversation(messages, fields, where, given=len(prompt))
+    if _has_roles(prompt) != _has_roles(completion):
+        both = f"fields {columns.prompt!r} and {columns.completion!r}"
+        raise InputError(f"{where}, {both}: expected two texts or two lists of messages, got one of each")
     for column, text in ((columns.prompt, prompt), (columns.completion, completion)):
         _check_text(text, f"{where}, field {column!r}")
     return Row(prompt=prompt, completion=completion, where=where)

@@ -64,7 +64,8 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     """
     found = next((c for c in checkpoint.complete_checkpoints(path.parent) if c.path == path), None)
     if found is None:
-        raise InputError(f"{path}: expected a complete checkpoint (with {checkpoint.MARKER})")
+        there = ", ".join(c.path.name for c in checkpoint.complete_checkpoints(path.parent)) or "none"
+        raise InputError(f"{path}: no complete checkpoint (with {checkpoint.MARKER}); there are {there}")
     if broken := [name for rank in range(found.world_size) for name in checkpoint.broken_files(found, rank)]:
         raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
     if folder.exists():

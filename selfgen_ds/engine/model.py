@@ -148,7 +148,8 @@ def _without_data(model: ModelConfig, config: PretrainedConfig) -> PreTrainedMod
     except Exception as error:  # torch's and transformers' types differ by what is wrong
         if "attention implementation" in str(error):
             raise InputError(
-                f"model.attn_implementation: model type {config.model_type!r} has no {model.attn_implementation}"
+                f"model.attn_implementation: model type {config.model_type!r} has no {model.attn_implementation}; "
+                "every model has eager"
             ) from error
         raise InputError(f"model: cannot be built: {' '.join(str(error).split())}") from error
 

@@ -56,7 +56,9 @@ def run(options: CompareOptions) -> None:
     baseline = groups[0]
     for group in groups:
         if (group.settings, group.sample_ids) != (baseline.settings, baseline.sample_ids):
-            raise InputError(f"{group.name} and {baseline.name} were evaluated on different rows or settings")
+            other = [n for n, value in group.settings.items() if value != baseline.settings[n]] or ["rows"]
+            different = f"different rows or settings ({', '.join(other)})"
+            raise InputError(f"{group.name} and {baseline.name} were evaluated on {different}")
     rng = np.random.default_rng(0)
     # the loss is a mean over tokens, not over rows
     known = [m for m in {**METRICS, **RECOVERY_METRICS, **SAMPLED_METRICS} if m != "loss"]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.samples import Sample
+from selfgen_ds.engine.model import most_positions
 from selfgen_ds.engine.policy import EnginePolicy
 
 METRICS = {
@@ -86,7 +87,7 @@ def evaluate(
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine: list[SampleScore] = []
-    rounds = list(_rounds(samples, batch_size, world_size))
+    rounds = list(_rounds(samples, batch_size, world_size, most_positions(policy.model.config)))
     for shares in tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(rounds) == 1):
         mine += _score(policy, shares, rank, tokenizer, sample_temperature)
     everyone: list[list[SampleScore]] = [[] for _ in range(world_size)]
@@ -120,12 +121,27 @@ def curves(scores: list[SampleScore]) -> dict[str, list[float]]:
     return result
 
 
-def _rounds(samples: list[Sample], batch_size: int, world_size: int) -> Iterator[list[list[Sample]]]:
-    """Rounds of one batch a rank (the last ones may be empty), rows of similar length together."""
-    rows = sorted(samples, key=lambda sample: len(sample.input_ids))
-    for first in range(0, len(rows), batch_size * world_size):
-        chunk = rows[first : first + batch_size * world_size]
-        yield [chunk[rank::world_size] for rank in range(world_size)]
+def _rounds(
+    samples: list[Sample], batch_size: int, world_size: int, positions: int | None
+) -> Iterator[list[list[Sample]]]:
+    """Rounds of one batch a rank (the last ones may be empty), rows of similar length together.
+
+    Args:
+        positions: Of the model: a round's longest prompt and longest answer must fit into them together, since all its
+            rows are answered until the last one is.
+    """
+    chunk: list[Sample] = []
+    prompt = answer = 0
+    for sample in sorted(samples, key=lambda sample: len(sample.input_ids)):
+        forced = 0 if sample.forced_ids is None else len(sample.forced_ids)
+        its_prompt, its_answer = len(sample.prompt_ids) + forced, len(sample.response_ids)
+        longest = max(prompt, its_prompt) + max(answer, its_answer)
+        if chunk and (len(chunk) == batch_size * world_size or (positions is not None and longest > positions)):
+            yield [chunk[rank::world_size] for rank in range(world_size)]
+            chunk, prompt, answer = [], 0, 0
+        chunk.append(sample)
+        prompt, answer = max(prompt, its_prompt), max(answer, its_answer)
+    yield [chunk[rank::world_size] for rank in range(world_size)]
 
 
 def _score(

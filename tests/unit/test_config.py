@@ -148,6 +148,8 @@ def test_a_value_on_the_edge_of_what_is_allowed_is_no_problem(recipe: Recipe, se
 SOURCES = {
     "no source": ([], "expected at least one source"),
     "no file": (["a/b/c.jsonl"], "expected an existing file or folder, a hub id, or builtin:<task>, got 'a/b/c.jsonl'"),
+    "empty name": ("", "got an empty string"),
+    "unknown field": (["{path: a.jsonl, wieght: 3}"], "not a source, which has path, subset, split, weight"),
     "no folder": ("../nothing", "expected an existing file or folder"),
     "some weights": ([Source(path="a/b", weight=1.0), "c/d"], "expected a weight for every source, or for none"),
     "no share": ([Source(path="a/b", weight=0.0)], "weight: expected a number more than 0, got 0.0"),

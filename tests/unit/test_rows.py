@@ -316,3 +316,20 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPa
     assert constants.HF_HUB_OFFLINE
     assert datasets.config.HF_HUB_OFFLINE
     hub.use_cache_without_network.cache_clear()
+
+
+def test_text_in_one_column_and_messages_in_the_other_is_an_error_that_names_both(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match="line 1, fields 'prompt' and 'completion': expected two texts or two lists"):
+        list(open_source(Source(path=str(path)), "train", Columns()).rows)
+
+
+def test_files_that_a_readme_does_not_name_are_left_out_on_purpose(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}-0.jsonl").write_text(json.dumps({"prompt": name, "completion": "b"}) + "\n")
+    card = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: train-*}\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    rows = open_source(Source(path=str(tmp_path)), "train", Columns()).rows
+    assert [row.prompt for row in rows if isinstance(row, Row)] == ["train"]

@@ -1,8 +1,14 @@
 import math
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from selfgen_ds.evaluation.scores import SampleScore, _right, aggregate, curves
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine.model import extend
+from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.evaluation.scores import SampleScore, _right, _rounds, aggregate, curves, evaluate
+from tests.batches import sample
 
 
 def _score(sample_id: int = 0, **changes: object) -> SampleScore:
@@ -77,3 +83,30 @@ def test_an_answer_is_right_position_by_position(answer: list[int], expected: li
 def test_the_score_of_a_perfect_row_is_perfect() -> None:
     metrics = _score(negative_log_likelihood=0.0, teacher_forced=[True] * 4, free_running=[True] * 4).metrics()
     assert all(math.isclose(value, 0.0 if name == "loss" else 1.0) for name, value in metrics.items())
+
+
+def _uneven(count: int) -> list[Sample]:
+    """Long prompts with short answers, and the other way: each fits into 32 positions, no two of a kind do."""
+    return [sample([5] * (4 if i % 2 else 27), [6] * (27 if i % 2 else 4), i) for i in range(count)]
+
+
+def test_a_rounds_longest_prompt_and_longest_answer_fit_into_the_models_positions() -> None:
+    rounds = list(_rounds(_uneven(10), 2, 2, 32))
+    for shares in rounds:
+        everything = [one for share in shares for one in share]
+        prompt = max(len(one.prompt_ids) for one in everything)
+        assert prompt + max(len(one.response_ids) for one in everything) <= 32
+    assert sorted(one.sample_id for shares in rounds for share in shares for one in share) == list(range(10))
+
+
+def test_without_a_limit_of_positions_rounds_are_full() -> None:
+    assert [[len(share) for share in shares] for shares in _rounds(_uneven(10), 2, 2, None)] == [[2, 2], [2, 2], [1, 1]]
+
+
+def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> None:
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(vocab_size=258, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    model = extend(GPT2LMHeadModel(config).eval())
+    policy = EnginePolicy(model, model, end_tokens=[tokenizer.eos_token_id])
+    scores = evaluate(policy, _uneven(6), tokenizer, batch_size=6)
+    assert [len(score.free_running) for score in scores] == [4, 27] * 3
