@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 
-from selfgen_ds.data.order import permute
+from selfgen_ds.data import order
 from selfgen_ds.data.samples import Samples
 
 _POOL = 10_000  # samples that are packed among themselves: more would fill rows no better
@@ -21,14 +23,16 @@ def load_packs(samples: Samples, max_length: int) -> datasets.Dataset:
 
     Made once, beside the samples in the cache, from their shuffled order: the same rows in every epoch and run.
     """
-    path = samples.folder / "packs.arrow"
+    # other code would pack the same samples into other rows
+    code = zlib.crc32(b"".join(Path(module).read_bytes() for module in (__file__, order.__file__)))
+    path = samples.folder / f"packs-{code:08x}.arrow"
     features = datasets.Features({"indices": datasets.List(datasets.Value("int64"))})
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             partial = path.with_suffix(".partial")
             with ArrowWriter(features=features, path=str(partial), writer_batch_size=1000) as writer:
                 for first in range(0, len(samples), _POOL):
-                    pool = permute(np.arange(first, min(first + _POOL, len(samples))), len(samples), 0)
+                    pool = order.permute(np.arange(first, min(first + _POOL, len(samples))), len(samples), 0)
                     packs = pack(samples.lengths(pool), max_length)
                     writer.write_batch({"indices": [pool[members].tolist() for members in packs]})
             partial.rename(path)

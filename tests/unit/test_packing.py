@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfgen_ds.data import order
 from selfgen_ds.data.packing import load_packs, pack
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples
@@ -112,7 +113,17 @@ def test_rows_are_made_once_and_mapped_from_the_disk(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("selfgen_ds.data.packing.pack", again)
     second = load_packs(samples, 512)
     assert list(first) == list(second)
-    assert [file["filename"] for file in second.cache_files] == [str(samples.folder / "packs.arrow")]
+    [path] = samples.folder.glob("packs-*.arrow")
+    assert [file["filename"] for file in second.cache_files] == [str(path)]
+
+
+def test_rows_of_other_packing_code_are_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    samples = _samples([5, 4, 3], 9)
+    load_packs(samples, 9)
+    (tmp_path / "order.py").write_text("other")
+    monkeypatch.setattr(order, "__file__", str(tmp_path / "order.py"))
+    load_packs(samples, 9)
+    assert len(list(samples.folder.glob("packs-*.arrow"))) == 2
 
 
 def test_rows_are_the_same_in_every_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,5 +134,7 @@ def test_rows_are_the_same_in_every_cache(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_was_half_written_is_made_anew() -> None:
     samples = _samples([5, 4, 3], 9)
-    (samples.folder / "packs.partial").write_bytes(b"half")
+    load_packs(samples, 9)
+    [path] = samples.folder.glob("packs-*.arrow")
+    path.rename(path.with_suffix(".partial")).write_bytes(b"half")
     assert [row["indices"] for row in load_packs(samples, 9)] == [[0, 1], [2]]
