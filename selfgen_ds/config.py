@@ -117,24 +117,52 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class SelfgenConfig:
-    """The method: which context the model reads. Each method reads some of these (see `selfgen_ds.methods`)."""
+    """The method: which context the model reads. Each method reads some of these (see `docs/methods.md`)."""
 
     method: str = "scheduled_sampling"
-    """`sft` or `scheduled_sampling`."""
+    """`sft`, `scheduled_sampling`, `bash` or `rac`."""
     replace_probability: float = 0.25
     """Largest probability p with which a response token is replaced by one that the model drew."""
     schedule: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "constant"
-    """How p grows from 0 to `replace_probability` (`selfgen_ds.methods.schedule`)."""
+    """How p grows from 0 to `replace_probability`, over steps or rounds (`selfgen_ds.methods.schedule`)."""
     schedule_share: float = 0.5
-    """Share of the training steps after which a growing schedule has (`linear`) or nearly has reached its end."""
-    passes: int = 1
-    """Parallel passes a step: 1 is two-pass scheduled sampling, k is parallel scheduled sampling."""
+    """Share of the training after which a growing schedule has (`linear`) or nearly has reached its end."""
+    position: Literal["even", "early", "late"] = "even"
+    """How p varies within an answer: not at all, or linearly between p and 0, largest at its start or at its end."""
+    passes: int | Literal["exact"] | None = None
+    """Parallel passes of a draw: 1 is two-pass scheduled sampling, k is parallel scheduled sampling, `exact` goes on
+    until nothing changes, which is the sequential process. Default: 1 online, `exact` in rounds."""
     temperature: float = 1.0
     """Softmax temperature of the draws."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens with at least this probability mass."""
     top_k: int = 0
     """Draw from the k most probable tokens; 0 means all."""
+    max_differing_share: float = 1.0
+    """Largest share of a response's tokens that differ from the reference in its context; behind the last one allowed
+    the context is the reference again."""
+    drawn_context_weight: float = 1.0
+    """Weight in the loss of a target that directly follows a drawn token."""
+    epochs_per_round: int = 1
+    """Rounds: epochs that are trained on what the model drew at the round's start."""
+    reject: list[str] | str | None = None
+    """Rounds: what must not be reinforced in a drawn answer, as regular expressions or as `module:function`, a function
+    from text to spans `(start, end)` of characters; the reference is put back there."""
+    rollouts: str | None = None
+    """Rounds: another run's `rollouts/`, whose rounds are read instead of drawn."""
+    generation_batch_size: int = 64
+    """Rows a rank generates at once; fewer where memory is short."""
+    max_new_tokens: int | None = None
+    """Longest answer that the model is asked for. Default: the longest response in the data."""
+    answers_per_prompt: int = 1
+    """Answers drawn for every prompt, each a row."""
+    sft_share: float = 0.5
+    """Share of samples that are trained on without an own answer in the context, so that direct answering stays."""
+    cue: str | None = None
+    """What asks for the correction: with conversations the content of a user's turn, otherwise text as it is.
+    Default: `Correct your answer.` as a turn, `\\nCorrected answer: ` as text."""
+    max_equal_share: float = 1.0
+    """Largest share of rows whose own answer is the reference already: 1 keeps all of them, 0 drops them."""
 
 
 @dataclass(kw_only=True)
@@ -307,21 +335,29 @@ def problems(recipe: Recipe) -> list[str]:
     if (train.epochs is None) == (train.max_steps is None):
         found.append(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     at_least(1, "train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_steps")
-    at_least(1, "train.max_nonfinite_steps", "checkpoint.every", "checkpoint.keep", "selfgen.passes")
+    at_least(1, "train.max_nonfinite_steps", "checkpoint.every", "checkpoint.keep")
+    at_least(1, "selfgen.epochs_per_round", "selfgen.generation_batch_size", "selfgen.answers_per_prompt")
+    at_least(1, "selfgen.max_new_tokens")
     at_least(1, "eval.every", "eval.max_samples", "eval.batch_size")
     at_least(2, "data.max_length")
-    at_least(0, "seed", "selfgen.top_k", "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
+    at_least(0, "seed", "selfgen.top_k", "selfgen.drawn_context_weight")
+    at_least(0, "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
     # torch's and numpy's generators take 32 bits, and every rank adds its number
     check(recipe.seed < 2**31, "seed", recipe.seed, f"less than {2**31}")
     epochs_hold = train.epochs is None or 0 < train.epochs < float("inf")
     check(epochs_hold, "train.epochs", train.epochs, "a number more than 0")
     check(optim.epsilon > 0, "optim.epsilon", optim.epsilon, "more than 0")
+    passes_hold = selfgen.passes is None or isinstance(selfgen.passes, str) or selfgen.passes >= 1
+    check(passes_hold, "selfgen.passes", selfgen.passes, "1 or more, or exact")
     check(selfgen.temperature > 0, "selfgen.temperature", selfgen.temperature, "more than 0")
     check(0 < selfgen.top_p <= 1, "selfgen.top_p", selfgen.top_p, "a probability mass in (0, 1]")
     check(0 < selfgen.schedule_share <= 1, "selfgen.schedule_share", selfgen.schedule_share, "a share in (0, 1]")
     check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", optim.betas, "two numbers in [0, 1)")
     for setting, share in {
         "selfgen.replace_probability": selfgen.replace_probability,
+        "selfgen.max_differing_share": selfgen.max_differing_share,
+        "selfgen.sft_share": selfgen.sft_share,
+        "selfgen.max_equal_share": selfgen.max_equal_share,
         "optim.warmup_ratio": optim.warmup_ratio,
         "optim.label_smoothing": optim.label_smoothing,
         "data.max_truncated_share": data.max_truncated_share,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from selfgen_ds import methods
 from selfgen_ds.config import InputError, Recipe
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.samples import Samples, end_tokens
@@ -20,7 +21,6 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.methods import METHODS
 from selfgen_ds.prepare import (
     check_positions,
     check_settings,
@@ -28,6 +28,7 @@ from selfgen_ds.prepare import (
     load_data,
     load_eval_data,
     load_windows,
+    plan,
     sampling,
 )
 
@@ -85,7 +86,7 @@ def _draw(
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(launch.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
-    method = METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps=1)
+    method = methods.find(recipe.selfgen.method)(recipe.selfgen, plan(recipe, tokenizer, total_steps=1))
     last = 1  # of one step: where a growing schedule has reached its end
     window = [batch.to(policy.device) for batch in window]
     return [batch.to("cpu") for batch in method.contexts(window, policy, last)]

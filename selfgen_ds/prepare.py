@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from selfgen_ds import methods
 from selfgen_ds.config import (
     DataConfig,
     InputError,
@@ -44,7 +45,7 @@ from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
 from selfgen_ds.files import lock, make_folder, write_atomically
-from selfgen_ds.methods import METHODS, Method
+from selfgen_ds.methods.method import Method, Plan
 
 log = logging.getLogger("selfgen_ds")
 
@@ -156,7 +157,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 adapted=recipe.model.lora is not None,
             ),
         ),
-        method=METHODS[recipe.selfgen.method](recipe.selfgen, recipe.seed, total_steps),
+        method=methods.find(recipe.selfgen.method)(recipe.selfgen, plan(recipe, tokenizer, total_steps)),
         windows=windows,
         tokenizer=tokenizer,
         eval_samples=None if eval_samples is None else take(eval_samples, recipe.eval.max_samples),
@@ -182,10 +183,10 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
         InputError: A line for every problem.
     """
     found = problems(recipe)
-    if recipe.selfgen.method in METHODS:
+    try:
         found += _unread_settings(recipe.selfgen, overrides)
-    else:
-        found.append(f"selfgen.method: expected one of {', '.join(METHODS)}, got {recipe.selfgen.method!r}")
+    except InputError as error:  # no such method
+        found.append(str(error))
     for setting, given in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():
         for source in sources(given):
             if source.path.startswith("builtin:") and source.path.removeprefix("builtin:") not in TASKS:
@@ -205,9 +206,22 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     return json_config
 
 
+def plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, total_steps: int) -> Plan:
+    """What the method is told about the run."""
+    return Plan(
+        seed=recipe.seed,
+        total_steps=total_steps,
+        rounds=0,
+        micro_batch_size=recipe.train.micro_batch_size,
+        max_length=recipe.data.max_length,
+        tokenizer=tokenizer,
+        cue_ids=[],
+    )
+
+
 def _unread_settings(selfgen: SelfgenConfig, overrides: set[str]) -> list[str]:
     """Settings that the method ignores: errors, but for those of a recipe written for another method."""
-    read = METHODS[selfgen.method].settings | {"method"}
+    read = methods.find(selfgen.method).settings | {"method"}
     changed = [f.name for f in fields(selfgen) if f.name not in read and getattr(selfgen, f.name) != f.default]
     if "selfgen.method" in overrides:
         foreign = [name for name in changed if f"selfgen.{name}" not in overrides]

@@ -84,7 +84,7 @@ def _metrics(run: Run, step: int, result: StepResult, pass_time: float, step_tim
         "drawn_tokens": result.drawn,
         "differing_share": result.differing / max(1, result.drawn),
         "passes": run.method.passes if result.drawn else 0,
-        "groups": run.policy.groups if result.drawn else 0,
+        "groups": run.policy.groups if result.drawn and run.method.passes else 0,
         "tokens_per_second": result.tokens / step_time,
         "step_time_s": step_time,
         "pass_time_s": pass_time,

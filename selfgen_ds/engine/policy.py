@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.engine import head
+from selfgen_ds.methods.method import AnswerNoise, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def _inner_width(text: PretrainedConfig) -> tuple[int, int]:
     return max(dense, experts * (largest("moe_intermediate_size") or dense) + shared), experts
 
 
-class EnginePolicy:
+class EnginePolicy(Policy):
     """The current weights as a policy.
 
     Args:
@@ -145,7 +146,7 @@ class EnginePolicy:
 
     @torch.no_grad()
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        """Draw the masked tokens of a window (`selfgen_ds.methods.mixture.Policy`).
+        """Draw the masked tokens of a window (`selfgen_ds.methods.method.Policy`).
 
         All micro-batches go through the model in one sweep of parameter gathers, or in the fewest that keep its
         memory under the training step's. Rows without a masked token stay out, and nothing past the last masked
@@ -158,7 +159,7 @@ class EnginePolicy:
         lengths = (mask * (columns + 1)).amax(dim=1)  # up to and with the last masked token
         most = self.budget.tokens(max(batch.context.numel() for batch in window)) if self.budget else math.inf
         groups = _groups(lengths, most)
-        self.groups = int(_max_over_ranks(len(groups), device))
+        self.groups = self.max_over_ranks(len(groups))
 
         drawn = torch.zeros_like(context)
         with _evaluating(self.forward):
@@ -173,6 +174,13 @@ class EnginePolicy:
                 self._idle_forward(device)
         sizes = [len(m) for m in masks]
         return [d[:, : m.shape[1]][m] for d, m in zip(drawn.split(sizes), masks, strict=True)]
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of the ranks' values. Collective."""
+        result = torch.tensor(value, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(result, op=dist.ReduceOp.MAX)
+        return int(result)
 
     def _idle_forward(self, device: torch.device) -> None:
         """Take part in the other ranks' gathers."""
@@ -196,7 +204,13 @@ class EnginePolicy:
             )
 
     @torch.no_grad()
-    def complete(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+    def complete(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        noise: AnswerNoise | None = None,
+        temperature: float = 0.0,
+    ) -> list[list[int]]:
         """The model's own answers, up to and with an end token.
 
         Args:
@@ -275,10 +289,3 @@ def _groups(lengths: Tensor, most: float) -> list[Tensor]:
             longest = length
         groups[-1].append(row)
     return [torch.tensor(group, device=lengths.device) for group in groups]
-
-
-def _max_over_ranks(value: int, device: torch.device) -> int:
-    result = torch.tensor(value, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(result, op=dist.ReduceOp.MAX)
-    return int(result)

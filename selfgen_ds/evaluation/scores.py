@@ -166,7 +166,7 @@ def _score(
     likelihoods = log_probabilities.cpu().split(sizes)
 
     def answer(prefixes: list[list[int]], length: int, temperature: float = 0.0) -> list[list[int]]:
-        return policy.complete(prefixes or [[0]], length, temperature)[: len(prefixes)]
+        return policy.complete(prefixes or [[0]], length, temperature=temperature)[: len(prefixes)]
 
     free = answer(prompts, longest)
     recovery = sampled = None

@@ -12,29 +12,28 @@ contexts.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
 
 from torch import Tensor
 
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods import noise
+from selfgen_ds.methods.method import Policy
 
-
-class Policy(Protocol):
-    """What a method may ask of the model. Collective: every rank calls it equally often."""
-
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        """Draw the masked tokens of a window, each from the model's distribution given its prefix in the context.
-
-        Args:
-            window: The micro-batches of one optimizer step.
-            masks: `[batch, length]` bool, the tokens to draw; never a sample's first.
-            uniforms: Float64 in (0, 1), one a masked token, in row-major order: the noise of the draw.
-
-        Returns:
-            The drawn ids, one `[masked]` int64 tensor a micro-batch, in the same order.
-        """
-        ...
+MIXTURE = frozenset(
+    {
+        "replace_probability",
+        "schedule",
+        "schedule_share",
+        "position",
+        "passes",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_differing_share",
+        "drawn_context_weight",
+    }
+)
+"""Settings of every method that mixes."""
 
 
 def replacement_mask(batch: TokenBatch, probability: float, seed: int, step: int) -> Tensor:

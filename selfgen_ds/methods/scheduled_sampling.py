@@ -8,30 +8,24 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods import schedule
-from selfgen_ds.methods.mixture import Policy, mix, replacement_mask
+from selfgen_ds.methods.method import Method, Policy
+from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask
 
 
-class ScheduledSampling:
+class ScheduledSampling(Method):
     """The target stays the reference: `loss = - sum_t log p(y_t | c_<t)`."""
 
-    settings: ClassVar[frozenset[str]] = frozenset(
-        {"replace_probability", "schedule", "schedule_share", "passes", "temperature", "top_p", "top_k"}
-    )
-
-    def __init__(self, config: SelfgenConfig, seed: int, total_steps: int) -> None:
-        self.config = config
-        self.seed = seed
-        self.total_steps = total_steps
-        self.passes = config.passes
+    settings: ClassVar[frozenset[str]] = MIXTURE
 
     def replace_probability(self, step: int) -> float:
-        c = self.config
-        return schedule.replace_probability(c.schedule, c.replace_probability, c.schedule_share, step, self.total_steps)
+        c, total_steps = self.config, self.plan.total_steps
+        return schedule.replace_probability(c.schedule, c.replace_probability, c.schedule_share, step, total_steps)
 
     def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         probability = self.replace_probability(step)
-        masks = [replacement_mask(batch, probability, self.seed, step) for batch in window]
-        return mix(window, policy, masks, self.passes, self.seed, step)
+        masks = [replacement_mask(batch, probability, self.plan.seed, step) for batch in window]
+        assert self.config.passes != "exact"
+        self.passes = self.config.passes or 1
+        return mix(window, policy, masks, self.passes, self.plan.seed, step)

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.methods.method import Policy
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.batches import padded
 
 ROWS, STEPS, LEARNING_RATE = 2000, 150, 4.0
 
 
-class TabularModel:
+class TabularModel(Policy):
     """p(y1) and p(y2 | c1) over the tokens 0 and 1."""
 
     def __init__(self) -> None:

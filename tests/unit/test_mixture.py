@@ -8,20 +8,21 @@ from torch import Tensor
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.samples import Sample
+from selfgen_ds.methods.method import Policy
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.batches import lengths, padded, sample
 
 SEED, STEP = 5, 9
 
 
-class NoisePolicy:
+class NoisePolicy(Policy):
     """Draws 1000 and more: never a reference token, a function of the noise alone."""
 
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         return [1000 + (u * 1e6).long() for u in uniforms]
 
 
-class SuccessorPolicy:
+class SuccessorPolicy(Policy):
     """Draws the token before, plus one. Keeps what it was given."""
 
     def __init__(self) -> None:
@@ -244,7 +245,7 @@ def test_a_window_has_one_noise_a_masked_token() -> None:
 # --- packing ---
 
 
-class PrefixPolicy:
+class PrefixPolicy(Policy):
     """Draws a function of the noise and of all that the sample's context holds before the token."""
 
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,102 @@
+"""What a method is, what it is told about the run, and what it may ask of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from selfgen_ds.config import SelfgenConfig
+from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.data.samples import Sample
+
+AnswerNoise = Callable[[Tensor, Tensor], Tensor]
+"""`(prompts, positions) -> uniforms`: float64 in (0, 1) for the token at `positions` (int64, from 0) of the answers to
+some of the given prompts (int64, their numbers), all `[N]`."""
+
+
+class Policy:
+    """The model, as a method sees it. Collective: every rank makes the same calls, whatever rows it holds."""
+
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """Draw the masked tokens of a window, each from the model's distribution given its prefix in the context.
+
+        Args:
+            window: The micro-batches of one optimizer step.
+            masks: `[batch, length]` bool, the tokens to draw; never a sample's first.
+            uniforms: Float64 in (0, 1), one a masked token, in row-major order: the noise of the draw.
+
+        Returns:
+            The drawn ids, one `[masked]` int64 tensor a micro-batch, in the same order.
+        """
+        raise NotImplementedError
+
+    def complete(
+        self, prompts: list[list[int]], max_new_tokens: int, noise: AnswerNoise | None = None
+    ) -> list[list[int]]:
+        """The model's own answers, up to and with an end token.
+
+        Args:
+            prompts: Token ids, one list a row, none empty; there may be no row.
+            max_new_tokens: The same on every rank.
+            noise: Of the draws; none means greedy.
+        """
+        raise NotImplementedError
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of the ranks' values; there is one rank unless a policy knows of more."""
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a method is told about the run."""
+
+    seed: int
+    total_steps: int
+    rounds: int
+    """Rounds of the whole run, for methods that have them."""
+    micro_batch_size: int
+    max_length: int
+    tokenizer: PreTrainedTokenizerBase
+    cue_ids: list[int]
+    """What asks for a correction, between an own answer and the reference."""
+
+
+class Method:
+    """Chooses the context `c` that the model reads; the target is always the reference. As it is: teacher forcing.
+
+    A method holds no state that a restart needs.
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `selfgen` that it reads; others are refused in its recipes."""
+    passes: int = 0
+    """Self-generated-token passes of the last step."""
+
+    def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
+        self.config = config
+        self.plan = plan
+
+    def replace_probability(self, step: int) -> float:
+        """p of the mixture in this optimizer step (from 0)."""
+        return 0.0
+
+    def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
+        """The micro-batches of one optimizer step with contexts to read. Collective if it asks the policy."""
+        return window
+
+
+class RoundMethod(Method):
+    """Draws the contexts of the whole data set at the start of each round, with the weights of that moment."""
+
+    def rows(self, samples: list[Sample], policy: Policy, round_number: int) -> list[Sample]:
+        """What the model reads and learns in a round (from 0) in place of some samples. Collective.
+
+        Args:
+            samples: Some of the data set; none on a rank that has nothing left to draw.
+        """
+        raise NotImplementedError
