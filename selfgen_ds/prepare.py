@@ -60,6 +60,7 @@ class Run:
     engine: DeepSpeedEngine
     policy: EnginePolicy
     method: Method
+    samples: list[Samples]
     windows: Windows
     tokenizer: PreTrainedTokenizerBase
     eval_samples: list[Sample] | None
@@ -158,6 +159,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             ),
         ),
         method=methods.find(recipe.selfgen.method)(recipe.selfgen, plan(recipe, tokenizer, total_steps)),
+        samples=samples,
         windows=windows,
         tokenizer=tokenizer,
         eval_samples=None if eval_samples is None else take(eval_samples, recipe.eval.max_samples),
