@@ -97,8 +97,6 @@ class Samples:
     """The row, by file and line."""
     closing_ids: list[int]
     """Special tokens that responses end with: the end token, or what a chat template closes a turn with."""
-    conversations: bool
-    """Whether rows are conversations, in the form of a chat template."""
     checksum: int
     """CRC-32 of all ids and turns, to know the same data again."""
     folder: Path
@@ -218,7 +216,6 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
     longest = form.max_length
     crc = used = truncated = refused = read = 0
     first_refused = ""
-    conversations = False
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     closing: set[int] = set()
     rows = islice(source.rows, form.limit)
@@ -228,7 +225,6 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         tqdm(desc=f"tokenise {source.name}", unit="row", delay=2, leave=False) as bar,
     ):
         for chunk in _chunks(rows):
-            conversations = conversations or any(isinstance(row, Conversation) for row in chunk)
             columns: dict[str, list] = {name: [] for name in _FEATURES}
             for number, (row, encoded) in enumerate(zip(chunk, encoder.encode(chunk), strict=True), start=read):
                 ids = encoded.ids[:longest]
@@ -267,7 +263,6 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         "refused": refused,
         "first_refused": first_refused,
         "closing_ids": sorted(closing),
-        "conversations": conversations,
         "checksum": crc,
     }
     write_atomically(folder / "info.json", json.dumps(info))
