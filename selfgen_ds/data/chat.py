@@ -90,6 +90,35 @@ class ChatEncoder:
                 ids, offsets = self._spelled_out(chat.text, spelled)
             yield ids, [_tokens_of(turn, offsets) for turn in chat.turns]
 
+    def between_answers(self, request: str, setting: str) -> tuple[list[int], list[int]]:
+        """What closes an assistant's turn, and what stands from there to the content of the next one.
+
+        Args:
+            request: The content of the user's turn between them.
+            setting: Where it comes from, for errors.
+
+        Raises:
+            InputError: The template raises, or does not reproduce the request, or takes no empty one.
+        """
+
+        def exchange(content: str) -> Conversation:
+            contents = {"user": "What is it?", "assistant": "This is the answer"}
+            messages = [{"role": role, "content": contents[role]} for role in ("user", "assistant") * 2]
+            messages[2]["content"] = content
+            return Conversation(
+                messages=messages, where=f"{setting}, as message 3 of question, answer, cue, correction"
+            )
+
+        chat = exchange(request)
+        if not request:  # nothing to find in what the template writes
+            marked = exchange(f"{_OPEN}2{_CLOSE}")
+            if _MARK.sub("", self._apply(marked.messages, marked)[0]) != self._apply(chat.messages, chat)[0]:
+                raise InputError(f"{setting}: the chat template takes no empty turn of the user")
+        ((ids, turns),) = self.encode([chat])
+        # not what a template generates before a content
+        (_, content_end, end), (start, _, _) = [turn for turn in turns if turn[0] < turn[1]]
+        return ids[content_end:end], ids[end:start]
+
     def _render(self, chat: Conversation) -> _Rendered:
         messages = chat.messages
         marked = [m | {"content": f"{_OPEN}{i}{_CLOSE}"} if m.get("content") else m for i, m in enumerate(messages)]

@@ -97,6 +97,8 @@ class Samples:
     """The row, by file and line."""
     closing_ids: list[int]
     """Special tokens that responses end with: the end token, or what a chat template closes a turn with."""
+    conversations: int
+    """Rows of `len` that are conversations; the others are pairs of texts."""
     checksum: int
     """CRC-32 of all ids and turns, to know the same data again."""
     folder: Path
@@ -214,7 +216,7 @@ def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
 def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, folder: Path) -> None:
     """`samples.arrow` and, as the last thing, `info.json`."""
     longest = form.max_length
-    crc = used = truncated = refused = read = 0
+    crc = used = truncated = refused = read = conversations = 0
     first_refused = ""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     closing: set[int] = set()
@@ -237,6 +239,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
                     refused += 1
                     first_refused = first_refused or row.where or f"row {number + 1}"
                     continue
+                conversations += isinstance(row, Conversation)
                 truncated += encoded.turns[-1][2] > longest
                 _, content_end, end = encoded.turns[-1]
                 closing |= set([token for token in encoded.ids[content_end:end] if token in special][-1:])
@@ -263,6 +266,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         "refused": refused,
         "first_refused": first_refused,
         "closing_ids": sorted(closing),
+        "conversations": conversations,
         "checksum": crc,
     }
     write_atomically(folder / "info.json", json.dumps(info))

@@ -436,8 +436,7 @@ def test_a_second_load_reads_no_row(tmp_path: Path, cache: Path) -> None:
     first = load_samples(_opened(rows), TOKENIZER, Format(max_length=5))
     second = load_samples(_unread(_opened(rows)), byte_tokenizer(), Format(max_length=5))
     assert [str(sample) for sample in take([first])] == [str(sample) for sample in take([second])]
-    for name in ("name", "read", "truncated", "refused", "first_refused", "closing_ids", "checksum", "folder"):
-        assert getattr(first, name) == getattr(second, name)
+    assert vars(first) | {"table": None} == vars(second) | {"table": None}
     assert _stores(cache) == 1
 
 
