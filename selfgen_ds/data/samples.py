@@ -123,6 +123,16 @@ class Samples:
         """Tokens of some samples: int64."""
         return self.table.select_columns("length")[indices]["length"]
 
+    def part_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every sample's `prompt_ids` and `response_ids`: `[samples]` int64 each."""
+        prompts, responses = [], []
+        for turns in self.table.data.column("turns").chunks:
+            behind = turns.offsets.to_numpy()[1:] - turns.offsets[0].as_py()
+            flat = turns.flatten().to_numpy()
+            prompts.append(flat[behind - 3])
+            responses.append(flat[behind - 1] - flat[behind - 3])
+        return np.concatenate(prompts).astype(np.int64), np.concatenate(responses).astype(np.int64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,9 @@ some of the given prompts (int64, their numbers), all `[N]`."""
 
 class Policy:
     """The model, as a method sees it. Collective: every rank makes the same calls, whatever rows it holds."""
+
+    device = torch.device("cpu")
+    """Of windows, masks and noise."""
 
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         """Draw the masked tokens of a window, each from the model's distribution given its prefix in the context.
@@ -100,8 +104,10 @@ class RoundMethod(Method):
     A round lasts `selfgen.epochs_per_round` epochs of the data set; rounds count from 0.
     """
 
+    keeps_lengths: ClassVar[bool] = True
+    """Whether its rows are as long as the samples, so that they can be packed."""
     longest: int = 0
-    """Tokens of the longest row that it lets the model generate, prompt included."""
+    """Tokens of the longest row that it has the model read or generate at once."""
 
     def check(self, samples: list[Samples]) -> None:
         """Refuse data that the method cannot work with, before the first step.

@@ -9,6 +9,7 @@ on the reference y alone. A share of the samples is trained on as it is, so that
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +22,8 @@ from selfgen_ds.data.store import StoredRow
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.method import Plan, Policy, RoundMethod
 from selfgen_ds.methods.reject import first_rejected, load_reject
+
+log = logging.getLogger("selfgen_ds")
 
 
 class Rac(RoundMethod):
@@ -44,30 +47,36 @@ class Rac(RoundMethod):
         }
     )
 
+    keeps_lengths: ClassVar[bool] = False
+
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.rejected = load_reject(config.reject)
+        self._between = len(plan.correction.closing_ids) + len(plan.correction.cue_ids)
 
     def check(self, samples: list[Samples]) -> None:
         prompts, responses = map(np.concatenate, zip(*(source.part_lengths() for source in samples), strict=True))
-        longest = int(responses.max())
-        self.max_new_tokens = self.config.max_new_tokens or longest
+        self.max_new_tokens = self.config.max_new_tokens or int(responses.max())
         self.longest = int(prompts.max()) + self.max_new_tokens
-        between = len(self.plan.correction.closing_ids) + len(self.plan.correction.cue_ids)
-        rows = prompts + responses + between
-        room = self.plan.max_length - rows
-        if self.config.max_new_tokens is not None and self.config.max_new_tokens > room.max():
+        room = self.plan.max_length - prompts - responses - self._between
+        if self.config.sft_share < 1 and room.max() < (self.config.max_new_tokens or 1):
             raise InputError(
-                f"selfgen.max_new_tokens: an answer of {self.config.max_new_tokens} tokens fits into no row of "
-                f"data.max_length={self.plan.max_length}: the shortest takes {rows.min()} without it"
+                f"selfgen.max_new_tokens: an own answer of {self.config.max_new_tokens or 1} tokens fits into no row "
+                f"of data.max_length={self.plan.max_length}: prompt, cue and reference take "
+                f"{self.plan.max_length - room.max()} tokens or more"
             )
+        if full := int((room < 1).sum()):
+            log.warning("rac: %d of %d rows have no room for an own answer, and are trained without", full, len(room))
 
     def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
         corrected = noise.uniform(noise.PLAIN, self.plan.seed, number, ids) >= self.config.sft_share
         draws = self.config.answers_per_prompt
         asked = [
-            (i, draw) for i, sample in enumerate(samples) if corrected[i] and self._room(sample) for draw in range(draws)
+            (i, draw)
+            for i, sample in enumerate(samples)
+            if corrected[i] and self._room(sample)
+            for draw in range(draws)
         ]
         keys = torch.tensor([(int(ids[i]), draw) for i, draw in asked], dtype=torch.int64).reshape(-1, 2)
 
@@ -90,8 +99,7 @@ class Rac(RoundMethod):
 
     def _room(self, sample: Sample) -> int:
         """Tokens that an own answer may take."""
-        between = len(self.plan.correction.closing_ids) + len(self.plan.correction.cue_ids)
-        return max(0, self.plan.max_length - len(sample.prompt_ids) - between - len(sample.response_ids))
+        return self.plan.max_length - len(sample.prompt_ids) - len(sample.response_ids) - self._between
 
     def _row(self, sample: Sample, answer: list[int], counts: dict[str, int]) -> StoredRow | None:
         """A correction of an answer; None if it is rejected."""
