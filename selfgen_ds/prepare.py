@@ -167,6 +167,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             recipe.data.max_length if recipe.data.packing else None,
             adapted=recipe.model.lora is not None,
         ),
+        generation_batch_size=recipe.selfgen.generation_batch_size,
     )
     rounds = None
     if isinstance(method, RoundMethod) and fingerprint is not None:

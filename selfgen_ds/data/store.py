@@ -69,6 +69,17 @@ class StoredRow:
             replaced_mask=np.zeros(len(sample.input_ids), bool),
         )
 
+    def sample(self) -> Sample:
+        """What is trained on. Nothing of it is replaced any more."""
+        edges = np.flatnonzero(np.diff(np.pad(self.loss_mask.astype(np.int8), 1))).reshape(-1, 2)
+        return Sample(
+            sample_id=self.sample_id,
+            input_ids=self.target_ids,
+            turns=edges[:, [0, 0, 1]],
+            context_ids=self.context_ids,
+            drawn=self.replaced_mask,
+        )
+
 
 class StoredRows:
     """Some rows of a round, of one source, in the place of its samples.
@@ -87,15 +98,7 @@ class StoredRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self._table[int(self._rows[index])]
-        edges = np.flatnonzero(np.diff(np.pad(row["loss_mask"].astype(np.int8), 1))).reshape(-1, 2)
-        return Sample(
-            sample_id=int(row["sample_id"]),
-            input_ids=row["target_ids"],
-            turns=edges[:, [0, 0, 1]],  # nothing is replaced any more
-            context_ids=row["context_ids"],
-            drawn=row["replaced_mask"],
-        )
+        return StoredRow(**self._table[int(self._rows[index])]).sample()
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of some rows: int64."""
