@@ -280,7 +280,7 @@ class EvaluateOptions:
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, as `transformers` names it."""
     seed: int = 0
-    """Seeds the sampled answers, which depend on the number of ranks too."""
+    """Seeds the sampled answers, which do not depend on the number of ranks."""
 
 
 @dataclass(kw_only=True)

@@ -156,6 +156,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 recipe.data.max_length if recipe.data.packing else None,
                 adapted=recipe.model.lora is not None,
             ),
+            generation_batch_size=recipe.selfgen.generation_batch_size,
         ),
         method=methods.find(recipe.selfgen.method)(recipe.selfgen, plan(recipe, tokenizer, total_steps)),
         windows=windows,

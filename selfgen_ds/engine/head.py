@@ -144,11 +144,14 @@ def _capped_loss_sum(
     return torch.stack(losses).sum()
 
 
-def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Reduction:
-    """Sample a token a position, through the inverse of the cumulative distribution: `[N]` int64.
+Sampler = Callable[[Tensor, Tensor], Tensor]
+"""`(logits [N, V], uniforms [N]) -> tokens [N]`."""
+
+
+def sampler(temperature: float, top_p: float, top_k: int) -> Sampler:
+    """A token from logits through the inverse of the cumulative distribution, a deterministic function of the noise.
 
     Args:
-        uniforms: `[N]` float64 in (0, 1), the noise. The draw is a deterministic function of it.
         temperature, top_p, top_k: As in `transformers`; 1.0, 1.0 and 0 leave the distribution as it is.
     """
     warpers = LogitsProcessorList()
@@ -159,19 +162,33 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
 
+    def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+        # one name for all that is made of the logits: each is let go as soon as the next is there
+        logits = warpers(None, logits.float())
+        logits = torch.softmax(logits, dim=-1)
+        logits = logits.cumsum(dim=-1, dtype=torch.float64)
+        # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
+        found = torch.searchsorted(logits, uniforms[:, None] * logits[:, -1:]).squeeze(1)
+        # NaN finds nothing; any token will do, the step is dropped for its loss
+        return found.clamp(max=logits.shape[-1] - 1)
+
+    return sample
+
+
+def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Reduction:
+    """Sample a token a position: `[N]` int64.
+
+    Args:
+        uniforms: `[N]` float64 in (0, 1), the noise.
+        temperature, top_p, top_k: Of `sampler`.
+    """
+    sample = sampler(temperature, top_p, top_k)
     chunk = _SORTED_CHUNK if top_p < 1.0 else _DRAW_CHUNK
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
         tokens = [hidden.new_empty(0, dtype=torch.int64)]
         for rows, noise in zip(hidden.split(chunk), uniforms.split(chunk), strict=True):
-            # no names for logits and probabilities: each is let go as soon as the next is there
-            cumulative = torch.softmax(warpers(None, project.logits(rows).float()), dim=-1).cumsum(
-                dim=-1, dtype=torch.float64
-            )
-            # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
-            found = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(1)
-            # NaN finds nothing; any token will do, the step is dropped for its loss
-            tokens.append(found.clamp(max=len(project.weight) - 1))
+            tokens.append(sample(project.logits(rows), noise))
         return torch.cat(tokens)
 
     return reduction

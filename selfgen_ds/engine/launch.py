@@ -29,6 +29,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
 
 
+def local_world_size() -> int:
+    """Number of those on this host; where the launcher does not say, as if all were."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, deepspeed, Open MPI
+    return int(next((os.environ[name] for name in names if name in os.environ), world_size()))
+
+
 def device() -> torch.device:
     """The accelerator of this process."""
     return torch.device(get_accelerator().current_device_name())

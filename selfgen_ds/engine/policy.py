@@ -6,9 +6,11 @@ forwards.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +19,13 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.engine import head
+from selfgen_ds.engine import head, rollouts
 from selfgen_ds.methods.method import AnswerNoise, Policy
+
+log = logging.getLogger("selfgen_ds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,7 @@ class EnginePolicy(Policy):
         model: The extended model (`selfgen_ds.engine.model.extend`).
         end_tokens: Each of them ends an answer.
         budget: Size of one no-grad sweep; none means the whole window in one.
+        generation_batch_size: Rows that a rank generates at once, at most.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class EnginePolicy(Policy):
         end_tokens: list[int],
         sampling: Sampling | None = None,
         budget: SweepBudget | None = None,
+        generation_batch_size: int = 64,
     ) -> None:
         self.forward = forward
         self.model = model
@@ -143,6 +150,90 @@ class EnginePolicy(Policy):
         self.device = torch.device(forward.device)
         self.groups = 0
         """Sweeps that the last `draw` was split into."""
+        self.rows_at_once = generation_batch_size
+        self.sharded = isinstance(forward, DeepSpeedEngine) and forward.zero_optimization_partition_weights()
+        """Whether a forward gathers weights now, so that all ranks must make the same ones."""
+        self._inside_gathered = False
+        self._one_token_cache: Cache | None = None
+        self._logged = ""
+        self._answered = [0, 0.0]  # tokens, seconds
+
+    @contextmanager
+    def gathered(self, longest: int) -> Iterator[None]:
+        """Many answers, draws or predictions in a row: weights that are sharded are gathered once if they fit.
+
+        They fit where they and the working memory of at least one row fit into the memory that is free now, on all
+        ranks. Otherwise they stay sharded and the ranks in step. Either way no more rows are generated at once than
+        fit. Inside another one it changes nothing. Collective.
+
+        Args:
+            longest: Tokens of the longest row, prompt and answer.
+        """
+        if self._inside_gathered:
+            yield
+            return
+        sharded, most = self.sharded, self.rows_at_once
+        with ExitStack() as stack:
+            stack.enter_context(_evaluating(self.forward))
+            row = self._row_bytes(longest)
+            weights = live = 0
+            if sharded:
+                offload = self.forward.optimizer.parameter_offload
+                offload.partition_all_parameters()
+                parameters = list(self.model.parameters())
+                weights = sum(p.ds_numel * p.element_size() for p in parameters)
+                live = min(weights, self.forward.zero_max_live_parameters() * parameters[0].element_size())
+            free = rollouts.free_bytes()
+            room = 0.9 * free  # the rest for what is not counted
+            rows = self._min_if_sharded(int((room - weights) // row))
+            gathers = sharded and rows >= 1
+            if sharded and not gathers:
+                rows = self._min_if_sharded(int((room - live) // row))
+            rows = max(1, min(most, rows))
+            announced = self._log_choice(gathers, rows, weights, row, free)
+            self._answered = [0, 0.0]
+            if gathers:
+                stack.enter_context(rollouts.whole(offload))
+            self.sharded, self.rows_at_once, self._inside_gathered = sharded and not gathers, rows, True
+            try:
+                yield
+            finally:
+                self.sharded, self.rows_at_once, self._inside_gathered = sharded, most, False
+        tokens, seconds = self._answered
+        if announced and tokens:
+            log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", tokens, seconds, tokens / seconds)
+
+    @torch.no_grad()
+    def _row_bytes(self, longest: int) -> int:
+        """Memory to generate one row: its cache, and what the forward over its prompt and the draw of a token hold."""
+        if self._one_token_cache is None:
+            self._one_token_cache = rollouts.one_token_cache(self.model)
+        config = self.model.config
+        text, size = config.get_text_config(decoder=True), self.model.dtype.itemsize
+        # the prompt's forward holds a mask, or scores in float32 and as they are multiplied
+        eager = config._attn_implementation == "eager"
+        square = longest * longest * (8 * getattr(text, "num_attention_heads", 1) if eager else 1 + size)
+        wide = longest * sweep_budget(config, True, 0).forward * size
+        logits = 24 * text.vocab_size  # as they are, processed, probabilities and their sums in float64
+        return rollouts.cache_bytes(self._one_token_cache, longest) + wide + square + logits
+
+    def _min_if_sharded(self, value: int) -> int:
+        return -self.max_over_ranks(-value) if self.sharded else value
+
+    def _log_choice(self, gathers: bool, rows: int, weights: int, row: int, free: int) -> bool:
+        """Once, and again when the choice is another."""
+        choice = (
+            f"weights gathered once ({weights / 1e6:,.1f} MB)"
+            if gathers
+            else f"weights stay sharded and are gathered for every token ({weights / 1e6:,.1f} MB do not fit)"
+            if self.sharded
+            else "weights are whole"
+        )
+        if (known := f"{choice}{rows}") == self._logged:
+            return False
+        self._logged = known
+        log.info("rollouts: %s, %d rows at once of %.1f MB, %.1f MB free", choice, rows, row / 1e6, free / 1e6)
+        return True
 
     @torch.no_grad()
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
@@ -168,12 +259,17 @@ class EnginePolicy(Policy):
                 chosen, where = context[rows, :length], mask[rows, :length]
                 reduction = head.draw(noise[rows, :length][where], **vars(self.sampling))
                 packed = position_ids[rows, :length] if window[0].packed else None
-                tokens = self.forward(chosen, positions=where, reduction=reduction, position_ids=packed)
+                tokens = self._module(chosen, positions=where, reduction=reduction, position_ids=packed)
                 drawn[rows, :length] = torch.zeros_like(chosen).masked_scatter(where, tokens)
-            for _ in range(self.groups - len(groups)):
+            for _ in range(self.groups - len(groups) if self.sharded else 0):
                 self._idle_forward(device)
         sizes = [len(m) for m in masks]
         return [d[:, : m.shape[1]][m] for d, m in zip(drawn.split(sizes), masks, strict=True)]
+
+    @property
+    def _module(self) -> nn.Module:
+        """What is called for a forward: behind the engine's back where its hooks are away."""
+        return self.model if self._inside_gathered and not self.sharded else self.forward
 
     def max_over_ranks(self, value: int) -> int:
         """The largest of the ranks' values. Collective."""
@@ -196,7 +292,7 @@ class EnginePolicy(Policy):
             The most probable token, `[responses]` int64, and the reference's log-probability, float32.
         """
         with _evaluating(self.forward):
-            return self.forward(
+            return self._module(
                 batch.context,
                 positions=batch.loss_mask,
                 reduction=head.predict(batch.target[batch.loss_mask]),
@@ -209,35 +305,33 @@ class EnginePolicy(Policy):
         prompts: list[list[int]],
         max_new_tokens: int,
         noise: AnswerNoise | None = None,
-        temperature: float = 0.0,
+        sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """The model's own answers, up to and with an end token.
+        """The model's own answers, up to and with an end token (`selfgen_ds.methods.method.Policy`).
+
+        Collective where weights are sharded. With noise, a token is a function of prompt, weights and its uniform
+        alone, up to the rounding of the forward's kernels at other batch shapes.
 
         Args:
-            prompts: Token ids, one list a row, none empty. The list itself must not be empty on any rank.
-            max_new_tokens: The same on every rank.
-            temperature: 0 is greedy.
+            sampling: The distribution that noise draws from; by default the policy's own.
         """
-        device = self.device
-        ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left")
-        real = pad_sequence([torch.ones(len(p)) for p in prompts], batch_first=True, padding_side="left")
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}),
-            eos_token_id=self.end_tokens,
-            pad_token_id=self.end_tokens[0],
-        )
+        started = time.perf_counter()
+        sample = head.sampler(**vars(sampling or self.sampling))
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+        batches = [order[first : first + self.rows_at_once] for first in range(0, len(order), self.rows_at_once)]
+        in_step = self.max_over_ranks if self.sharded and dist.get_world_size() > 1 else None
+        idle = in_step(len(batches)) - len(batches) if in_step else 0
+        answers: list[list[int]] = [[] for _ in prompts]
         with _evaluating(self.forward), _no_generation_defaults(self.model):
-            # in step: a rank whose rows are finished goes on until all are, or the gathers would hang
-            output = self.model.generate(
-                ids.to(device),
-                attention_mask=real.long().to(device),
-                generation_config=settings,
-                synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
-            )
-        answers = output[:, ids.shape[1] :].tolist()
-        ends = (next((i for i, t in enumerate(a, start=1) if t in self.end_tokens), None) for a in answers)
-        return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
+            for numbers in batches + [[]] * idle:
+                draw = None if noise is None else (noise, sample, numbers)
+                some = [prompts[number] for number in numbers]
+                found = rollouts.generate(self.model, some, max_new_tokens, self.end_tokens, draw, in_step)
+                for number, answer in zip(numbers, found, strict=True):
+                    answers[number] = answer
+        self._answered[0] += sum(map(len, answers))
+        self._answered[1] += time.perf_counter() - started
+        return answers
 
 
 @contextmanager

@@ -12,7 +12,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-from transformers import set_seed
 
 from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_folder_problems, source_problems
 from selfgen_ds.data.rows import Columns
@@ -71,10 +70,11 @@ def run(options: EvaluateOptions) -> None:
     if launch.world_size() > 1:
         launch.init_process_group()
     model = build_model(source, config, logits_form).to(launch.device()).eval()
-    set_seed(options.seed + launch.rank())
-    policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer))
+    policy = EnginePolicy(
+        model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
+    )
     chosen = take(samples, options.max_samples)
-    scores = evaluate(policy, chosen, tokenizer, options.batch_size, options.sample_temperature)
+    scores = evaluate(policy, chosen, tokenizer, options.batch_size, options.sample_temperature, options.seed)
     if launch.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.engine.model import most_positions
-from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.engine.policy import EnginePolicy, Sampling
+from selfgen_ds.methods import noise
 
 METRICS = {
     "loss": "negative log-likelihood of a response token given the reference before it",
@@ -78,18 +81,22 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     sample_temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[SampleScore]:
     """Score every row. Collective; all ranks get all rows, in the order of their sample ids.
 
     Args:
         batch_size: Rows a rank holds at once.
         sample_temperature: Above 0, answers sampled at it are scored as well.
+        seed: Of the sampled answers.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine: list[SampleScore] = []
     rounds = list(_rounds(samples, batch_size, world_size, most_positions(policy.model.config)))
-    for shares in tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(rounds) == 1):
-        mine += _score(policy, shares, rank, tokenizer, sample_temperature)
+    longest = max(_longest([sample for share in shares for sample in share]) for shares in rounds)
+    with policy.gathered(longest):
+        for shares in tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(rounds) == 1):
+            mine += _score(policy, shares, rank, tokenizer, sample_temperature, seed)
     everyone: list[list[SampleScore]] = [[] for _ in range(world_size)]
     if dist.is_initialized():
         dist.all_gather_object(everyone, mine)
@@ -144,12 +151,19 @@ def _rounds(
     yield [chunk[rank::world_size] for rank in range(world_size)]
 
 
+def _longest(samples: list[Sample]) -> int:
+    """Tokens of the longest row when all are answered until the last one is."""
+    prompt = max(len(s.prompt_ids) + (0 if s.forced_ids is None else len(s.forced_ids)) for s in samples)
+    return prompt + max(len(s.response_ids) for s in samples)
+
+
 def _score(
     policy: EnginePolicy,
     shares: list[list[Sample]],
     rank: int,
     tokenizer: PreTrainedTokenizerBase,
     sample_temperature: float,
+    seed: int,
 ) -> list[SampleScore]:
     """One round: the same calls on every rank, also on one without rows."""
     samples = shares[rank]
@@ -165,16 +179,19 @@ def _score(
     teacher_forced = right.split(sizes)
     likelihoods = log_probabilities.cpu().split(sizes)
 
-    def answer(prefixes: list[list[int]], length: int, temperature: float = 0.0) -> list[list[int]]:
-        return policy.complete(prefixes or [[0]], length, temperature=temperature)[: len(prefixes)]
-
-    free = answer(prompts, longest)
+    free = policy.complete(prompts, longest)
     recovery = sampled = None
     if everything[0].rest_ids is not None:
         rest = max(len(_array(sample.rest_ids)) for sample in everything)
-        recovery = answer([[*p, *_array(sample.forced_ids)] for p, sample in zip(prompts, samples, strict=True)], rest)
+        forced = [[*p, *_array(sample.forced_ids)] for p, sample in zip(prompts, samples, strict=True)]
+        recovery = policy.complete(forced, rest)
     if sample_temperature > 0:
-        sampled = answer(prompts, longest, sample_temperature)
+        sample_ids = torch.tensor([sample.sample_id for sample in samples], device=policy.device)
+
+        def draws(numbers: Tensor, positions: Tensor) -> Tensor:
+            return noise.uniform(noise.EVALUATION, seed, sample_ids[numbers], positions)
+
+        sampled = policy.complete(prompts, longest, draws, Sampling(temperature=sample_temperature))
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)

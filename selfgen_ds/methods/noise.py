@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Streams: the first key, so that the same (seed, step, sample, position) can serve several purposes.
 REPLACE, DRAW = 1, 2
+EVALUATION = 7
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))

@@ -161,16 +161,19 @@ def defaults(model: PreTrainedModel, **settings: object) -> Iterator[None]:
     model.generation_config = before
 
 
+def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
+    return noise.uniform(noise.EVALUATION, SEED, prompts, positions)
+
+
 def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedModel) -> None:
     policy = EnginePolicy(extended, extended, end_tokens=[END])
     prompts = [[1, 2, 3], [4, 5]]
     greedy = policy.complete(prompts, 12)
     with defaults(extended, do_sample=True, temperature=5.0, repetition_penalty=3.0, min_new_tokens=12):
         assert policy.complete(prompts, 12) == greedy
+    sampled = policy.complete(prompts, 12, answer_noise, Sampling(temperature=3.0))
     with defaults(extended, do_sample=True, top_p=1e-6):
-        torch.manual_seed(0)
-        sampled = [policy.complete(prompts, 12, temperature=3.0) for _ in range(3)]
-    assert sampled[0] != sampled[1] or sampled[1] != sampled[2]
+        assert policy.complete(prompts, 12, answer_noise, Sampling(temperature=3.0)) == sampled != greedy
 
 
 def test_an_answer_ends_with_its_end_token(extended: PreTrainedModel) -> None:

@@ -1,0 +1,178 @@
+"""Whole answers from the model: generation in segments, and ZeRO-3's weights gathered once for many of them.
+
+Token by token, a sharded model gathers every layer for every token. Gathered once, it is a plain model on each rank,
+and the ranks need not keep step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache, DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from selfgen_ds.engine import launch
+from selfgen_ds.engine.head import Sampler
+from selfgen_ds.methods.method import AnswerNoise
+
+_SEGMENT = 32  # tokens between two looks for finished rows
+_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+_DRAWN_ROWS = 16  # rows whose probabilities exist at the same time
+
+
+class KeyedDraw(LogitsProcessor):
+    """Leaves one token a row possible: the one that the noise of (prompt, position in the answer) draws."""
+
+    def __init__(self, noise: AnswerNoise, sample: Sampler, prompts: Tensor, start: int) -> None:
+        self.noise = noise
+        self.sample = sample
+        self.prompts = prompts
+        """`[rows]` int64, the numbers of their prompts."""
+        self.start = start
+        """Column where the answers begin."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.start
+        uniforms = self.noise(self.prompts, torch.full_like(self.prompts, position))
+        parts = zip(scores.split(_DRAWN_ROWS), uniforms.split(_DRAWN_ROWS), strict=True)
+        drawn = torch.cat([self.sample(*part) for part in parts])
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    end_tokens: list[int],
+    draw: tuple[AnswerNoise, Sampler, list[int]] | None,
+    in_step: Any,
+) -> list[list[int]]:
+    """Answers to one batch of prompts, up to and with an end token. Rows that are finished are dropped on the way.
+
+    Args:
+        prompts: Token ids, none empty. There may be no prompt on a rank that keeps step with others.
+        draw: Noise, sampler and the prompts' numbers; none means greedy.
+        in_step: The largest of the ranks' values, `(int) -> int`, where they must make the same forwards; or None.
+    """
+    device = model.device
+    segment = _SEGMENT if _drops_rows(model) else max_new_tokens
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = torch.arange(len(prompts), device=device)  # those that go on
+    ids, mask = _padded(prompts, device)
+    start, cache = ids.shape[1], None
+    done = 0
+    while done < max_new_tokens and (in_step(len(rows)) if in_step else len(rows)):
+        length = min(segment, max_new_tokens - done)
+        settings = GenerationConfig(
+            max_new_tokens=length,
+            eos_token_id=end_tokens,
+            pad_token_id=end_tokens[0],
+            return_dict_in_generate=True,
+        )
+        processors = LogitsProcessorList()
+        if draw is not None and len(rows):
+            noise, sample, numbers = draw
+            processors.append(KeyedDraw(noise, sample, torch.tensor(numbers, device=device)[rows], start))
+        if not len(rows):  # takes part in the other ranks' gathers
+            ids, mask = _padded([], device)
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=processors,
+            synced_gpus=in_step is not None,
+            # without rows nothing is kept from one segment to the next
+            **({"past_key_values": cache} if cache is not None and len(rows) else {}),
+        )
+        done += length
+        if not len(rows):
+            continue
+        ids, cache = output.sequences, output.past_key_values
+        ended = torch.isin(ids[:, start:], torch.tensor(end_tokens, device=device))
+        finished = ended.any(dim=1) if done < max_new_tokens else torch.ones_like(rows, dtype=torch.bool)
+        for row, answer, end in zip(rows.tolist(), ids[:, start:].tolist(), ended.long().tolist(), strict=True):
+            answers[row] = answer[: end.index(1) + 1] if 1 in end else answer
+        mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
+        if finished.any():
+            kept = (~finished).nonzero().flatten()
+            rows, ids, mask = rows[kept], ids[kept], mask[kept]
+            if len(rows):
+                cache.batch_select_indices(kept)
+    return answers
+
+
+def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, padded on the left; one token for no prompt at all."""
+    rows = [torch.tensor(prompt) for prompt in prompts or [[0]]]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return ids.to(device), mask.to(device)
+
+
+def _drops_rows(model: PreTrainedModel) -> bool:
+    """Whether the model's cache can let go of single rows: one that holds attention alone."""
+    if not model._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in _SELECTABLE for layer in layers)
+
+
+def one_token_cache(model: PreTrainedModel) -> Cache | None:
+    """What the model keeps of one row of one token. A forward: collective where the weights are sharded."""
+    output = model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True)
+    return output.get("past_key_values", output.get("cache_params"))
+
+
+def cache_bytes(cache: Cache | None, longest: int) -> int:
+    """What a model keeps of one row of `longest` tokens.
+
+    Args:
+        cache: Of one token.
+    """
+    total = 0
+    for layer in [] if cache is None else cache.layers:
+        tokens = min(longest, getattr(layer, "sliding_window", longest))
+        for name, value in vars(layer).items():
+            size = sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+            # everything else is a state of fixed size
+            total += size * (tokens if name in ("keys", "values", "indexer_keys") else 1)
+    return total
+
+
+def free_bytes() -> int:
+    """Memory that this rank may take now: of its accelerator, or its part of the host's."""
+    get_accelerator().empty_cache()
+    free = get_accelerator().available_memory()
+    return free // launch.local_world_size() if get_accelerator().device_name() == "cpu" else free
+
+
+@contextmanager
+def whole(offload: Any) -> Iterator[None]:
+    """ZeRO-3's weights gathered and its hooks away: a plain model on every rank, until the end, come what may.
+
+    Nothing may be gathered yet. The hooks go back as they were, every one in its place, so that the recorded order of
+    modules stays valid; the hook of the root among them, whose absence would be a rank's own forward count.
+
+    Args:
+        offload: The engine's `optimizer.parameter_offload`.
+    """
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    places = {id(hooks): hooks for hooks in (handle.hooks_dict_ref() for handle in handles)}
+    before = [(hooks, dict(hooks)) for hooks in places.values()]
+    with deepspeed.zero.GatheredParameters(offload.module.parameters()):
+        try:
+            for handle in handles:
+                handle.remove()
+            yield
+        finally:
+            for hooks, saved in before:
+                hooks.clear()
+                hooks.update(saved)
