@@ -57,6 +57,11 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name too outlasts a lost node
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """New names in a folder outlast a lost node."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
     os.close(folder)

@@ -13,22 +13,22 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from selfgen_ds import methods
 from selfgen_ds.config import InputError, Recipe
-from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.data.samples import Samples, end_tokens
+from selfgen_ds.data.batches import TokenBatch, Windows, collate
+from selfgen_ds.data.samples import Sample, Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.prepare import (
     check_positions,
     check_settings,
     check_shares,
     load_data,
     load_eval_data,
+    load_method,
     load_windows,
-    plan,
     sampling,
 )
 
@@ -72,24 +72,31 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         console.print(f"packed into {len(windows)} rows of {recipe.data.max_length} tokens, {full:.1%} of them real\n")
     check_shares(recipe, samples + eval_samples)
     if rows:
-        window = windows.window(0)
-        if draw:
-            window = _draw(recipe, window, samples, tokenizer)
+        window = _draw(recipe, windows, samples, tokenizer) if draw else windows.window(0)
         _print_rows(console, window[0], tokenizer)
 
 
 def _draw(
-    recipe: Recipe, window: list[TokenBatch], samples: list[Samples], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, windows: Windows, samples: list[Samples], tokenizer: PreTrainedTokenizerBase
 ) -> list[TokenBatch]:
     config = model_config(recipe.model, tokenizer)
     form = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(launch.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
-    method = methods.find(recipe.selfgen.method)(recipe.selfgen, plan(recipe, tokenizer, total_steps=1))
+    method = load_method(recipe, tokenizer, samples, windows, total_steps=1)
+    if isinstance(method, RoundMethod):
+        rows, _ = method.rows(_samples_of(windows.window(0)[0], samples), policy, 0)
+        return [collate([[row.sample()] for row in rows])]
     last = 1  # of one step: where a growing schedule has reached its end
-    window = [batch.to(policy.device) for batch in window]
+    window = [batch.to(policy.device) for batch in windows.window(0)]
     return [batch.to("cpu") for batch in method.contexts(window, policy, last)]
+
+
+def _samples_of(batch: TokenBatch, samples: list[Samples]) -> list[Sample]:
+    shown = batch.sample_ids[batch.sample_ids >= 0].unique()
+    rows = ((source, source.first_id + np.array(source.table["sample_id"])) for source in samples)
+    return [source[i] for source, ids in rows for i in np.flatnonzero(np.isin(ids, shown)).tolist()]
 
 
 def _print_counts(console: Console, samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> None:

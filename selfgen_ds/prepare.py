@@ -34,23 +34,27 @@ from selfgen_ds.config import (
     to_yaml,
 )
 from selfgen_ds.data.batches import Windows
+from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, take
 from selfgen_ds.data.tasks import TASKS
-from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
+from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.model import build_model, model_config, most_positions, trained_parameter_count, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
 from selfgen_ds.files import lock, make_folder, write_atomically
-from selfgen_ds.methods.method import Method, Plan
+from selfgen_ds.methods.method import Method, Plan, RoundMethod
+from selfgen_ds.methods.reject import load_reject
+from selfgen_ds.rounds import Fingerprint, Rounds
 
 log = logging.getLogger("selfgen_ds")
 
 # What may change when a run is resumed; everything else would make it another run.
-_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.")
+_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.", "selfgen.generation_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,11 @@ class Run:
     engine: DeepSpeedEngine
     policy: EnginePolicy
     method: Method
+    samples: list[Samples]
     windows: Windows
+    """Of the data set itself."""
+    rounds: Rounds | None
+    """Methods that have rounds: what is trained on in place of the data set."""
     tokenizer: PreTrainedTokenizerBase
     eval_samples: list[Sample] | None
     data: int
@@ -107,11 +115,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             world_size=dist.get_world_size(),
             epochs=recipe.train.epochs,
         )
+        total_steps = recipe.train.max_steps or windows.steps()
+        if total_steps == 0:
+            raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
+        method = load_method(recipe, tokenizer, samples, windows, total_steps)
     data = _checksum(samples)
-    total_steps = recipe.train.max_steps or windows.steps()
-    if total_steps == 0:
-        raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
-
     hidden_size = config.get_text_config(decoder=True).hidden_size
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
     set_seed(recipe.seed)
@@ -126,6 +134,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     engine = initialize(model, hf_config.config, recipe.optim, total_steps)
     warm_up(engine)
     folder = Path(recipe.output_dir)
+    fingerprint = None
+    if isinstance(method, RoundMethod):
+        fingerprint = Fingerprint(
+            model=weights_checksum(engine), tokenizer=tokenizer_hash(tokenizer)[:16], data=f"{data:08x}"
+        )
     resumed = checkpoint.load_newest(engine, folder / "checkpoints", data) if recipe.resume == "auto" else None
     if dist.get_rank() == 0:
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
@@ -142,24 +155,42 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         dist.get_world_size(),
         f"resumed from {resumed.path}" if resumed else "from the start",
     )
+    policy = EnginePolicy(
+        engine,
+        engine.module,
+        end_tokens=end_tokens([*samples, *(eval_samples or [])], tokenizer),
+        sampling=sampling(recipe),
+        budget=sweep_budget(
+            engine.module.config,
+            recipe.train.activation_checkpointing,
+            _prefetched(engine),
+            recipe.data.max_length if recipe.data.packing else None,
+            adapted=recipe.model.lora is not None,
+        ),
+        generation_batch_size=recipe.selfgen.generation_batch_size,
+    )
+    rounds = None
+    if isinstance(method, RoundMethod) and fingerprint is not None:
+        with _together():
+            rounds = Rounds(
+                engine=engine,
+                policy=policy,
+                method=method,
+                samples=samples,
+                windows=windows,
+                folder=folder / "rollouts",
+                shared=None if recipe.selfgen.rollouts is None else Path(recipe.selfgen.rollouts),
+                fingerprint=fingerprint,
+                settings={name: getattr(recipe.selfgen, name) for name in ("method", *sorted(method.settings))}
+                | {"seed": recipe.seed},
+            )
     return Run(
         engine=engine,
-        policy=EnginePolicy(
-            engine,
-            engine.module,
-            end_tokens=end_tokens([*samples, *(eval_samples or [])], tokenizer),
-            sampling=sampling(recipe),
-            budget=sweep_budget(
-                engine.module.config,
-                recipe.train.activation_checkpointing,
-                _prefetched(engine),
-                recipe.data.max_length if recipe.data.packing else None,
-                adapted=recipe.model.lora is not None,
-            ),
-            generation_batch_size=recipe.selfgen.generation_batch_size,
-        ),
-        method=methods.find(recipe.selfgen.method)(recipe.selfgen, plan(recipe, tokenizer, total_steps)),
+        policy=policy,
+        method=method,
+        samples=samples,
         windows=windows,
+        rounds=rounds,
         tokenizer=tokenizer,
         eval_samples=None if eval_samples is None else take(eval_samples, recipe.eval.max_samples),
         data=data,
@@ -196,6 +227,10 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     metrics = METRICS | (RECOVERY_METRICS if eval_is_task else {})
     if recipe.eval.best not in metrics:
         found.append(f"eval.best: expected one of {', '.join(metrics)}, got {recipe.eval.best!r}")
+    try:
+        load_reject(recipe.selfgen.reject)
+    except InputError as error:
+        found.append(str(error))
     json_config: dict[str, Any] = {}
     try:
         json_config = ds_config.read(recipe.deepspeed)
@@ -207,17 +242,38 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     return json_config
 
 
-def plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, total_steps: int) -> Plan:
-    """What the method is told about the run."""
-    return Plan(
+def load_method(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, samples: list[Samples], windows: Windows, total_steps: int
+) -> Method:
+    """The recipe's method.
+
+    Raises:
+        InputError: It cannot work with the recipe's settings or data.
+    """
+    found = methods.find(recipe.selfgen.method)
+    plan = Plan(
         seed=recipe.seed,
         total_steps=total_steps,
-        rounds=0,
+        step_size=windows.step_size,
+        epoch_size=len(windows),
         micro_batch_size=recipe.train.micro_batch_size,
         max_length=recipe.data.max_length,
         tokenizer=tokenizer,
-        cue_ids=[],
+        correction=correction(samples, tokenizer, recipe.selfgen.cue) if "cue" in found.settings else Correction(),
     )
+    method = found(recipe.selfgen, plan)
+    if isinstance(method, RoundMethod):
+        if (size := recipe.selfgen.epochs_per_round * len(windows)) < windows.step_size:
+            raise InputError(
+                f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
+            )
+        if recipe.data.packing and not method.keeps_lengths:
+            raise InputError(
+                f"data.packing: expected false with {recipe.selfgen.method}, whose rows are as long as what the model "
+                "draws; data.group_by_length saves padding"
+            )
+        method.check(samples)
+    return method
 
 
 def _unread_settings(selfgen: SelfgenConfig, overrides: set[str]) -> list[str]:

@@ -39,9 +39,10 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
     dropped = 0  # steps in a row
     gc.disable()
     for step in range(run.first_step, run.total_steps):
+        windows = run.windows if run.rounds is None else run.rounds.windows(step)
         started = time.perf_counter()
         get_accelerator().reset_peak_memory_stats()
-        window = [batch.to(run.engine.device) for batch in run.windows.window(step)]
+        window = [batch.to(run.engine.device) for batch in windows.window(step)]
         pass_started = time.perf_counter()
         window = run.method.contexts(window, run.policy, step)
         get_accelerator().synchronize()
@@ -56,7 +57,10 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
         dropped = 0 if result.applied else dropped + 1
         _check_dropped(step + 1, dropped, recipe.train.max_nonfinite_steps, result.suspects)
-        if last or _due(step + 1, recipe.checkpoint.every) or _is_best(folder, scores, recipe.eval.best):
+        due = (
+            last or _due(step + 1, recipe.checkpoint.every) or (run.rounds is not None and run.rounds.starts(step + 1))
+        )
+        if due or _is_best(folder, scores, recipe.eval.best):
             _save(run, folder, step + 1, scores, recipe)
         if _due(step + 1, _COLLECT_EVERY):
             gc.collect()

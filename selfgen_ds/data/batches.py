@@ -8,8 +8,10 @@ may be any id).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import datasets
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from selfgen_ds.data.order import Stream
-from selfgen_ds.data.samples import Sample, Samples
+from selfgen_ds.data.samples import Sample
 
 _GROUPED_STEPS = 50  # steps whose rows are sorted by length among themselves
 
@@ -61,30 +63,44 @@ def collate(rows: Sequence[Sequence[Sample]], *, packed: bool = False) -> TokenB
     """
     length = max((sum(len(sample.input_ids) for sample in row) for row in rows), default=2)
     shape = (max(1, len(rows)), length)
-    reference, sample_ids, position_ids = np.zeros(shape, np.int64), np.full(shape, -1), np.zeros(shape, np.int64)
-    loss_mask, replaceable = np.zeros(shape, bool), np.zeros(shape, bool)
+    context, target = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    sample_ids, position_ids = np.full(shape, -1), np.zeros(shape, np.int64)
+    loss_mask, replaceable, drawn = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
     for number, row in enumerate(rows):
         first = 0
         for sample in row:
             here = slice(first, first + len(sample.input_ids))
-            reference[number, here] = sample.input_ids
+            target[number, here] = sample.input_ids
+            context[number, here] = sample.input_ids if sample.context_ids is None else sample.context_ids
+            drawn[number, here] = False if sample.drawn is None else sample.drawn
             sample_ids[number, here] = sample.sample_id
             position_ids[number, here] = np.arange(len(sample.input_ids))
             for start, replaceable_end, end in first + sample.turns:
                 loss_mask[number, start:end] = True
                 replaceable[number, start:replaceable_end] = True
             first = here.stop
-    context = torch.from_numpy(reference)
     return TokenBatch(
         sample_ids=torch.from_numpy(sample_ids),
         position_ids=torch.from_numpy(position_ids),
-        context=context,
-        target=context,
+        context=torch.from_numpy(context),
+        target=torch.from_numpy(target),
         loss_mask=torch.from_numpy(loss_mask),
         replaceable=torch.from_numpy(replaceable),
-        drawn=torch.zeros(shape, dtype=torch.bool),
+        drawn=torch.from_numpy(drawn),
         packed=packed,
     )
+
+
+class Rows(Protocol):
+    """The rows of one source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+    def lengths(self, indices: np.ndarray, /) -> np.ndarray:
+        """Tokens of some rows: int64."""
+        ...
 
 
 class Windows:
@@ -103,7 +119,7 @@ class Windows:
 
     def __init__(
         self,
-        samples: Sequence[Samples],
+        samples: Sequence[Rows],
         *,
         seed: int,
         micro_batch_size: int,
@@ -117,9 +133,11 @@ class Windows:
     ) -> None:
         self._samples = samples
         self._packs = packs
-        self._first_ids = np.cumsum([0, *(source.read for source in samples)])
-        self._stream = Stream([len(source) for source in packs or samples], weights, seed)
-        self._seed = seed
+        self._weights, self._seed = weights, seed
+        self._stream = self._rows_of(samples)
+        self._epoch_size = self._stream.size
+        self._shift = 0  # from a run's positions to those in the stream
+        self._steps: range | None = None  # that rows are sorted in
         self._micro_batch_size = micro_batch_size
         self._accumulation = accumulation
         self._rank, self._world_size = rank, world_size
@@ -127,9 +145,25 @@ class Windows:
         self._group_by_length = group_by_length
         self._grouped: tuple[int, np.ndarray] | None = None
 
+    def _rows_of(self, samples: Sequence[Rows]) -> Stream:
+        return Stream([len(source) for source in self._packs or samples], self._weights, self._seed)
+
+    def over(self, rows: Sequence[Rows], steps: range) -> Windows:
+        """Some steps over other rows in the place of the samples, one `Rows` a source.
+
+        As many rows come in the same order. Of fewer or more, an epoch is shorter or longer, but not the run.
+        """
+        other = copy.copy(self)
+        other._samples, other._stream, other._grouped = rows, other._rows_of(rows), None
+        epochs_before = steps.start * self.step_size // len(self)
+        other._shift = epochs_before * (other._stream.size - len(self))
+        if self._group_by_length and not all(map(_same_lengths, self._samples, rows)):
+            other._steps = steps  # groups that reached out of them would be sorted differently there
+        return other
+
     def __len__(self) -> int:
         """Rows of an epoch."""
-        return self._stream.size
+        return self._epoch_size
 
     @property
     def step_size(self) -> int:
@@ -160,24 +194,25 @@ class Windows:
 
     def _row(self, source: int, number: int) -> list[Sample]:
         members = [number] if self._packs is None else self._packs[source][number]["indices"]
-        samples = [self._samples[source][member] for member in members]
-        return [replace(sample, sample_id=int(self._first_ids[source]) + sample.sample_id) for sample in samples]
+        return [self._samples[source][member] for member in members]
 
     def _positions(self, step: int) -> np.ndarray:
         """Positions in the stream of one optimizer step's rows, over all ranks."""
         if not self._group_by_length:
-            return self._range(step, 1)
-        group, offset = divmod(step, _GROUPED_STEPS)
+            return self._range(step, step + 1)
+        start = self._steps.start if self._steps else 0
+        group, offset = divmod(step - start, _GROUPED_STEPS)
         if self._grouped is None or self._grouped[0] != group:
-            self._grouped = (group, self._sorted_by_length(group))
+            self._grouped = (group, self._sorted_by_length(start + group * _GROUPED_STEPS))
         return self._grouped[1][offset * self.step_size : (offset + 1) * self.step_size]
 
-    def _range(self, step: int, steps: int) -> np.ndarray:
-        first, behind = step * self.step_size, (step + steps) * self.step_size
-        return np.arange(first, behind if self._end is None else min(behind, self._end))
+    def _range(self, step: int, behind: int) -> np.ndarray:
+        first, end = step * self.step_size, behind * self.step_size
+        return self._shift + np.arange(first, end if self._end is None else min(end, self._end))
 
-    def _sorted_by_length(self, group: int) -> np.ndarray:
-        positions = self._range(group * _GROUPED_STEPS, _GROUPED_STEPS)
+    def _sorted_by_length(self, step: int) -> np.ndarray:
+        behind = step + _GROUPED_STEPS
+        positions = self._range(step, min(behind, self._steps.stop) if self._steps else behind)
         places = self._stream.at(positions)
         lengths = np.empty(len(places), dtype=np.int64)
         for source, samples in enumerate(self._samples):
@@ -186,5 +221,12 @@ class Windows:
         positions = positions[np.argsort(lengths, kind="stable")]
         whole = len(positions) // self.step_size * self.step_size  # a short last step stays the last
         steps = positions[:whole].reshape(-1, self.step_size)
-        order = np.random.default_rng((self._seed, group)).permutation(len(steps))
+        order = np.random.default_rng((self._seed, step // _GROUPED_STEPS)).permutation(len(steps))
         return np.concatenate([steps[order].ravel(), positions[whole:]])
+
+
+def _same_lengths(some: Rows, others: Rows) -> bool:
+    if len(some) != len(others):
+        return False
+    rows = np.arange(len(some))
+    return np.array_equal(some.lengths(rows), others.lengths(rows))

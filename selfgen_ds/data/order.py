@@ -70,7 +70,7 @@ class Stream:
         self._sizes = sizes
         self._seed = seed
         self._quotas = list(sizes) if weights is None else _apportion(self.size, weights)
-        if min(self._quotas) == 0:
+        if weights is not None and min(self._quotas) == 0:
             raise InputError(f"data.train: a weight of {weights} is less than one of {self.size} rows an epoch")
         self._ends = np.cumsum(self._quotas)
         self._starts = self._ends - self._quotas

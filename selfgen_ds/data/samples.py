@@ -14,12 +14,11 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import cast
 
@@ -35,6 +34,7 @@ from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")
@@ -58,7 +58,7 @@ class Sample:
     """One row as tokens."""
 
     sample_id: int
-    """The row's number in its source, from 0; past it, those of the sources after it."""
+    """The row's number in its source, from 0, behind those of the sources before it."""
     input_ids: np.ndarray
     """`[length]` int64."""
     turns: np.ndarray
@@ -67,6 +67,10 @@ class Sample:
     """Built-in tasks: the start of a response up to and with one wrong token."""
     rest_ids: np.ndarray | None = None
     """Built-in tasks: what is right after `forced_ids`."""
+    context_ids: np.ndarray | None = None
+    """Rounds: what the model reads in the place of `input_ids`; `[length]` int64."""
+    drawn: np.ndarray | None = None
+    """Rounds: where that is what the model drew; `[length]` bool."""
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -99,6 +103,8 @@ class Samples:
     """CRC-32 of all ids and turns, to know the same data again."""
     folder: Path
     """Where it is cached."""
+    first_id: int = 0
+    """Rows of the sources before it."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -106,7 +112,7 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         row = self.table[index]
         return Sample(
-            sample_id=int(row["sample_id"]),
+            sample_id=self.first_id + int(row["sample_id"]),
             input_ids=row["input_ids"],
             turns=row["turns"].reshape(-1, 3),
             forced_ids=row["forced_ids"],
@@ -116,6 +122,16 @@ class Samples:
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of some samples: int64."""
         return self.table.select_columns("length")[indices]["length"]
+
+    def part_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every sample's `prompt_ids` and `response_ids`: `[samples]` int64 each."""
+        prompts, responses = [], []
+        for turns in self.table.data.column("turns").chunks:
+            behind = turns.offsets.to_numpy()[1:] - turns.offsets[0].as_py()
+            flat = turns.flatten().to_numpy()
+            prompts.append(flat[behind - 3])
+            responses.append(flat[behind - 1] - flat[behind - 3])
+        return np.concatenate(prompts).astype(np.int64), np.concatenate(responses).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +165,13 @@ def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: F
         )
         its_form = replace(form, columns=columns, limit=limit)
         loaded.append(load_samples(open_source(source, split, columns), tokenizer, its_form))
-    return loaded
+    return numbered(loaded)
+
+
+def numbered(samples: Sequence[Samples]) -> list[Samples]:
+    """Several sources, whose samples get ids that go on from one to the next."""
+    first_ids = accumulate((source.read for source in samples), initial=0)
+    return [replace(source, first_id=first) for source, first in zip(samples, first_ids, strict=False)]
 
 
 def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> Samples:
@@ -185,13 +207,8 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
 
 
 def take(samples: list[Samples], limit: int | None = None) -> list[Sample]:
-    """Samples in memory, with ids of their own: at most `limit`."""
-    first_ids = np.cumsum([0, *(source.read for source in samples)]).tolist()
-    return [
-        replace(sample, sample_id=first + sample.sample_id)
-        for source, first in zip(samples, first_ids, strict=False)
-        for sample in map(source.__getitem__, range(len(source)))
-    ][:limit]
+    """Samples in memory: at most `limit`."""
+    return [source[i] for source in samples for i in range(len(source))][:limit]
 
 
 def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -200,14 +217,9 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
-    digest = hashlib.sha256(repr((source.fingerprint, form)).encode())
-    tokenizer("")  # the first call resets truncation and padding, which are saved too
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        # other code would make other samples of the same rows
-        code = [Path(__file__).parent / f"{name}.py" for name in ("chat", "formats", "rows", "samples", "tasks")]
-        for file in sorted([*Path(folder).iterdir(), *code], key=lambda path: path.name):
-            digest.update(file.name.encode() + file.read_bytes())
+    digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
+    for name in ("chat", "formats", "rows", "samples", "tasks"):  # other code would make other samples of the same rows
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]
 
 

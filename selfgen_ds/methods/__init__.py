@@ -9,13 +9,17 @@ from __future__ import annotations
 from importlib import import_module
 
 from selfgen_ds.config import InputError
+from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Method
+from selfgen_ds.methods.rac import Rac
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.methods.sft import Sft
 
 METHODS: dict[str, type[Method]] = {
     "sft": Sft,
     "scheduled_sampling": ScheduledSampling,
+    "bash": Bash,
+    "rac": Rac,
 }
 
 

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.correction import Correction
+from selfgen_ds.data.samples import Sample, Samples
+from selfgen_ds.data.store import StoredRow
 
 AnswerNoise = Callable[[Tensor, Tensor], Tensor]
 """`(prompts, positions) -> uniforms`: float64 in (0, 1) for the token at `positions` (int64, from 0) of the answers to
@@ -20,6 +24,9 @@ some of the given prompts (int64, their numbers), all `[N]`."""
 
 class Policy:
     """The model, as a method sees it. Collective: every rank makes the same calls, whatever rows it holds."""
+
+    device = torch.device("cpu")
+    """Of windows, masks and noise."""
 
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         """Draw the masked tokens of a window, each from the model's distribution given its prefix in the context.
@@ -57,13 +64,14 @@ class Plan:
 
     seed: int
     total_steps: int
-    rounds: int
-    """Rounds of the whole run, for methods that have them."""
+    step_size: int
+    """Rows an optimizer step takes, over all ranks."""
+    epoch_size: int
+    """Rows of an epoch."""
     micro_batch_size: int
     max_length: int
     tokenizer: PreTrainedTokenizerBase
-    cue_ids: list[int]
-    """What asks for a correction, between an own answer and the reference."""
+    correction: Correction
 
 
 class Method:
@@ -91,12 +99,52 @@ class Method:
 
 
 class RoundMethod(Method):
-    """Draws the contexts of the whole data set at the start of each round, with the weights of that moment."""
+    """Draws the contexts of the whole data set at the start of each round, with the weights of that moment.
 
-    def rows(self, samples: list[Sample], policy: Policy, round_number: int) -> list[Sample]:
-        """What the model reads and learns in a round (from 0) in place of some samples. Collective.
+    A round lasts `selfgen.epochs_per_round` epochs of the data set; rounds count from 0.
+    """
+
+    keeps_lengths: ClassVar[bool] = True
+    """Whether its rows are as long as the samples, so that they can be packed."""
+    longest: int = 0
+    """Tokens of the longest row that it has the model read or generate at once."""
+
+    def check(self, samples: list[Samples]) -> None:
+        """Refuse data that the method cannot work with, before the first step.
+
+        Raises:
+            InputError: It cannot.
+        """
+
+    def round_of(self, step: int) -> int:
+        """The round of an optimizer step."""
+        return step * self.plan.step_size // (self.config.epochs_per_round * self.plan.epoch_size)
+
+    def first_step(self, number: int) -> int:
+        """The first optimizer step of a round."""
+        return -(-number * self.config.epochs_per_round * self.plan.epoch_size // self.plan.step_size)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole run."""
+        return self.round_of(self.plan.total_steps - 1) + 1
+
+    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+        """What the model reads and learns in a round in the place of some samples. Collective.
 
         Args:
             samples: Some of the data set; none on a rank that has nothing left to draw.
+
+        Returns:
+            The rows, in the order of the samples, and counts for the record, of which `passes` is not summed up.
         """
         raise NotImplementedError
+
+    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
+        """The rows of a source that are trained on: their numbers, ascending int64.
+
+        Args:
+            sample_ids: `[rows]` int64.
+            equal: `[rows]` bool, whether the own answer is the reference.
+        """
+        return np.arange(len(sample_ids))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Streams: the first key, so that the same (seed, step, sample, position) can serve several purposes.
-REPLACE, DRAW = 1, 2
-EVALUATION = 7
+# Streams: the first key, so that the same (seed, step or round, sample, position) can serve several purposes.
+REPLACE, DRAW, ROUND_REPLACE, ROUND_DRAW, ANSWER, PLAIN, EVALUATION = range(1, 8)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -29,13 +28,21 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
-def uniform(stream: int, *keys: int | Tensor) -> Tensor:
+def bits(*keys: int | Tensor) -> Tensor:
+    """64 random bits as int64, for every combination of the broadcast int64 keys."""
+    device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
+    state = torch.as_tensor(keys[0], dtype=torch.int64, device=device)
+    for key in keys[1:]:
+        state = _mix((state + _GOLDEN) ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
+    return state
+
+
+def uniform(*keys: int | Tensor) -> Tensor:
     """Uniform float64 in the open interval (0, 1), one for every combination of the broadcast int64 keys.
 
     52 random bits and a half: never 0, never rounded up to 1.
+
+    Args:
+        keys: The stream first.
     """
-    device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
-    state = torch.tensor(stream, dtype=torch.int64, device=device)
-    for key in keys:
-        state = _mix((state + _GOLDEN) ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
-    return (_shift_right(state, 12).to(torch.float64) + 0.5) * 2.0**-52
+    return (_shift_right(bits(*keys), 12).to(torch.float64) + 0.5) * 2.0**-52

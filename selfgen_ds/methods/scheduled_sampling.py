@@ -1,7 +1,7 @@
 """`scheduled_sampling`: in every step the model's own tokens replace some reference tokens of the context.
 
 Bengio et al. 2015, drawn in parallel passes: with `passes: 1` two-pass scheduled sampling (Mihaylova & Martins
-2019), with k passes parallel scheduled sampling (Duckworth et al. 2019).
+2019), with k passes parallel scheduled sampling (Duckworth et al. 2019), with `exact` the sequential process itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.methods import schedule
+from selfgen_ds.methods import noise, schedule
 from selfgen_ds.methods.method import Method, Policy
 from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask
 
@@ -24,8 +24,8 @@ class ScheduledSampling(Method):
         return schedule.replace_probability(c.schedule, c.replace_probability, c.schedule_share, step, total_steps)
 
     def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
-        probability = self.replace_probability(step)
-        masks = [replacement_mask(batch, probability, self.plan.seed, step) for batch in window]
-        assert self.config.passes != "exact"
-        self.passes = self.config.passes or 1
-        return mix(window, policy, masks, self.passes, self.plan.seed, step)
+        c, seed, p = self.config, self.plan.seed, self.replace_probability(step)
+        masks = [replacement_mask(batch, p, (noise.REPLACE, seed, step), c.position) for batch in window]
+        draws = (noise.DRAW, seed, step)
+        window, self.passes = mix(window, policy, masks, c.passes or 1, draws, c.max_differing_share)
+        return window

@@ -22,6 +22,7 @@ from selfgen_ds.engine import checkpoint
 from selfgen_ds.engine.export import export_checkpoint, export_engine
 from selfgen_ds.engine.policy import Sampling
 from selfgen_ds.engine.trainer import StepResult
+from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import replacement_mask
 from selfgen_ds.prepare import prepare
 from tests.architectures import ARCHITECTURES, attention
@@ -293,7 +294,7 @@ def assert_contexts_are_drawn_from(
     changed = 0
     sampling = Sampling(temperature=settings.selfgen.temperature)
     for batch in micro_batches_of(settings, samples_of(settings), 0):
-        mask = replacement_mask(batch, settings.selfgen.replace_probability, settings.seed, 0)
+        mask = replacement_mask(batch, settings.selfgen.replace_probability, (noise.REPLACE, settings.seed, 0))
         for row, sample in enumerate(batch.sample_ids[:, 0].tolist()):
             expected = reference_context(model, batch, row, mask, 1, sampling, settings.seed, 0)
             assert contexts[0, sample] == expected

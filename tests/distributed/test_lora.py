@@ -117,7 +117,7 @@ def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
     run = prepare(settings, set())
     seen = watch(run)
     runs.steps(run, 2)
-    few = take(list(run.windows._samples), 3)
+    few = take(run.samples, 3)
     scores.evaluate(run.policy, few, run.tokenizer, batch_size=2)
     runs.steps(run, 2)
     parameters = run.engine.module.named_parameters()

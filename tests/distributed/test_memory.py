@@ -134,7 +134,7 @@ def largest_tensor(settings: Recipe) -> tuple[int, int]:
     """Largest tensor of pass, training step and evaluation, and the elements of `[batch, length, vocab]`."""
     run = prepare(settings, set())
     window = run.windows.window(0)
-    samples = take(list(run.windows._samples))
+    samples = take(run.samples)
     with LiveTensors() as tensors:
         train_step(run.engine, run.method.contexts(window, run.policy, 0), 0.0)
         evaluate(run.policy, samples, run.tokenizer, batch_size=len(samples))

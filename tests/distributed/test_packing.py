@@ -37,7 +37,7 @@ def settings(folder: Path, **changes: Any) -> Recipe:
 
 def apart(run: Run, window: list[TokenBatch]) -> list[TokenBatch]:
     """The samples of a packed window, one a row."""
-    samples = {sample.sample_id: sample for sample in take(list(run.windows._samples))}
+    samples = {sample.sample_id: sample for sample in take(run.samples)}
     ids = [batch.sample_ids[batch.sample_ids >= 0].unique().tolist() for batch in window]
     return [collate([[samples[sample]] for sample in some]) for some in ids]
 

@@ -37,7 +37,7 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
     seen = watch(run)
     runs.steps(run, 3)
     if evaluated:
-        few = take(list(run.windows._samples), 3)
+        few = take(run.samples, 3)
         evaluate(run.policy, few, run.tokenizer, batch_size=2)
         runs.steps(run, 3)
     assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()

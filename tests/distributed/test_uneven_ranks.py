@@ -11,6 +11,7 @@ import torch.distributed as dist
 from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.engine.policy import SweepBudget
 from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from selfgen_ds.prepare import prepare
 from tests.batches import padded
@@ -18,6 +19,7 @@ from tests.distributed import runs
 from tests.ranks import Ranks
 
 _TIMEOUT = 60.0
+REPLACE, DRAW = (noise.REPLACE, 0, 0), (noise.DRAW, 0, 0)
 
 
 @pytest.fixture
@@ -31,14 +33,14 @@ def uneven_draws(settings: Recipe) -> tuple[list[int], int]:
     run = prepare(settings, set())
     lengths = [1, 1] if dist.get_rank() == 0 else [1, 100]
     window = [padded([[65, 66]], [[67] * length], [i]) for i, length in enumerate(lengths)]
-    masks = [replacement_mask(batch, 1.0, seed=0, step=0) for batch in window]
+    masks = [replacement_mask(batch, 1.0, REPLACE) for batch in window]
     drawn = [int(mask.sum()) for mask in masks]
-    mixed = mix(window, run.policy, masks, passes=2, seed=0, step=0)
+    mixed, made = mix(window, run.policy, masks, 2, DRAW)
+    assert made == 2
     groups = run.policy.groups
     train_step(run.engine, mixed, 0.0)
     nothing = [torch.zeros_like(mask) for mask in masks]
-    mix(window, run.policy, nothing, passes=2, seed=0, step=0)
-    assert run.policy.groups == 0
+    assert mix(window, run.policy, nothing, 2, DRAW)[1] == 0
     assert [m.context.shape for m in mixed] == [b.context.shape for b in window]
     return drawn, groups
 
@@ -73,11 +75,11 @@ def sweeps(settings: Recipe) -> int:
     run.policy.budget = SweepBudget(forward=1, training=1, prefetched=0)
     count = 1 if dist.get_rank() == 0 else 4
     window = [padded([[65]], [[67] * 20], [i]) for i in range(count)]
-    masks = [replacement_mask(batch, 1.0, seed=0, step=0) for batch in window]
-    whole = mix(window, run.policy, masks, passes=1, seed=0, step=0)
+    masks = [replacement_mask(batch, 1.0, REPLACE) for batch in window]
+    whole, _ = mix(window, run.policy, masks, 1, DRAW)
     groups = run.policy.groups
     run.policy.budget = None
-    for one, other in zip(whole, mix(window, run.policy, masks, passes=1, seed=0, step=0), strict=True):
+    for one, other in zip(whole, mix(window, run.policy, masks, 1, DRAW)[0], strict=True):
         assert torch.equal(one.context, other.context)
     return groups
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from selfgen_ds.data.batches import TokenBatch, Windows, collate
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Sample, Samples, load_samples
+from selfgen_ds.data.samples import Format, Sample, Samples, load_samples, numbered
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.batches import lengths, padded, sample
@@ -157,7 +157,7 @@ KINDS = pytest.mark.parametrize("kind", ["plain", "packed", "grouped", "weighted
 
 
 def _of_kind(kind: str, **others: Any) -> Windows:
-    several = [_samples(LONG[:70]), _samples(LONG[70:])]
+    several = numbered([_samples(LONG[:70]), _samples(LONG[70:])])
     settings: dict[str, dict[str, Any]] = {
         "plain": {},
         "packed": {"packing": True},
@@ -300,7 +300,7 @@ def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
     rows = [Row(prompt="p" * (200 if number % 2 else 1), completion="a") for number in range(10)]
     first = load_samples(Opened(name="a", fingerprint=["odd"], rows=rows), byte_tokenizer(), Format(max_length=100))
     assert first.refused == 5
-    windows = _windows(sources=[first, _samples([4, 5, 6])], epochs=1)
+    windows = _windows(sources=numbered([first, _samples([4, 5, 6])]), epochs=1)
     assert sorted(_ids(windows, range(windows.steps()))) == [0, 2, 4, 6, 8, 10, 11, 12]
     for batch in windows.window(0):
         for row, size in enumerate(lengths(batch)):

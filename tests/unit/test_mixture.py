@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ from torch import Tensor
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.samples import Sample
+from selfgen_ds.methods import noise
 from selfgen_ds.methods.method import Policy
-from selfgen_ds.methods.mixture import mix, replacement_mask
+from selfgen_ds.methods.mixture import Position, mix, replacement_mask, stop
 from tests.batches import lengths, padded, sample
 
 SEED, STEP = 5, 9
+REPLACE, DRAW = (noise.REPLACE, SEED, STEP), (noise.DRAW, SEED, STEP)
 
 
 class NoisePolicy(Policy):
@@ -56,8 +60,12 @@ def _random_window(seed: int) -> list[TokenBatch]:
     return [*window, collate([])]
 
 
+def mixture(window: list[TokenBatch], policy: Policy, masks: list[Tensor], passes: int) -> list[TokenBatch]:
+    return mix(window, policy, masks, passes, DRAW)[0]
+
+
 def _masks(window: list[TokenBatch], p: float, step: int = STEP) -> list[Tensor]:
-    return [replacement_mask(batch, p, SEED, step) for batch in window]
+    return [replacement_mask(batch, p, (noise.REPLACE, SEED, step)) for batch in window]
 
 
 PROBABILITIES = pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -68,7 +76,7 @@ def test_masked_tokens_are_the_policys_and_all_others_the_references(p: float) -
     for seed in range(20):
         window = _random_window(seed)
         masks = _masks(window, p)
-        for before, mask, after in zip(window, masks, mix(window, NoisePolicy(), masks, 1, SEED, STEP), strict=True):
+        for before, mask, after in zip(window, masks, mixture(window, NoisePolicy(), masks, 1), strict=True):
             assert torch.equal(after.context >= 1000, mask)
             assert torch.equal(after.context[~mask], before.target[~mask])
 
@@ -77,21 +85,21 @@ def test_masked_tokens_are_the_policys_and_all_others_the_references(p: float) -
 def test_drawn_says_where_the_context_holds_a_drawn_token(p: float) -> None:
     window = _random_window(1)
     masks = _masks(window, p)
-    for mask, after in zip(masks, mix(window, NoisePolicy(), masks, 1, SEED, STEP), strict=True):
+    for mask, after in zip(masks, mixture(window, NoisePolicy(), masks, 1), strict=True):
         assert torch.equal(after.drawn, mask)
 
 
 @PROBABILITIES
 def test_only_context_and_drawn_change(p: float) -> None:
     window = _random_window(2)
-    for before, after in zip(window, mix(window, NoisePolicy(), _masks(window, p), 2, SEED, STEP), strict=True):
+    for before, after in zip(window, mixture(window, NoisePolicy(), _masks(window, p), 2), strict=True):
         for name in ("sample_ids", "position_ids", "target", "loss_mask", "replaceable"):
             assert torch.equal(getattr(after, name), getattr(before, name))
 
 
 def test_the_window_given_is_left_as_it_was() -> None:
     window, same = _random_window(3), _random_window(3)
-    mix(window, NoisePolicy(), _masks(window, 1.0), 1, SEED, STEP)
+    mixture(window, NoisePolicy(), _masks(window, 1.0), 1)
     for batch, expected in zip(window, same, strict=True):
         assert torch.equal(batch.context, expected.context)
         assert torch.equal(batch.target, expected.target)
@@ -101,7 +109,7 @@ def test_the_window_given_is_left_as_it_was() -> None:
 def test_prompt_padding_and_the_last_response_token_are_never_replaced(p: float) -> None:
     for seed in range(100):
         for batch in _random_window(seed):
-            mask = replacement_mask(batch, p, SEED, STEP)
+            mask = replacement_mask(batch, p, REPLACE)
             last = torch.arange(mask.shape[1]) == torch.tensor(lengths(batch))[:, None] - 1
             assert not (mask & ~batch.loss_mask).any()
             assert not (mask & last).any()
@@ -121,20 +129,20 @@ def test_a_probability_of_1_replaces_every_replaceable_token() -> None:
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9])
 def test_the_share_replaced_is_the_probability(p: float) -> None:
     batch = padded([[1]] * 400, [[2] * 501] * 400, list(range(400)))  # 200 000 replaceable tokens
-    share = float(replacement_mask(batch, p, SEED, STEP).sum() / batch.replaceable.sum())
+    share = float(replacement_mask(batch, p, REPLACE).sum() / batch.replaceable.sum())
     assert share == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 200_000))
 
 
 def test_a_token_replaced_at_one_probability_is_replaced_at_a_higher_one() -> None:
     batch = _random_window(4)[0]
-    lower, higher = (replacement_mask(batch, p, SEED, STEP) for p in (0.3, 0.6))
+    lower, higher = (replacement_mask(batch, p, REPLACE) for p in (0.3, 0.6))
     assert torch.equal(lower & higher, lower)
 
 
 def test_each_pass_reads_the_contexts_of_the_pass_before() -> None:
     batch = padded([[7]], [[50, 50, 50, 50, 50]], [0])
     policy = SuccessorPolicy()
-    (mixed,) = mix([batch], policy, [batch.replaceable], 3, SEED, STEP)
+    (mixed,) = mixture([batch], policy, [batch.replaceable], 3)
     assert [contexts[0][0].tolist() for contexts in policy.contexts] == [
         [7, 50, 50, 50, 50, 50],
         [7, 8, 51, 51, 51, 50],
@@ -147,7 +155,7 @@ def test_as_many_passes_as_masked_tokens_give_the_sequential_draw() -> None:
     window = _random_window(5)
     masks = _masks(window, 0.5)
     longest = max(int(mask.sum(dim=1).max()) for mask in masks)
-    mixed = mix(window, SuccessorPolicy(), masks, longest, SEED, STEP)
+    mixed = mixture(window, SuccessorPolicy(), masks, longest)
     for before, mask, after in zip(window, masks, mixed, strict=True):
         expected = before.target.clone()
         for row, position in mask.nonzero().tolist():
@@ -158,14 +166,14 @@ def test_as_many_passes_as_masked_tokens_give_the_sequential_draw() -> None:
 def test_every_pass_has_the_same_noise() -> None:
     window = _random_window(6)
     masks = _masks(window, 0.5)
-    once, thrice = (mix(window, NoisePolicy(), masks, passes, SEED, STEP) for passes in (1, 3))
+    once, thrice = (mixture(window, NoisePolicy(), masks, passes) for passes in (1, 3))
     for a, b in zip(once, thrice, strict=True):
         assert torch.equal(a.context, b.context)
 
 
 def test_a_draw_equal_to_the_reference_leaves_the_context_as_it_was() -> None:
     window = [padded([[7]], [[8, 9, 10, 11]], [0])]
-    (mixed,) = mix(window, SuccessorPolicy(), _masks(window, 1.0), 1, SEED, STEP)
+    (mixed,) = mixture(window, SuccessorPolicy(), _masks(window, 1.0), 1)
     assert torch.equal(mixed.context, mixed.target)
 
 
@@ -182,32 +190,32 @@ def _in_company() -> TokenBatch:
 
 
 def test_a_samples_mask_depends_neither_on_its_row_nor_on_the_padding() -> None:
-    alone, company = (replacement_mask(batch, 0.5, SEED, STEP) for batch in (_alone(), _in_company()))
+    alone, company = (replacement_mask(batch, 0.5, REPLACE) for batch in (_alone(), _in_company()))
     assert torch.equal(alone[0], company[2, :42])
 
 
 def test_a_samples_draws_depend_neither_on_row_nor_padding_nor_micro_batch() -> None:
-    (alone,) = mix([_alone()], NoisePolicy(), _masks([_alone()], 0.5), 1, SEED, STEP)
+    (alone,) = mixture([_alone()], NoisePolicy(), _masks([_alone()], 0.5), 1)
     window = [_random_window(7)[0], _in_company()]
-    company = mix(window, NoisePolicy(), _masks(window, 0.5), 1, SEED, STEP)[1]
+    company = mixture(window, NoisePolicy(), _masks(window, 0.5), 1)[1]
     assert torch.equal(alone.context[0], company.context[2, :42])
 
 
 def test_a_draws_noise_does_not_depend_on_which_other_tokens_are_masked() -> None:
     batch = _alone()
     few, all_of_them = _masks([batch], 0.2)[0], batch.replaceable
-    (a,) = mix([batch], NoisePolicy(), [few], 1, SEED, STEP)
-    (b,) = mix([batch], NoisePolicy(), [all_of_them], 1, SEED, STEP)
+    (a,) = mixture([batch], NoisePolicy(), [few], 1)
+    (b,) = mixture([batch], NoisePolicy(), [all_of_them], 1)
     assert torch.equal(a.context[few], b.context[few])
 
 
 def test_masks_differ_between_steps_seeds_and_samples() -> None:
     batch, other = _alone(), padded([PROMPT], [RESPONSE], [78])
     masks = [
-        replacement_mask(batch, 0.5, SEED, STEP),
-        replacement_mask(batch, 0.5, SEED, STEP + 1),
-        replacement_mask(batch, 0.5, SEED + 1, STEP),
-        replacement_mask(other, 0.5, SEED, STEP),
+        replacement_mask(batch, 0.5, REPLACE),
+        replacement_mask(batch, 0.5, (noise.REPLACE, SEED, STEP + 1)),
+        replacement_mask(batch, 0.5, (noise.REPLACE, SEED + 1, STEP)),
+        replacement_mask(other, 0.5, REPLACE),
     ]
     assert len({tuple(mask[0].tolist()) for mask in masks}) == 4
 
@@ -215,7 +223,7 @@ def test_masks_differ_between_steps_seeds_and_samples() -> None:
 def test_draws_differ_between_steps_seeds_and_samples() -> None:
     batch, other = _alone(), padded([PROMPT], [RESPONSE], [78])
     mixed = [
-        mix([b], NoisePolicy(), [b.replaceable], 1, seed, step)[0]
+        mix([b], NoisePolicy(), [b.replaceable], 1, (noise.DRAW, seed, step))[0][0]
         for b, seed, step in [
             (batch, SEED, STEP),
             (batch, SEED, STEP + 1),
@@ -229,7 +237,7 @@ def test_draws_differ_between_steps_seeds_and_samples() -> None:
 def test_the_noise_of_a_draw_is_independent_of_the_coin_that_chose_it() -> None:
     batch = padded([[1]] * 200, [[2] * 501] * 200, list(range(200)))
     policy = RecordingPolicy()
-    mix([batch], policy, _masks([batch], 0.1), 1, SEED, STEP)
+    mixture([batch], policy, _masks([batch], 0.1), 1)
     (uniforms,) = policy.uniforms  # were it the coin, they would be below 0.1
     assert float(uniforms.mean()) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(uniforms)))
 
@@ -238,7 +246,7 @@ def test_a_window_has_one_noise_a_masked_token() -> None:
     window = _random_window(8)
     masks = _masks(window, 0.4)
     policy = RecordingPolicy()
-    mix(window, policy, masks, 1, SEED, STEP)
+    mixture(window, policy, masks, 1)
     assert [len(u) for u in policy.uniforms] == [int(mask.sum()) for mask in masks]
 
 
@@ -253,10 +261,10 @@ class PrefixPolicy(Policy):
 
     def _draw(self, batch: TokenBatch, mask: Tensor, uniforms: Tensor) -> Tensor:
         drawn = []
-        for (row, column), noise in zip(mask.nonzero().tolist(), uniforms.tolist(), strict=True):
+        for (row, column), uniform in zip(mask.nonzero().tolist(), uniforms.tolist(), strict=True):
             first = column - int(batch.position_ids[row, column])
             assert batch.sample_ids[row, first:column].eq(batch.sample_ids[row, column]).all()
-            drawn.append(hash((tuple(batch.context[row, first:column].tolist()), noise)) % 1000)
+            drawn.append(hash((tuple(batch.context[row, first:column].tolist()), uniform)) % 1000)
         return torch.tensor(drawn, dtype=torch.int64)
 
 
@@ -292,7 +300,7 @@ def test_a_packed_window_has_the_masks_and_draws_of_the_padded_one(p: float, pas
     alone = [collate([[s] for s in samples[k::5]]) for k in range(5)]
     mixed = {}
     for name, window in (("packed", packed), ("padded", alone)):
-        mixed[name] = mix(window, PrefixPolicy(), _masks(window, p), passes, SEED, STEP)
+        mixed[name] = mixture(window, PrefixPolicy(), _masks(window, p), passes)
     assert len(rows) < len(samples) / 2
     for field in ("drawn", "context", "target", "loss_mask", "replaceable", "position_ids"):
         assert _by_sample(mixed["packed"], field) == _by_sample(mixed["padded"], field)
@@ -302,7 +310,7 @@ def test_a_packed_window_has_the_masks_and_draws_of_the_padded_one(p: float, pas
 def test_what_closes_a_turn_is_never_replaced_in_a_packed_row() -> None:
     samples = _some_samples(6)
     batch = collate([samples], packed=True)
-    (mixed,) = mix([batch], NoisePolicy(), _masks([batch], 1.0), 1, SEED, STEP)
+    (mixed,) = mixture([batch], NoisePolicy(), _masks([batch], 1.0), 1)
     context = _by_sample([mixed], "context")
     for s in samples:
         for start, replaceable, end in s.turns:
@@ -312,5 +320,244 @@ def test_what_closes_a_turn_is_never_replaced_in_a_packed_row() -> None:
 
 def test_padding_of_packed_rows_is_never_replaced() -> None:
     batch = collate([_some_samples(6), _some_samples(1)], packed=True)
-    (mixed,) = mix([batch], NoisePolicy(), _masks([batch], 1.0), 1, SEED, STEP)
+    (mixed,) = mixture([batch], NoisePolicy(), _masks([batch], 1.0), 1)
     assert not mixed.context[batch.sample_ids < 0].any()
+
+
+# --- exact ---
+
+
+class CountingPolicy(PrefixPolicy):
+    """Keeps how many tokens of each row every call drew."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        self.calls.append([count for mask in masks for count in mask.sum(dim=1).tolist()])
+        return super().draw(window, masks, uniforms)
+
+
+class StickyPolicy(CountingPolicy):
+    """Draws of a short memory, the reference's mostly: what changes dies out."""
+
+    def _draw(self, batch: TokenBatch, mask: Tensor, uniforms: Tensor) -> Tensor:
+        before = batch.context.roll(1, dims=1)[mask] + batch.context.roll(2, dims=1)[mask]
+        return torch.where(uniforms < 0.3, before * 7 % 50, batch.target[mask])
+
+
+def _token_by_token(batch: TokenBatch, mask: Tensor, policy: Policy) -> Tensor:
+    """The sequential process: one masked token after the other, its prefix complete."""
+    context = batch.target.clone()
+    for row, column in mask.nonzero().tolist():
+        here = torch.zeros_like(mask)
+        here[row, column] = True
+        uniforms = noise.uniform(*DRAW, batch.sample_ids[here], batch.position_ids[here])
+        context[here] = policy.draw([replace(batch, context=context)], [here], [uniforms])[0]
+    return context
+
+
+def _packed_window(count: int = 24) -> list[TokenBatch]:
+    """Rows of several samples, in two micro-batches and one without rows."""
+    samples = _some_samples(count)
+    rows = pack([len(s.input_ids) for s in samples], 40)
+    rows_of = [[[samples[i] for i in row] for row in rows[k::2]] for k in range(2)]
+    return [collate(some, packed=True) for some in [*rows_of, []]]
+
+
+WINDOWS = pytest.mark.parametrize("window", [_random_window(5), _packed_window()], ids=["padded", "packed"])
+
+
+@WINDOWS
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("policy", [PrefixPolicy(), SuccessorPolicy(), StickyPolicy()])
+def test_exact_is_the_token_by_token_draw(window: list[TokenBatch], policy: Policy, p: float) -> None:
+    masks = _masks(window, p)
+    mixed, _ = mix(window, policy, masks, "exact", DRAW)
+    for before, mask, after in zip(window, masks, mixed, strict=True):
+        assert torch.equal(after.context, _token_by_token(before, mask, policy))
+        assert torch.equal(after.drawn, mask)
+
+
+@WINDOWS
+def test_exact_makes_a_pass_for_each_masked_token_of_a_sample_where_every_draw_changes_all_behind_it(
+    window: list[TokenBatch],
+) -> None:
+    masks = _masks(window, 0.5)
+    owners = torch.cat([batch.sample_ids[mask] for batch, mask in zip(window, masks, strict=True)])
+    _, made = mix(window, PrefixPolicy(), masks, "exact", DRAW)
+    assert made == int(owners.unique(return_counts=True)[1].max())
+
+
+def test_exact_stops_where_nothing_changes_any_more() -> None:
+    batch = padded([[1, 2]] * 8, [list(range(20, 60))] * 8, list(range(8)))
+    policy = StickyPolicy()
+    _, made = mix([batch], policy, [batch.replaceable], "exact", DRAW)
+    assert 2 < made < 15
+    assert made == len(policy.calls)
+
+
+def test_exact_is_one_pass_where_every_draw_is_the_reference() -> None:
+    window = [padded([[7]], [[8, 9, 10, 11]], [0])]
+    assert mix(window, SuccessorPolicy(), _masks(window, 1.0), "exact", DRAW)[1] == 1
+
+
+@pytest.mark.parametrize("passes", [1, 3, "exact"])
+def test_without_a_masked_token_there_is_no_pass(passes: int | Literal["exact"]) -> None:
+    window = _random_window(3)
+    policy = CountingPolicy()
+    mixed, made = mix(window, policy, _masks(window, 0.0), passes, DRAW)
+    assert made == len(policy.calls) == 0
+    assert all(torch.equal(batch.context, batch.target) for batch in mixed)
+
+
+def test_a_pass_draws_no_more_than_what_stands_behind_the_first_change_of_each_sample() -> None:
+    window = _packed_window()
+    policy = CountingPolicy()
+    mix(window, policy, _masks(window, 1.0), "exact", DRAW)
+    for before, after in zip(policy.calls, policy.calls[1:], strict=False):
+        assert all(later < count or later == count == 0 for count, later in zip(before, after, strict=True))
+    # every draw of this policy is a change, so each pass settles one token of every sample that has one left
+    owners = torch.cat([batch.sample_ids[batch.replaceable] for batch in window])
+    counts = owners.unique(return_counts=True)[1]
+    assert [sum(call) for call in policy.calls] == [int((counts - i).clamp(min=0).sum()) for i in range(counts.max())]
+
+
+def test_fewer_passes_than_exact_needs_leave_what_every_pass_over_all_tokens_would() -> None:
+    window = _packed_window()
+    masks, policy = _masks(window, 0.7), StickyPolicy()
+    for passes in range(1, 6):
+        expected = [batch.context for batch in window]
+        for _ in range(passes):
+            batches = [replace(batch, context=context) for batch, context in zip(window, expected, strict=True)]
+            uniforms = [
+                noise.uniform(*DRAW, batch.sample_ids[mask], batch.position_ids[mask])
+                for batch, mask in zip(window, masks, strict=True)
+            ]
+            drawn = policy.draw(batches, masks, uniforms)
+            expected = [c.masked_scatter(m, d) for c, m, d in zip(expected, masks, drawn, strict=True)]
+        for batch, context in zip(mixture(window, policy, masks, passes), expected, strict=True):
+            assert torch.equal(batch.context, context)
+
+
+class BusyElsewherePolicy(CountingPolicy):
+    """Another rank has something to draw in the first three passes."""
+
+    def max_over_ranks(self, value: int) -> int:
+        return max(value, len(self.calls) < 3)
+
+
+def test_a_rank_without_masked_tokens_makes_the_passes_of_the_others() -> None:
+    policy = BusyElsewherePolicy()
+    window = [collate([])]
+    mixed, made = mix(window, policy, _masks(window, 1.0), "exact", DRAW)
+    assert made == len(policy.calls) == 3
+    assert torch.equal(mixed[0].context, window[0].context)
+
+
+# --- position ---
+
+
+@pytest.mark.parametrize("position", ["even", "early", "late"])
+@PROBABILITIES
+def test_the_position_decides_where_in_an_answer_tokens_are_replaced(p: float, position: Position) -> None:
+    answer, rows = 8, 20_000
+    batch = padded([[1, 2]] * rows, [[3] * answer + [4]] * rows, list(range(rows)))
+    shares = replacement_mask(batch, p, REPLACE, position)[:, 2:].double().mean(dim=0).tolist()
+    early = [p * (1 - i / answer) for i in range(answer)]
+    expected = {"even": [p] * answer, "early": early, "late": early[::-1]}[position]
+    assert shares[-1] == 0
+    assert shares[:-1] == pytest.approx(expected, abs=5 * math.sqrt(0.25 / rows))
+
+
+@pytest.mark.parametrize("position", ["early", "late"])
+def test_each_answer_of_a_conversation_has_positions_of_its_own(position: Position) -> None:
+    rows = 20_000
+    turns = np.array([[1, 3, 4], [6, 10, 10], [11, 12, 13]])  # answers of 2, 4 and 1 tokens
+    batch = collate([[Sample(sample_id=i, input_ids=np.arange(13), turns=turns)] for i in range(rows)])
+    shares = replacement_mask(batch, 1.0, REPLACE, position).double().mean(dim=0).tolist()
+    two, four = ([0.5, 1], [0.25, 0.5, 0.75, 1]) if position == "late" else ([1, 0.5], [1, 0.75, 0.5, 0.25])
+    assert shares == pytest.approx([0, *two, 0, 0, 0, *four, 0, 1, 0], abs=0.02)
+
+
+@pytest.mark.parametrize("position", ["even", "early", "late"])
+def test_a_packed_sample_has_the_mask_that_it_has_alone(position: Position) -> None:
+    samples = _some_samples(24)
+    packed = _packed_window()
+    masks = [replacement_mask(batch, 0.6, REPLACE, position) for batch in packed]
+    alone = collate([[s] for s in samples])
+    mask = replacement_mask(alone, 0.6, REPLACE, position)
+    together = [replace(batch, drawn=mask) for batch, mask in zip(packed, masks, strict=True)]
+    assert _by_sample(together, "drawn") == _by_sample([replace(alone, drawn=mask)], "drawn")
+
+
+@pytest.mark.parametrize("position", ["early", "late"])
+def test_a_position_only_takes_tokens_from_the_even_mask(position: Position) -> None:
+    for batch in _random_window(9):
+        uneven, even = replacement_mask(batch, 0.6, REPLACE, position), replacement_mask(batch, 0.6, REPLACE)
+        assert not (uneven & ~even).any()
+
+
+# --- stop ---
+
+
+def test_behind_a_marked_token_the_context_is_the_reference_to_its_samples_end() -> None:
+    window = _packed_window()
+    for before in mixture(window, PrefixPolicy(), _masks(window, 1.0), 1):
+        generator = torch.Generator().manual_seed(0)
+        marked = torch.rand(before.context.shape, generator=generator) < 0.05
+        after = stop(before, marked)
+        for owner in before.sample_ids[before.sample_ids >= 0].unique():
+            row, columns = torch.where(before.sample_ids == owner)
+            found = marked[row, columns].nonzero().flatten().tolist()
+            end = found[0] if found else len(columns)
+            context, target = before.context[row, columns], before.target[row, columns]
+            assert after.context[row, columns].tolist() == context[:end].tolist() + target[end:].tolist()
+            drawn = before.drawn[row, columns].tolist()
+            assert after.drawn[row, columns].tolist() == drawn[:end] + [False] * (len(columns) - end)
+
+
+def test_a_stopped_batch_keeps_all_but_context_and_drawn() -> None:
+    (before,) = mixture([_in_company()], NoisePolicy(), [_in_company().replaceable], 1)
+    after = stop(before, before.loss_mask)
+    for name in ("sample_ids", "position_ids", "target", "loss_mask", "replaceable"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+
+
+# --- the largest share of differing tokens ---
+
+
+@pytest.mark.parametrize("passes", [1, 3, "exact"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 1.0])
+def test_the_draws_stop_at_the_first_differing_token_beyond_the_share(
+    share: float, passes: int | Literal["exact"]
+) -> None:
+    window = _packed_window()
+    masks, policy = _masks(window, 0.8), StickyPolicy()
+    free, _ = mix(window, policy, masks, passes, DRAW)
+    capped, _ = mix(window, policy, masks, passes, DRAW, share)
+    context, drawn = _by_sample(capped, "context"), _by_sample(capped, "drawn")
+    free_context, free_drawn = _by_sample(free, "context"), _by_sample(free, "drawn")
+    target, responses = _by_sample(window, "target"), _by_sample(window, "loss_mask")
+    stopped = 0
+    for owner, ids in free_context.items():
+        differing = [i for i, (a, b) in enumerate(zip(ids, target[owner], strict=True)) if a != b]
+        allowed = math.floor(share * sum(responses[owner]))
+        end = differing[allowed] if len(differing) > allowed else len(ids)
+        stopped += end < len(ids)
+        assert context[owner] == ids[:end] + target[owner][end:]
+        assert drawn[owner] == free_drawn[owner][:end] + [False] * (len(ids) - end)
+    assert (stopped > 0) == (share < 1)
+
+
+def test_a_share_that_is_a_whole_number_of_tokens_allows_that_many() -> None:
+    batch = padded([[1]], [[5] * 100], [0])  # 0.29 * 100 is a little less than 29
+    ((mixed,), _) = mix([batch], NoisePolicy(), [batch.replaceable], 1, DRAW, 0.29)
+    assert int((mixed.context != mixed.target).sum()) == 29
+
+
+def test_what_stands_behind_the_stop_is_not_drawn_again() -> None:
+    batch = padded([[1]] * 3, [[5] * 40] * 3, [0, 1, 2])
+    policy = CountingPolicy()
+    _, made = mix([batch], policy, [batch.replaceable], "exact", DRAW, 0.1)
+    assert made == 5  # four tokens that may differ, and the one that is too many

@@ -172,3 +172,8 @@ def test_neighbouring_values_fill_the_square_evenly() -> None:
     drawn = noise.uniform(noise.DRAW, 0, 0, 7, torch.arange(2 * N)).reshape(N, 2)
     cells = (drawn * 32).floor()
     assert _is_uniform((cells[:, 0] * 32 + cells[:, 1] + 0.5) / 1024, bins=1024)
+
+
+def test_every_stream_has_a_key_of_its_own_that_stays() -> None:
+    streams = [noise.REPLACE, noise.DRAW, noise.ROUND_REPLACE, noise.ROUND_DRAW, noise.ANSWER, noise.PLAIN]
+    assert streams == [1, 2, 3, 4, 5, 6]  # other numbers would be other contexts in a run that is resumed

@@ -110,9 +110,10 @@ def test_the_pass_draws_from_the_model_given_the_context_before(
 ) -> None:
     policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=sampling, budget=budget)
     batches = window()
-    masks = [replacement_mask(batch, 0.6, SEED, STEP) for batch in batches]
-    mixed = mix(batches, policy, masks, passes, SEED, STEP)
-    assert policy.groups == (1 if budget is None else 2)
+    masks = [replacement_mask(batch, 0.6, (noise.REPLACE, SEED, STEP)) for batch in batches]
+    mixed, made = mix(batches, policy, masks, passes, (noise.DRAW, SEED, STEP))
+    assert made == passes
+    assert policy.groups == (2 if budget and passes == 1 else 1)  # the last pass reads what can still change
     changed = 0
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
         for row, length in enumerate(lengths(batch)):
@@ -132,8 +133,9 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     extended = extend(deepcopy(plain), probe.check(settings, config, packing=False))
     policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=Sampling(temperature=1.5))
     batches = window()
-    masks = [replacement_mask(batch, 0.6, SEED, STEP) for batch in batches]
-    for batch, mask, result in zip(batches, masks, mix(batches, policy, masks, 2, SEED, STEP), strict=True):
+    masks = [replacement_mask(batch, 0.6, (noise.REPLACE, SEED, STEP)) for batch in batches]
+    mixed, _ = mix(batches, policy, masks, 2, (noise.DRAW, SEED, STEP))
+    for batch, mask, result in zip(batches, masks, mixed, strict=True):
         for row, length in enumerate(lengths(batch)):
             expected = reference_context(plain, batch, row, mask, 2, policy.sampling)
             assert result.context[row, :length].tolist() == expected

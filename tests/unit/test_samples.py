@@ -16,7 +16,17 @@ from transformers import PreTrainedTokenizerFast
 from selfgen_ds.config import DataConfig, InputError, Recipe, Source
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
-from selfgen_ds.data.samples import _CHARACTERS, Format, Samples, _chunks, end_tokens, load, load_samples, take
+from selfgen_ds.data.samples import (
+    _CHARACTERS,
+    Format,
+    Samples,
+    _chunks,
+    end_tokens,
+    load,
+    load_samples,
+    numbered,
+    take,
+)
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.prepare import check_shares
@@ -358,8 +368,8 @@ def test_a_limit_is_an_equal_part_of_every_source(tmp_path: Path) -> None:
 
 def test_no_more_samples_are_taken_than_asked_for() -> None:
     first, second = _tokenize(*[("a", str(i)) for i in range(9)]), _tokenize(*[("b", str(i)) for i in range(3)])
-    assert [sample.sample_id for sample in take([first, second], 10)] == list(range(10))
-    assert [sample.sample_id for sample in take([first, second], 100)] == list(range(12))
+    assert [sample.sample_id for sample in take(numbered([first, second]), 10)] == list(range(10))
+    assert [sample.sample_id for sample in take(numbered([first, second]), 100)] == list(range(12))
 
 
 # --- shares ---

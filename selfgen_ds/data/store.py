@@ -1,0 +1,223 @@
+"""What a round has drawn: `rollouts/round-01/`, a folder for `datasets.load_from_disk`.
+
+It is filled chunk by chunk by all ranks, as `round-01.partial/`, and takes its name when it is complete. A chunk counts
+once its counts are there, which are written last. `round.json` says what drew it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.arrow_writer import ArrowWriter
+
+from selfgen_ds.config import InputError
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.files import sync_folder, write_atomically
+
+AUDIT = "round.json"
+_IDS, _MASK = datasets.List(datasets.Value("int32")), datasets.List(datasets.Value("bool"))
+_FEATURES = datasets.Features(
+    {
+        "sample_id": datasets.Value("int64"),
+        "context_ids": _IDS,
+        "target_ids": _IDS,
+        "loss_mask": _MASK,
+        "replaced_mask": _MASK,
+        "answer_equal": datasets.Value("bool"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRow:
+    """One row of a round. All arrays are `[length]`, aligned position by position, without a shift."""
+
+    sample_id: int
+    context_ids: np.ndarray
+    """int64: what the model reads."""
+    target_ids: np.ndarray
+    """int64: the reference where there is a loss."""
+    loss_mask: np.ndarray
+    """bool: response tokens of the reference."""
+    replaced_mask: np.ndarray
+    """bool: where the context holds what the model drew."""
+    answer_equal: bool = False
+    """Whether the model's own answer is the reference."""
+
+    @staticmethod
+    def of(sample: Sample) -> StoredRow:
+        """Teacher forcing on a sample."""
+        loss_mask = np.zeros(len(sample.input_ids), bool)
+        for start, _, end in sample.turns:
+            loss_mask[start:end] = True
+        return StoredRow(
+            sample_id=sample.sample_id,
+            context_ids=sample.input_ids,
+            target_ids=sample.input_ids,
+            loss_mask=loss_mask,
+            replaced_mask=np.zeros(len(sample.input_ids), bool),
+        )
+
+    def sample(self) -> Sample:
+        """What is trained on. Nothing of it is replaced any more."""
+        edges = np.flatnonzero(np.diff(np.pad(self.loss_mask.astype(np.int8), 1))).reshape(-1, 2)
+        return Sample(
+            sample_id=self.sample_id,
+            input_ids=self.target_ids,
+            turns=edges[:, [0, 0, 1]],
+            context_ids=self.context_ids,
+            drawn=self.replaced_mask,
+        )
+
+
+class StoredRows:
+    """Some rows of a round, of one source, in the place of its samples.
+
+    Args:
+        rows: `[rows]` int64, their numbers in the table.
+    """
+
+    def __init__(self, table: datasets.Dataset, rows: np.ndarray) -> None:
+        self._table = table
+        self._rows = rows
+        column = pc.list_value_length(table.data.column("context_ids"))
+        self._lengths = column.to_numpy()[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return StoredRow(**self._table[int(self._rows[index])]).sample()
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of some rows: int64."""
+        return self._lengths[indices].astype(np.int64)
+
+
+def read_audit(folder: Path) -> dict[str, Any]:
+    """What drew a round.
+
+    Raises:
+        InputError: The folder does not say.
+    """
+    try:
+        return json.loads((folder / AUDIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / AUDIT}: not the record of a round") from error
+
+
+def load_table(folder: Path) -> datasets.Dataset:
+    """A complete round, memory-mapped.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        return datasets.load_from_disk(str(folder)).with_format("numpy")
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+        raise InputError(f"{folder}: not a complete round: {' '.join(str(error).split())}") from error
+
+
+class Writer:
+    """A round that is being drawn.
+
+    Args:
+        folder: Its name when it is complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+
+    def start(self, audit: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Begin, or go on where an earlier start was stopped. On one rank alone.
+
+        Args:
+            audit: What draws it. `chunk_size` may be another one in a round that goes on.
+
+        Returns:
+            The audit that holds, and whether chunks that something else had drawn were thrown away.
+        """
+        superseded = False
+        if (self.partial / AUDIT).exists():
+            before = read_audit(self.partial)
+            if all(before.get(key) == value for key, value in audit.items() if key not in ("chunk_size", "started")):
+                return before, False
+            superseded = True
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
+        return audit, superseded
+
+    def missing(self, chunks: int) -> list[int]:
+        """Chunks that are yet to be drawn."""
+        return [chunk for chunk in range(chunks) if not self._counts(chunk).exists()]
+
+    def write(self, chunk: int, rows: Sequence[StoredRow], counts: dict[str, int]) -> None:
+        """Write one chunk; it survives whatever happens from then on."""
+        path = self.partial / _file(chunk)
+        with ArrowWriter(features=_FEATURES, path=str(path), writer_batch_size=1000) as writer:
+            for row in rows:
+                writer.write({name: getattr(row, name) for name in _FEATURES})
+            writer.finalize()
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        drawn = [row.replaced_mask for row in rows]
+        differing = [row.replaced_mask & (row.context_ids != row.target_ids) for row in rows]
+        written = {
+            "rows": len(rows),
+            "drawn_tokens": sum(int(mask.sum()) for mask in drawn),
+            "differing_tokens": sum(int(mask.sum()) for mask in differing),
+            "rows_with_drawn_tokens": sum(bool(mask.any()) for mask in drawn),
+            "equal_answers": sum(row.answer_equal for row in rows),
+        }
+        write_atomically(self._counts(chunk), json.dumps(written | counts))
+
+    def finish(self, chunks: int, audit: dict[str, Any]) -> dict[str, Any]:
+        """Complete the round, when all chunks are there. On one rank alone.
+
+        Returns:
+            The audit, with the counts of all chunks: sums, and of `passes` the largest.
+        """
+        counts: Counter[str] = Counter()
+        passes = 0
+        for chunk in range(chunks):
+            some = json.loads(self._counts(chunk).read_text(encoding="utf-8"))
+            passes = max(passes, some.pop("passes", 0))
+            counts.update(some)
+        audit = audit | {"passes": passes, "counts": dict(counts)}
+        write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
+        datasets.DatasetInfo(features=_FEATURES).write_to_directory(str(self.partial))
+        state = {
+            "_data_files": [{"filename": _file(chunk)} for chunk in range(chunks)],
+            "_fingerprint": audit["fingerprint"]["weights"],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        write_atomically(self.partial / "state.json", json.dumps(state, indent=1))
+        self.partial.rename(self.folder)
+        sync_folder(self.folder.parent)
+        for chunk in range(chunks):
+            (self.folder / self._counts(chunk).name).unlink()
+        return audit
+
+    def _counts(self, chunk: int) -> Path:
+        return self.partial / _file(chunk).replace(".arrow", ".json")
+
+
+def _file(chunk: int) -> str:
+    return f"rows-{chunk:06d}.arrow"

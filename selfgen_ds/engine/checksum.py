@@ -1,0 +1,36 @@
+"""A checksum of the weights, to know the same ones again."""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from selfgen_ds.methods import noise
+
+_PIECE = 1 << 22  # elements that are hashed at once
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
+    """64 bits in hexadecimal: the sum of a hash of every element and its place, whatever the number of ranks.
+
+    Collective; every parameter is gathered once.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.parameter_offload.partition_all_parameters()  # one in flight could not be gathered
+    total = torch.zeros((), dtype=torch.int64, device=engine.device)
+    for number, parameter in enumerate(engine.module.parameters()):
+        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+            bits = (
+                parameter.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
+            )
+            for first in range(rank * _PIECE, len(bits), world_size * _PIECE):
+                piece = bits[first : first + _PIECE].long()
+                places = torch.arange(first, first + len(piece), device=piece.device)
+                total += noise.bits(number, places, piece).sum()
+    dist.all_reduce(total)
+    return f"{int(total) & (1 << 64) - 1:016x}"

@@ -1,0 +1,135 @@
+"""`rac`: Reference-Answer-based Correction (Cen et al., TMLR 2025, arXiv 2410.14655).
+
+The model reads its own answer and learns to correct it to the reference:
+
+    c = x + a + cue + y,    a ~ p_theta( . | x ) at the round's start,    loss = - sum_t log p( y_t | x, a, cue, y_<t )
+
+on the reference y alone. A share of the samples is trained on as it is, so that direct answering stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfgen_ds.config import InputError, SelfgenConfig
+from selfgen_ds.data.samples import Sample, Samples
+from selfgen_ds.data.store import StoredRow
+from selfgen_ds.methods import noise
+from selfgen_ds.methods.method import Plan, Policy, RoundMethod
+from selfgen_ds.methods.reject import first_rejected, load_reject
+
+log = logging.getLogger("selfgen_ds")
+
+
+class Rac(RoundMethod):
+    """A sample becomes `answers_per_prompt` rows with an own answer each, or one without."""
+
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            "temperature",
+            "top_p",
+            "top_k",
+            "epochs_per_round",
+            "reject",
+            "rollouts",
+            "generation_batch_size",
+            "max_new_tokens",
+            "answers_per_prompt",
+            "sft_share",
+            "cue",
+            "max_equal_share",
+            "drawn_context_weight",
+        }
+    )
+
+    keeps_lengths: ClassVar[bool] = False
+
+    def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.rejected = load_reject(config.reject)
+        self._between = len(plan.correction.closing_ids) + len(plan.correction.cue_ids)
+
+    def check(self, samples: list[Samples]) -> None:
+        prompts, responses = map(np.concatenate, zip(*(source.part_lengths() for source in samples), strict=True))
+        self.max_new_tokens = self.config.max_new_tokens or int(responses.max())
+        self.longest = int(prompts.max()) + self.max_new_tokens
+        room = self.plan.max_length - prompts - responses - self._between
+        if self.config.sft_share < 1 and room.max() < (self.config.max_new_tokens or 1):
+            raise InputError(
+                f"selfgen.max_new_tokens: an own answer of {self.config.max_new_tokens or 1} tokens fits into no row "
+                f"of data.max_length={self.plan.max_length}: prompt, cue and reference take "
+                f"{self.plan.max_length - room.max()} tokens or more"
+            )
+        if full := int((room < 1).sum()):
+            log.warning("rac: %d of %d rows have no room for an own answer, and are trained without", full, len(room))
+
+    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+        ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
+        corrected = noise.uniform(noise.PLAIN, self.plan.seed, number, ids) >= self.config.sft_share
+        draws = self.config.answers_per_prompt
+        asked = [
+            (i, draw)
+            for i, sample in enumerate(samples)
+            if corrected[i] and self._room(sample)
+            for draw in range(draws)
+        ]
+        keys = torch.tensor([(int(ids[i]), draw) for i, draw in asked], dtype=torch.int64).reshape(-1, 2)
+
+        def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
+            sample_ids, numbers = keys.to(prompts.device)[prompts].unbind(dim=1)
+            return noise.uniform(noise.ANSWER, self.plan.seed, number, sample_ids, numbers, positions)
+
+        prompts = [samples[i].prompt_ids.tolist() for i, _ in asked]
+        answers = policy.complete(prompts, self.max_new_tokens, answer_noise)
+        own: dict[int, list[list[int]]] = {}
+        for (i, _), answer in zip(asked, answers, strict=True):
+            own.setdefault(i, []).append(self.plan.correction.content(answer))
+        counts = {"own_answers": len(answers), "rejected_answers": 0, "cut_answers": 0, "no_room": 0}
+        rows = []
+        for i, sample in enumerate(samples):
+            counts["no_room"] += bool(corrected[i]) and i not in own
+            some = [row for answer in own.get(i, []) if (row := self._row(sample, answer, counts)) is not None]
+            rows += some or [StoredRow.of(sample)]
+        return rows, counts
+
+    def _room(self, sample: Sample) -> int:
+        """Tokens that an own answer may take."""
+        return self.plan.max_length - len(sample.prompt_ids) - len(sample.response_ids) - self._between
+
+    def _row(self, sample: Sample, answer: list[int], counts: dict[str, int]) -> StoredRow | None:
+        """A correction of an answer; None if it is rejected."""
+        if first_rejected(answer, list(range(len(answer))), self.rejected, self.plan.tokenizer) is not None:
+            counts["rejected_answers"] += 1
+            return None
+        equal = self._text(answer) == self._text(self.plan.correction.content(sample.response_ids.tolist()))
+        room = self._room(sample)
+        counts["cut_answers"] += len(answer) > room
+        answer = answer[:room]
+        before = self.plan.correction.prompt(sample.prompt_ids.tolist(), answer)
+        context = np.array([*before, *sample.response_ids])
+        places = np.arange(len(context))
+        first = len(sample.prompt_ids)
+        return StoredRow(
+            sample_id=sample.sample_id,
+            context_ids=context,
+            target_ids=context,
+            loss_mask=places >= len(before),
+            replaced_mask=(places >= first) & (places < first + len(answer)),
+            answer_equal=equal,
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        return self.plan.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
+        others = int((~equal).sum())
+        share = self.config.max_equal_share
+        kept = len(equal) if share == 1 else int(share * others / (1 - share))
+        order = noise.uniform(noise.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
+        some = np.flatnonzero(equal)[np.argsort(order, kind="stable")[:kept]]
+        return np.sort(np.concatenate([np.flatnonzero(~equal), some]))

@@ -1,0 +1,191 @@
+"""The rounds of BASH and RAC: what the model drew at a round's start, and the windows over it.
+
+A round is drawn chunk by chunk, every rank its own, into `rollouts/round-01/` (`selfgen_ds.data.store`). A run that was
+killed goes on at the first chunk that is missing; a round that is complete is never drawn again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+from selfgen_ds import __version__
+from selfgen_ds.config import InputError
+from selfgen_ds.data.batches import Rows, Windows
+from selfgen_ds.data.samples import Sample, Samples
+from selfgen_ds.data.store import AUDIT, StoredRows, Writer, load_table, read_audit
+from selfgen_ds.engine.checksum import weights_checksum
+from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.methods.method import RoundMethod
+
+log = logging.getLogger("selfgen_ds")
+
+_CHUNK = 1024  # samples that a rank draws before it writes them, at most
+_CHUNKS = 4  # of every rank, at least, so that a killed round has something to go on with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What contexts are drawn from; those of another model, tokenizer or data set are no use."""
+
+    model: str
+    """Checksum of the weights that the run started with."""
+    tokenizer: str
+    data: str
+
+
+class Rounds:
+    """The windows of a method that has rounds.
+
+    Args:
+        windows: Of the data set itself.
+        folder: `rollouts/` of the run.
+        shared: `rollouts/` of another run, whose rounds are read instead of drawn.
+        settings: Those that the method reads, for the record.
+
+    Raises:
+        InputError: A round of `shared` was drawn from something else, or is damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: deepspeed.DeepSpeedEngine,
+        policy: EnginePolicy,
+        method: RoundMethod,
+        samples: list[Samples],
+        windows: Windows,
+        folder: Path,
+        shared: Path | None,
+        fingerprint: Fingerprint,
+        settings: dict[str, Any],
+    ) -> None:
+        self._engine, self._policy, self._method = engine, policy, method
+        self._samples, self._plain = samples, windows
+        self._folder, self._shared = folder, shared
+        self._fingerprint, self._settings = fingerprint, settings
+        self._ends = np.cumsum([len(source) for source in samples])
+        self._current: tuple[int, Windows] | None = None
+        for root in (folder, shared):
+            for complete in sorted(root.glob(f"round-[0-9]*/{AUDIT}")) if root else []:
+                if not complete.parent.suffix:
+                    self._check(complete.parent)
+
+    def starts(self, step: int) -> bool:
+        """Whether a round starts with this step."""
+        return step > 0 and self._method.round_of(step) != self._method.round_of(step - 1)
+
+    def windows(self, step: int) -> Windows:
+        """The windows of the step's round, which is drawn if it has not been yet. Collective."""
+        number = self._method.round_of(step)
+        if self._current is None or self._current[0] != number:
+            folder = self._find(number) or self._draw(number, step)
+            steps = range(self._method.first_step(number), self._method.first_step(number + 1))
+            self._current = (number, self._plain.over(self._rows(load_table(folder), number), steps))
+        return self._current[1]
+
+    def _find(self, number: int) -> Path | None:
+        """A complete round, by rank 0's view: its own, or the other run's."""
+        found: list[Path | None] = [None]
+        if dist.get_rank() == 0:
+            roots = [root for root in (self._folder, self._shared) if root is not None]
+            found = [next((root / _name(number) for root in roots if (root / _name(number)).is_dir()), None)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _check(self, folder: Path) -> None:
+        audit = read_audit(folder)
+        theirs, ours = audit.get("fingerprint", {}), vars(self._fingerprint)
+        if audit.get("method") != self._settings["method"]:
+            raise InputError(f"{folder} was drawn by {audit.get('method')}, not by {self._settings['method']}")
+        for what, value in ours.items():
+            if theirs.get(what) != value:
+                raise InputError(f"{folder} was drawn from another {what}: {theirs.get(what)} there, {value} here")
+
+    def _draw(self, number: int, step: int) -> Path:
+        rank, world_size, size = dist.get_rank(), dist.get_world_size(), int(self._ends[-1])
+        probability = self._method.replace_probability(step)
+        audit: dict[str, Any] = {
+            "method": self._settings["method"],
+            "round": number + 1,
+            "step": step,
+            "replace_probability": probability,
+            "settings": self._settings,
+            "fingerprint": vars(self._fingerprint) | {"weights": weights_checksum(self._engine)},
+            "versions": {
+                "selfgen_ds": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+                "deepspeed": deepspeed.__version__,
+            },
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "chunk_size": max(1, min(_CHUNK, -(-size // (_CHUNKS * world_size)))),
+        }
+        writer = Writer(self._folder / _name(number))
+        agreed: list[Any] = [None]
+        if rank == 0:
+            audit, superseded = writer.start(audit)
+            if superseded:
+                log.warning("%s was begun by other weights or settings and is drawn anew", writer.partial)
+            chunks = -(-size // audit["chunk_size"])
+            agreed = [(audit, chunks, writer.missing(chunks))]
+        dist.broadcast_object_list(agreed, src=0)
+        audit, chunks, missing = agreed[0]
+        log.info("round %d of %d: drawing %d of %d chunks", number + 1, self._method.rounds, len(missing), chunks)
+        began = time.perf_counter()
+        with (
+            self._policy.gathered(self._method.longest),
+            tqdm(desc=f"round {number + 1}", total=len(missing), unit="chunk", leave=False, disable=rank != 0) as bar,
+        ):
+            for first in range(0, len(missing), world_size):
+                mine = missing[first + rank : first + rank + 1]
+                samples = [sample for chunk in mine for sample in self._chunk(chunk, audit["chunk_size"])]
+                rows, counts = self._method.rows(samples, self._policy, number)
+                for chunk in mine:
+                    writer.write(chunk, rows, counts)
+                bar.update(min(world_size, len(missing) - first))
+        dist.barrier()
+        if rank == 0:
+            seconds = time.perf_counter() - began
+            counts = writer.finish(chunks, audit | {"seconds_of_last_start": round(seconds, 3)})["counts"]
+            log.info("round %d: %s, in %.1f s", number + 1, ", ".join(f"{v} {k}" for k, v in counts.items()), seconds)
+        dist.barrier()
+        return writer.folder
+
+    def _chunk(self, chunk: int, chunk_size: int) -> list[Sample]:
+        found = []
+        for place in range(chunk * chunk_size, min((chunk + 1) * chunk_size, int(self._ends[-1]))):
+            source = int(np.searchsorted(self._ends, place, side="right"))
+            found.append(self._samples[source][place - int(self._ends[source]) + len(self._samples[source])])
+        return found
+
+    def _rows(self, table: datasets.Dataset, number: int) -> Sequence[Rows]:
+        """The round's rows by source."""
+        sample_ids = table.data.column("sample_id").to_numpy()
+        equal = table.data.column("answer_equal").to_numpy()
+        edges = np.searchsorted(sample_ids, [source.first_id for source in self._samples[1:]])
+        rows: list[Rows] = []
+        for source, places in zip(self._samples, np.split(np.arange(len(table)), edges), strict=True):
+            chosen = places[self._method.select(sample_ids[places], equal[places], number)]
+            if not len(chosen):
+                log.warning("round %d: every own answer in %s is the reference; all are kept", number + 1, source.name)
+                chosen = places
+            rows.append(StoredRows(table, chosen))
+        return rows
+
+
+def _name(number: int) -> str:
+    return f"round-{number + 1:02d}"
