@@ -47,7 +47,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         window = run.method.contexts(window, run.policy, step)
         get_accelerator().synchronize()
         pass_time = time.perf_counter() - pass_started
-        result = train_step(run.engine, window, recipe.optim.label_smoothing)
+        result = train_step(run.engine, window, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
         metrics = _metrics(run, step, result, pass_time, time.perf_counter() - started)
 
         last = step + 1 == run.total_steps
