@@ -3,7 +3,7 @@
     python experiments/recovery.py --output_dir runs/recovery
 
 For every seed a warm-up of 500 steps with sft, then from its model 1000 steps with each method, in one process on the
-CPU; what is finished is not run again. Writes `recovery.md` beside the runs, and the comparison of `selfgen-ds compare`.
+CPU; what is finished is not run again. Writes `recovery.md` beside the runs, and what `selfgen-ds compare` writes.
 """
 
 from __future__ import annotations

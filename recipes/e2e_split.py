@@ -1,6 +1,6 @@
-"""Split E2E rows (Novikova et al. 2017; `mr,ref`, several references share one `mr`) by `mr` into train.csv and dev.csv.
+"""Split E2E rows (Novikova et al. 2017; several references share one `mr`) by `mr` into train.csv and dev.csv.
 
-    python recipes/e2e_split.py ../shared/data/e2e/devset.csv data/e2e
+python recipes/e2e_split.py ../shared/data/e2e/devset.csv data/e2e
 """
 
 from __future__ import annotations

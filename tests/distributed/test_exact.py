@@ -20,7 +20,6 @@ from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from selfgen_ds.prepare import prepare
 from tests.distributed import runs
-from tests.distributed.test_trace import watch
 from tests.ranks import Ranks
 from tests.trained import texts, token_by_token, trained_model
 
@@ -50,7 +49,7 @@ def settings(folder: Path, packing: bool, selfgen: SelfgenConfig) -> Recipe:
 def exact_steps(recipe: Recipe) -> dict[str, Any]:
     """Contexts by step and sample, passes, rows on this rank and groups by step; the model is not trained."""
     run = prepare(recipe, set())
-    thrown_away = watch(run)
+    thrown_away = runs.watch(run)
     contexts: dict[tuple[int, int], list[int]] = {}
     passes, rows = [], []
     for step in range(run.total_steps):
@@ -106,7 +105,7 @@ def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
 def chains(recipe: Recipe) -> tuple[int, list[int]]:
     """Rank 0 holds nothing, a short answer, then a long one; rank 1 the other way round."""
     run = prepare(recipe, set())
-    some = sorted(take(list(run.windows._samples)), key=lambda sample: len(sample.input_ids))
+    some = sorted(take(run.samples), key=lambda sample: len(sample.input_ids))
     held = [[], [some[0]], [some[-1]]]
     passes = []
     for mine in held if dist.get_rank() == 0 else held[::-1]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from selfgen_ds import methods
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.methods.method import Plan, Policy
@@ -79,11 +80,12 @@ def test_no_target_is_ever_a_drawn_token(
     plan = Plan(
         seed=seed,
         total_steps=100,
-        rounds=0,
+        step_size=8,
+        epoch_size=100,
         micro_batch_size=3,
         max_length=100,
         tokenizer=byte_tokenizer(),
-        cue_ids=[],
+        correction=Correction(),
     )
     read = methods.find(name)(config, plan).contexts(window, MarkingPolicy(), step)
     for before, after in zip(window, read, strict=True):
