@@ -33,7 +33,13 @@ def settings(folder: Path, **changes: Any) -> Recipe:
         **{
             "model": ModelConfig(name_or_path=str(path), dtype="float32"),
             "selfgen": SelfgenConfig(replace_probability=0.5, temperature=2.0),
-            "optim": OptimConfig(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0),
+            "optim": OptimConfig(
+                learning_rate=1e-2,
+                schedule="constant",
+                warmup_ratio=0.0,
+                max_grad_norm=0.0,
+                label_smoothing=SMOOTHING,
+            ),
             "train": TrainConfig(max_steps=STEPS, micro_batch_size=2, gradient_accumulation_steps=2),
         }
         | changes,
@@ -101,6 +107,15 @@ def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
         assert [result.loss for result in run["results"]] == pytest.approx(losses, rel=1e-5)
         for name, parameter in run["parameters"].items():
             assert torch.allclose(parameter.double(), parameters[name], rtol=1e-4, atol=2e-4), name
+
+
+def test_a_run_trains_with_the_recipes_weight(two_ranks: Ranks, tmp_path: Path) -> None:
+    selfgen = SelfgenConfig(replace_probability=0.5, temperature=2.0, drawn_context_weight=3.0)
+    (tmp_path / "start").mkdir()
+    recipe = settings(tmp_path / "start", selfgen=selfgen, output_dir=str(tmp_path / "run"))
+    two_ranks.run(runs.run_training, recipe)
+    steps = two_ranks.run(weighted_steps, replace(recipe, output_dir=str(tmp_path / "steps")), 3.0)
+    assert [row["loss"] for row in runs.metrics(recipe)] == [result.loss for result in steps[0]["results"]]
 
 
 def hand_made_steps(recipe: Recipe) -> list[Any]:
