@@ -39,11 +39,8 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
         """`function(*arguments)` on every rank at once; what each returned, by rank."""
-        if not self._processes:
-            self._start()
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
         deadline = time.monotonic() + timeout
+        self.begin(function, *arguments)
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
@@ -62,14 +59,28 @@ class Ranks:
             raise AssertionError("\n".join(failures))
         return results
 
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Start it on every rank, and leave the ranks to it: `stop` is all that may follow."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+
+    def busy(self) -> bool:
+        """Whether no rank is done, or dead."""
+        return not any(pipe.poll() for pipe in self._pipes)
+
     def stop(self) -> None:
+        """SIGKILL to every rank."""
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.join()
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])  # a rank then starts at once
         port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
