@@ -275,6 +275,10 @@ class EvaluateOptions:
     """Rows a rank holds at once."""
     sample_temperature: float = 0.0
     """Above 0: also score answers sampled at this temperature (`sampled_*`)."""
+    correction_rounds: int = 0
+    """Times that the model is asked to correct its own greedy answer (`corrected_*`)."""
+    cue: str | None = None
+    """What asks for a correction, as `selfgen.cue` of a recipe; a model that was trained with one is asked by it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"

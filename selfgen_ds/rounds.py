@@ -79,10 +79,11 @@ class Rounds:
         self._fingerprint, self._settings = fingerprint, settings
         self._ends = np.cumsum([len(source) for source in samples])
         self._current: tuple[int, Windows] | None = None
-        for root in (folder, shared):
-            for complete in sorted(root.glob(f"round-[0-9]*/{AUDIT}")) if root else []:
-                if not complete.parent.suffix:
-                    self._check(complete.parent)
+        theirs = _complete(shared) if shared else []
+        if shared and not theirs:
+            raise InputError(f"selfgen.rollouts: {shared} holds no round, such as {_name(0)}")
+        for drawn in _complete(folder) + theirs:
+            self._check(drawn)
 
     def starts(self, step: int) -> bool:
         """Whether a round starts with this step."""
@@ -185,6 +186,11 @@ class Rounds:
                 chosen = places
             rows.append(StoredRows(table, chosen))
         return rows
+
+
+def _complete(root: Path) -> list[Path]:
+    """The complete rounds in a folder."""
+    return sorted(audit.parent for audit in root.glob(f"round-*/{AUDIT}") if audit.parent.suffix != ".partial")
 
 
 def _name(number: int) -> str:

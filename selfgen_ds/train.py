@@ -16,6 +16,7 @@ from selfgen_ds.engine.export import export_engine
 from selfgen_ds.engine.trainer import StepResult, train_step
 from selfgen_ds.evaluation.scores import aggregate, evaluate
 from selfgen_ds.journal import Journal
+from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.prepare import Run, prepare
 
 log = logging.getLogger("selfgen_ds")
@@ -47,7 +48,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         window = run.method.contexts(window, run.policy, step)
         get_accelerator().synchronize()
         pass_time = time.perf_counter() - pass_started
-        result = train_step(run.engine, window, recipe.optim.label_smoothing)
+        result = train_step(run.engine, window, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
         metrics = _metrics(run, step, result, pass_time, time.perf_counter() - started)
 
         last = step + 1 == run.total_steps
@@ -77,9 +78,11 @@ def _due(step: int, every: int | None) -> bool:
 def _metrics(run: Run, step: int, result: StepResult, pass_time: float, step_time: float) -> dict[str, float]:
     """One line of `metrics.jsonl`. `peak_memory_bytes` is rank 0's; on a CPU its resident set, sampled here."""
     router_loss = {} if result.router_loss is None else {"router_loss": result.router_loss}
+    round_number = {"round": run.method.round_of(step) + 1} if isinstance(run.method, RoundMethod) else {}
     return {
         "step": step + 1,
         "epoch": run.windows.epoch(step + 1),
+        **round_number,
         "loss": result.loss,
         **router_loss,
         "learning_rate": result.learning_rate,

@@ -75,22 +75,25 @@ class LMHead(nn.Module):
         return reduction(hidden, Projection(weight=self.weight, bias=bias, cap=self.form.cap))
 
 
-def loss_sum(targets: Tensor, label_smoothing: float) -> Reduction:
-    """Cross entropy summed over positions, float32 (float64 for float64 weights).
+def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = None) -> Reduction:
+    """Cross entropy summed over positions, float32 (float64 for a float64 head).
 
     With smoothing e the target is (1 - e) one-hot + e / V, whose cross entropy needs no logits beyond the
     plain one: CE + e (h . W[y] + b[y] - mean_v (h . W[v] + b[v])).
 
     Args:
         targets: `[N]` int64. N may be 0: the loss is then 0, with (zero) gradients.
+        weights: `[N]`, of the positions in the sum; None means 1. With them the logits are computed a second time, in
+            the backward.
     """
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
         if project.cap is not None:
-            return _capped_loss_sum(hidden, project, targets, label_smoothing)
+            return _capped_loss_sum(hidden, project, targets, label_smoothing, weights)
         weight, bias = project.weight, project.bias
         full_precision = weight.dtype in (torch.float32, torch.float64)
         # Summing in bfloat16 would leave the loss 3 digits, so there the rows are summed here, in float32.
+        summed = full_precision and weights is None
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=_CHUNK,
             chunking_method=None,
@@ -101,31 +104,42 @@ def loss_sum(targets: Tensor, label_smoothing: float) -> Reduction:
             weight,
             targets,
             linear_bias=bias,
-            reduction="sum" if full_precision else "none",
+            reduction="sum" if summed else "none",
             options=options,
         )
-        if not full_precision:
-            loss = loss.float().sum()
+        if not summed:
+            loss = _weighted_sum(loss if full_precision else loss.float(), weights)
         if label_smoothing:
             away = weight[targets] - weight.mean(dim=0)
-            margin = (hidden * away).to(loss.dtype).sum()
+            margin = _weighted_sum((hidden * away).to(loss.dtype), weights)
             if bias is not None:
-                margin = margin + (bias[targets] - bias.mean()).to(loss.dtype).sum()
+                margin = margin + _weighted_sum((bias[targets] - bias.mean()).to(loss.dtype), weights)
             loss = loss + label_smoothing * margin
         return loss
 
     return reduction
 
 
-def _capped_loss_sum(hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float) -> Tensor:
+def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Of `[N]` or `[N, H]`, to a scalar."""
+    return values.sum() if weights is None else (weights.to(values.dtype) @ values).sum()
+
+
+def _capped_loss_sum(
+    hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float, weights: Tensor | None
+) -> Tensor:
     """A cap makes logits more than a product of matrices: each chunk's are computed again in the backward."""
 
-    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(project.logits(rows), wanted, reduction="sum", label_smoothing=label_smoothing)
+    def chunk_loss(rows: Tensor, wanted: Tensor, its_weights: Tensor | None) -> Tensor:
+        reduction = "sum" if its_weights is None else "none"
+        losses = F.cross_entropy(project.logits(rows), wanted, reduction=reduction, label_smoothing=label_smoothing)
+        return _weighted_sum(losses, its_weights)
 
+    chunks = hidden.split(_CHUNK)
+    split_weights = [None] * len(chunks) if weights is None else weights.split(_CHUNK)
     losses = [
-        checkpoint(chunk_loss, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+        checkpoint(chunk_loss, rows, wanted, its_weights, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted, its_weights in zip(chunks, targets.split(_CHUNK), split_weights, strict=True)
     ]
     return torch.stack(losses).sum()
 

@@ -155,7 +155,8 @@ class EnginePolicy(Policy):
         """Whether a forward gathers weights now, so that all ranks must make the same ones."""
         self._inside_gathered = False
         self._one_token_cache: Cache | None = None
-        self._logged = ""
+        self._choices: set[tuple[bool, int]] = set()
+        self._announced = False
         self._answered = [0, 0.0]  # tokens, seconds
 
     @contextmanager
@@ -172,36 +173,62 @@ class EnginePolicy(Policy):
         if self._inside_gathered:
             yield
             return
-        sharded, most = self.sharded, self.rows_at_once
+        before = self.sharded, self.rows_at_once
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.forward))
+            offload = self.forward.optimizer.parameter_offload if self.sharded else None
             row = self._row_bytes(longest)
-            weights = live = 0
-            if sharded:
-                offload = self.forward.optimizer.parameter_offload
-                offload.partition_all_parameters()
-                parameters = list(self.model.parameters())
-                weights = sum(p.ds_numel * p.element_size() for p in parameters)
-                live = min(weights, self.forward.zero_max_live_parameters() * parameters[0].element_size())
-            free = rollouts.free_bytes()
-            room = 0.9 * free  # the rest for what is not counted
-            rows = self._min_if_sharded(int((room - weights) // row))
-            gathers = sharded and rows >= 1
-            if sharded and not gathers:
-                rows = self._min_if_sharded(int((room - live) // row))
-            rows = max(1, min(most, rows))
-            announced = self._log_choice(gathers, rows, weights, row, free)
-            self._answered = [0, 0.0]
+            if offload is not None:
+                offload.partition_all_parameters()  # what is gathered now counts as free
+                # a forward without a backward leaves parameters on their way, which nothing else may gather
+                stack.callback(offload.partition_all_parameters)
+            gathers, rows = self._choose(row)
             if gathers:
                 stack.enter_context(rollouts.whole(offload))
-            self.sharded, self.rows_at_once, self._inside_gathered = sharded and not gathers, rows, True
+            self.sharded, self.rows_at_once, self._inside_gathered = self.sharded and not gathers, rows, True
+            self._answered = [0, 0.0]
             try:
                 yield
             finally:
-                self.sharded, self.rows_at_once, self._inside_gathered = sharded, most, False
+                (self.sharded, self.rows_at_once), self._inside_gathered = before, False
         tokens, seconds = self._answered
-        if announced and tokens:
+        if self._announced and tokens:
             log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", tokens, seconds, tokens / seconds)
+
+    def _choose(self, row: int) -> tuple[bool, int]:
+        """Whether to gather sharded weights, and the rows to generate at once, the same on all ranks that keep step.
+
+        Logged with its reasons, once for each outcome.
+
+        Args:
+            row: Bytes to generate one row.
+        """
+        weights = live = 0
+        if self.sharded:
+            parameters = list(self.model.parameters())
+            weights = sum(p.ds_numel * p.element_size() for p in parameters)
+            live = min(weights, self.forward.zero_max_live_parameters() * self.model.dtype.itemsize)
+        free = rollouts.free_bytes()
+        room = 0.9 * free  # the rest for what is not counted
+
+        def fitting(taken: int) -> int:
+            rows = int((room - taken) // row)
+            return -self.max_over_ranks(-rows) if self.sharded else rows
+
+        rows = fitting(weights)
+        gathers = self.sharded and rows >= 1
+        if self.sharded and not gathers:
+            rows = fitting(live)
+        rows = max(1, min(self.rows_at_once, rows))
+        choice = "weights are whole on every rank"
+        if self.sharded:
+            does = "are gathered once" if gathers else "stay sharded, to be gathered for every token"
+            choice = f"weights of {weights / 1e6:,.1f} MB {does}"
+        self._announced = (gathers, rows) not in self._choices
+        self._choices.add((gathers, rows))
+        if self._announced:
+            log.info("rollouts: %s; %d rows at once, each %.1f MB; %.1f MB free", choice, rows, row / 1e6, free / 1e6)
+        return gathers, rows
 
     @torch.no_grad()
     def _row_bytes(self, longest: int) -> int:
@@ -210,30 +237,13 @@ class EnginePolicy(Policy):
             self._one_token_cache = rollouts.one_token_cache(self.model)
         config = self.model.config
         text, size = config.get_text_config(decoder=True), self.model.dtype.itemsize
-        # the prompt's forward holds a mask, or scores in float32 and as they are multiplied
-        eager = config._attn_implementation == "eager"
-        square = longest * longest * (8 * getattr(text, "num_attention_heads", 1) if eager else 1 + size)
-        wide = longest * sweep_budget(config, True, 0).forward * size
-        logits = 24 * text.vocab_size  # as they are, processed, probabilities and their sums in float64
+        # a layer's mask; eager attention has scores as well, in two types
+        heads = getattr(text, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
+        square = longest * longest * (1 + size + heads * (4 + size))
+        inner, experts = _inner_width(text)
+        wide = longest * (5 * inner + (6 + 4 * experts) * text.hidden_size) * size  # as in `sweep_budget`, generously
+        logits = 24 * text.vocab_size  # as they come, warped, as probabilities, summed in float64
         return rollouts.cache_bytes(self._one_token_cache, longest) + wide + square + logits
-
-    def _min_if_sharded(self, value: int) -> int:
-        return -self.max_over_ranks(-value) if self.sharded else value
-
-    def _log_choice(self, gathers: bool, rows: int, weights: int, row: int, free: int) -> bool:
-        """Once, and again when the choice is another."""
-        choice = (
-            f"weights gathered once ({weights / 1e6:,.1f} MB)"
-            if gathers
-            else f"weights stay sharded and are gathered for every token ({weights / 1e6:,.1f} MB do not fit)"
-            if self.sharded
-            else "weights are whole"
-        )
-        if (known := f"{choice}{rows}") == self._logged:
-            return False
-        self._logged = known
-        log.info("rollouts: %s, %d rows at once of %.1f MB, %.1f MB free", choice, rows, row / 1e6, free / 1e6)
-        return True
 
     @torch.no_grad()
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:

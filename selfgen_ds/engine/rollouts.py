@@ -6,7 +6,7 @@ and the ranks need not keep step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,14 +53,14 @@ def generate(
     max_new_tokens: int,
     end_tokens: list[int],
     draw: tuple[AnswerNoise, Sampler, list[int]] | None,
-    in_step: Any,
+    in_step: Callable[[int], int] | None,
 ) -> list[list[int]]:
     """Answers to one batch of prompts, up to and with an end token. Rows that are finished are dropped on the way.
 
     Args:
         prompts: Token ids, none empty. There may be no prompt on a rank that keeps step with others.
         draw: Noise, sampler and the prompts' numbers; none means greedy.
-        in_step: The largest of the ranks' values, `(int) -> int`, where they must make the same forwards; or None.
+        in_step: The largest of the ranks' values, where they must make the same forwards.
     """
     device = model.device
     segment = _SEGMENT if _drops_rows(model) else max_new_tokens
@@ -81,16 +81,16 @@ def generate(
         if draw is not None and len(rows):
             noise, sample, numbers = draw
             processors.append(KeyedDraw(noise, sample, torch.tensor(numbers, device=device)[rows], start))
-        if not len(rows):  # takes part in the other ranks' gathers
-            ids, mask = _padded([], device)
+        if not len(rows):  # takes part in the other ranks' gathers: a row that ends at once and holds nobody up
+            (ids, mask), cache = _padded([], device), None
+            settings.forced_bos_token_id = end_tokens[0]
         output = model.generate(
             ids,
             attention_mask=mask,
+            past_key_values=cache,
             generation_config=settings,
             logits_processor=processors,
             synced_gpus=in_step is not None,
-            # without rows nothing is kept from one segment to the next
-            **({"past_key_values": cache} if cache is not None and len(rows) else {}),
         )
         done += length
         if not len(rows):

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
@@ -54,7 +55,7 @@ def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
     """
     nothing = collate([]).to(engine.device)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-        loss, router_loss = _losses(engine, nothing, 0.0)
+        loss, router_loss = _losses(engine, nothing, 0.0, None)
         engine.backward((loss + router_loss) * 0)
 
 
@@ -63,7 +64,7 @@ class StepResult:
     """What one optimizer step did, over all ranks."""
 
     loss: float
-    """Mean over the step's target tokens."""
+    """Mean over the step's target tokens, by weight."""
     learning_rate: float
     """Of the matrices' parameter group, in this step."""
     router_loss: float | None
@@ -71,9 +72,9 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     drawn: int
-    """Context tokens that were drawn."""
+    """Drawn tokens in the place of a target."""
     differing: int
-    """Drawn tokens that differ from the reference."""
+    """Those that differ from it."""
     tokens: int
     """Real tokens of the rows."""
     applied: bool
@@ -82,25 +83,37 @@ class StepResult:
     """Sample ids of the micro-batches whose loss was not finite."""
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], label_smoothing: float) -> StepResult:
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    window: list[TokenBatch],
+    label_smoothing: float,
+    drawn_context_weight: float = 1.0,
+) -> StepResult:
     """Forward and backward of every micro-batch, then the optimizer.
 
-    The loss is the sum over target tokens divided by the number of target tokens of the whole step, over all
+    The loss is the weighted sum over target tokens divided by the sum of the weights of the whole step, over all
     micro-batches and ranks: never a mean of unequal means. A mixture of experts is trained on its router loss as well.
+
+    Args:
+        drawn_context_weight: Weight of a target that directly follows a drawn token; others have 1.
 
     Raises:
         RuntimeError: The loss is not finite at ZeRO stage 0, where DeepSpeed would apply it.
     """
-    counts = torch.stack([torch.stack([b.loss_mask.sum(), (b.sample_ids >= 0).any().long()]) for b in window])
-    targets, batches = (max(1, count) for count in _sum_over_ranks(counts.sum(dim=0)).tolist())
+    weights = [_weights(batch, drawn_context_weight) for batch in window]
+    counts = [
+        torch.stack([b.loss_mask.sum() if w is None else w.sum(), (b.sample_ids >= 0).any()]).double()
+        for b, w in zip(window, weights, strict=True)
+    ]
+    targets, batches = (count or 1.0 for count in _sum_over_ranks(torch.stack(counts).sum(dim=0)).tolist())
     # DeepSpeed divides by the accumulation steps and averages over ranks
     parts = len(window) * dist.get_world_size()
     learning_rate = engine.get_lr()[0]
     coefficient = engine.module.router_loss_coefficient
     losses: list[Tensor] = []
     router_losses: list[Tensor] = []
-    for number, batch in enumerate(window, start=1):
-        loss, router_loss = _losses(engine, batch, label_smoothing)
+    for number, (batch, its_weights) in enumerate(zip(window, weights, strict=True), start=1):
+        loss, router_loss = _losses(engine, batch, label_smoothing, its_weights)
         losses.append(loss.detach())
         router_losses.append(router_loss.detach())
         objective = loss * (parts / targets) + router_loss * (coefficient * parts / batches)
@@ -127,9 +140,19 @@ def train_step(engine: deepspeed.DeepSpeedEngine, window: list[TokenBatch], labe
     )
 
 
-def _losses(engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses, and the router loss (0 for a model without one)."""
-    reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing)
+def _weights(batch: TokenBatch, drawn_context_weight: float) -> Tensor | None:
+    """`[targets]` float32, in row-major order; none where all are 1."""
+    if drawn_context_weight == 1.0:
+        return None
+    follows_drawn = F.pad(batch.drawn[:, :-1], (1, 0))  # in its own sample: a sample's first token is no target
+    return torch.where(follows_drawn[batch.loss_mask], drawn_context_weight, 1.0)
+
+
+def _losses(
+    engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothing: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the token losses, and the router loss (0 for a model without one)."""
+    reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing, weights)
     routed = batch.sample_ids >= 0 if engine.module.router_loss_coefficient else None
     result = engine(
         batch.context,
@@ -143,9 +166,10 @@ def _losses(engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothin
 
 def _totals(window: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor]) -> Tensor:
     """`[5]` float64 on this rank: loss, router loss, drawn tokens, drawn tokens that differ, real tokens."""
+    drawn = [b.drawn & b.loss_mask for b in window]  # what stands beside the targets has nothing to differ from
     counts = [
-        torch.stack([b.drawn.sum(), (b.drawn & (b.context != b.target)).sum(), (b.sample_ids >= 0).sum()])
-        for b in window
+        torch.stack([d.sum(), (d & (b.context != b.target)).sum(), (b.sample_ids >= 0).sum()])
+        for b, d in zip(window, drawn, strict=True)
     ]
     sums = [torch.stack(values).double().sum() for values in (losses, router_losses)]
     return torch.cat([torch.stack(sums), torch.stack(counts).sum(dim=0).double()])

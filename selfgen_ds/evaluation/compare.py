@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from selfgen_ds.config import CompareOptions, InputError
-from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS, SAMPLED_METRICS
+from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS, SAMPLED_METRICS, corrected
 from selfgen_ds.files import make_folder, write_atomically
 
 _RESAMPLES = 2000
@@ -62,6 +62,8 @@ def run(options: CompareOptions) -> None:
     rng = np.random.default_rng(0)
     # the loss is a mean over tokens, not over rows
     known = [m for m in {**METRICS, **RECOVERY_METRICS, **SAMPLED_METRICS} if m != "loss"]
+    for number in range(1, baseline.settings["correction_rounds"] + 1):
+        known += corrected(number).values()
     metrics = [m for m in known if all(m in group.scores for group in groups)]
     rows = [_row(group, baseline, metric, rng) for group in groups for metric in metrics]
     write_atomically(folder / "comparison.json", json.dumps({"baseline": baseline.name, "rows": rows}, indent=1))
@@ -122,7 +124,9 @@ def _group(runs: list[dict[str, Any]]) -> list[_Group]:
 def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
     """What two evaluations must share to be comparable."""
     names = ("data", "prompt_column", "completion_column", "max_length", "sample_temperature")
-    return {name: evaluation["settings"][name] for name in names}
+    older = {"correction_rounds": 0, "cue": None}  # evaluations without them had none
+    settings = evaluation["settings"]
+    return {name: settings[name] for name in names} | {name: settings.get(name, older[name]) for name in older}
 
 
 def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -185,23 +189,32 @@ def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[st
 
 def _plot(groups: list[_Group], rows: list[dict[str, Any]], metrics: list[str], path: Path) -> None:
     with_recovery = all(group.recovery is not None for group in groups)
-    figure, panels = plt.subplots(
-        1, 1 + with_recovery, figsize=(6 + 5 * with_recovery, 4), layout="constrained", squeeze=False
-    )
+    rounds = groups[0].settings["correction_rounds"]
+    beside = with_recovery + bool(rounds)
+    figure, panels = plt.subplots(1, 1 + beside, figsize=(6 + 5 * beside, 4), layout="constrained", squeeze=False)
     bars, width = panels[0, 0], 0.8 / len(groups)
+    row_of = {(row["run"], row["metric"]): row for row in rows}
+    metrics = [m for m in metrics if not m.startswith("corrected_")]
     for number, group in enumerate(groups):
-        values = [next(r for r in rows if r["run"] == group.name and r["metric"] == m) for m in metrics]
+        values = [row_of[group.name, m] for m in metrics]
         means = np.array([v["mean"] for v in values])
         spread = np.abs(np.array([[v["low"], v["high"]] for v in values]).T - means)
         bars.bar(np.arange(len(metrics)) + number * width, means, width, yerr=spread, capsize=2, label=group.method)
         if with_recovery:
             curve = group.recovery or []
             panels[0, 1].plot(range(1, len(curve) + 1), curve, marker="o", label=group.method)
+        if rounds:
+            names = ["exact_match", *(corrected(i)["exact_match"] for i in range(1, rounds + 1))]
+            shares = [row_of[group.name, name]["mean"] for name in names]
+            panels[0, -1].plot(range(rounds + 1), shares, marker="o", label=group.method)
     bars.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, [m.replace("_", "\n") for m in metrics], fontsize=7)
     bars.set(ylabel="mean, 95 % interval", ylim=(0, 1.02))
     bars.legend()
     if with_recovery:
         panels[0, 1].set(xlabel="tokens after the forced error", ylabel="accuracy", ylim=(-0.02, 1.02))
         panels[0, 1].legend()
+    if rounds:
+        panels[0, -1].set(xlabel="corrections", ylabel="exact match", ylim=(-0.02, 1.02), xticks=range(rounds + 1))
+        panels[0, -1].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)

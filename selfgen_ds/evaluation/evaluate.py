@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
+from matplotlib.axes import Axes
 
 from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_folder_problems, source_problems
+from selfgen_ds.data.correction import correction
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
 from selfgen_ds.data.tokenizer import load_tokenizer
@@ -21,11 +23,14 @@ from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, most_positions
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.evaluation.scores import (
+    CORRECTION_METRICS,
     METRICS,
     RECOVERY_METRICS,
     SAMPLED_METRICS,
     SampleScore,
     aggregate,
+    corrected,
+    corrected_length,
     curves,
     evaluate,
 )
@@ -43,6 +48,10 @@ def run(options: EvaluateOptions) -> None:
             raise InputError(f"--{setting}: expected 1 or more, got {getattr(options, setting)}")
     if not 0 <= options.seed < 2**31:
         raise InputError(f"--seed: expected 0 to {2**31 - 1}, got {options.seed}")
+    if options.correction_rounds < 0:
+        raise InputError(f"--correction_rounds: expected 0 or more, got {options.correction_rounds}")
+    if options.cue is not None and not options.correction_rounds:
+        raise InputError("--cue: expected --correction_rounds as well")
     if options.sample_temperature < 0:
         raise InputError(f"--sample_temperature: expected 0 or more, got {options.sample_temperature}")
     if found := model_folder_problems("--model", options.model):
@@ -67,14 +76,29 @@ def run(options: EvaluateOptions) -> None:
     )
     form = Format(columns=columns, max_length=max_length, limit=options.max_samples)
     samples = load(options.data, "test", tokenizer, form)
+    chosen = take(samples, options.max_samples)
+    asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
+    if asked is not None and positions is not None and (needed := corrected_length(chosen, asked)) > positions:
+        raise InputError(
+            f"--correction_rounds: the longest prompt, two answers as long as the longest response, and the cue come "
+            f"to {needed} tokens, the model has {positions} positions; a smaller --max_length leaves out or cuts rows"
+        )
     if launch.world_size() > 1:
         launch.init_process_group()
     model = build_model(source, config, logits_form).to(launch.device()).eval()
     policy = EnginePolicy(
         model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
     )
-    chosen = take(samples, options.max_samples)
-    scores = evaluate(policy, chosen, tokenizer, options.batch_size, options.sample_temperature, options.seed)
+    scores = evaluate(
+        policy,
+        chosen,
+        tokenizer,
+        options.batch_size,
+        sample_temperature=options.sample_temperature,
+        seed=options.seed,
+        correction=asked,
+        correction_rounds=options.correction_rounds,
+    )
     if launch.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():
@@ -101,7 +125,11 @@ def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sam
         "torch": torch.__version__,
     }
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    rounds = options.correction_rounds
+    figure, panels = plt.subplots(
+        1, 1 + bool(rounds), figsize=(7 + 5 * bool(rounds), 4), layout="constrained", squeeze=False
+    )
+    axes = panels[0, 0]
     for (name, values), line in zip(positions.items(), ("-", "--", ":"), strict=False):
         axes.plot(
             range(1, len(values) + 1),
@@ -117,9 +145,24 @@ def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sam
     )
     axes.set_title(f"{options.model} on {', '.join(s.name for s in samples)}", fontsize=9)
     axes.legend()
+    if rounds:
+        _plot_corrections(panels[0, 1], metrics, rounds)
     figure.savefig(folder / "evaluation.png", dpi=150)
     plt.close(figure)
     described = METRICS | RECOVERY_METRICS | SAMPLED_METRICS
+    for number in range(1, rounds + 1):
+        described |= {name: CORRECTION_METRICS[what] for what, name in corrected(number).items()}
     print("\n".join(f"{name:26}{value:8.3f}  {described[name]}" for name, value in metrics.items()))
     print(f"{len(scores)} rows, {truncated} with a truncated response, {refused} left out for length")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")
+
+
+def _plot_corrections(axes: Axes, metrics: dict[str, float], rounds: int) -> None:
+    """Exact match and the rates of change over the rounds of correction."""
+    numbers = range(1, rounds + 1)
+    for what, line in zip(CORRECTION_METRICS, ("-", "--", "--", ":"), strict=True):
+        first = [metrics["exact_match"]] if what == "exact_match" else []
+        values = [*first, *(metrics[corrected(number)[what]] for number in numbers)]
+        axes.plot(range(rounds + 1)[-len(values) :], values, marker="o", linestyle=line, label=what.replace("_", " "))
+    axes.set(xlabel="corrections", ylabel="share of rows", ylim=(-0.02, 1.02), xticks=range(rounds + 1))
+    axes.legend()

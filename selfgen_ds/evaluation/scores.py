@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.data.batches import collate
+from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.engine.model import most_positions
 from selfgen_ds.engine.policy import EnginePolicy, Sampling
@@ -33,6 +35,17 @@ SAMPLED_METRICS = {
     "sampled_exact_match": "exact match of answers sampled at the given temperature",
     "sampled_accuracy": "token of the sampled answer equal to the reference's at the same position",
 }
+CORRECTION_METRICS = {
+    "exact_match": "answers after so many corrections whose text is the reference's",
+    "wrong_to_right": "answers that this correction made right, of all",
+    "right_to_wrong": "answers that this correction made wrong, of all",
+    "unchanged": "answers whose text this correction left as it was",
+}
+
+
+def corrected(number: int) -> dict[str, str]:
+    """Each of `CORRECTION_METRICS` and its name after a number of corrections, from 1."""
+    return {name: f"corrected_{number}_{name}" for name in CORRECTION_METRICS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,8 @@ class SampleScore:
     recovery: list[bool] | None = None
     sampled: list[bool] | None = None
     sampled_answer: str | None = None
+    corrected_answers: list[str] | None = None
+    """After 1, 2, ... corrections of `answer`."""
 
     def metrics(self) -> dict[str, float]:
         """This row's value of every metric; the mean over rows is the metric (for `loss`, over tokens)."""
@@ -72,6 +87,11 @@ class SampleScore:
                 "sampled_exact_match": float(self.sampled_answer == self.reference),
                 "sampled_accuracy": float(np.mean(self.sampled)),
             }
+        answers = [self.answer, *(self.corrected_answers or [])]
+        for number, (before, after) in enumerate(pairwise(answers), start=1):
+            was_right, is_right = before == self.reference, after == self.reference
+            found = (is_right, is_right and not was_right, was_right and not is_right, after == before)
+            values |= {name: float(value) for name, value in zip(corrected(number).values(), found, strict=True)}
         return values
 
 
@@ -82,6 +102,8 @@ def evaluate(
     batch_size: int,
     sample_temperature: float = 0.0,
     seed: int = 0,
+    correction: Correction | None = None,
+    correction_rounds: int = 0,
 ) -> list[SampleScore]:
     """Score every row. Collective; all ranks get all rows, in the order of their sample ids.
 
@@ -89,14 +111,20 @@ def evaluate(
         batch_size: Rows a rank holds at once.
         sample_temperature: Above 0, answers sampled at it are scored as well.
         seed: Of the sampled answers.
+        correction: How the model is asked to correct its answers, `correction_rounds` times. Answers are then cut where
+            the longest reference of all rows ends, so that what is corrected does not depend on the batch.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine: list[SampleScore] = []
     rounds = list(_rounds(samples, batch_size, world_size, most_positions(policy.model.config)))
     longest = max(_longest([sample for share in shares for sample in share]) for shares in rounds)
+    corrections = None
+    if correction is not None:
+        longest = max(longest, corrected_length(samples, correction))
+        corrections = _Corrections(ask=correction, rounds=correction_rounds, longest=_longest_response(samples))
     with policy.gathered(longest):
         for shares in tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(rounds) == 1):
-            mine += _score(policy, shares, rank, tokenizer, sample_temperature, seed)
+            mine += _score(policy, shares, rank, tokenizer, sample_temperature, seed, corrections)
     everyone: list[list[SampleScore]] = [[] for _ in range(world_size)]
     if dist.is_initialized():
         dist.all_gather_object(everyone, mine)
@@ -154,7 +182,25 @@ def _rounds(
 def _longest(samples: list[Sample]) -> int:
     """Tokens of the longest row when all are answered until the last one is."""
     prompt = max(len(s.prompt_ids) + (0 if s.forced_ids is None else len(s.forced_ids)) for s in samples)
-    return prompt + max(len(s.response_ids) for s in samples)
+    return prompt + _longest_response(samples)
+
+
+def _longest_response(samples: list[Sample]) -> int:
+    return max(len(sample.response_ids) for sample in samples)
+
+
+def corrected_length(samples: list[Sample], correction: Correction) -> int:
+    """Tokens that the longest prompt, an answer to it, the cue and the corrected answer may come to."""
+    prompt = max(len(sample.prompt_ids) for sample in samples)
+    return prompt + 2 * _longest_response(samples) + len(correction.closing_ids) + len(correction.cue_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Corrections:
+    ask: Correction
+    rounds: int
+    longest: int
+    """Most tokens of an answer."""
 
 
 def _score(
@@ -164,13 +210,14 @@ def _score(
     tokenizer: PreTrainedTokenizerBase,
     sample_temperature: float,
     seed: int,
+    corrections: _Corrections | None,
 ) -> list[SampleScore]:
     """One round: the same calls on every rank, also on one without rows."""
     samples = shares[rank]
     everything = [sample for share in shares for sample in share]
     prompts = [sample.prompt_ids.tolist() for sample in samples]
     references = [sample.response_ids.tolist() for sample in samples]
-    longest = max(len(sample.response_ids) for sample in everything)
+    longest = _longest_response(everything) if corrections is None else corrections.longest
 
     batch = collate([[sample] for sample in samples])
     best, log_probabilities = policy.predict(batch.to(policy.device))
@@ -193,6 +240,12 @@ def _score(
 
         sampled = policy.complete(prompts, longest, draws, Sampling(temperature=sample_temperature))
 
+    answers = [free]
+    if corrections is not None:
+        for _ in range(corrections.rounds):
+            asked = [corrections.ask.prompt(p, latest) for p, latest in zip(prompts, answers[-1], strict=True)]
+            answers.append(policy.complete(asked, longest))
+
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -209,6 +262,7 @@ def _score(
             recovery=None if recovery is None else _right(recovery[i], _array(sample.rest_ids).tolist()),
             sampled=None if sampled is None else _right(sampled[i], references[i]),
             sampled_answer=None if sampled is None else text(sampled[i]),
+            corrected_answers=None if corrections is None else [text(some[i]) for some in answers[1:]],
         )
         for i, sample in enumerate(samples)
     ]

@@ -34,7 +34,7 @@ def find(name: str) -> type[Method]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # of the last two: names that are none
         raise InputError(f"selfgen.method: {name!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"selfgen.method: expected one of {', '.join(METHODS)}, or module:Class, got {name!r}")

@@ -53,7 +53,7 @@ class Bash(RoundMethod):
         rows: dict[int, StoredRow] = {}
         counts = {"rejected_tokens": 0, "rejected_rows": 0}
         for batch, group in zip(window, groups, strict=True):
-            accepted = stop(batch, self._rejected(batch)).to("cpu")
+            accepted = self._accepted(batch).to("cpu")
             back = batch.drawn.cpu() & ~accepted.drawn
             counts["rejected_tokens"] += int(back.sum())
             counts["rejected_rows"] += int(back.any(dim=1).sum())
@@ -64,16 +64,23 @@ class Bash(RoundMethod):
                 rows[i] = replace(row, context_ids=context, replaced_mask=drawn)
         return [rows[i] for i in range(len(samples))], counts | {"passes": passes}
 
+    def _accepted(self, batch: TokenBatch) -> TokenBatch:
+        """A batch without rejected draws; what the reference makes of the draws before it may be rejected in turn."""
+        while (marked := self._rejected(batch)).any():
+            batch = stop(batch, marked)
+        return batch
+
     def _rejected(self, batch: TokenBatch) -> Tensor:
-        """`[batch, length]` bool: the first drawn token of each sample that lies in a rejected span of an answer."""
+        """`[batch, length]` bool: the first differing token of each answer that lies in a rejected span of it."""
         marked = torch.zeros_like(batch.drawn)
         if self.config.reject is None:
             return marked
         differing = batch.drawn & (batch.context != batch.target)
         for row in differing.any(dim=1).nonzero().flatten().tolist():
-            answer = batch.loss_mask[row].nonzero().flatten()
-            candidates = differing[row][answer].nonzero().flatten().tolist()
-            found = first_rejected(batch.context[row][answer].tolist(), candidates, self.rejected, self.plan.tokenizer)
-            if found is not None:
-                marked[row, answer[found]] = True
+            places = batch.replaceable[row].nonzero().flatten()
+            for answer in places.tensor_split((places.diff() > 1).nonzero().flatten().cpu() + 1):
+                ids, candidates = batch.context[row][answer].tolist(), differing[row][answer].nonzero().flatten()
+                found = first_rejected(ids, candidates.tolist(), self.rejected, self.plan.tokenizer)
+                if found is not None:
+                    marked[row, answer[found]] = True
         return marked

@@ -75,7 +75,7 @@ class Rac(RoundMethod):
         asked = [
             (i, draw)
             for i, sample in enumerate(samples)
-            if corrected[i] and self._room(sample)
+            if corrected[i] and self._room(sample) > 0
             for draw in range(draws)
         ]
         keys = torch.tensor([(int(ids[i]), draw) for i, draw in asked], dtype=torch.int64).reshape(-1, 2)
@@ -129,7 +129,7 @@ class Rac(RoundMethod):
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
         others = int((~equal).sum())
         share = self.config.max_equal_share
-        kept = len(equal) if share == 1 else int(share * others / (1 - share))
+        kept = len(equal) if share == 1 else int(share * others / (1 - share) + 1e-9)  # 0.12 * 22 / 0.88 is less than 3
         order = noise.uniform(noise.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
         some = np.flatnonzero(equal)[np.argsort(order, kind="stable")[:kept]]
         return np.sort(np.concatenate([np.flatnonzero(~equal), some]))

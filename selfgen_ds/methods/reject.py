@@ -24,10 +24,12 @@ def load_reject(given: list[str] | str | None) -> Spans:
         module, _, name = given.partition(":")
         try:
             function = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:  # of the last two: names that are none
             raise InputError(
                 f"selfgen.reject: expected a list of regular expressions or module:function, got {given!r}: {error}"
             ) from error
+        if not callable(function):
+            raise InputError(f"selfgen.reject: expected a function, {given!r} is a {type(function).__name__}")
         return function
     expressions = []
     for pattern in given or []:
@@ -54,11 +56,21 @@ def first_rejected(
     if not found:
         return None
 
-    def characters(tokens: int) -> int:
-        return len(tokenizer.decode(ids[:tokens], skip_special_tokens=False))
-
     for token in candidates:
-        begin, behind = characters(token), characters(token + 1)
-        if any(start < max(behind, begin + 1) and begin < end for start, end in found):
+        begin, behind = _characters(ids, token, text, tokenizer)
+        if any(start < behind and begin < end for start, end in found):
             return token
     return None
+
+
+def _characters(ids: list[int], token: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Where a token begins and ends in the text of `ids`. A character of several tokens belongs to each of them."""
+    before, after = (tokenizer.decode(ids[:end], skip_special_tokens=False) for end in (token, token + 1))
+    # the part of a character is decoded to U+FFFD, one or several
+    begin, behind = (_in_common(some, text) for some in (before.rstrip("\ufffd"), after))
+    return begin, max(behind if text.startswith(after) else behind + 1, begin + 1)
+
+
+def _in_common(some: str, other: str) -> int:
+    """Characters that two texts start with alike."""
+    return next((i for i, (a, b) in enumerate(zip(some, other, strict=False)) if a != b), min(len(some), len(other)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_an_evaluation_in_training_is_that_of_the_exported_model(
     assert in_training == pytest.approx(one_rank.run(evaluated, settings)[0], rel=1e-5)
     assert two_ranks.run(evaluated, settings)[0] == pytest.approx(in_training, rel=1e-5)
     assert 0 < in_training["teacher_forced_accuracy"] < 1
+
+
+def sampled_answers(model: str, out: str, seed: int, batch_size: int) -> list[str]:
+    """By the sub-command, on all ranks together."""
+    options = EvaluateOptions(model=model, data=TASK, output_dir=out, max_samples=9, max_length=64)
+    evaluate.run(replace(options, sample_temperature=2.0, seed=seed, batch_size=batch_size))
+    lines = (Path(out) / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line)["sampled_answer"] for line in lines]
+
+
+def test_sampled_answers_are_those_of_the_seed_on_any_number_of_ranks(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
+) -> None:
+    model = runs.write_model(tmp_path, initializer_range=0.5)
+    one = one_rank.run(sampled_answers, model, str(tmp_path / "one"), 0, 64)[0]
+    assert two_ranks.run(sampled_answers, model, str(tmp_path / "two"), 0, 2) == [one, one]
+    other = one_rank.run(sampled_answers, model, str(tmp_path / "other"), 1, 64)[0]
+    assert all(a != b for a, b in zip(one, other, strict=True))
 
 
 def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path: Path) -> None:

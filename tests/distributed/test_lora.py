@@ -26,7 +26,6 @@ from tests.batches import padded
 from tests.distributed import runs
 from tests.distributed.test_equivalence import plain_training
 from tests.distributed.test_memory import sweep_and_step_peaks
-from tests.distributed.test_trace import watch
 from tests.ranks import Ranks
 
 
@@ -115,7 +114,7 @@ def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
     """Of steps, an evaluation that generates, and steps again: how often the trace was thrown away, and which frozen
     parameters ZeRO-3 still holds whole."""
     run = prepare(settings, set())
-    seen = watch(run)
+    seen = runs.watch(run)
     runs.steps(run, 2)
     few = take(run.samples, 3)
     scores.evaluate(run.policy, few, run.tokenizer, batch_size=2)

@@ -11,30 +11,16 @@ from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe,
 from selfgen_ds.data.samples import take
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
-from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
 
 
-def watch(run: Run) -> list[None]:
-    """A list that grows by one whenever the trace is thrown away."""
-    coordinator = run.engine.optimizer.parameter_offload.get_param_coordinator()
-    invalidate = coordinator._invalidate_trace
-    seen: list[None] = []
-
-    def counted() -> None:
-        seen.append(None)
-        invalidate()
-
-    coordinator._invalidate_trace = counted
-    return seen
-
-
 def invalidations(settings: Recipe, evaluated: bool) -> int:
     """Steps, an evaluation that generates, and steps again."""
     run = prepare(settings, set())
-    seen = watch(run)
+    seen = runs.watch(run)
     runs.steps(run, 3)
     if evaluated:
         few = take(run.samples, 3)
@@ -89,7 +75,7 @@ def invalidations_without_warm_up(settings: Recipe) -> int:
         run = prepare(settings, set())
     finally:
         module.warm_up = warm_up
-    seen = watch(run)
+    seen = runs.watch(run)
     runs.steps(run, 3)
     return len(seen)
 

@@ -8,6 +8,7 @@ import pytest
 
 from selfgen_ds.config import CompareOptions, DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, to_yaml
 from selfgen_ds.evaluation import compare
+from selfgen_ds.evaluation.scores import corrected
 
 KEYS = {
     *("run", "method", "seeds", "metric", "mean", "low", "high"),
@@ -198,3 +199,37 @@ def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> 
     (tmp_path / "a" / "predictions.jsonl").write_text("")
     with pytest.raises(InputError, match=f"^{run}"):
         _compare(tmp_path, run)
+
+
+def _with_corrections(folder: str, values: list[float], cue: str | None = None) -> str:
+    """The run evaluated again, with a round of correction."""
+    path = Path(folder)
+    evaluation = json.loads((path / "evaluation.json").read_text())
+    evaluation["settings"] |= {"correction_rounds": 1, "cue": cue}
+    (path / "evaluation.json").write_text(json.dumps(evaluation))
+    rows = [json.loads(line) for line in (path / "predictions.jsonl").read_text().splitlines()]
+    for row, value in zip(rows, values, strict=True):
+        row["metrics"] |= dict.fromkeys(corrected(1).values(), value)
+    (path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_corrections_are_compared(tmp_path: Path) -> None:
+    runs = [
+        _with_corrections(_run_folder(tmp_path / "a", SOME), SOME),
+        _with_corrections(_run_folder(tmp_path / "b", SOME, method="rac"), OTHERS),
+    ]
+    rows = {(row["run"], row["metric"]): row for row in _compare(tmp_path, *runs)}
+    assert [metric for run, metric in rows if run == runs[1]] == ["exact_match", *corrected(1).values()]
+    for metric in corrected(1).values():
+        assert rows[runs[1], metric]["paired_difference"] == 0.25
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("cue", "setting"), [(None, "correction_rounds"), ("Sure?", "cue")])
+def test_other_corrections_are_another_evaluation(tmp_path: Path, cue: str | None, setting: str) -> None:
+    one = _run_folder(tmp_path / "a", SOME)
+    one = one if setting == "correction_rounds" else _with_corrections(one, SOME)
+    other = _with_corrections(_run_folder(tmp_path / "b", SOME), SOME, cue)
+    with pytest.raises(InputError, match=rf"evaluated on different rows or settings \({setting}\)"):
+        _compare(tmp_path, one, other)

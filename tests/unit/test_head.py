@@ -147,6 +147,58 @@ def test_the_loss_of_scaled_and_capped_logits_and_its_gradients(bias: bool, smoo
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
+ANY_FORM = pytest.mark.parametrize(
+    "form",
+    [LogitsForm(), LogitsForm(scale=0.3), LogitsForm(scale=3.0, cap=2.0)],
+    ids=["plain", "scale", "scale and cap"],
+)
+
+
+@BIAS
+@SMOOTHING
+@ANY_FORM
+def test_weights_scale_the_loss_of_each_position_and_its_gradients(
+    bias: bool, smoothing: float, form: LogitsForm
+) -> None:
+    linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
+    leaves = [hidden, *linear.parameters()]
+    weights = torch.tensor([0.0, 0.25, 1.0, 3.0]).repeat(ROWS // 4)
+    logits = _full_logits(linear, hidden, form)
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    expected = (losses * weights).sum()
+    loss = LMHead(linear, form)(hidden, loss_sum(targets, smoothing, weights))
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for a, e in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@SMOOTHING
+@ANY_FORM
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_a_weighted_loss_is_float32_and_keeps_the_digits_of_the_others(
+    smoothing: float, form: LogitsForm, dtype: torch.dtype, precision: float
+) -> None:
+    linear, (hidden, targets) = _linear(True, dtype), _inputs(dtype)
+    head = LMHead(linear, form)
+    plain, ones = (head(hidden, loss_sum(targets, smoothing, w)) for w in (None, torch.ones(ROWS)))
+    assert isinstance(plain, Tensor)
+    assert isinstance(ones, Tensor)
+    assert ones.dtype == torch.float32
+    assert ones.item() == pytest.approx(plain.item(), rel=precision)
+
+
+@ANY_FORM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(form: LogitsForm, dtype: torch.dtype) -> None:
+    linear, hidden = _linear(True, dtype), torch.empty(0, WIDTH, dtype=dtype, requires_grad=True)
+    loss = LMHead(linear, form)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1, torch.empty(0)))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in linear.parameters())
+
+
 @BIAS
 @FORM
 def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: bool, form: LogitsForm) -> None:
@@ -314,4 +366,6 @@ def test_the_logits_of_all_positions_never_exist_at_once(form: LogitsForm) -> No
         assert _largest_allocation(lambda: head(hidden)) >= logits_bytes  # what is to be avoided is measured
         assert _largest_allocation(lambda: head(hidden, draw(uniforms, 2.0, 1.0, 5))) < logits_bytes / 2
         assert _largest_allocation(lambda: head(hidden, predict(targets))) < logits_bytes / 2
-    assert _largest_allocation(lambda: head(hidden, loss_sum(targets, 0.1)).backward()) < logits_bytes / 2
+    for weights in (None, torch.rand(rows)):
+        loss = loss_sum(targets, 0.1, weights)
+        assert _largest_allocation(lambda: head(hidden, loss).backward()) < logits_bytes / 2  # noqa: B023

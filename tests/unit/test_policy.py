@@ -27,6 +27,7 @@ from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.architectures import ARCHITECTURES, attention
 from tests.batches import lengths, padded
+from tests.trained import reference_draw
 
 SEED, STEP, END = 5, 7, 39
 
@@ -60,22 +61,6 @@ def window() -> list[TokenBatch]:
         return [rng.integers(0, 39, rng.integers(1, longest)).tolist() for _ in range(count)]
 
     return [padded(rows(3, 6), rows(3, longest), [10 * m + i for i in range(3)]) for m, longest in enumerate((20, 4))]
-
-
-def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
-    """Inverse of the cumulative distribution, in float64, of one position: `[vocab]` logits."""
-    values = logits.double().numpy() / sampling.temperature
-    if sampling.top_k:
-        values = np.where(values >= np.sort(values)[-sampling.top_k], values, -np.inf)
-    p = np.exp(values - values.max())
-    p /= p.sum()
-    order = np.argsort(-p)
-    before = np.cumsum(p[order]) - p[order]
-    keep = order[before < sampling.top_p]
-    kept = np.zeros_like(p)
-    kept[keep] = p[keep]
-    cumulative = np.cumsum(kept)
-    return int(np.argmax(cumulative >= uniform * cumulative[-1]))
 
 
 @torch.no_grad()

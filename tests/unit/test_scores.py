@@ -3,11 +3,21 @@ import math
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.model import extend
 from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.evaluation.scores import SampleScore, _right, _rounds, aggregate, curves, evaluate
+from selfgen_ds.evaluation.scores import (
+    CORRECTION_METRICS,
+    SampleScore,
+    _right,
+    _rounds,
+    aggregate,
+    corrected_length,
+    curves,
+    evaluate,
+)
 from tests.batches import sample
 
 
@@ -48,6 +58,25 @@ def test_sampled_answers_are_scored_apart() -> None:
     metrics = _score(sampled=[True, True, True, False], sampled_answer="abd").metrics()
     assert (metrics["sampled_exact_match"], metrics["sampled_accuracy"]) == (0.0, 0.75)
     assert metrics["exact_match"] == 1.0
+
+
+def test_each_correction_is_scored_against_the_reference_and_the_answer_before_it() -> None:
+    metrics = _score(answer="x", corrected_answers=["abc", "abc", "y", "y", "z"]).metrics()
+    found = {what: [metrics[f"corrected_{k}_{what}"] for k in range(1, 6)] for what in CORRECTION_METRICS}
+    assert found == {
+        "exact_match": [1.0, 1.0, 0.0, 0.0, 0.0],
+        "wrong_to_right": [1.0, 0.0, 0.0, 0.0, 0.0],
+        "right_to_wrong": [0.0, 0.0, 1.0, 0.0, 0.0],
+        "unchanged": [0.0, 1.0, 0.0, 1.0, 0.0],
+    }
+
+
+def test_rates_of_correction_are_shares_of_all_rows() -> None:
+    answers = {"abc": "x", "x": "abc", "y": "abc", "z": "z"}
+    metrics = aggregate([_score(i, answer=a, corrected_answers=[b]) for i, (a, b) in enumerate(answers.items())])
+    assert (metrics["exact_match"], metrics["corrected_1_exact_match"]) == (0.25, 0.5)
+    assert (metrics["corrected_1_wrong_to_right"], metrics["corrected_1_right_to_wrong"]) == (0.5, 0.25)
+    assert metrics["corrected_1_unchanged"] == 0.25
 
 
 def test_the_loss_is_a_mean_over_tokens_and_the_rest_over_rows() -> None:
@@ -110,3 +139,60 @@ def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> 
     policy = EnginePolicy(model, model, end_tokens=[tokenizer.eos_token_id])
     scores = evaluate(policy, _uneven(6), tokenizer, batch_size=6)
     assert [len(score.free_running) for score in scores] == [4, 27] * 3
+
+
+class Scripted(EnginePolicy):
+    """Answers as it is told, by prompt; what it is not told it answers with nothing."""
+
+    script: dict[str, str]
+    limits: list[int]
+
+    def complete(self, prompts: list[list[int]], max_new_tokens: int, *_: object, **__: object) -> list[list[int]]:
+        self.limits.append(max_new_tokens)
+        answers = [self.script[BYTES.decode(prompt)] for prompt in prompts]
+        return [[*BYTES(answer)["input_ids"], BYTES.eos_token_id][:max_new_tokens] for answer in answers]
+
+
+BYTES = byte_tokenizer()
+
+
+def _text_sample(prompt: str, response: str, sample_id: int) -> Sample:
+    return sample(BYTES(prompt)["input_ids"], [*BYTES(response)["input_ids"], BYTES.eos_token_id], sample_id)
+
+
+def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> None:
+    config = GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = extend(GPT2LMHeadModel(config).eval())
+    policy = Scripted(model, model, end_tokens=[BYTES.eos_token_id])
+    policy.limits = []
+    policy.script = {
+        "1+1=": "3", "1+1=3 or: ": "2", "1+1=2 or: ": "2",
+        "2+2=": "4", "2+2=4 or: ": "5", "2+2=5 or: ": "6",
+        # cut where the longest reference ends, and so shown without an end
+        "5+5=": "abcdef", "5+5=abc or: ": "10", "5+5=10 or: ": "ab",
+    }  # fmt: skip
+    samples = [_text_sample("1+1=", "2", 0), _text_sample("2+2=", "4", 1), _text_sample("5+5=", "10", 2)]
+    asked = Correction(end_tokens=[BYTES.eos_token_id], cue_ids=BYTES(" or: ")["input_ids"])
+    scores = evaluate(policy, samples, BYTES, batch_size=1, correction=asked, correction_rounds=2)
+    assert [(score.answer, score.corrected_answers) for score in scores] == [
+        ("3", ["2", "2"]),
+        ("4", ["5", "6"]),
+        ("abc", ["10", "ab"]),
+    ]
+    assert set(policy.limits) == {3}  # of the longest reference, in every batch
+    metrics = aggregate(scores)
+    assert [metrics[f"corrected_{k}_exact_match"] for k in (1, 2)] == pytest.approx([2 / 3, 1 / 3])
+    assert [metrics[f"corrected_{k}_wrong_to_right"] for k in (1, 2)] == pytest.approx([2 / 3, 0])
+    assert [metrics[f"corrected_{k}_right_to_wrong"] for k in (1, 2)] == pytest.approx([1 / 3, 1 / 3])
+    assert [metrics[f"corrected_{k}_unchanged"] for k in (1, 2)] == pytest.approx([0, 1 / 3])
+
+
+def test_corrections_that_just_fit_into_the_models_positions_are_made() -> None:
+    samples, asked = _uneven(6), Correction(end_tokens=[BYTES.eos_token_id], closing_ids=[7], cue_ids=[8, 9])
+    length = corrected_length(samples, asked)
+    assert length == 27 + 27 + 27 + 3
+    config = GPT2Config(vocab_size=258, n_positions=length, n_embd=16, n_layer=1, n_head=2)
+    model = extend(GPT2LMHeadModel(config).eval())
+    policy = EnginePolicy(model, model, end_tokens=[BYTES.eos_token_id])
+    scores = evaluate(policy, samples, BYTES, batch_size=6, correction=asked, correction_rounds=2)
+    assert [len(score.corrected_answers or []) for score in scores] == [2] * 6

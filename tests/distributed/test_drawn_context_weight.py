@@ -1,0 +1,143 @@
+"""Targets that follow a drawn token count with a weight of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.prepare import prepare
+from tests.batches import sample
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+SMOOTHING = 0.1
+STEPS = 3
+
+
+def settings(folder: Path, **changes: Any) -> Recipe:
+    path = folder / "model"
+    if not path.exists():
+        runs.write_rows(folder)
+        runs.write_model(folder, initializer_range=0.2)
+    return runs.recipe(
+        folder,
+        **{
+            "model": ModelConfig(name_or_path=str(path), dtype="float32"),
+            "selfgen": SelfgenConfig(replace_probability=0.5, temperature=2.0),
+            "optim": OptimConfig(
+                learning_rate=1e-2,
+                schedule="constant",
+                warmup_ratio=0.0,
+                max_grad_norm=0.0,
+                label_smoothing=SMOOTHING,
+            ),
+            "train": TrainConfig(max_steps=STEPS, micro_batch_size=2, gradient_accumulation_steps=2),
+        }
+        | changes,
+    )
+
+
+def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
+    run = prepare(recipe, set())
+    windows, results = [], []
+    for step in range(STEPS):
+        window = run.method.contexts(run.windows.window(step), run.policy, step)
+        windows.append(window)
+        results.append(train_step(run.engine, window, SMOOTHING, weight))
+    parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
+    return {"windows": windows, "results": results, "parameters": parameters}
+
+
+def plain_steps(path: Path, windows: list[list[TokenBatch]], weight: float) -> tuple[list[float], dict[str, Any]]:
+    """The same in float64 with full logits, target by target.
+
+    Args:
+        windows: A step's micro-batches of all ranks.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for window in windows:
+        total, weights = torch.zeros((), dtype=torch.float64), 0.0
+        for batch in window:
+            for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
+                here = batch.sample_ids == sample_id
+                context, target = batch.context[here], batch.target[here]
+                drawn, loss_mask = batch.drawn[here].tolist(), batch.loss_mask[here].tolist()
+                logits = model(context[None]).logits[0]
+                for t in range(1, len(target)):
+                    if loss_mask[t]:
+                        its_weight = weight if drawn[t - 1] else 1.0
+                        loss = F.cross_entropy(logits[t - 1], target[t], label_smoothing=SMOOTHING)
+                        total = total + its_weight * loss
+                        weights += its_weight
+        (total / weights).backward()
+        losses.append(total.item() / weights)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path, packing: bool, weight: float
+) -> None:
+    data = DataConfig(train=str(tmp_path / "rows.jsonl"), max_length=128, packing=packing)
+    recipe = settings(tmp_path, data=data)
+    ranks = two_ranks.run(weighted_steps, recipe, weight)
+    windows = [[*one, *two] for one, two in zip(ranks[0]["windows"], ranks[1]["windows"], strict=True)]
+    assert any(batch.drawn.any() for batch in windows[0])
+    losses, parameters = plain_steps(tmp_path / "model", windows, weight)
+    unweighted, _ = plain_steps(tmp_path / "model", windows[:1], 1.0)
+    assert abs(losses[0] - unweighted[0]) > 1e-3  # the weight is seen
+
+    wide = replace(recipe.train, micro_batch_size=4)  # the same rows a step
+    alone = one_rank.run(weighted_steps, settings(tmp_path, data=data, train=wide), weight)[0]
+    for run in (*ranks, alone):
+        assert [result.loss for result in run["results"]] == pytest.approx(losses, rel=1e-5)
+        for name, parameter in run["parameters"].items():
+            assert torch.allclose(parameter.double(), parameters[name], rtol=1e-4, atol=2e-4), name
+
+
+def test_a_run_trains_with_the_recipes_weight(two_ranks: Ranks, tmp_path: Path) -> None:
+    selfgen = SelfgenConfig(replace_probability=0.5, temperature=2.0, drawn_context_weight=3.0)
+    (tmp_path / "start").mkdir()
+    recipe = settings(tmp_path / "start", selfgen=selfgen, output_dir=str(tmp_path / "run"))
+    two_ranks.run(runs.run_training, recipe)
+    steps = two_ranks.run(weighted_steps, replace(recipe, output_dir=str(tmp_path / "steps")), 3.0)
+    assert [row["loss"] for row in runs.metrics(recipe)] == [result.loss for result in steps[0]["results"]]
+
+
+def hand_made_steps(recipe: Recipe) -> list[Any]:
+    """Own answers in the prompt, as a correction has them, and no target behind a reference."""
+    run = prepare(recipe, set())
+    batch = collate([[sample([5, 6, 7, 8], [9, 10, 11])]])
+    own = torch.tensor([[False, True, True, False, False, False, False]])
+    in_prompt = replace(batch, context=batch.target + own, drawn=own)
+    everywhere = replace(batch, drawn=torch.ones_like(own))
+    nothing = collate([])
+    results = []
+    for window in ([in_prompt, nothing], [everywhere, nothing], [nothing, nothing]):
+        results.append(train_step(run.engine, window, 0.0, 0.0))
+    return results
+
+
+def test_drawn_tokens_beside_the_targets_are_not_counted_and_weights_may_all_be_0(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    for in_prompt, everywhere, nothing in two_ranks.run(hand_made_steps, settings(tmp_path)):
+        assert (in_prompt.drawn, in_prompt.differing) == (0, 0)
+        assert in_prompt.loss > 0
+        assert in_prompt.applied
+        assert everywhere.drawn == 6  # three targets a rank
+        assert [(result.loss, result.applied) for result in (everywhere, nothing)] == [(0.0, True)] * 2

@@ -1,0 +1,292 @@
+"""Answers from a ZeRO-3 model in the middle of training: gathered once, or sharded and in step; training is unmoved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from selfgen_ds.config import LoraConfig, ModelConfig, Recipe, TrainConfig
+from selfgen_ds.engine import rollouts
+from selfgen_ds.engine.policy import EnginePolicy, Sampling
+from selfgen_ds.methods import noise
+from selfgen_ds.prepare import Run, prepare
+from tests.architectures import ARCHITECTURES
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+ENDS = list(range(60, 75))  # so many that rows finish at very different lengths
+LONGEST = 140
+NAMES = ["llama", "llama, tied", "gemma3_text", "gpt2", "mixtral"]
+MODES = pytest.mark.parametrize("mode", ["gathered", "sharded", "outside"])
+
+
+@contextmanager
+def memory(free: int) -> Iterator[None]:
+    """As if there were so many bytes."""
+    reading, rollouts.free_bytes = rollouts.free_bytes, lambda: free
+    try:
+        yield
+    finally:
+        rollouts.free_bytes = reading
+
+
+@contextmanager
+def rolling_out(policy: EnginePolicy, mode: str) -> Iterator[None]:
+    """In one of `MODES`."""
+    if mode == "outside":
+        yield
+        return
+    with memory(10**12 if mode == "gathered" else 0), policy.gathered(LONGEST):
+        assert policy.sharded == (mode == "sharded")
+        yield
+
+
+def keyed(sample_ids: list[int], draw: int) -> Any:
+    """Noise of (sample, draw, position)."""
+
+    def uniforms(prompts: Tensor, positions: Tensor) -> Tensor:
+        return noise.uniform(noise.EVALUATION, 11, torch.tensor(sample_ids)[prompts], draw, positions)
+
+    return uniforms
+
+
+def another(settings: Recipe, name: str) -> Recipe:
+    """The same run in another folder."""
+    return replace(settings, output_dir=f"{settings.output_dir}-{name}")
+
+
+def prompts_of(count: int) -> list[list[int]]:
+    return [[(7 * i + j) % 50 + 1 for j in range(1 + (i * i) % 9)] for i in range(count)]
+
+
+def saved(folder: Path, name: str = "llama", **changes: Any) -> Recipe:
+    """A run from saved weights that are far from uniform."""
+    runs.write_rows(folder)
+    fields = ARCHITECTURES[name] | {"initializer_range": 0.5, "tie_word_embeddings": "tied" in name} | changes
+    model = ModelConfig(name_or_path=runs.write_model_of(folder, fields), dtype="float32")
+    return runs.recipe(folder, model=model, deepspeed=runs.write_limited_json(folder))
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return {name: runs.whole(parameter) for name, parameter in run.engine.module.named_parameters()}
+
+
+def greedy(settings: Recipe) -> tuple[dict[str, list[list[int]]], dict[str, Tensor]]:
+    """Answers of each mode after two steps, and the weights that gave them."""
+    run = prepare(settings, set())
+    runs.steps(run, 2)
+    run.policy.end_tokens = ENDS
+    run.policy.rows_at_once = 3
+    answers = {}
+    for mode in ("gathered", "sharded"):
+        with rolling_out(run.policy, mode):
+            answers[mode] = run.policy.complete(prompts_of(9)[dist.get_rank() :: 2], 45)
+    return answers, weights(run)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_answers_are_those_of_plain_transformers_on_the_same_weights(
+    two_ranks: Ranks, tmp_path: Path, name: str
+) -> None:
+    settings = saved(tmp_path, name)
+    ranks = two_ranks.run(greedy, settings)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(settings.model.name_or_path))).eval()
+    plain.load_state_dict(ranks[0][1], strict=False)
+    plain.tie_weights()
+    lengths = set()
+    for rank, (answers, _) in enumerate(ranks):
+        expected = []
+        for prompt in prompts_of(9)[rank::2]:
+            output = plain.generate(
+                torch.tensor([prompt]), max_new_tokens=45, do_sample=False, eos_token_id=ENDS, pad_token_id=0
+            )
+            expected.append(output[0, len(prompt) :].tolist())
+        lengths |= {len(answer) for answer in expected}
+        for how, found in answers.items():
+            assert found == expected, how
+    assert min(lengths) < 32 < max(lengths)  # some end in the first segment of generation, some later
+
+
+def sampled(settings: Recipe, mode: str, rows: int) -> dict[tuple[int, int], list[int]]:
+    """Two answers to each of 9 prompts, dealt out to the ranks, by (sample, draw)."""
+    run = prepare(settings, set())
+    run.policy.end_tokens = ENDS
+    run.policy.rows_at_once = rows
+    everything = prompts_of(9)
+    mine = list(range(dist.get_rank(), 9, dist.get_world_size()))
+    if rows == 3:
+        mine.reverse()
+    found: dict[tuple[int, int], list[int]] = {}
+    with rolling_out(run.policy, mode):
+        for draw in (0, 1):
+            prompts = [everything[i] for i in mine]
+            answers = run.policy.complete(prompts, 40, keyed(mine, draw), Sampling(temperature=1.5, top_p=0.9))
+            found |= {(i, draw): answer for i, answer in zip(mine, answers, strict=True)}
+    return found
+
+
+def test_sampled_answers_do_not_depend_on_ranks_batches_order_or_sharding(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
+) -> None:
+    settings = saved(tmp_path)
+    expected = one_rank.run(sampled, settings, "outside", 64)[0]
+    assert len(expected) == 18
+    for mode, rows in (("gathered", 64), ("gathered", 3), ("sharded", 3)):
+        first, second = two_ranks.run(sampled, another(settings, f"{mode}-{rows}"), mode, rows)
+        assert first | second == expected, (mode, rows)
+    assert all(expected[i, 0] != expected[i, 1] for i in range(9))
+
+
+def uneven(settings: Recipe, mode: str) -> tuple[list[int], list[int], int]:
+    """One rank has nothing, the other much; then nobody has anything; then training goes on."""
+    run = prepare(settings, set())
+    run.policy.end_tokens = ENDS
+    run.policy.rows_at_once = 2
+    prompts = [] if dist.get_rank() == 0 else [*prompts_of(5), [5] * 60]
+    with rolling_out(run.policy, mode):
+        answers = run.policy.complete(prompts, 70)
+        sampled = run.policy.complete(prompts, 70, keyed(list(range(len(prompts))), 0))
+        assert run.policy.complete([], 5) == []
+    [result] = runs.steps(run, 1)[0]
+    return [len(a) for a in answers], [len(a) for a in sampled], int(result.applied)
+
+
+@MODES
+def test_a_rank_without_prompts_keeps_step_with_one_that_has_the_longest(
+    two_ranks: Ranks, tmp_path: Path, mode: str
+) -> None:
+    nothing, much = two_ranks.run(uneven, saved(tmp_path), mode, timeout=60.0)
+    assert nothing == ([], [], 1)
+    assert len(much[0]) == len(much[1]) == 6
+
+
+def choices(settings: Recipe) -> list[tuple[bool, int, bool]]:
+    """Whether the model stays sharded, rows at once, and whether hooks are there, at several sizes of free memory."""
+    run = prepare(settings, set())
+    policy, hooks = run.policy, run.engine.optimizer.parameter_offload.forward_hooks
+    weights = sum(p.ds_numel * 4 for p in policy.model.parameters())
+    with memory(0), policy.gathered(100):
+        row = policy._row_bytes(100)
+    found = []
+    # rank 1 has less than rank 0
+    for free in (weights // 2, weights + row // 2, weights + row * 3.5, 10**12):
+        less = 0 if dist.get_rank() == 0 else row
+        with memory(int(free / 0.9) - less + 1), policy.gathered(100):
+            there = hooks[0].id in hooks[0].hooks_dict_ref()
+            found.append((policy.sharded, policy.rows_at_once, there))
+            with memory(0), policy.gathered(10):
+                assert (policy.sharded, policy.rows_at_once) == found[-1][:2], "an inner one changes nothing"
+            assert (policy.sharded, policy.rows_at_once) == found[-1][:2]
+        assert (policy.sharded, policy.rows_at_once) == (True, 64)
+    return found
+
+
+def test_weights_are_gathered_where_they_and_a_row_fit_on_every_rank(two_ranks: Ranks, tmp_path: Path) -> None:
+    first, second = two_ranks.run(choices, saved(tmp_path))
+    assert first == second
+    little, no_row, some_rows, plenty = first
+    assert little[::2] == no_row[::2] == (True, True)
+    assert some_rows == (False, 2, False)
+    assert plenty == (False, 64, False)
+
+
+def interrupted(settings: Recipe, mode: str) -> tuple[list[float], dict[str, Tensor], int, bool]:
+    """Steps, rollouts that may end in an error, steps: losses, weights, traces thrown away, and the mode left."""
+    run = prepare(settings, set())
+    run.policy.end_tokens = ENDS
+    losses = [r.loss for r in runs.steps(run, 2)[0]]
+    seen = runs.watch(run)
+    for error in () if mode == "none" else (False, True, False):
+        with pytest.raises(KeyError) if error else nullcontext(), rolling_out(run.policy, mode):
+            run.policy.complete(prompts_of(4 + dist.get_rank()), 40, keyed(list(range(9)), 0))
+            if error:
+                raise KeyError
+        assert run.engine.module.training
+        assert run.policy.sharded
+        losses += [r.loss for r in runs.steps(run, 2)[0]]
+    if mode == "none":
+        losses += [r.loss for _ in range(3) for r in runs.steps(run, 2)[0]]
+    assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    return losses, weights(run), len(seen), run.engine.module.training
+
+
+@pytest.mark.parametrize("kind", ["dropout", "mixtral", "lora"])
+def test_training_with_rollouts_between_even_ones_that_fail_is_training_without_to_the_last_bit(
+    two_ranks: Ranks, tmp_path: Path, kind: str
+) -> None:
+    settings = saved(tmp_path, "mixtral" if kind == "mixtral" else "llama", attention_dropout=0.1)
+    settings.optim.learning_rate = 1e-3
+    settings.train = TrainConfig(max_steps=20, micro_batch_size=2, gradient_accumulation_steps=2)
+    if kind == "lora":
+        settings.model.lora = LoraConfig(r=2, lora_dropout=0.1)
+    expected = two_ranks.run(interrupted, settings, "none")
+    assert len(set(expected[0][0])) > 2
+    for mode in ("gathered",) if kind == "lora" else ("gathered", "sharded"):
+        for rank, (losses, parameters, thrown_away, training) in enumerate(
+            two_ranks.run(interrupted, another(settings, mode), mode)
+        ):
+            assert losses == expected[rank][0], mode
+            assert thrown_away == 0
+            assert training
+            assert all(torch.equal(parameters[name], value) for name, value in expected[rank][1].items())
+
+
+def inside_and_outside(settings: Recipe) -> bool:
+    """Draws and predictions of the same window, gathered with a different number of sweeps a rank, and not."""
+    run = prepare(settings, set())
+    runs.steps(run, 2)
+    window = run.windows.window(2)
+
+    def drawn() -> list[Tensor]:
+        contexts = [batch.context for batch in run.method.contexts(window, run.policy, 2)]
+        return [*contexts, *run.policy.predict(window[0])]
+
+    before = drawn()
+    with rolling_out(run.policy, "gathered"):
+        within = drawn()
+    return all(torch.equal(one, other) for one, other in zip(before, within, strict=True))
+
+
+def test_draws_and_predictions_on_gathered_weights_are_the_sharded_ones(two_ranks: Ranks, tmp_path: Path) -> None:
+    assert two_ranks.run(inside_and_outside, saved(tmp_path)) == [True, True]
+
+
+def gathers(settings: Recipe) -> dict[str, int]:
+    """All-gathers of the weights for 20 tokens, by mode."""
+    run = prepare(settings, set())
+    found = {}
+    for mode in ("gathered", "sharded"):
+        with rolling_out(run.policy, mode):
+            calls = 0
+
+            def counted(gather: Any) -> Any:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    nonlocal calls
+                    calls += 1
+                    return gather(*args, **kwargs)
+
+                return call
+
+            originals = {p: p.all_gather_coalesced for p in run.policy.model.parameters()}
+            for p, gather in originals.items():
+                p.all_gather_coalesced = counted(gather)
+            run.policy.complete(prompts_of(2), 20)
+            for p, gather in originals.items():
+                p.all_gather_coalesced = gather
+            found[mode] = calls
+    return found
+
+
+def test_answers_on_gathered_weights_gather_nothing(two_ranks: Ranks, tmp_path: Path) -> None:
+    for found in two_ranks.run(gathers, saved(tmp_path)):
+        assert found["gathered"] == 0
+        assert found["sharded"] > 20

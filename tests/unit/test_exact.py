@@ -1,0 +1,189 @@
+"""Contexts drawn to the fixed point, from real models: they are those of the sequential process."""
+
+from itertools import product
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.data.packing import pack
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine.model import extend
+from selfgen_ds.engine.policy import EnginePolicy, Sampling
+from selfgen_ds.methods import noise
+from selfgen_ds.methods.mixture import mix, replacement_mask
+from tests.batches import padded, sample
+from tests.trained import reference_probabilities, texts, token_by_token, trained_model
+
+REPLACE, DRAW = (noise.REPLACE, 5, 7), (noise.DRAW, 5, 7)
+
+
+def samples() -> list[Sample]:
+    end = byte_tokenizer().eos_token_id
+    rows = texts(16)
+    return [sample([*p.encode()], [*c.encode(), end], i) for i, (p, c) in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def extended() -> PreTrainedModel:
+    model = LlamaForCausalLM(trained_model().config).eval()
+    model.load_state_dict(trained_model().state_dict())
+    return extend(model)
+
+
+def windows() -> dict[str, list[TokenBatch]]:
+    """The same samples, one a row and several a row, in micro-batches."""
+    some = samples()
+    rows = pack([len(s.input_ids) for s in some], 100)
+    return {
+        "padded": [collate([[s] for s in some[:5]]), collate([[s] for s in some[5:]])],
+        "packed": [collate([[some[i] for i in row] for row in rows[k::2]], packed=True) for k in range(2)],
+    }
+
+
+def contexts(window: list[TokenBatch]) -> dict[int, list[int]]:
+    ids = {int(i) for batch in window for i in batch.sample_ids[batch.sample_ids >= 0]}
+    return {i: [t for batch in window for t in batch.context[batch.sample_ids == i].tolist()] for i in ids}
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.3),
+        Sampling(),
+        Sampling(temperature=1.5),
+        Sampling(top_p=0.9),
+        Sampling(temperature=2.0, top_p=0.5),
+        Sampling(temperature=1.5, top_k=3),
+    ],
+    ids=str,
+)
+def test_exact_draws_what_a_loop_over_the_tokens_draws(
+    extended: PreTrainedModel, layout: str, p: float, sampling: Sampling
+) -> None:
+    alone = collate([[s] for s in samples()])
+    mask = replacement_mask(alone, p, REPLACE)
+    expected = token_by_token(trained_model(), alone, mask, sampling, DRAW)
+    window = windows()[layout]
+    masks = [replacement_mask(batch, p, REPLACE) for batch in window]
+    mixed, made = mix(window, EnginePolicy(extended, extended, end_tokens=[0], sampling=sampling), masks, "exact", DRAW)
+    assert contexts(mixed) == dict(enumerate(expected))
+    assert contexts(mixed) != contexts(window)
+    longest = int(mask.sum(dim=1).max())
+    assert made <= longest
+    if p == 1.0:
+        assert 3 < made < longest
+
+
+def test_one_pass_is_not_the_loop(extended: PreTrainedModel) -> None:
+    alone = collate([[s] for s in samples()])
+    expected = token_by_token(trained_model(), alone, alone.replaceable, Sampling(), DRAW)
+    mixed, _ = mix([alone], EnginePolicy(extended, extended, end_tokens=[0]), [alone.replaceable], 1, DRAW)
+    assert contexts(mixed) != dict(enumerate(expected))
+
+
+class CountingPolicy(EnginePolicy):
+    """Keeps how many rows and tokens each pass drew."""
+
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        self.drawn = [*getattr(self, "drawn", []), (sum(int(m.any(1).sum()) for m in masks), sum(map(len, uniforms)))]
+        return super().draw(window, masks, uniforms)
+
+
+def test_later_passes_read_fewer_rows_and_draw_fewer_tokens(extended: PreTrainedModel) -> None:
+    window = windows()["padded"]
+    policy = CountingPolicy(extended, extended, end_tokens=[0])
+    mix(window, policy, [batch.replaceable for batch in window], "exact", DRAW)
+    for (rows, tokens), (later_rows, later_tokens) in zip(policy.drawn, policy.drawn[1:], strict=False):
+        assert later_rows <= rows
+        assert later_tokens < tokens
+    rows, tokens = np.sum(policy.drawn, axis=0)
+    assert rows < 0.8 * len(policy.drawn) * policy.drawn[0][0]
+    assert tokens < 0.6 * len(policy.drawn) * policy.drawn[0][1]
+
+
+# --- the law of the draws ---
+
+VOCABULARY, ROWS = 5, 20_000
+
+
+@pytest.fixture(scope="module")
+def tiny() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.7,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return extend(LlamaForCausalLM(config).eval())
+
+
+PROMPT, ANSWER = [1, 2], [3, 0, 4, 1]
+
+
+@torch.no_grad()
+def joint(model: PreTrainedModel, mask: list[bool], sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """The probability of every context that ancestral sampling of the masked tokens can give."""
+    found: dict[tuple[int, ...], float] = {}
+    choices = [range(VOCABULARY) if masked else [token] for token, masked in zip(ANSWER, mask, strict=True)]
+    for ids in product(*choices):
+        logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 :]
+        steps = zip(logits, ids, mask, strict=False)
+        probability = prod(reference_probabilities(v, sampling)[token] for v, token, masked in steps if masked)
+        found[ids] = probability
+    return found
+
+
+def chi_square(model: PreTrainedModel, mask: list[bool], sampling: Sampling, passes: object) -> tuple[float, int]:
+    """Of the contexts of many samples, each with its own noise, against ancestral sampling; degrees of freedom."""
+    batch = padded([PROMPT] * ROWS, [ANSWER] * ROWS, list(range(ROWS)))
+    masks = [torch.tensor([False, False, *mask]).expand(ROWS, -1)]
+    policy = EnginePolicy(model, model, end_tokens=[0], sampling=sampling)
+    (mixed,), _ = mix([batch], policy, masks, passes, DRAW)  # type: ignore[arg-type]
+    ids, counts = mixed.context[:, len(PROMPT) :].unique(dim=0, return_counts=True)
+    seen = dict(zip(map(tuple, ids.tolist()), counts.tolist(), strict=True))
+    expected = {key: ROWS * value for key, value in joint(model, mask, sampling).items()}
+    often = [key for key, value in expected.items() if value >= 5]
+    rest, seen_rest = (ROWS - sum(some.get(key, 0) for key in often) for some in (expected, seen))
+    cells = [(seen.get(key, 0), expected[key]) for key in often] + ([(seen_rest, rest)] if rest >= 5 else [])
+    return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
+
+
+LAWS = pytest.mark.parametrize(
+    ("mask", "sampling"),
+    [
+        ([True, True, True, False], Sampling()),
+        ([True, False, True, False], Sampling()),
+        ([True, True, True, False], Sampling(temperature=2.0)),
+        ([True, True, True, False], Sampling(temperature=1.5, top_p=0.8)),
+    ],
+    ids=["all", "every other", "temperature", "top-p"],
+)
+
+
+@LAWS
+def test_exact_draws_have_the_law_of_ancestral_sampling(
+    tiny: PreTrainedModel, mask: list[bool], sampling: Sampling
+) -> None:
+    statistic, freedom = chi_square(tiny, mask, sampling, "exact")
+    assert freedom > 8
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@LAWS
+def test_a_single_pass_has_another_law(tiny: PreTrainedModel, mask: list[bool], sampling: Sampling) -> None:
+    statistic, freedom = chi_square(tiny, mask, sampling, 1)
+    assert statistic > 3 * (freedom + 5 * (2 * freedom) ** 0.5)

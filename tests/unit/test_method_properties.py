@@ -1,0 +1,100 @@
+"""Any batch and any settings: the model learns the reference, whatever it reads."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from selfgen_ds import methods
+from selfgen_ds.config import SelfgenConfig
+from selfgen_ds.data.batches import TokenBatch, collate
+from selfgen_ds.data.correction import Correction
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.methods.method import Plan, Policy
+
+DRAWN = 1000  # ids from here on are drawn ones
+
+
+class MarkingPolicy(Policy):
+    """Draws now the reference, now a token that no reference holds, by noise and prefix."""
+
+    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        return [self._draw(*values) for values in zip(window, masks, uniforms, strict=True)]
+
+    def _draw(self, batch: TokenBatch, mask: Tensor, uniforms: Tensor) -> Tensor:
+        before = batch.context.roll(1, dims=1)[mask]
+        kept = uniforms * (1 + before % 3) < 0.6
+        return torch.where(kept, batch.target[mask], DRAWN + before % 50)
+
+
+@st.composite
+def samples(draw: Callable, sample_id: int) -> Sample:
+    """A prompt and up to three turns with what stands between them."""
+    length, turns = draw(st.integers(1, 4)), []
+    for _ in range(draw(st.integers(1, 3))):
+        answer, closing, between = (draw(st.integers(0, most)) for most in (9, 2, 3))
+        turns.append([length, length + answer, length + answer + closing])
+        length += answer + closing + between
+    # the last token is never replaceable
+    return Sample(sample_id=sample_id, input_ids=np.arange(length + 1) % 97, turns=np.array(turns))
+
+
+@st.composite
+def windows(draw: Callable) -> list[TokenBatch]:
+    window: list[TokenBatch] = []
+    sample_id = 0
+    packed = draw(st.booleans())
+    for _ in range(draw(st.integers(1, 3))):
+        rows: list[list[Sample]] = []
+        for _ in range(draw(st.integers(0, 3))):
+            rows.append([])
+            for _ in range(draw(st.integers(1, 3)) if packed else 1):
+                rows[-1].append(draw(samples(sample_id)))
+                sample_id += 1
+        window.append(collate(rows, packed=packed))
+    return window
+
+
+CONFIGS = st.builds(
+    SelfgenConfig,
+    replace_probability=st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    schedule=st.sampled_from(["constant", "linear", "exponential", "inverse_sigmoid"]),
+    position=st.sampled_from(["even", "early", "late"]),
+    passes=st.sampled_from([None, 1, 2, 5, "exact"]),
+    max_differing_share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    drawn_context_weight=st.sampled_from([0.0, 1.0, 2.0]),
+)
+
+
+@pytest.mark.parametrize("name", ["sft", "scheduled_sampling"])
+@settings(max_examples=300, deadline=None)
+@given(window=windows(), config=CONFIGS, seed=st.integers(0, 2**31 - 1), step=st.integers(0, 99))
+def test_no_target_is_ever_a_drawn_token(
+    name: str, window: list[TokenBatch], config: SelfgenConfig, seed: int, step: int
+) -> None:
+    plan = Plan(
+        seed=seed,
+        total_steps=100,
+        step_size=8,
+        epoch_size=100,
+        micro_batch_size=3,
+        max_length=100,
+        tokenizer=byte_tokenizer(),
+        correction=Correction(),
+    )
+    read = methods.find(name)(config, plan).contexts(window, MarkingPolicy(), step)
+    for before, after in zip(window, read, strict=True):
+        assert (after.target[after.loss_mask] < DRAWN).all()
+        for unchanged in ("target", "loss_mask", "replaceable", "sample_ids", "position_ids"):
+            assert torch.equal(getattr(after, unchanged), getattr(before, unchanged))
+        assert not (after.drawn & ~after.replaceable).any()
+        assert torch.equal(after.context[~after.drawn], after.target[~after.drawn])
+        for sample_id in after.sample_ids[after.sample_ids >= 0].unique():
+            here = after.sample_ids == sample_id
+            differing = (here & (after.context != after.target)).sum()
+            assert differing <= config.max_differing_share * (here & after.loss_mask).sum() + 1e-6
