@@ -393,17 +393,16 @@ def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, met
 @pytest.mark.parametrize("free", [LITTLE, MUCH])
 def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: Path, free: int) -> None:
     """The longest prompt and the longest answer do not fit into them together."""
-    rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((90, 4), (5, 80), (60, 9)) * 4]
+    rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((40, 2), (5, 30), (20, 9)) * 2]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    preset = ARCHITECTURES["gpt2"] | {"n_positions": 128}
+    preset = ARCHITECTURES["gpt2"] | {"n_positions": 64}
     settings = runs.recipe(tmp_path, model=ModelConfig(preset=preset, tokenizer="byte", dtype="float32"))
-    settings.selfgen, settings.train.max_steps = SelfgenConfig(method="rac", temperature=2.0, sft_share=0.0), 1
+    settings.data.max_length, settings.train.max_steps, settings.train.micro_batch_size = 64, 1, 1
+    settings.selfgen = SelfgenConfig(method="rac", temperature=2.0, sft_share=0.0)
     two_ranks.run(train_with, settings, free, timeout=TIMEOUT)
     answers = [sum(row["replaced_mask"]) for row in drawn(settings, "round-01")]
     # what is left beside prompt, cue of 19 tokens, reference and its end
-    assert max(answers[0::3]) == 128 - 90 - 19 - 5
-    assert max(answers[1::3]) == 128 - 5 - 19 - 81
-    assert max(answers[2::3]) == 128 - 60 - 19 - 10
+    assert [max(answers[i::3]) for i in range(3)] == [64 - 40 - 19 - 3, 64 - 5 - 19 - 31, 64 - 20 - 19 - 10]
 
 
 def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
