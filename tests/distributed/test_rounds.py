@@ -92,7 +92,8 @@ def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bi
         data = DataConfig(
             train=[*sources], max_length=128, packing=order == "packing", group_by_length=order == "group_by_length"
         )
-        train = TrainConfig(epochs=2.3, micro_batch_size=2, gradient_accumulation_steps=2)
+        rows_at_once = 1 if order == "packing" else 2
+        train = TrainConfig(epochs=2.3, micro_batch_size=rows_at_once, gradient_accumulation_steps=2)
         settings = runs.recipe(folder, selfgen=its, data=data, train=train)
         settings.model.preset = runs.PRESET | DROPOUT
         two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
