@@ -414,6 +414,32 @@ def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: P
     assert [max(answers[i::3]) for i in range(3)] == [64 - 40 - 19 - 3, 64 - 5 - 19 - 31, 64 - 20 - 19 - 10]
 
 
+# --- what drawing costs ---
+
+
+def invalidations(settings: Recipe, free: int) -> int:
+    """How often ZeRO-3's record of the order of forwards is thrown away in a round and the start of the next one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "free_bytes", lambda: free)
+        run = prepare(settings, set())
+        assert run.rounds is not None
+        seen = runs.watch(run)
+        for step in range(7):
+            train_step(run.engine, run.rounds.windows(step).window(step), 0.0)
+    assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    return len(seen)
+
+
+@pytest.mark.parametrize("free", [LITTLE, MUCH])
+@pytest.mark.parametrize("method", METHODS)
+def test_drawing_a_round_does_not_invalidate_the_trace(two_ranks: Ranks, folder: Path, method: str, free: int) -> None:
+    few = {"passes": 1} if method == "bash" else {"max_new_tokens": 3}
+    settings = runs.recipe(folder, selfgen=replace(METHODS[method], **few), deepspeed=runs.write_limited_json(folder))
+    settings.train.max_steps = 7  # 5 a round
+    assert two_ranks.run(invalidations, settings, free, timeout=TIMEOUT) == [0, 0]
+    assert rounds(settings) == ["round-01", "round-02"]
+
+
 def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     """Peaks of drawing a round and of a training step, and the bytes of the weights."""
     run = prepare(settings, set())
