@@ -154,6 +154,8 @@ class EnginePolicy(Policy):
         self.sharded = isinstance(forward, DeepSpeedEngine) and forward.zero_optimization_partition_weights()
         """Whether a forward gathers weights now, so that all ranks must make the same ones."""
         self._inside_gathered = False
+        self._spare = math.inf
+        """Bytes that a forward may take, inside `gathered`."""
         self._one_token_cache: Cache | None = None
         self._choices: set[tuple[bool, int]] = set()
         self._announced = False
@@ -190,7 +192,7 @@ class EnginePolicy(Policy):
             try:
                 yield
             finally:
-                (self.sharded, self.rows_at_once), self._inside_gathered = before, False
+                (self.sharded, self.rows_at_once), self._inside_gathered, self._spare = before, False, math.inf
         tokens, seconds = self._answered
         if self._announced and tokens:
             log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", tokens, seconds, tokens / seconds)
@@ -219,6 +221,7 @@ class EnginePolicy(Policy):
         gathers = self.sharded and rows >= 1
         if self.sharded and not gathers:
             rows = fitting(live)
+        self._spare = room - (weights if gathers else live)
         rows = max(1, min(self.rows_at_once, rows))
         choice = "weights are whole on every rank"
         if self.sharded:
@@ -240,10 +243,19 @@ class EnginePolicy(Policy):
         # a layer's mask; eager attention has scores as well, in two types
         heads = getattr(text, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         square = longest * longest * (1 + size + heads * (4 + size))
-        inner, experts = _inner_width(text)
-        wide = longest * (5 * inner + (6 + 4 * experts) * text.hidden_size) * size  # as in `sweep_budget`, generously
         logits = 24 * text.vocab_size  # as they come, warped, as probabilities, summed in float64
-        return rollouts.cache_bytes(self._one_token_cache, longest) + wide + square + logits
+        cache = rollouts.cache_bytes(self._one_token_cache, longest)
+        return cache + longest * self._token_bytes() + square + logits
+
+    def _token_bytes(self) -> int:
+        """What a no-grad forward holds of a token at most: as in `sweep_budget`, but for every model, generously."""
+        text = self.model.config.get_text_config(decoder=True)
+        inner, experts = _inner_width(text)
+        return (5 * inner + (6 + 4 * experts) * text.hidden_size) * self.model.dtype.itemsize
+
+    def _most_tokens(self) -> float:
+        """Tokens of one forward that fit into the memory that was free, inside `gathered`; otherwise no limit."""
+        return max(0.0, self._spare) / self._token_bytes()
 
     @torch.no_grad()
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
@@ -259,7 +271,7 @@ class EnginePolicy(Policy):
         columns = torch.arange(mask.shape[1], device=device)
         lengths = (mask * (columns + 1)).amax(dim=1)  # up to and with the last masked token
         most = self.budget.tokens(max(batch.context.numel() for batch in window)) if self.budget else math.inf
-        groups = _groups(lengths, most)
+        groups = _groups(lengths, min(most, self._most_tokens()))
         self.groups = self.max_over_ranks(len(groups))
 
         drawn = torch.zeros_like(context)
@@ -301,13 +313,23 @@ class EnginePolicy(Policy):
         Returns:
             The most probable token, `[responses]` int64, and the reference's log-probability, float32.
         """
+        rows = len(batch.context)
+        if not self.sharded:  # then no other rank waits for this one's forwards
+            rows = max(1, int(min(rows, self._most_tokens() // batch.context.shape[1])))
+        parts = []
         with _evaluating(self.forward):
-            return self._module(
-                batch.context,
-                positions=batch.loss_mask,
-                reduction=head.predict(batch.target[batch.loss_mask]),
-                position_ids=batch.packed_position_ids,
-            )
+            for first in range(0, len(batch.context), rows):
+                some = slice(first, first + rows)
+                where, packed = batch.loss_mask[some], batch.packed_position_ids
+                part = self._module(
+                    batch.context[some],
+                    positions=where,
+                    reduction=head.predict(batch.target[some][where]),
+                    position_ids=None if packed is None else packed[some],
+                )
+                parts.append(part)
+        best, log_probabilities = zip(*parts, strict=True)
+        return torch.cat(best), torch.cat(log_probabilities)
 
     @torch.no_grad()
     def complete(

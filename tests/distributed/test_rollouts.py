@@ -240,24 +240,42 @@ def test_training_with_rollouts_between_even_ones_that_fail_is_training_without_
             assert all(torch.equal(parameters[name], value) for name, value in expected[rank][1].items())
 
 
-def inside_and_outside(settings: Recipe) -> bool:
-    """Draws and predictions of the same window, gathered with a different number of sweeps a rank, and not."""
+def inside_and_outside(settings: Recipe) -> tuple[bool, list[int]]:
+    """Draws and predictions of a window, sharded, and gathered with room for all of it on rank 0 and a row on rank 1.
+
+    Whether they are the same, and forwards inside.
+    """
     run = prepare(settings, set())
     runs.steps(run, 2)
     window = run.windows.window(2)
+    forwards: list[None] = []
+    run.policy.model.model.register_forward_pre_hook(lambda *_: forwards.append(None))
 
     def drawn() -> list[Tensor]:
         contexts = [batch.context for batch in run.method.contexts(window, run.policy, 2)]
         return [*contexts, *run.policy.predict(window[0])]
 
     before = drawn()
-    with rolling_out(run.policy, "gathered"):
-        within = drawn()
-    return all(torch.equal(one, other) for one, other in zip(before, within, strict=True))
+    found = True
+    counts = []
+    for spare in (run.policy._spare, run.policy._token_bytes() if dist.get_rank() else 10**12):
+        with rolling_out(run.policy, "gathered"):
+            run.policy._spare = spare
+            forwards.clear()
+            found &= all(torch.equal(one, other) for one, other in zip(before, drawn(), strict=True))
+            counts.append(len(forwards))
+    return found, counts
 
 
-def test_draws_and_predictions_on_gathered_weights_are_the_sharded_ones(two_ranks: Ranks, tmp_path: Path) -> None:
-    assert two_ranks.run(inside_and_outside, saved(tmp_path)) == [True, True]
+def test_draws_and_predictions_on_gathered_weights_are_the_sharded_ones_and_keep_to_the_memory_that_is_left(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    roomy, narrow = two_ranks.run(inside_and_outside, saved(tmp_path))
+    assert roomy[0]
+    assert roomy[1][0] == roomy[1][1]
+    assert narrow[0]
+    assert narrow[1][0] == roomy[1][0]
+    assert narrow[1][1] > roomy[1][1]  # a forward a row: fewer than rank 0 would wait for were it sharded
 
 
 def gathers(settings: Recipe) -> dict[str, int]:
