@@ -140,9 +140,6 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
             model=weights_checksum(engine), tokenizer=tokenizer_hash(tokenizer)[:16], data=f"{data:08x}"
         )
     resumed = checkpoint.load_newest(engine, folder / "checkpoints", data) if recipe.resume == "auto" else None
-    if dist.get_rank() == 0:
-        write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
-        write_atomically(folder / "config.yaml", to_yaml(recipe))
     log.info(
         "%s on %d samples (%d truncated, %d refused)%s: %d steps of %d rows, %d ranks, %s",
         recipe.selfgen.method,
@@ -184,6 +181,9 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 settings={name: getattr(recipe.selfgen, name) for name in ("method", *sorted(method.settings))}
                 | {"seed": recipe.seed},
             )
+    if dist.get_rank() == 0:  # nothing is refused from here on
+        write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
+        write_atomically(folder / "config.yaml", to_yaml(recipe))
     return Run(
         engine=engine,
         policy=policy,

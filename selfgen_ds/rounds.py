@@ -82,8 +82,9 @@ class Rounds:
         theirs = _complete(shared) if shared else []
         if shared and not theirs:
             raise InputError(f"selfgen.rollouts: {shared} holds no round, such as {_name(0)}")
-        for drawn in _complete(folder) + theirs:
-            self._check(drawn)
+        for setting, complete in {"output_dir": _complete(folder), "selfgen.rollouts": theirs}.items():
+            for drawn in complete:
+                self._check(setting, drawn)
 
     def starts(self, step: int) -> bool:
         """Whether a round starts with this step."""
@@ -107,14 +108,17 @@ class Rounds:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, setting: str, folder: Path) -> None:
         audit = read_audit(folder)
         theirs, ours = audit.get("fingerprint", {}), vars(self._fingerprint)
         if audit.get("method") != self._settings["method"]:
-            raise InputError(f"{folder} was drawn by {audit.get('method')}, not by {self._settings['method']}")
+            by = f"by {audit.get('method')}, not by {self._settings['method']}"
+            raise InputError(f"{setting}: {folder} was drawn {by}")
         for what, value in ours.items():
             if theirs.get(what) != value:
-                raise InputError(f"{folder} was drawn from another {what}: {theirs.get(what)} there, {value} here")
+                raise InputError(
+                    f"{setting}: {folder} was drawn from another {what}: {theirs.get(what)} there, {value} here"
+                )
 
     def _draw(self, number: int, step: int) -> Path:
         rank, world_size, size = dist.get_rank(), dist.get_world_size(), int(self._ends[-1])

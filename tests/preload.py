@@ -6,4 +6,4 @@ from tests.ranks import ENVIRONMENT
 
 os.environ |= ENVIRONMENT  # read by what follows
 
-import selfgen_ds.train  # noqa: E402, F401
+import selfgen_ds.train  # noqa: F401

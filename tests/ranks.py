@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,20 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])  # a rank then starts at once
-        port = free_port()
+        context, port = _forks(), free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
+
+
+def _forks() -> ForkServerContext:
+    """New processes that start with their imports done."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
@@ -122,6 +128,28 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         except BaseException:
             result = (traceback.format_exc(), None)
         pipe.send(result)
+
+
+def command(arguments: list[str], log: Path, timeout: float = 60.0) -> int:
+    """`selfgen-ds ARGUMENTS` in one process that need not import everything first; the exit code."""
+    process = _forks().Process(target=_command, args=(arguments, log), daemon=True)
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"not done in time:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    return process.exitcode
+
+
+def _command(arguments: list[str], log: Path) -> None:
+    from selfgen_ds.cli import main
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    sys.argv = ["selfgen-ds", *arguments]
+    main()
 
 
 class Launched:

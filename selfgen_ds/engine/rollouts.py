@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicIndexedLayer, Dyn
 
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.head import Sampler
+from selfgen_ds.engine.model import most_positions
 from selfgen_ds.methods.method import AnswerNoise
 
 _SEGMENT = 32  # tokens between two looks for finished rows
@@ -57,13 +58,17 @@ def generate(
 ) -> list[list[int]]:
     """Answers to one batch of prompts, up to and with an end token. Rows that are finished are dropped on the way.
 
+    An answer ends as well where the model's positions do.
+
     Args:
         prompts: Token ids, none empty. There may be no prompt on a rank that keeps step with others.
         draw: Noise, sampler and the prompts' numbers; none means greedy.
         in_step: The largest of the ranks' values, where they must make the same forwards.
     """
     device = model.device
-    segment = _SEGMENT if _drops_rows(model) else max_new_tokens
+    drops_rows = _drops_rows(model)
+    segment = _SEGMENT if drops_rows else max_new_tokens
+    positions = most_positions(model.config)
     answers: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=device)  # those that go on
     ids, mask = _padded(prompts, device)
@@ -71,6 +76,10 @@ def generate(
     done = 0
     while done < max_new_tokens and (in_step(len(rows)) if in_step else len(rows)):
         length = min(segment, max_new_tokens - done)
+        if positions is not None:  # all rows go on to the segment's end; nothing is read of an answer's last token
+            length = min(length, positions + 1 - int(mask.sum(dim=1).max()))
+        if in_step:
+            length = -in_step(-length)
         settings = GenerationConfig(
             max_new_tokens=length,
             eos_token_id=end_tokens,
@@ -97,10 +106,14 @@ def generate(
             continue
         ids, cache = output.sequences, output.past_key_values
         ended = torch.isin(ids[:, start:], torch.tensor(end_tokens, device=device))
-        finished = ended.any(dim=1) if done < max_new_tokens else torch.ones_like(rows, dtype=torch.bool)
         for row, answer, end in zip(rows.tolist(), ids[:, start:].tolist(), ended.long().tolist(), strict=True):
             answers[row] = answer[: end.index(1) + 1] if 1 in end else answer
         mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
+        finished = ended.any(dim=1)
+        if positions is not None:
+            finished |= mask.sum(dim=1) > positions
+        if done == max_new_tokens or not drops_rows:
+            finished[:] = True
         if finished.any():
             kept = (~finished).nonzero().flatten()
             rows, ids, mask = rows[kept], ids[kept], mask[kept]

@@ -6,16 +6,34 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from selfgen_ds.config import CheckpointConfig, DataConfig, Recipe, SelfgenConfig, Source, TrainConfig
+from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
+from selfgen_ds.data.samples import end_tokens, take
 from selfgen_ds.data.store import load_table, read_audit
-from selfgen_ds.engine import checkpoint
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import checkpoint, export, rollouts
+from selfgen_ds.engine.checksum import weights_checksum
+from selfgen_ds.engine.model import build_model, model_config
+from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.prepare import load_data, load_method, load_windows, prepare, sampling
+from tests.architectures import ARCHITECTURES
+from tests.chat_tokenizers import CHATML, build
 from tests.distributed import runs
-from tests.ranks import Ranks
+from tests.distributed.test_checkpoints import count_lines
+from tests.distributed.test_command import RECIPE
+from tests.distributed.test_lora import adapting, with_stage
+from tests.live_tensors import LiveTensors
+from tests.ranks import Ranks, command
 
 TIMEOUT = 90.0
 DROPOUT = {"attention_dropout": 0.1}  # torch's generators matter too
@@ -61,7 +79,7 @@ def audit(settings: Recipe, name: str) -> dict[str, Any]:
 def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bit(
     two_ranks: Ranks, folder: Path, order: str
 ) -> None:
-    """Two weighted sources, three rounds or more, which end in parts of an epoch do not start with a step's first row."""
+    """Two weighted sources, three rounds or more, in parts of an epoch, not starting with a step's first row."""
     more = [{"prompt": f"other {i}: ", "completion": "row " * (i + 1)} for i in range(7)]
     (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     selfgen = {"sft": runs.SFT, "bash": SelfgenConfig(method="bash", replace_probability=0.0)}
@@ -132,7 +150,9 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     settings.output_dir, settings.resume = str(folder / "killed"), "auto"
     out = Path(settings.output_dir)
     rng = random.Random(method)
-    steps_done = lambda: (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0  # noqa: E731
+
+    def steps_done() -> int:
+        return count_lines(out / "metrics.jsonl")
 
     def drawing(number: int, count: int) -> bool:
         return len(list((out / "rollouts" / f"round-{number:02d}.partial").glob("rows-*.json"))) >= count
@@ -161,3 +181,348 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     assert [audit(settings, name) for name in whole_rounds] == whole_audits
     assert untimed(settings) == whole_metrics
     assert weights(settings) == whole
+
+
+# --- rounds of another run, and more of them ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_with_more_steps_does(
+    two_ranks: Ranks, folder: Path, method: str
+) -> None:
+    first = runs.recipe(folder, selfgen=METHODS[method])
+    first.optim.schedule, first.train.max_steps = "constant", 10
+    two_ranks.run(runs.run_training, first, timeout=TIMEOUT)
+    shared = Path(first.output_dir) / "rollouts"
+    before = chunks(shared)
+
+    second = runs.recipe(folder, selfgen=replace(METHODS[method], rollouts=str(shared)), optim=first.optim)
+    second.train.max_steps = 12
+    two_ranks.run(runs.run_training, second, timeout=TIMEOUT)
+    assert rounds(second) == ["round-03"]
+    assert untimed(second)[:10] == untimed(first)
+    assert chunks(shared) == before
+
+    first.train.max_steps, first.resume = 12, "auto"
+    two_ranks.run(runs.run_training, first, timeout=TIMEOUT)
+    assert rounds(first) == ["round-01", "round-02", "round-03"]
+    assert drawn(first, "round-03") == drawn(second, "round-03")
+    assert untimed(first) == untimed(second)
+    assert weights(first) == weights(second)
+
+
+# --- what does not change what is drawn ---
+
+
+def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
+    """Draw it. Returns the weights' checksum, and whether they were sharded while it was drawn."""
+    seen = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "free_bytes", lambda: free)
+        run = prepare(settings, set())
+        assert isinstance(run.method, RoundMethod)
+        assert run.rounds is not None
+        rows = run.method.rows
+
+        def watched(*arguments: Any) -> Any:
+            seen.add(run.policy.sharded)
+            return rows(*arguments)
+
+        patch.setattr(run.method, "rows", watched)
+        run.rounds.windows(0)
+    return weights_checksum(run.engine), seen
+
+
+MUCH, LITTLE = 1 << 40, 1
+
+
+def test_the_same_is_drawn_on_any_number_of_ranks_at_any_stage_gathered_or_sharded(
+    two_ranks: Ranks, one_rank: Ranks, folder: Path
+) -> None:
+    model = ModelConfig(name_or_path=runs.write_model(folder, initializer_range=0.5), dtype="float32")
+    checksums = set()
+    for name, selfgen in METHODS.items():
+        found = {}
+        for ranks, stage, free in [
+            (two_ranks, 3, MUCH),
+            (two_ranks, 3, LITTLE),
+            (one_rank, 3, MUCH),
+            (two_ranks, 0, MUCH),
+            (two_ranks, 1, MUCH),
+            (two_ranks, 2, MUCH),
+        ]:
+            settings = runs.recipe(folder, model=model, selfgen=selfgen, deepspeed=with_stage(folder, stage))
+            settings.train.micro_batch_size *= 2 // ranks.world_size
+            for checksum, sharded in ranks.run(first_round, settings, free, timeout=TIMEOUT):
+                checksums.add(checksum)
+                assert sharded == {stage == 3 and free == LITTLE}
+            found[ranks.world_size, stage, free] = drawn(settings, "round-01")
+        expected = found[2, 3, MUCH]
+        assert sum(any(row["replaced_mask"]) for row in expected) > 10
+        for case, rows in found.items():
+            assert rows == expected, (name, case)
+    assert len(checksums) == 1
+
+
+def checksums(settings: Recipe) -> None:
+    """It tells any two models apart, and the same one is told again after a resume."""
+    run = prepare(settings, set())
+    before = weights_checksum(run.engine)
+    seen = {before}
+    changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda flat: torch.cat([torch.nextafter(flat[:1], flat[:1] + 1), flat[1:]]),
+        lambda flat: torch.cat([flat[:-1], -flat[-1:]]),
+        lambda flat: torch.cat([flat[1:2], flat[:1], flat[2:]]),
+    ]
+    parameters = list(run.engine.module.parameters())
+    matrices = [p for p in parameters if len(p.ds_shape) > 1]
+    for parameter in (matrices[0], matrices[1], matrices[-1]):
+        for change in changes:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                kept = parameter.data.clone()
+                parameter.data.copy_(change(parameter.data.flatten()).view_as(parameter))
+            seen.add(weights_checksum(run.engine))
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(kept)
+    assert len(seen) == 1 + 3 * len(changes)
+    assert weights_checksum(run.engine) == before
+    runs.steps(run, 1)
+    trained = weights_checksum(run.engine)
+    assert trained not in seen
+    folder = Path(settings.output_dir) / "checkpoints"
+    checkpoint.save(run.engine, folder, 1, run.data, {}, run.tokenizer, settings.model)
+    again = prepare(replace(settings, resume="auto"), set())
+    assert again.first_step == 1
+    assert weights_checksum(again.engine) == trained
+
+
+def test_a_checksum_of_weights_changes_with_any_of_them_and_outlasts_a_resume(two_ranks: Ranks, folder: Path) -> None:
+    two_ranks.run(checksums, runs.recipe(folder), timeout=TIMEOUT)
+
+
+# --- little to draw ---
+
+
+def train_with(settings: Recipe, free: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "free_bytes", lambda: free)
+        runs.run_training(settings)
+
+
+def write_model_that_says_nothing(folder: Path) -> Path:
+    """Its hidden state is the same everywhere, and the end token the most probable one."""
+    path = Path(runs.write_model(folder))
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("embed_tokens.weight", "norm.weight")):
+            tensor.fill_(1.0)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.fill_(0.0)
+    tensors["lm_head.weight"][byte_tokenizer().eos_token_id] = 10.0
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path.rename(folder / "base")
+
+
+@pytest.mark.parametrize(("count", "free"), [(1, LITTLE), (3, MUCH)])
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_chunks_than_ranks_and_empty_answers_are_trained_on(
+    two_ranks: Ranks, tmp_path: Path, method: str, count: int, free: int
+) -> None:
+    runs.write_rows(tmp_path, count)
+    train = TrainConfig(max_steps=4, micro_batch_size=1, gradient_accumulation_steps=1)  # 2 rows a step
+    selfgen = replace(METHODS[method], epochs_per_round=2)
+    settings = runs.recipe(tmp_path, train=train, selfgen=selfgen)
+    empty = method == "rac" and count == 3
+    if empty:
+        settings.model = ModelConfig(name_or_path=str(write_model_that_says_nothing(tmp_path)), dtype="float32")
+        settings.selfgen.sft_share = 0.0
+    two_ranks.run(train_with, settings, free, timeout=TIMEOUT)
+    assert rounds(settings) == [f"round-{n:02d}" for n in range(1, 1 + (4 if count == 1 else 2))]
+    rows = drawn(settings, "round-01")
+    assert [row["sample_id"] for row in rows] == list(range(count))
+    assert all(row["loss"] > 0 for row in runs.metrics(settings))
+    if empty:
+        assert audit(settings, "round-01")["counts"]["own_answers"] == 3
+        assert not any(any(row["replaced_mask"]) for row in rows)
+        texts = [byte_tokenizer().decode(row["context_ids"]) for row in rows]
+        assert [text.split(":")[1] for text in texts] == [" \nCorrected answer"] * 3
+
+
+# --- kinds of models ---
+
+
+def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number: int) -> float:
+    """Share of a round's rows that a model draws, in this process."""
+    source = ModelConfig(name_or_path=str(model), dtype="float32")
+    tokenizer = byte_tokenizer()
+    plain = build_model(source, model_config(source, tokenizer))
+    samples = load_data(settings, tokenizer)
+    shape = {"micro_batch_size": 2, "accumulation": 2, "rank": 0, "world_size": 2, "epochs": None}
+    method = load_method(settings, tokenizer, samples, load_windows(settings, samples, **shape), 6)
+    assert isinstance(method, RoundMethod)
+    policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
+    own, _ = method.rows(take(samples), policy, number)
+    pairs = [(one.context_ids.tolist(), row["context_ids"]) for one, row in zip(own, rows, strict=True)]
+    same = [one == other for (one, other), row in zip(pairs, rows, strict=True) if any(row["replaced_mask"])]
+    return sum(same) / len(same)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_are_drawn_from_the_adapted_model(two_ranks: Ranks, folder: Path, method: str) -> None:
+    settings = adapting(folder, selfgen=METHODS[method])
+    settings.optim.learning_rate, settings.train.max_steps = 0.05, 6
+    two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
+    export.export_checkpoint(Path(settings.output_dir) / "checkpoints" / "step-000005", folder / "adapted")
+    rows = [drawn(settings, f"round-{n:02d}") for n in (1, 2)]
+    # merged weights are rounded otherwise
+    assert agreement(settings, folder / "base", rows[0], 0) > 0.9
+    assert agreement(settings, folder / "adapted", rows[1], 1) > 0.9
+    assert agreement(settings, folder / "base", rows[1], 1) < 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, method: str) -> None:
+    model = ModelConfig(preset=ARCHITECTURES["mixtral"], tokenizer="byte", dtype="float32")
+    settings = runs.recipe(folder, model=model, selfgen=METHODS[method])
+    settings.train.max_steps = 6
+    two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
+    assert rounds(settings) == ["round-01", "round-02"]
+    assert all(row["router_loss"] > 0 for row in runs.metrics(settings))
+
+
+@pytest.mark.parametrize("free", [LITTLE, MUCH])
+def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: Path, free: int) -> None:
+    """The longest prompt and the longest answer do not fit into them together."""
+    rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((90, 4), (5, 80), (60, 9)) * 4]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preset = ARCHITECTURES["gpt2"] | {"n_positions": 128}
+    settings = runs.recipe(tmp_path, model=ModelConfig(preset=preset, tokenizer="byte", dtype="float32"))
+    settings.selfgen, settings.train.max_steps = SelfgenConfig(method="rac", temperature=2.0, sft_share=0.0), 1
+    two_ranks.run(train_with, settings, free, timeout=TIMEOUT)
+    answers = [sum(row["replaced_mask"]) for row in drawn(settings, "round-01")]
+    # what is left beside prompt, cue of 19 tokens, reference and its end
+    assert max(answers[0::3]) == 128 - 90 - 19 - 5
+    assert max(answers[1::3]) == 128 - 5 - 19 - 81
+    assert max(answers[2::3]) == 128 - 60 - 19 - 10
+
+
+def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
+    """Peaks of drawing a round and of a training step, and the bytes of the weights."""
+    run = prepare(settings, set())
+    assert run.rounds is not None
+    window = run.windows.window(0)
+    train_step(run.engine, window, 0.0)  # optimizer states and gradient buffers exist from here on
+    with LiveTensors() as tensors:
+        run.rounds.windows(0)
+    drawing = tensors.peak
+    tensors.reset()
+    with tensors:
+        train_step(run.engine, window, 0.0)
+    return drawing, tensors.peak, sum(4 * p.ds_numel for p in run.engine.module.parameters())
+
+
+def test_drawing_a_round_of_bash_takes_no_more_than_a_training_step_and_the_weights(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "%s"}\n' % ("b" * 62) * 128)
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+    settings = runs.recipe(
+        tmp_path,
+        deepspeed=runs.write_limited_json(tmp_path),
+        model=ModelConfig(preset=runs.PRESET | shape, tokenizer="byte", dtype="float32"),
+        selfgen=SelfgenConfig(method="bash", replace_probability=0.9, passes=2),
+        train=TrainConfig(max_steps=4, micro_batch_size=8, gradient_accumulation_steps=2),
+    )
+    for drawing, step, parameters in two_ranks.run(drawing_and_step_peaks, settings, timeout=TIMEOUT):
+        print(f"drawing {drawing / 1e6:.1f} MB, a step {step / 1e6:.1f} MB, the weights {parameters / 1e6:.1f} MB")
+        assert drawing <= step + parameters
+
+
+# --- bad input, through the command line ---
+
+
+def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:
+    """The exit code of `selfgen-ds train`, and its error lines."""
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    code = command(["train", "--config", str(folder / "recipe.yaml"), *overrides], folder / "log")
+    output = (folder / "log").read_text()
+    assert "Traceback" not in output
+    return code, [line for line in output.splitlines() if line.startswith("selfgen-ds: error: ")]
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    """The one error line of a run that ends with exit code 2 before its first step."""
+    code, lines = train(folder, *overrides)
+    assert code == 2, (folder / "log").read_text()[-3000:]
+    assert not (folder / "run" / "metrics.jsonl").exists()
+    assert len(lines) == 1, lines
+    return lines[0].removeprefix("selfgen-ds: error: ")
+
+
+def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(folder: Path) -> None:
+    bash = ("--selfgen.method", "bash")
+    assert train(folder, *bash, "--output_dir", str(folder / "first"))[0] == 0, (folder / "log").read_text()[-3000:]
+    store = folder / "first" / "rollouts"
+    fingerprint = read_audit(store / "round-01")["fingerprint"]
+
+    (folder / "other.jsonl").write_text((folder / "rows.jsonl").read_text().replace("row 1:", "row A:"))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sharing = (*bash, "--selfgen.rollouts", str(store))
+    for what, other in {
+        "model": ("--seed", "1"),
+        "tokenizer": ("--model.tokenizer", str(folder / "tokenizer")),
+        "data": ("--data.train", str(folder / "other.jsonl")),
+    }.items():
+        line = refused(folder, *sharing, *other)
+        expected = f"selfgen.rollouts: {store / 'round-01'} was drawn from another {what}: {fingerprint[what]} there, "
+        assert line.startswith(expected)
+        here = line.removeprefix(expected).removesuffix(" here")
+        assert len(here) == len(fingerprint[what])
+        assert here != fingerprint[what]
+    line = refused(folder, "--selfgen.method", "rac", *sharing[2:])
+    assert line == f"selfgen.rollouts: {store / 'round-01'} was drawn by bash, not by rac"
+    for nothing in ("none", "first"):
+        line = refused(folder, *bash, "--selfgen.rollouts", str(folder / nothing))
+        assert line.startswith(f"selfgen.rollouts: {folder / nothing} holds no round")
+
+    assert train(folder, *sharing)[0] == 0, "what was refused leaves a folder behind that a run can start in"
+    assert not (folder / "run" / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is no regular expression: "),
+        (
+            ["bash", "--selfgen.reject", "tests.ranks:none"],
+            "selfgen.reject: expected a list of regular expressions or ",
+        ),
+        (
+            ["rac", "--selfgen.max_new_tokens", "120"],
+            "selfgen.max_new_tokens: an own answer of 120 tokens fits into no row",
+        ),
+        (["rac", "--data.packing", "true"], "data.packing: expected false with rac"),
+        (
+            ["bash", "--train.micro_batch_size", "41"],
+            "selfgen.epochs_per_round: a round of 40 rows is less than a step of",
+        ),
+        (["bash", "--selfgen.cue", "No."], "selfgen.cue: bash does not read it"),
+        (["rac", "--selfgen.passes", "exact"], "selfgen.passes: rac does not read it"),
+        (["tests.ranks:none"], "selfgen.method: 'tests.ranks:none': "),
+    ],
+)
+def test_bad_settings_of_rounds_are_one_clear_line(folder: Path, overrides: list[str], expected: str) -> None:
+    assert refused(folder, "--selfgen.method", *overrides).startswith(expected)
+
+
+def test_a_cue_that_the_chat_template_swallows_is_one_clear_line(folder: Path) -> None:
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+    (folder / "rows.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 4)
+    content = "{% if loop.index0 != 2 %}{{ m['content'] }}{% endif %}"
+    template = f"{{% for m in messages %}}<|im_start|>{content}<|im_end|>{{% endfor %}}"
+    build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>").save_pretrained(folder / "chat")
+    line = refused(folder, "--selfgen.method", "rac", "--model.tokenizer", str(folder / "chat"))
+    assert line.startswith("selfgen.cue")
+    assert "leaves out message 3" in line
