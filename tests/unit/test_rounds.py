@@ -15,14 +15,16 @@ from selfgen_ds.rounds import Fingerprint, Rounds
 OURS = {"model": "m1", "tokenizer": "t1", "data": "d1"}
 
 
-def _drawn(folder: Path, number: int = 1, length: int = 6, method: str = "bash", **fingerprint: str) -> Path:
+def _drawn(
+    folder: Path, number: int = 1, *, length: int = 6, method: str = "bash", fingerprint: dict[str, str] | None = None
+) -> Path:
     """A complete round."""
     ids = np.arange(length)
     row = StoredRow(
         sample_id=0, context_ids=ids, target_ids=ids, loss_mask=ids > 1, replaced_mask=ids > length, answer_equal=False
     )
     writer = Writer(folder / f"round-{number:02d}")
-    audit, _ = writer.start({"method": method, "fingerprint": OURS | {"weights": "w"} | fingerprint})
+    audit, _ = writer.start({"method": method, "fingerprint": OURS | {"weights": "w"} | (fingerprint or {})})
     writer.write(0, [row], {})
     writer.finish(1, audit)
     return writer.folder
@@ -65,7 +67,7 @@ def test_a_round_of_another_origin_is_refused_with_both_fingerprints(
     what: str, is_shared: bool, tmp_path: Path
 ) -> None:
     _drawn(tmp_path / "rollouts", 1)
-    folder = _drawn(tmp_path / "rollouts", 2, **{what: "x9"})
+    folder = _drawn(tmp_path / "rollouts", 2, fingerprint={what: "x9"})
     with pytest.raises(InputError) as caught:
         _open(tmp_path / "none", tmp_path / "rollouts") if is_shared else _open(tmp_path / "rollouts")
     assert str(caught.value) == f"{folder} was drawn from another {what}: x9 there, {OURS[what]} here"
@@ -91,6 +93,6 @@ def test_a_damaged_round_is_refused_before_the_first_step(tmp_path: Path) -> Non
 
 
 def test_a_round_that_is_being_drawn_is_not_looked_at(tmp_path: Path) -> None:
-    folder = _drawn(tmp_path, model="x9")
+    folder = _drawn(tmp_path, fingerprint={"model": "x9"})
     folder.rename(folder.with_name("round-01.partial"))
     _open(tmp_path)
