@@ -119,6 +119,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         if total_steps == 0:
             raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
         method = load_method(recipe, tokenizer, samples, windows, total_steps)
+        size = recipe.selfgen.epochs_per_round * len(windows)
+        if isinstance(method, RoundMethod) and size < windows.step_size:
+            raise InputError(
+                f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
+            )
     data = _checksum(samples)
     hidden_size = config.get_text_config(decoder=True).hidden_size
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
@@ -263,10 +268,6 @@ def load_method(
     )
     method = found(recipe.selfgen, plan)
     if isinstance(method, RoundMethod):
-        if (size := recipe.selfgen.epochs_per_round * len(windows)) < windows.step_size:
-            raise InputError(
-                f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
-            )
         if recipe.data.packing and not method.keeps_lengths:
             raise InputError(
                 f"data.packing: expected false with {recipe.selfgen.method}, whose rows are as long as what the model "

@@ -57,7 +57,7 @@ class Rounds:
         settings: Those that the method reads, for the record.
 
     Raises:
-        InputError: A round of `shared` was drawn from something else, or is damaged.
+        InputError: A complete round was drawn from something else, is damaged, or has rows that are too long.
     """
 
     def __init__(
@@ -119,6 +119,10 @@ class Rounds:
                 raise InputError(
                     f"{setting}: {folder} was drawn from another {what}: {theirs.get(what)} there, {value} here"
                 )
+        table, most = load_table(folder), self._method.plan.max_length
+        places = np.arange(len(table))
+        if (longest := StoredRows(table, places).lengths(places).max(initial=0)) > most:
+            raise InputError(f"{setting}: {folder} has rows of {longest} tokens, more than data.max_length={most}")
 
     def _draw(self, number: int, step: int) -> Path:
         rank, world_size, size = dist.get_rank(), dist.get_world_size(), int(self._ends[-1])
