@@ -157,9 +157,9 @@ class EnginePolicy(Policy):
         self._spare = math.inf
         """Bytes that a forward may take, inside `gathered`."""
         self._one_token_cache: Cache | None = None
-        self._choices: set[tuple[bool, int]] = set()
-        self._announced = False
-        self._answered = [0, 0.0]  # tokens, seconds
+        self._choice: bool | None = None
+        """Whether weights were gathered the last time."""
+        self._tokens, self._seconds = 0, 0.0  # of answers
 
     @contextmanager
     def gathered(self, longest: int) -> Iterator[None]:
@@ -185,22 +185,24 @@ class EnginePolicy(Policy):
                 # a forward without a backward leaves parameters on their way, which nothing else may gather
                 stack.callback(offload.partition_all_parameters)
             gathers, rows = self._choose(row)
+            announced = self.sharded and gathers != self._choice
+            self._choice = gathers
             if gathers:
                 stack.enter_context(rollouts.whole(offload))
             self.sharded, self.rows_at_once, self._inside_gathered = self.sharded and not gathers, rows, True
-            self._answered = [0, 0.0]
+            self._tokens, self._seconds = 0, 0.0
             try:
                 yield
             finally:
                 (self.sharded, self.rows_at_once), self._inside_gathered, self._spare = before, False, math.inf
-        tokens, seconds = self._answered
-        if self._announced and tokens:
-            log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", tokens, seconds, tokens / seconds)
+        if announced and self._tokens:
+            rate = self._tokens / self._seconds
+            log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", self._tokens, self._seconds, rate)
 
     def _choose(self, row: int) -> tuple[bool, int]:
         """Whether to gather sharded weights, and the rows to generate at once, the same on all ranks that keep step.
 
-        Logged with its reasons, once for each outcome.
+        Logged with its reasons, the first time and whenever it is another.
 
         Args:
             row: Bytes to generate one row.
@@ -223,14 +225,15 @@ class EnginePolicy(Policy):
             rows = fitting(live)
         self._spare = room - (weights if gathers else live)
         rows = max(1, min(self.rows_at_once, rows))
-        choice = "weights are whole on every rank"
-        if self.sharded:
-            does = "are gathered once" if gathers else "stay sharded, to be gathered for every token"
-            choice = f"weights of {weights / 1e6:,.1f} MB {does}"
-        self._announced = (gathers, rows) not in self._choices
-        self._choices.add((gathers, rows))
-        if self._announced:
-            log.info("rollouts: %s; %d rows at once, each %.1f MB; %.1f MB free", choice, rows, row / 1e6, free / 1e6)
+        if self.sharded and gathers != self._choice:
+            log.info(
+                "rollouts: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free",
+                weights / 1e6,
+                "are gathered once" if gathers else "stay sharded, to be gathered for every token",
+                rows,
+                row / 1e6,
+                free / 1e6,
+            )
         return gathers, rows
 
     @torch.no_grad()
@@ -240,12 +243,14 @@ class EnginePolicy(Policy):
             self._one_token_cache = rollouts.one_token_cache(self.model)
         config = self.model.config
         text, size = config.get_text_config(decoder=True), self.model.dtype.itemsize
-        # a layer's mask; eager attention has scores as well, in two types
-        heads = getattr(text, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
-        square = longest * longest * (1 + size + heads * (4 + size))
+        # a layer's mask and its copy in the type of the scores; eager attention has scores as well, in two types
+        heads = getattr(text, "num_attention_heads", 1)
+        pair = {"eager": 1 + size + heads * (4 + size), "flash_attention_2": 0}.get(
+            config._attn_implementation, 1 + size
+        )
         logits = 24 * text.vocab_size  # as they come, warped, as probabilities, summed in float64
         cache = rollouts.cache_bytes(self._one_token_cache, longest)
-        return cache + longest * self._token_bytes() + square + logits
+        return cache + longest * (self._token_bytes() + longest * pair) + logits
 
     def _token_bytes(self) -> int:
         """What a no-grad forward holds of a token at most: as in `sweep_budget`, but for every model, generously."""
@@ -361,8 +366,8 @@ class EnginePolicy(Policy):
                 found = rollouts.generate(self.model, some, max_new_tokens, self.end_tokens, draw, in_step)
                 for number, answer in zip(numbers, found, strict=True):
                     answers[number] = answer
-        self._answered[0] += sum(map(len, answers))
-        self._answered[1] += time.perf_counter() - started
+        self._tokens += sum(map(len, answers))
+        self._seconds += time.perf_counter() - started
         return answers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -169,34 +170,65 @@ def test_a_rank_without_prompts_keeps_step_with_one_that_has_the_longest(
     assert len(much[0]) == len(much[1]) == 6
 
 
-def choices(settings: Recipe) -> list[tuple[bool, int, bool]]:
-    """Whether the model stays sharded, rows at once, and whether hooks are there, at several sizes of free memory."""
+def choices(settings: Recipe) -> tuple[list[tuple[bool, int, bool]], list[str]]:
+    """Whether weights stay sharded, rows at once, and whether hooks are there, at growing sizes of free memory.
+
+    And what is logged.
+    """
     run = prepare(settings, set())
-    policy, hooks = run.policy, run.engine.optimizer.parameter_offload.forward_hooks
+    policy, hook = run.policy, run.engine.optimizer.parameter_offload.forward_hooks[0]
+    policy.end_tokens = [len(run.tokenizer)]  # no token is
     weights = sum(p.ds_numel * 4 for p in policy.model.parameters())
-    with memory(0), policy.gathered(100):
-        row = policy._row_bytes(100)
+    row = policy._row_bytes(100)
     found = []
-    # rank 1 has less than rank 0
-    for free in (weights // 2, weights + row // 2, weights + row * 3.5, 10**12):
-        less = 0 if dist.get_rank() == 0 else row
-        with memory(int(free / 0.9) - less + 1), policy.gathered(100):
-            there = hooks[0].id in hooks[0].hooks_dict_ref()
-            found.append((policy.sharded, policy.rows_at_once, there))
-            with memory(0), policy.gathered(10):
-                assert (policy.sharded, policy.rows_at_once) == found[-1][:2], "an inner one changes nothing"
-            assert (policy.sharded, policy.rows_at_once) == found[-1][:2]
-        assert (policy.sharded, policy.rows_at_once) == (True, 64)
-    return found
+    with logged() as lines:
+        for free in (weights // 2, weights // 2, weights + row // 2, weights + row * 3.5, 10**12):
+            less = 0 if dist.get_rank() == 0 else row
+            with memory(int(free / 0.9) - less + 1), policy.gathered(100):
+                found.append((policy.sharded, policy.rows_at_once, hook.id in hook.hooks_dict_ref()))
+                policy.complete([[1], [2]], 5)
+                with memory(0), policy.gathered(10):
+                    assert (policy.sharded, policy.rows_at_once) == found[-1][:2], "an inner one changes nothing"
+                assert (policy.sharded, policy.rows_at_once) == found[-1][:2]
+            assert (policy.sharded, policy.rows_at_once) == (True, 64)
+    return found, lines
 
 
-def test_weights_are_gathered_where_they_and_a_row_fit_on_every_rank(two_ranks: Ranks, tmp_path: Path) -> None:
-    first, second = two_ranks.run(choices, saved(tmp_path))
+def test_weights_are_gathered_where_they_and_a_row_fit_on_every_rank_and_the_choice_is_logged_once(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    (first, lines), (second, _) = two_ranks.run(choices, saved(tmp_path))
     assert first == second
-    little, no_row, some_rows, plenty = first
+    little, same, no_row, some_rows, plenty = first
+    assert little == same
     assert little[::2] == no_row[::2] == (True, True)
     assert some_rows == (False, 2, False)
     assert plenty == (False, 64, False)
+    sharded, rate, gathered, other_rate = lines
+    assert "stay sharded" in sharded
+    assert "are gathered once; 2 rows at once" in gathered
+    assert rate.startswith("rollouts: 10 tokens in")
+    assert other_rate.startswith("rollouts: 10 tokens in")
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What is logged at level INFO."""
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, log = Collect(), logging.getLogger("selfgen_ds")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def interrupted(settings: Recipe, mode: str) -> tuple[list[float], dict[str, Tensor], int, bool]:
