@@ -56,6 +56,9 @@ log = logging.getLogger("selfgen_ds")
 # What may change when a run is resumed; everything else would make it another run.
 _MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.", "selfgen.generation_batch_size")
 
+# Where rounds come from and how many rows are drawn at once; a round that goes on may have others.
+_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -183,7 +186,10 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 folder=folder / "rollouts",
                 shared=None if recipe.selfgen.rollouts is None else Path(recipe.selfgen.rollouts),
                 fingerprint=fingerprint,
-                settings={name: getattr(recipe.selfgen, name) for name in ("method", *sorted(method.settings))}
+                settings={
+                    name: getattr(recipe.selfgen, name)
+                    for name in ("method", *sorted(method.settings - _NOT_DRAWN_FROM))
+                }
                 | {"seed": recipe.seed},
             )
     if dist.get_rank() == 0:  # nothing is refused from here on

@@ -153,6 +153,10 @@ class Rounds:
             agreed = [(audit, chunks, writer.missing(chunks))]
         dist.broadcast_object_list(agreed, src=0)
         audit, chunks, missing = agreed[0]
+        if step != self._method.first_step(number):
+            log.warning(
+                "%s is gone, and is drawn anew in the middle of the round: the run will be another", writer.folder
+            )
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self._method.rounds, len(missing), chunks)
         began = time.perf_counter()
         with (

@@ -45,8 +45,12 @@ class Ranks:
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                failures += [
+                    failure for other in self._pipes[rank + 1 :] if other.poll() and (failure := other.recv()[0])
+                ]
                 self.stop()
-                raise TimeoutError(f"{function.__name__}: rank {rank} was not done after {timeout} s")
+                late = f"{function.__name__}: rank {rank} was not done after {timeout} s"
+                raise TimeoutError("\n".join([late, *failures]))
             try:
                 failure, result = pipe.recv()
             except EOFError:

@@ -76,7 +76,7 @@ def generate(
     done = 0
     while done < max_new_tokens and (in_step(len(rows)) if in_step else len(rows)):
         length = min(segment, max_new_tokens - done)
-        if positions is not None:  # all rows go on to the segment's end; nothing is read of an answer's last token
+        if positions is not None and len(rows):  # all go on to the segment's end; an answer's last token takes none
             length = min(length, positions + 1 - int(mask.sum(dim=1).max()))
         if in_step:
             length = -in_step(-length)

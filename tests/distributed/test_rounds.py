@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,10 +88,9 @@ def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bi
         selfgen["rac"] = SelfgenConfig(method="rac", cue="", sft_share=1.0)
     found = {}
     for name, its in selfgen.items():
+        sources = [Source(path=str(folder / f), weight=w) for f, w in (("rows.jsonl", 2.0), ("more.jsonl", 1.0))]
         data = DataConfig(
-            train=[Source(path=str(folder / f), weight=w) for f, w in (("rows.jsonl", 2.0), ("more.jsonl", 1.0))],
-            max_length=128,
-            **{order: True},
+            train=[*sources], max_length=128, packing=order == "packing", group_by_length=order == "group_by_length"
         )
         train = TrainConfig(epochs=3.3, micro_batch_size=2, gradient_accumulation_steps=2)
         settings = runs.recipe(folder, selfgen=its, data=data, train=train)
@@ -157,22 +157,28 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     def drawing(number: int, count: int) -> bool:
         return len(list((out / "rollouts" / f"round-{number:02d}.partial").glob("rows-*.json"))) >= count
 
-    some = [rng.randrange(1, 5) for _ in range(2)]
+    some = [rng.randrange(1, 4) for _ in range(3)]
     moments: dict[str, tuple[Callable[[], bool], float]] = {
         "drawing round 1": (lambda: drawing(1, some[0]), 0.1),
-        "training in round 1": (lambda: steps_done() >= rng.randrange(1, 4), 0.1),
+        "training in round 1": (lambda: steps_done() >= some[2], 0.1),
         "between rounds": (lambda: (out / "checkpoints" / "step-000005").exists(), 0.5),
         "drawing round 2": (lambda: drawing(2, some[1]), 0.1),
         "training in round 2": (lambda: steps_done() >= 6, 0.1),
     }
     known: dict[str, tuple[int, int]] = {}
+    partial: list[Path] = []
     for name, (moment, most) in moments.items():
         kill(settings, moment, rng.uniform(0, most))
         print(f"{name}: killed after {steps_done()} steps with {len(chunks(out / 'rollouts'))} chunks")
         now = chunks(out / "rollouts")
         assert {path: now.get(path) for path in known} == known, name
         known = now
+        if name.startswith("drawing"):
+            partial += (out / "rollouts").glob("*.partial")
         assert not (out / "model").exists()
+        if method == "rac":  # may change without anything being drawn anew
+            settings.selfgen = replace(settings.selfgen, generation_batch_size=60)
+    assert partial, "no kill came before a round was complete"
     two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
     now = chunks(out / "rollouts")
     assert {path: now.get(path) for path in known} == known
@@ -191,7 +197,7 @@ def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_w
     two_ranks: Ranks, folder: Path, method: str
 ) -> None:
     first = runs.recipe(folder, selfgen=METHODS[method])
-    first.optim.schedule, first.train.max_steps = "constant", 10
+    first.optim.schedule, first.train.max_steps = "constant", 7
     two_ranks.run(runs.run_training, first, timeout=TIMEOUT)
     shared = Path(first.output_dir) / "rollouts"
     before = chunks(shared)
@@ -200,7 +206,7 @@ def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_w
     second.train.max_steps = 12
     two_ranks.run(runs.run_training, second, timeout=TIMEOUT)
     assert rounds(second) == ["round-03"]
-    assert untimed(second)[:10] == untimed(first)
+    assert untimed(second)[:7] == untimed(first)
     assert chunks(shared) == before
 
     first.train.max_steps, first.resume = 12, "auto"
@@ -393,17 +399,16 @@ def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, met
 @pytest.mark.parametrize("free", [LITTLE, MUCH])
 def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: Path, free: int) -> None:
     """The longest prompt and the longest answer do not fit into them together."""
-    rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((90, 4), (5, 80), (60, 9)) * 4]
+    rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((40, 2), (5, 30), (20, 9)) * 2]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    preset = ARCHITECTURES["gpt2"] | {"n_positions": 128}
+    preset = ARCHITECTURES["gpt2"] | {"n_positions": 64}
     settings = runs.recipe(tmp_path, model=ModelConfig(preset=preset, tokenizer="byte", dtype="float32"))
-    settings.selfgen, settings.train.max_steps = SelfgenConfig(method="rac", temperature=2.0, sft_share=0.0), 1
+    settings.data.max_length, settings.train.max_steps, settings.train.micro_batch_size = 64, 1, 1
+    settings.selfgen = SelfgenConfig(method="rac", temperature=2.0, sft_share=0.0)
     two_ranks.run(train_with, settings, free, timeout=TIMEOUT)
     answers = [sum(row["replaced_mask"]) for row in drawn(settings, "round-01")]
     # what is left beside prompt, cue of 19 tokens, reference and its end
-    assert max(answers[0::3]) == 128 - 90 - 19 - 5
-    assert max(answers[1::3]) == 128 - 5 - 19 - 81
-    assert max(answers[2::3]) == 128 - 60 - 19 - 10
+    assert [max(answers[i::3]) for i in range(3)] == [64 - 40 - 19 - 3, 64 - 5 - 19 - 31, 64 - 20 - 19 - 10]
 
 
 def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
@@ -489,6 +494,11 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
 
     assert train(folder, *sharing)[0] == 0, "what was refused leaves a folder behind that a run can start in"
     assert not (folder / "run" / "rollouts").exists()
+
+    shutil.rmtree(store)
+    resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")
+    assert train(folder, *bash, *resume)[0] == 0
+    assert f"{store / 'round-01'} is gone, and is drawn anew in the middle of the round" in (folder / "log").read_text()
 
 
 @pytest.mark.parametrize(

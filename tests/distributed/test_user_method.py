@@ -1,0 +1,81 @@
+"""A method of one's own: a class in a module of the user's, named in the recipe. The package is not touched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from selfgen_ds.config import SelfgenConfig
+from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.store import StoredRow, load_table
+from selfgen_ds.methods.method import Method, Policy, RoundMethod
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+
+class LastToken(Method):
+    """Online: the last token that may be replaced is the model's most probable one, or one near it."""
+
+    settings: ClassVar[frozenset[str]] = frozenset({"temperature"})
+
+    def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
+        masks = []
+        for batch in window:
+            last = (batch.replaceable * torch.arange(batch.context.shape[1])).argmax(dim=1)
+            masks.append(torch.zeros_like(batch.replaceable).scatter(1, last[:, None], True) & batch.replaceable)
+        middle = [torch.full((int(mask.sum()),), 0.5, dtype=torch.float64) for mask in masks]
+        drawn = policy.draw(window, masks, middle)
+        self.passes = 1
+        return [
+            replace(batch, context=batch.context.masked_scatter(mask, tokens), drawn=mask)
+            for batch, mask, tokens in zip(window, masks, drawn, strict=True)
+        ]
+
+
+class OwnStart(RoundMethod):
+    """In rounds: what the model would answer stands before the prompt, where there is no loss."""
+
+    settings: ClassVar[frozenset[str]] = frozenset({"epochs_per_round", "max_new_tokens"})
+    keeps_lengths: ClassVar[bool] = False
+
+    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+        answers = policy.complete([s.prompt_ids.tolist() for s in samples], self.config.max_new_tokens or 8)
+        return [self._row(sample, answer) for sample, answer in zip(samples, answers, strict=True)], {}
+
+    def _row(self, sample: Sample, answer: list[int]) -> StoredRow:
+        ids = torch.tensor([*answer, *sample.input_ids]).numpy()
+        places = torch.arange(len(ids)).numpy()
+        return StoredRow(
+            sample_id=sample.sample_id,
+            context_ids=ids,
+            target_ids=ids,
+            loss_mask=places >= len(answer) + len(sample.prompt_ids),
+            replaced_mask=places < len(answer),
+        )
+
+
+def test_an_online_method_of_ones_own_is_trained(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    selfgen = SelfgenConfig(method="tests.distributed.test_user_method:LastToken", temperature=0.5)
+    settings = runs.recipe(tmp_path, selfgen=selfgen)
+    two_ranks.run(runs.run_training, settings, timeout=60)
+    assert [row["passes"] for row in runs.metrics(settings)] == [1] * 4
+    assert all(0 < row["drawn_tokens"] <= 8 for row in runs.metrics(settings))  # rows a step
+
+
+def test_a_method_of_ones_own_with_rounds_is_trained(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    selfgen = SelfgenConfig(method="tests.distributed.test_user_method:OwnStart", max_new_tokens=3)
+    settings = runs.recipe(tmp_path, selfgen=selfgen)
+    settings.train.max_steps = 6  # 5 an epoch
+    two_ranks.run(runs.run_training, settings, timeout=60)
+    for name in ("round-01", "round-02"):
+        rows = load_table(Path(settings.output_dir) / "rollouts" / name)
+        assert [int(row["sample_id"]) for row in rows] == list(range(40))
+        assert all(1 <= row["replaced_mask"].sum() <= 3 and not row["loss_mask"][:3].any() for row in rows)
+    losses = [row["loss"] for row in runs.metrics(settings)]
+    assert losses[-1] < losses[0]
