@@ -183,7 +183,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 folder=folder / "rollouts",
                 shared=None if recipe.selfgen.rollouts is None else Path(recipe.selfgen.rollouts),
                 fingerprint=fingerprint,
-                settings={name: getattr(recipe.selfgen, name) for name in ("method", *sorted(method.settings))}
+                settings={
+                    name: getattr(recipe.selfgen, name)
+                    for name in ("method", *sorted(method.settings))
+                    if f"selfgen.{name}" not in _MAY_CHANGE  # a round that goes on is still the same one
+                }
                 | {"seed": recipe.seed},
             )
     if dist.get_rank() == 0:  # nothing is refused from here on
