@@ -353,9 +353,6 @@ def problems(recipe: Recipe) -> list[str]:
     check(optim.epsilon > 0, "optim.epsilon", optim.epsilon, "more than 0")
     passes_hold = selfgen.passes is None or isinstance(selfgen.passes, str) or selfgen.passes >= 1
     check(passes_hold, "selfgen.passes", selfgen.passes, "1 or more, or exact")
-    shared = selfgen.rollouts
-    rounds_there = shared is None or any(Path(shared).glob("round-[0-9]*[0-9]/round.json"))
-    check(rounds_there, "selfgen.rollouts", shared, "a folder with complete rounds (`round-01`)")
     check(selfgen.temperature > 0, "selfgen.temperature", selfgen.temperature, "more than 0")
     check(0 < selfgen.top_p <= 1, "selfgen.top_p", selfgen.top_p, "a probability mass in (0, 1]")
     check(0 < selfgen.schedule_share <= 1, "selfgen.schedule_share", selfgen.schedule_share, "a share in (0, 1]")

@@ -144,6 +144,8 @@ class Rounds:
             "chunk_size": max(1, min(_CHUNK, -(-size // (_CHUNKS * world_size)))),
         }
         writer = Writer(self._folder / _name(number))
+        if step != self._method.first_step(number):
+            log.warning("%s is gone: it is drawn again in its middle, by the weights of step %d", writer.folder, step)
         agreed: list[Any] = [None]
         if rank == 0:
             audit, superseded = writer.start(audit)

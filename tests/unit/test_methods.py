@@ -171,7 +171,6 @@ BAD_VALUES = [
     ("max_equal_share", 1.1),
     ("reject", ["a("]),
     ("reject", "nowhere:f"),
-    ("rollouts", "./nowhere"),
 ]
 
 
@@ -180,13 +179,3 @@ def test_a_bad_value_is_one_clear_line(setting: str, value: Any, tmp_path: Path)
     with pytest.raises(InputError, match=rf"^selfgen\.{setting}: ") as caught:
         check_settings(_recipe(tmp_path, method="rac", **{setting: value}), set())
     assert "\n" not in str(caught.value)
-
-
-def test_rollouts_are_a_folder_of_rounds(tmp_path: Path) -> None:
-    (tmp_path / "round-01.partial").mkdir()
-    (tmp_path / "round-01.partial" / "round.json").write_text("{}")
-    with pytest.raises(InputError, match=r"^selfgen\.rollouts: "):
-        check_settings(_recipe(tmp_path, method="rac", rollouts=str(tmp_path)), set())
-    (tmp_path / "round-01").mkdir()
-    (tmp_path / "round-01" / "round.json").write_text("{}")
-    check_settings(_recipe(tmp_path, method="rac", rollouts=str(tmp_path)), set())

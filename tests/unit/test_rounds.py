@@ -70,18 +70,19 @@ def test_a_round_of_another_origin_is_refused_with_both_fingerprints(
     folder = _drawn(tmp_path / "rollouts", 2, fingerprint={what: "x9"})
     with pytest.raises(InputError) as caught:
         _open(tmp_path / "none", tmp_path / "rollouts") if is_shared else _open(tmp_path / "rollouts")
-    assert str(caught.value) == f"{folder} was drawn from another {what}: x9 there, {OURS[what]} here"
+    setting = "selfgen.rollouts" if is_shared else "output_dir"
+    assert str(caught.value) == f"{setting}: {folder} was drawn from another {what}: x9 there, {OURS[what]} here"
 
 
 def test_a_round_of_another_method_is_refused(tmp_path: Path) -> None:
     folder = _drawn(tmp_path, method="rac")
-    with pytest.raises(InputError, match=rf"^{folder} was drawn by rac, not by bash$"):
+    with pytest.raises(InputError, match=rf"^output_dir: {folder} was drawn by rac, not by bash$"):
         _open(tmp_path)
 
 
 def test_a_round_of_longer_rows_is_refused(tmp_path: Path) -> None:
     folder = _drawn(tmp_path, length=7)
-    with pytest.raises(InputError, match=rf"^{folder} has rows of 7 tokens, more than data\.max_length=6$"):
+    with pytest.raises(InputError, match=rf"^output_dir: {folder} has rows of 7 tokens, more than data\.max_length=6$"):
         _open(tmp_path)
 
 
@@ -96,3 +97,10 @@ def test_a_round_that_is_being_drawn_is_not_looked_at(tmp_path: Path) -> None:
     folder = _drawn(tmp_path, fingerprint={"model": "x9"})
     folder.rename(folder.with_name("round-01.partial"))
     _open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rollouts", "nothing"])
+def test_a_folder_without_a_complete_round_is_refused(name: str, tmp_path: Path) -> None:
+    _drawn(tmp_path / "rollouts").rename(tmp_path / "rollouts" / "round-01.partial")
+    with pytest.raises(InputError, match=rf"^selfgen\.rollouts: {tmp_path / name} holds no round, such as round-01$"):
+        _open(tmp_path / "own", tmp_path / name)
