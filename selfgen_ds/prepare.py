@@ -176,6 +176,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     )
     rounds = None
     if isinstance(method, RoundMethod) and fingerprint is not None:
+        settings = {name: getattr(recipe.selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
         with _together():
             rounds = Rounds(
                 engine=engine,
@@ -186,11 +187,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 folder=folder / "rollouts",
                 shared=None if recipe.selfgen.rollouts is None else Path(recipe.selfgen.rollouts),
                 fingerprint=fingerprint,
-                settings={
-                    name: getattr(recipe.selfgen, name)
-                    for name in ("method", *sorted(method.settings - _NOT_DRAWN_FROM))
-                }
-                | {"seed": recipe.seed},
+                settings={"method": recipe.selfgen.method, **settings, "seed": recipe.seed},
             )
     if dist.get_rank() == 0:  # nothing is refused from here on
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
