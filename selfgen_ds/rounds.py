@@ -119,6 +119,10 @@ class Rounds:
                 raise InputError(
                     f"{setting}: {folder} was drawn from another {what}: {theirs.get(what)} there, {value} here"
                 )
+        drawn_with = audit.get("settings", {})
+        others = [f"{name} {value!r}" for name, value in drawn_with.items() if self._settings.get(name) != value]
+        if others:
+            log.warning("%s was drawn with other settings: %s", folder, ", ".join(others))
         table, most = load_table(folder), self._method.plan.max_length
         places = np.arange(len(table))
         if (longest := StoredRows(table, places).lengths(places).max(initial=0)) > most:
