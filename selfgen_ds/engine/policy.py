@@ -240,7 +240,8 @@ class EnginePolicy(Policy):
     def _row_bytes(self, longest: int) -> int:
         """Memory to generate one row: its cache, and what the forward over its prompt and the draw of a token hold."""
         if self._one_token_cache is None:
-            self._one_token_cache = rollouts.one_token_cache(self.model)
+            with _evaluating(self.forward):  # nothing is cached in training with activation checkpointing
+                self._one_token_cache = rollouts.one_token_cache(self.model)
         config = self.model.config
         text, size = config.get_text_config(decoder=True), self.model.dtype.itemsize
         # a layer's mask and its copy in the type of the scores; eager attention has scores as well, in two types

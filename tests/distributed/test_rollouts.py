@@ -258,6 +258,8 @@ def test_training_with_rollouts_between_even_ones_that_fail_is_training_without_
     settings = saved(tmp_path, "mixtral" if kind == "mixtral" else "llama", attention_dropout=0.1)
     settings.optim.learning_rate = 1e-3
     settings.train = TrainConfig(max_steps=20, micro_batch_size=2, gradient_accumulation_steps=2)
+    if kind == "dropout":
+        settings.deepspeed = runs.write_limited_json(tmp_path, persistent=100)
     if kind == "lora":
         settings.model.lora = LoraConfig(r=2, lora_dropout=0.1)
     expected = two_ranks.run(interrupted, settings, "none")
