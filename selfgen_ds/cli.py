@@ -24,6 +24,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
+    sys.path.append(os.getcwd())  # modules that a recipe names, as with `python -m`
     parser = _parser()
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))

@@ -6,6 +6,7 @@ the model is given, what it learns, what may be replaced, and what it drew itsel
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -32,12 +33,19 @@ from selfgen_ds.prepare import (
     sampling,
 )
 
-_STYLES = {"prompt": "dim", "replaceable": "green underline", "target": "bold green", "drawn": "bold red"}
+_STYLES = {
+    "prompt": "dim",
+    "replaceable": "green underline",
+    "target": "bold green",
+    "drawn": "bold red",
+    "answer": "red",
+}
 _MEANING = {
     "prompt": "read, not learned",
     "replaceable": "learned, and may be replaced in the context",
     "target": "learned, never replaced",
     "drawn": "learned, replaced in the context by what the model drew",
+    "answer": "the model's own answer: read, not learned",
 }
 _BARS = 12
 
@@ -86,8 +94,12 @@ def _draw(
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
     method = load_method(recipe, tokenizer, samples, windows, total_steps=1)
     if isinstance(method, RoundMethod):
-        rows, _ = method.rows(_samples_of(windows.window(0)[0], samples), policy, 0)
-        return [collate([[row.sample()] for row in rows])]
+        shown = _samples_of(windows.window(0)[0], samples)
+        rows, _ = method.rows(shown, policy, 0)
+        batch = collate([[row.sample()] for row in rows])
+        return [
+            replace(batch, replaceable=collate([[s] for s in shown]).replaceable) if method.keeps_lengths else batch
+        ]
     last = 1  # of one step: where a growing schedule has reached its end
     window = [batch.to(policy.device) for batch in windows.window(0)]
     return [batch.to("cpu") for batch in method.contexts(window, policy, last)]
@@ -133,7 +145,8 @@ def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokeni
             console.rule(f"row {row + 1}, sample {sample_id}, {int(here.sum())} tokens", align="left")
             kinds = np.where(batch.replaceable[row][here], "replaceable", "target")
             kinds = np.where(batch.loss_mask[row][here], kinds, "prompt")
-            kinds = np.where(batch.drawn[row][here], "drawn", kinds)
+            drawn = np.where(batch.loss_mask[row][here], "drawn", "answer")
+            kinds = np.where(batch.drawn[row][here], drawn, kinds)
             tokens = zip(kinds, batch.context[row][here].tolist(), batch.target[row][here].tolist(), strict=True)
             console.print(_marked(list(tokens), tokenizer, console.is_terminal), soft_wrap=True)
 

@@ -122,6 +122,11 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         if total_steps == 0:
             raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
         method = load_method(recipe, tokenizer, samples, windows, total_steps)
+        size = recipe.selfgen.epochs_per_round * len(windows)
+        if isinstance(method, RoundMethod) and size < windows.step_size:
+            raise InputError(
+                f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
+            )
     data = _checksum(samples)
     hidden_size = config.get_text_config(decoder=True).hidden_size
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
@@ -171,6 +176,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     )
     rounds = None
     if isinstance(method, RoundMethod) and fingerprint is not None:
+        settings = {name: getattr(recipe.selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
         with _together():
             rounds = Rounds(
                 engine=engine,
@@ -181,11 +187,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 folder=folder / "rollouts",
                 shared=None if recipe.selfgen.rollouts is None else Path(recipe.selfgen.rollouts),
                 fingerprint=fingerprint,
-                settings={
-                    name: getattr(recipe.selfgen, name)
-                    for name in ("method", *sorted(method.settings - _NOT_DRAWN_FROM))
-                }
-                | {"seed": recipe.seed},
+                settings={"method": recipe.selfgen.method, **settings, "seed": recipe.seed},
             )
     if dist.get_rank() == 0:  # nothing is refused from here on
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
@@ -269,10 +271,6 @@ def load_method(
     )
     method = found(recipe.selfgen, plan)
     if isinstance(method, RoundMethod):
-        if (size := recipe.selfgen.epochs_per_round * len(windows)) < windows.step_size:
-            raise InputError(
-                f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
-            )
         if recipe.data.packing and not method.keeps_lengths:
             raise InputError(
                 f"data.packing: expected false with {recipe.selfgen.method}, whose rows are as long as what the model "

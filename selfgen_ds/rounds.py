@@ -57,7 +57,7 @@ class Rounds:
         settings: Those that the method reads, for the record.
 
     Raises:
-        InputError: A round of `shared` was drawn from something else, or is damaged.
+        InputError: A complete round was drawn from something else, is damaged, or has rows that are too long.
     """
 
     def __init__(
@@ -119,33 +119,25 @@ class Rounds:
                 raise InputError(
                     f"{setting}: {folder} was drawn from another {what}: {theirs.get(what)} there, {value} here"
                 )
+        drawn_with = audit.get("settings", {})
+        others = [f"{name} {value!r}" for name, value in drawn_with.items() if self._settings.get(name) != value]
+        if others:
+            log.warning("%s was drawn with other settings: %s", folder, ", ".join(others))
+        table, most = load_table(folder), self._method.plan.max_length
+        places = np.arange(len(table))
+        if (longest := StoredRows(table, places).lengths(places).max(initial=0)) > most:
+            raise InputError(f"{setting}: {folder} has rows of {longest} tokens, more than data.max_length={most}")
 
     def _draw(self, number: int, step: int) -> Path:
-        rank, world_size, size = dist.get_rank(), dist.get_world_size(), int(self._ends[-1])
-        probability = self._method.replace_probability(step)
-        audit: dict[str, Any] = {
-            "method": self._settings["method"],
-            "round": number + 1,
-            "step": step,
-            "replace_probability": probability,
-            "settings": self._settings,
-            "fingerprint": vars(self._fingerprint) | {"weights": weights_checksum(self._engine)},
-            "versions": {
-                "selfgen_ds": __version__,
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-                "deepspeed": deepspeed.__version__,
-            },
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "chunk_size": max(1, min(_CHUNK, -(-size // (_CHUNKS * world_size)))),
-        }
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        audit = self._audit(number, step)
         writer = Writer(self._folder / _name(number))
         agreed: list[Any] = [None]
         if rank == 0:
             audit, superseded = writer.start(audit)
             if superseded:
                 log.warning("%s was begun by other weights or settings and is drawn anew", writer.partial)
-            chunks = -(-size // audit["chunk_size"])
+            chunks = -(-int(self._ends[-1]) // audit["chunk_size"])
             agreed = [(audit, chunks, writer.missing(chunks))]
         dist.broadcast_object_list(agreed, src=0)
         audit, chunks, missing = agreed[0]
@@ -173,6 +165,26 @@ class Rounds:
             log.info("round %d: %s, in %.1f s", number + 1, ", ".join(f"{v} {k}" for k, v in counts.items()), seconds)
         dist.barrier()
         return writer.folder
+
+    def _audit(self, number: int, step: int) -> dict[str, Any]:
+        """What draws a round, for the record. Collective."""
+        size = int(self._ends[-1])
+        return {
+            "method": self._settings["method"],
+            "round": number + 1,
+            "step": step,
+            "replace_probability": self._method.replace_probability(step),
+            "settings": self._settings,
+            "fingerprint": vars(self._fingerprint) | {"weights": weights_checksum(self._engine)},
+            "versions": {
+                "selfgen_ds": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+                "deepspeed": deepspeed.__version__,
+            },
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "chunk_size": max(1, min(_CHUNK, -(-size // (_CHUNKS * dist.get_world_size())))),
+        }
 
     def _chunk(self, chunk: int, chunk_size: int) -> list[Sample]:
         found = []

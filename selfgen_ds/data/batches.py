@@ -155,8 +155,9 @@ class Windows:
         """
         other = copy.copy(self)
         other._samples, other._stream, other._grouped = rows, other._rows_of(rows), None
-        epochs_before = steps.start * self.step_size // len(self)
-        other._shift = epochs_before * (other._stream.size - len(self))
+        first = steps.start * self.step_size
+        if other._stream.size != len(self):  # starts with a whole epoch of its own, the next one in every round
+            other._shift = first // len(self) * other._stream.size - first
         if self._group_by_length and not all(map(_same_lengths, self._samples, rows)):
             other._steps = steps  # groups that reached out of them would be sorted differently there
         return other

@@ -6,6 +6,7 @@ once its counts are there, which are written last. `round.json` says what drew i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -112,19 +113,27 @@ def read_audit(folder: Path) -> dict[str, Any]:
         InputError: The folder does not say.
     """
     try:
-        return json.loads((folder / AUDIT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        audit = json.loads((folder / AUDIT).read_text(encoding="utf-8"))
+        audit["fingerprint"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / AUDIT}: not the record of a round") from error
+    return audit
 
 
 def load_table(folder: Path) -> datasets.Dataset:
     """A complete round, memory-mapped.
 
     Raises:
-        InputError: It is damaged.
+        InputError: It is damaged, or something else.
     """
+    rows = read_audit(folder).get("counts", {}).get("rows")
     try:
-        return datasets.load_from_disk(str(folder)).with_format("numpy")
+        table = datasets.load_from_disk(str(folder))
+        if not isinstance(table, datasets.Dataset) or table.features != _FEATURES:
+            raise ValueError(f"expected a data set of {', '.join(_FEATURES)}")
+        if len(table) != rows:  # a file that is cut between batches can be read
+            raise ValueError(f"{len(table)} rows, of which {AUDIT} tells {rows}")
+        return table.with_format("numpy")
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise InputError(f"{folder}: not a complete round: {' '.join(str(error).split())}") from error
 
@@ -171,8 +180,7 @@ class Writer:
             for row in rows:
                 writer.write({name: getattr(row, name) for name in _FEATURES})
             writer.finalize()
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(path)
         drawn = [row.replaced_mask for row in rows]
         differing = [row.replaced_mask & (row.context_ids != row.target_ids) for row in rows]
         written = {
@@ -199,9 +207,10 @@ class Writer:
         audit = audit | {"passes": passes, "counts": dict(counts)}
         write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
         datasets.DatasetInfo(features=_FEATURES).write_to_directory(str(self.partial))
-        state = {
+        _sync(self.partial / "dataset_info.json")
+        state: dict[str, Any] = {
             "_data_files": [{"filename": _file(chunk)} for chunk in range(chunks)],
-            "_fingerprint": audit["fingerprint"]["weights"],
+            "_fingerprint": hashlib.sha256(json.dumps(audit).encode()).hexdigest()[:16],
             "_format_columns": None,
             "_format_kwargs": {},
             "_format_type": None,
@@ -217,6 +226,11 @@ class Writer:
 
     def _counts(self, chunk: int) -> Path:
         return self.partial / _file(chunk).replace(".arrow", ".json")
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _file(chunk: int) -> str:

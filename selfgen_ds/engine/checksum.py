@@ -9,7 +9,6 @@ import torch.distributed as dist
 from selfgen_ds.methods import noise
 
 _PIECE = 1 << 22  # elements that are hashed at once
-
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,9 +24,7 @@ def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
     total = torch.zeros((), dtype=torch.int64, device=engine.device)
     for number, parameter in enumerate(engine.module.parameters()):
         with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
-            bits = (
-                parameter.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
-            )
+            bits = parameter.detach().flatten().view(_BITS[parameter.itemsize])
             for first in range(rank * _PIECE, len(bits), world_size * _PIECE):
                 piece = bits[first : first + _PIECE].long()
                 places = torch.arange(first, first + len(piece), device=piece.device)

@@ -154,10 +154,12 @@ class EnginePolicy(Policy):
         self.sharded = isinstance(forward, DeepSpeedEngine) and forward.zero_optimization_partition_weights()
         """Whether a forward gathers weights now, so that all ranks must make the same ones."""
         self._inside_gathered = False
+        self._spare = math.inf
+        """Bytes that a forward may take, inside `gathered`."""
         self._one_token_cache: Cache | None = None
-        self._choices: set[tuple[bool, int]] = set()
-        self._announced = False
-        self._answered = [0, 0.0]  # tokens, seconds
+        self._choice: bool | None = None
+        """Whether weights were gathered the last time."""
+        self._tokens, self._seconds = 0, 0.0  # of answers
 
     @contextmanager
     def gathered(self, longest: int) -> Iterator[None]:
@@ -183,22 +185,24 @@ class EnginePolicy(Policy):
                 # a forward without a backward leaves parameters on their way, which nothing else may gather
                 stack.callback(offload.partition_all_parameters)
             gathers, rows = self._choose(row)
+            announced = self.sharded and gathers != self._choice
+            self._choice = gathers
             if gathers:
                 stack.enter_context(rollouts.whole(offload))
             self.sharded, self.rows_at_once, self._inside_gathered = self.sharded and not gathers, rows, True
-            self._answered = [0, 0.0]
+            self._tokens, self._seconds = 0, 0.0
             try:
                 yield
             finally:
-                (self.sharded, self.rows_at_once), self._inside_gathered = before, False
-        tokens, seconds = self._answered
-        if self._announced and tokens:
-            log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", tokens, seconds, tokens / seconds)
+                (self.sharded, self.rows_at_once), self._inside_gathered, self._spare = before, False, math.inf
+        if announced and self._tokens:
+            rate = self._tokens / self._seconds
+            log.info("rollouts: %d tokens in %.1f s on this rank, %.0f a second", self._tokens, self._seconds, rate)
 
     def _choose(self, row: int) -> tuple[bool, int]:
         """Whether to gather sharded weights, and the rows to generate at once, the same on all ranks that keep step.
 
-        Logged with its reasons, once for each outcome.
+        Logged with its reasons, the first time and whenever it is another.
 
         Args:
             row: Bytes to generate one row.
@@ -219,31 +223,45 @@ class EnginePolicy(Policy):
         gathers = self.sharded and rows >= 1
         if self.sharded and not gathers:
             rows = fitting(live)
+        self._spare = room - (weights if gathers else live)
         rows = max(1, min(self.rows_at_once, rows))
-        choice = "weights are whole on every rank"
-        if self.sharded:
-            does = "are gathered once" if gathers else "stay sharded, to be gathered for every token"
-            choice = f"weights of {weights / 1e6:,.1f} MB {does}"
-        self._announced = (gathers, rows) not in self._choices
-        self._choices.add((gathers, rows))
-        if self._announced:
-            log.info("rollouts: %s; %d rows at once, each %.1f MB; %.1f MB free", choice, rows, row / 1e6, free / 1e6)
+        if self.sharded and gathers != self._choice:
+            log.info(
+                "rollouts: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free",
+                weights / 1e6,
+                "are gathered once" if gathers else "stay sharded, to be gathered for every token",
+                rows,
+                row / 1e6,
+                free / 1e6,
+            )
         return gathers, rows
 
     @torch.no_grad()
     def _row_bytes(self, longest: int) -> int:
         """Memory to generate one row: its cache, and what the forward over its prompt and the draw of a token hold."""
         if self._one_token_cache is None:
-            self._one_token_cache = rollouts.one_token_cache(self.model)
+            with _evaluating(self.forward):  # nothing is cached in training with activation checkpointing
+                self._one_token_cache = rollouts.one_token_cache(self.model)
         config = self.model.config
         text, size = config.get_text_config(decoder=True), self.model.dtype.itemsize
-        # a layer's mask; eager attention has scores as well, in two types
-        heads = getattr(text, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
-        square = longest * longest * (1 + size + heads * (4 + size))
-        inner, experts = _inner_width(text)
-        wide = longest * (5 * inner + (6 + 4 * experts) * text.hidden_size) * size  # as in `sweep_budget`, generously
+        # a layer's mask and its copy in the type of the scores; eager attention has scores as well, in two types
+        heads = getattr(text, "num_attention_heads", 1)
+        pair = {"eager": 1 + size + heads * (4 + size), "flash_attention_2": 0}.get(
+            config._attn_implementation, 1 + size
+        )
         logits = 24 * text.vocab_size  # as they come, warped, as probabilities, summed in float64
-        return rollouts.cache_bytes(self._one_token_cache, longest) + wide + square + logits
+        cache = rollouts.cache_bytes(self._one_token_cache, longest)
+        return cache + longest * (self._token_bytes() + longest * pair) + logits
+
+    def _token_bytes(self) -> int:
+        """What a no-grad forward holds of a token at most: as in `sweep_budget`, but for every model, generously."""
+        text = self.model.config.get_text_config(decoder=True)
+        inner, experts = _inner_width(text)
+        return (5 * inner + (6 + 4 * experts) * text.hidden_size) * self.model.dtype.itemsize
+
+    def _most_tokens(self) -> float:
+        """Tokens of one forward that fit into the memory that was free, inside `gathered`; otherwise no limit."""
+        return max(0.0, self._spare) / self._token_bytes()
 
     @torch.no_grad()
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
@@ -259,7 +277,7 @@ class EnginePolicy(Policy):
         columns = torch.arange(mask.shape[1], device=device)
         lengths = (mask * (columns + 1)).amax(dim=1)  # up to and with the last masked token
         most = self.budget.tokens(max(batch.context.numel() for batch in window)) if self.budget else math.inf
-        groups = _groups(lengths, most)
+        groups = _groups(lengths, min(most, self._most_tokens()))
         self.groups = self.max_over_ranks(len(groups))
 
         drawn = torch.zeros_like(context)
@@ -301,13 +319,23 @@ class EnginePolicy(Policy):
         Returns:
             The most probable token, `[responses]` int64, and the reference's log-probability, float32.
         """
+        rows = len(batch.context)
+        if not self.sharded:  # then no other rank waits for this one's forwards
+            rows = max(1, int(min(rows, self._most_tokens() // batch.context.shape[1])))
+        parts = []
         with _evaluating(self.forward):
-            return self._module(
-                batch.context,
-                positions=batch.loss_mask,
-                reduction=head.predict(batch.target[batch.loss_mask]),
-                position_ids=batch.packed_position_ids,
-            )
+            for first in range(0, len(batch.context), rows):
+                some = slice(first, first + rows)
+                where, packed = batch.loss_mask[some], batch.packed_position_ids
+                part = self._module(
+                    batch.context[some],
+                    positions=where,
+                    reduction=head.predict(batch.target[some][where]),
+                    position_ids=None if packed is None else packed[some],
+                )
+                parts.append(part)
+        best, log_probabilities = zip(*parts, strict=True)
+        return torch.cat(best), torch.cat(log_probabilities)
 
     @torch.no_grad()
     def complete(
@@ -339,8 +367,8 @@ class EnginePolicy(Policy):
                 found = rollouts.generate(self.model, some, max_new_tokens, self.end_tokens, draw, in_step)
                 for number, answer in zip(numbers, found, strict=True):
                     answers[number] = answer
-        self._answered[0] += sum(map(len, answers))
-        self._answered[1] += time.perf_counter() - started
+        self._tokens += sum(map(len, answers))
+        self._seconds += time.perf_counter() - started
         return answers
 
 

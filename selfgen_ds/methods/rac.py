@@ -65,6 +65,12 @@ class Rac(RoundMethod):
                 f"of data.max_length={self.plan.max_length}: prompt, cue and reference take "
                 f"{self.plan.max_length - room.max()} tokens or more"
             )
+        if self.config.answers_per_prompt > self.config.epochs_per_round:
+            log.warning(
+                "rac: a round of %d epochs reads about as many of the %d answers to a prompt",
+                self.config.epochs_per_round,
+                self.config.answers_per_prompt,
+            )
         if full := int((room < 1).sum()):
             log.warning("rac: %d of %d rows have no room for an own answer, and are trained without", full, len(room))
 

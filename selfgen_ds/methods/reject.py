@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from importlib import import_module
 
@@ -52,15 +53,13 @@ def first_rejected(
     if not candidates:
         return None
     text = tokenizer.decode(ids, skip_special_tokens=False)
-    found = [(start, end) for start, end in spans(text) if start < end]
-    if not found:
-        return None
-
-    for token in candidates:
-        begin, behind = _characters(ids, token, text, tokenizer)
-        if any(start < behind and begin < end for start, end in found):
-            return token
-    return None
+    hits = []
+    for start, end in spans(text):
+        # looked for by halves: where a token ends is told by decoding all before it
+        place = bisect_right(candidates, start, key=lambda token: _characters(ids, token, text, tokenizer)[1])
+        if start < end and place < len(candidates) and _characters(ids, candidates[place], text, tokenizer)[0] < end:
+            hits.append(candidates[place])
+    return min(hits, default=None)
 
 
 def _characters(ids: list[int], token: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

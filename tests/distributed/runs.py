@@ -66,11 +66,15 @@ def write_rows(folder: Path, count: int = 40) -> None:
             file.write(json.dumps({"prompt": f"row {i}: ", "completion": words}) + "\n")
 
 
-def write_limited_json(folder: Path) -> str:
-    """A JSON whose limits really release parameters: the default ones keep a small model gathered."""
+def write_limited_json(folder: Path, persistent: int = 0) -> str:
+    """A JSON whose limits really release parameters: the default ones keep a small model gathered.
+
+    Args:
+        persistent: Parameters of fewer elements stay gathered all the same.
+    """
     zero = {
         "stage": 3,
-        "stage3_param_persistence_threshold": 0,
+        "stage3_param_persistence_threshold": persistent,
         "stage3_prefetch_bucket_size": 20_000,
         "stage3_max_live_parameters": 20_000,
         "stage3_max_reuse_distance": 20_000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -169,34 +170,65 @@ def test_a_rank_without_prompts_keeps_step_with_one_that_has_the_longest(
     assert len(much[0]) == len(much[1]) == 6
 
 
-def choices(settings: Recipe) -> list[tuple[bool, int, bool]]:
-    """Whether the model stays sharded, rows at once, and whether hooks are there, at several sizes of free memory."""
+def choices(settings: Recipe) -> tuple[list[tuple[bool, int, bool]], list[str]]:
+    """Whether weights stay sharded, rows at once, and whether hooks are there, at growing sizes of free memory.
+
+    And what is logged.
+    """
     run = prepare(settings, set())
-    policy, hooks = run.policy, run.engine.optimizer.parameter_offload.forward_hooks
+    policy, hook = run.policy, run.engine.optimizer.parameter_offload.forward_hooks[0]
+    policy.end_tokens = [len(run.tokenizer)]  # no token is
     weights = sum(p.ds_numel * 4 for p in policy.model.parameters())
-    with memory(0), policy.gathered(100):
-        row = policy._row_bytes(100)
+    row = policy._row_bytes(100)
     found = []
-    # rank 1 has less than rank 0
-    for free in (weights // 2, weights + row // 2, weights + row * 3.5, 10**12):
-        less = 0 if dist.get_rank() == 0 else row
-        with memory(int(free / 0.9) - less + 1), policy.gathered(100):
-            there = hooks[0].id in hooks[0].hooks_dict_ref()
-            found.append((policy.sharded, policy.rows_at_once, there))
-            with memory(0), policy.gathered(10):
-                assert (policy.sharded, policy.rows_at_once) == found[-1][:2], "an inner one changes nothing"
-            assert (policy.sharded, policy.rows_at_once) == found[-1][:2]
-        assert (policy.sharded, policy.rows_at_once) == (True, 64)
-    return found
+    with logged() as lines:
+        for free in (weights // 2, weights // 2, weights + row // 2, weights + row * 3.5, 10**12):
+            less = 0 if dist.get_rank() == 0 else row
+            with memory(int(free / 0.9) - less + 1), policy.gathered(100):
+                found.append((policy.sharded, policy.rows_at_once, hook.id in hook.hooks_dict_ref()))
+                policy.complete([[1], [2]], 5)
+                with memory(0), policy.gathered(10):
+                    assert (policy.sharded, policy.rows_at_once) == found[-1][:2], "an inner one changes nothing"
+                assert (policy.sharded, policy.rows_at_once) == found[-1][:2]
+            assert (policy.sharded, policy.rows_at_once) == (True, 64)
+    return found, lines
 
 
-def test_weights_are_gathered_where_they_and_a_row_fit_on_every_rank(two_ranks: Ranks, tmp_path: Path) -> None:
-    first, second = two_ranks.run(choices, saved(tmp_path))
+def test_weights_are_gathered_where_they_and_a_row_fit_on_every_rank_and_the_choice_is_logged_once(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    (first, lines), (second, _) = two_ranks.run(choices, saved(tmp_path))
     assert first == second
-    little, no_row, some_rows, plenty = first
+    little, same, no_row, some_rows, plenty = first
+    assert little == same
     assert little[::2] == no_row[::2] == (True, True)
     assert some_rows == (False, 2, False)
     assert plenty == (False, 64, False)
+    sharded, rate, gathered, other_rate = lines
+    assert "stay sharded" in sharded
+    assert "are gathered once; 2 rows at once" in gathered
+    assert rate.startswith("rollouts: 10 tokens in")
+    assert other_rate.startswith("rollouts: 10 tokens in")
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What is logged at level INFO."""
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, log = Collect(), logging.getLogger("selfgen_ds")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def interrupted(settings: Recipe, mode: str) -> tuple[list[float], dict[str, Tensor], int, bool]:
@@ -226,6 +258,8 @@ def test_training_with_rollouts_between_even_ones_that_fail_is_training_without_
     settings = saved(tmp_path, "mixtral" if kind == "mixtral" else "llama", attention_dropout=0.1)
     settings.optim.learning_rate = 1e-3
     settings.train = TrainConfig(max_steps=20, micro_batch_size=2, gradient_accumulation_steps=2)
+    if kind == "dropout":
+        settings.deepspeed = runs.write_limited_json(tmp_path, persistent=100)
     if kind == "lora":
         settings.model.lora = LoraConfig(r=2, lora_dropout=0.1)
     expected = two_ranks.run(interrupted, settings, "none")
@@ -240,24 +274,42 @@ def test_training_with_rollouts_between_even_ones_that_fail_is_training_without_
             assert all(torch.equal(parameters[name], value) for name, value in expected[rank][1].items())
 
 
-def inside_and_outside(settings: Recipe) -> bool:
-    """Draws and predictions of the same window, gathered with a different number of sweeps a rank, and not."""
+def inside_and_outside(settings: Recipe) -> tuple[bool, list[int]]:
+    """Draws and predictions of a window, sharded, and gathered with room for all of it on rank 0 and a row on rank 1.
+
+    Whether they are the same, and forwards inside.
+    """
     run = prepare(settings, set())
     runs.steps(run, 2)
     window = run.windows.window(2)
+    forwards: list[None] = []
+    run.policy.model.model.register_forward_pre_hook(lambda *_: forwards.append(None))
 
     def drawn() -> list[Tensor]:
         contexts = [batch.context for batch in run.method.contexts(window, run.policy, 2)]
         return [*contexts, *run.policy.predict(window[0])]
 
     before = drawn()
-    with rolling_out(run.policy, "gathered"):
-        within = drawn()
-    return all(torch.equal(one, other) for one, other in zip(before, within, strict=True))
+    found = True
+    counts = []
+    for spare in (run.policy._spare, run.policy._token_bytes() if dist.get_rank() else 10**12):
+        with rolling_out(run.policy, "gathered"):
+            run.policy._spare = spare
+            forwards.clear()
+            found &= all(torch.equal(one, other) for one, other in zip(before, drawn(), strict=True))
+            counts.append(len(forwards))
+    return found, counts
 
 
-def test_draws_and_predictions_on_gathered_weights_are_the_sharded_ones(two_ranks: Ranks, tmp_path: Path) -> None:
-    assert two_ranks.run(inside_and_outside, saved(tmp_path)) == [True, True]
+def test_draws_and_predictions_on_gathered_weights_are_the_sharded_ones_and_keep_to_the_memory_that_is_left(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    roomy, narrow = two_ranks.run(inside_and_outside, saved(tmp_path))
+    assert roomy[0]
+    assert roomy[1][0] == roomy[1][1]
+    assert narrow[0]
+    assert narrow[1][0] == roomy[1][0]
+    assert narrow[1][1] > roomy[1][1]  # a forward a row: fewer than rank 0 would wait for were it sharded
 
 
 def gathers(settings: Recipe) -> dict[str, int]:

@@ -1,5 +1,5 @@
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import datasets
@@ -329,3 +329,122 @@ def test_every_group_of_grouped_steps_has_an_order_of_its_own() -> None:
     groups = [[lengths(windows.window(step)[0])[0] for step in range(first, first + 50)] for first in (0, 50, 100)]
     assert all(sorted(group) == lengths_once for group in groups)
     assert len({tuple(group) for group in groups}) == 3
+
+
+# --- over other rows ---
+
+
+class ListRows:
+    """Rows of given lengths, each with a number of its own."""
+
+    def __init__(self, row_lengths: list[int], first_id: int = 0, context: int | None = None) -> None:
+        self._lengths, self._first_id, self._context = np.array(row_lengths), first_id, context
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        row = sample([0] * (int(self._lengths[index]) - 2), [1, 1], self._first_id + index)
+        return row if self._context is None else replace(row, context_ids=np.full(len(row.input_ids), self._context))
+
+    def lengths(self, indices: np.ndarray, /) -> np.ndarray:
+        return self._lengths[indices]
+
+
+def _drawn(windows: Windows) -> list[ListRows]:
+    """The rows of a method that keeps lengths: one for every sample, with another context."""
+    return [
+        ListRows([int(n) for n in source.lengths(np.arange(len(source)))], getattr(source, "first_id", 0), context=7)
+        for source in windows._samples
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("steps", [range(0, 17), range(17, 61), range(3, 4), range(61, 140)])
+def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, ranks: int, steps: range) -> None:
+    for rank in range(ranks):
+        windows = _of_kind(kind, rank=rank, world_size=ranks)
+        others = windows.over(_drawn(windows), steps)
+        for step in steps:
+            for ours, theirs in zip(others.window(step), windows.window(step), strict=True):
+                assert torch.equal(ours.sample_ids, theirs.sample_ids)
+                assert torch.equal(ours.position_ids, theirs.position_ids)
+                assert (ours.context[ours.sample_ids >= 0] == 7).all()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_as_many_rows_of_other_lengths_come_once_an_epoch(grouped: bool) -> None:
+    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped)
+    others = windows.over([ListRows(LONG[60:] + LONG[:60])], range(30, 60))
+    assert sorted(_ids(others, range(30, 60))) == list(range(120))
+
+
+ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # of 4 rows, where an epoch has 120
+
+
+@pytest.mark.parametrize("count", [3, 50, 119, 121, 240, 500])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("steps", ROUNDS)
+def test_of_fewer_or_more_rows_none_comes_twice_more_than_another_within_a_round(
+    count: int, grouped: bool, steps: range
+) -> None:
+    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped)
+    others = windows.over([ListRows([3 + (5 * i) % 40 for i in range(count)])], steps)
+    seen = Counter(_ids(others, steps))
+    times = [seen[row] for row in range(count)]
+    assert sum(times) == 4 * len(steps)
+    assert max(times) - min(times) <= 1
+
+
+def test_of_more_rows_another_round_has_others() -> None:
+    windows = _windows(sources=[_samples(LONG)])
+    rows = [ListRows([5] * 480)]
+    first, second = (set(_ids(windows.over(rows, steps), steps)) for steps in ROUNDS[:2])
+    assert len(first) == len(second) == 120
+    assert first != second
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_other_rows_of_several_sources_keep_their_shares(grouped: bool) -> None:
+    windows = _of_kind("weighted", group_by_length=grouped)
+    rows = [ListRows([4] * 35), ListRows([5] * 45, first_id=1000)]
+    for steps in ROUNDS[:2]:
+        others = windows.over(rows, steps)
+        seen = _ids(others, steps)
+        assert sum(i >= 1000 for i in seen) == pytest.approx(0.75 * 120, abs=12)
+    unweighted = _of_kind("several", group_by_length=grouped)
+    once = Counter(_ids(unweighted.over(rows, range(0, 20)), range(0, 20)))
+    assert once == dict.fromkeys((*range(35), *range(1000, 1045)), 1)
+
+
+@pytest.mark.parametrize("count", [50, 120, 500])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
+    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2)  # 239 rows
+    others = windows.over([ListRows([5] * count)], range(16, 30))
+    assert (others.steps(), len(others), others.step_size) == (windows.steps(), len(windows), windows.step_size)
+    assert [others.epoch(step) for step in range(40)] == [windows.epoch(step) for step in range(40)]
+    ranks = [
+        _windows(sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2, rank=rank).over(
+            [ListRows([5] * count)], range(16, 30)
+        )
+        for rank in range(2)
+    ]
+    assert [sum(len(_ids(one, range(step, step + 1))) for one in ranks) for step in range(28, 31)] == [8, 7, 0]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_any_step_over_other_rows_alone_is_what_it_is_in_sequence(grouped: bool) -> None:
+    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped)
+    rows, steps = [ListRows([3 + (5 * i) % 40 for i in range(333)])], range(61, 191)
+    expected = [_ids(windows.over(rows, steps), range(step, step + 1)) for step in steps]
+    uninterrupted = windows.over(rows, steps)
+    assert [_ids(uninterrupted, range(step, step + 1)) for step in steps] == expected
+
+
+def test_the_data_sets_own_windows_stay_as_they_were() -> None:
+    windows = _of_kind("grouped")
+    before = _ids(windows, range(60))
+    windows.over([ListRows([5] * 9)], range(60)).window(3)
+    assert _ids(windows, range(60)) == before

@@ -111,3 +111,37 @@ def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> No
 def test_the_histogram_of_one_length_is_one_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = _shown(_recipe(tmp_path, ["abcd", "efgh"]), capsys)
     assert re.findall(r"^ +(\d+) to (\d+) +(\d+) ", output, flags=re.M) == [("12", "12", "2")]
+
+
+def test_a_round_of_bash_is_shown_as_it_would_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path, ["abcdefgh", "ijklmnop"])
+    recipe.selfgen = SelfgenConfig(method="bash", replace_probability=1.0, schedule="linear", schedule_share=1.0)
+    output = _shown(recipe, capsys, rows=3, draw=True)
+    for number, text in enumerate(["abcdefgh", "ijklmnop"]):
+        pattern = rf"\[prompt\]ask {number}: \[drawn\].*\[for\]{text}\[target\]</s>"
+        assert re.search(pattern, output, flags=re.S)
+    assert _shown(recipe, capsys, rows=3, draw=True) == output
+    recipe.selfgen.replace_probability = 0.0
+    assert "[prompt]ask 0: [replaceable]abcdefgh[target]</s>" in _shown(recipe, capsys, draw=True, rows=3)
+
+
+def test_an_own_answer_is_shown_before_cue_and_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path, ["abcdefgh"])
+    recipe.selfgen = SelfgenConfig(method="rac", sft_share=0.0, cue=" No: ", max_new_tokens=3)
+    output = _shown(recipe, capsys, rows=3, draw=True)
+    assert re.search(r"\[prompt\]ask 0: \[answer\].*\[prompt\] No: \[target\]abcdefgh</s>", output, flags=re.S)
+    assert "[for]" not in output
+    assert "sample 0, 24 tokens" in output
+
+
+def test_a_plain_row_of_rac_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path, ["abcdefgh"])
+    recipe.selfgen = SelfgenConfig(method="rac", sft_share=1.0)
+    assert "[prompt]ask 0: [target]abcdefgh</s>" in _shown(recipe, capsys, rows=1, draw=True)
+
+
+def test_every_answer_to_a_prompt_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path, ["abcdefgh"])
+    recipe.selfgen = SelfgenConfig(method="rac", sft_share=0.0, answers_per_prompt=3, max_new_tokens=3, cue="")
+    output = _shown(recipe, capsys, rows=1, draw=True)
+    assert len(re.findall(r"row \d, sample 0", output)) == 3

@@ -48,6 +48,19 @@ def test_every_byte_of_a_character_is_part_of_it(text: str) -> None:
     assert [_first(text, [i], ["^x"]) for i in range(last + 1)] == [0] + [None] * last
 
 
+@given(
+    text=st.text("ab c", max_size=20),
+    candidates=st.sets(st.integers(0, 19)),
+    patterns=st.lists(st.sampled_from(["a", "ab", "b+", " .*", "c|a", "(?=a)"]), min_size=1, max_size=3),
+)
+def test_what_is_found_is_the_first_candidate_of_all_matches(
+    text: str, candidates: set[int], patterns: list[str]
+) -> None:
+    some = sorted(candidate for candidate in candidates if candidate < len(text))
+    rejected = {i for pattern in patterns for match in re.finditer(pattern, text) for i in range(*match.span())}
+    assert _first(text, some, patterns) == min(rejected & set(some), default=None)
+
+
 def test_what_a_draw_makes_of_a_character_is_rejected_where_it_breaks_it() -> None:
     first = BYTES("é")["input_ids"][0]
     ids = [first, *BYTES("a b")["input_ids"]]

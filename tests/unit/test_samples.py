@@ -586,3 +586,25 @@ def test_samples_are_mapped_from_the_disk_and_not_held(tmp_path: Path) -> None:
     files = [file["filename"] for file in samples.table.cache_files]
     assert files == [str(samples.folder / "samples.arrow")]
     assert list(chain(samples[0].input_ids))
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml with generation markers", "llama2", "qwen3"])
+def test_part_lengths_are_those_of_prompt_and_last_response(template: str) -> None:
+    chat_tokenizer = tokenizer(template)
+    texts = ["a", "the answer", "How many apples are left?", "b " * 30]
+    rows = [
+        Conversation(
+            messages=[
+                {"role": role, "content": texts[(i + j + turn) % 4]}
+                for turn in range(1 + i % 3)
+                for j, role in enumerate(("user", "assistant"))
+            ]
+        )
+        for i in range(2300)  # tables of 1000 rows, and one that is cut
+    ]
+    samples = load_samples(_opened(rows), chat_tokenizer, Format(max_length=70))
+    assert samples.truncated
+    prompts, responses = samples.part_lengths()
+    assert (prompts.dtype, responses.dtype) == (np.int64, np.int64)
+    expected = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in take([samples])]
+    assert list(zip(prompts.tolist(), responses.tolist(), strict=True)) == expected

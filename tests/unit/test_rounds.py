@@ -1,0 +1,106 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfgen_ds.config import InputError, SelfgenConfig
+from selfgen_ds.data.correction import Correction
+from selfgen_ds.data.store import StoredRow, Writer
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.methods.bash import Bash
+from selfgen_ds.methods.method import Plan
+from selfgen_ds.rounds import Fingerprint, Rounds
+
+OURS = {"model": "m1", "tokenizer": "t1", "data": "d1"}
+
+
+def _drawn(
+    folder: Path, number: int = 1, *, length: int = 6, method: str = "bash", fingerprint: dict[str, str] | None = None
+) -> Path:
+    """A complete round."""
+    ids = np.arange(length)
+    row = StoredRow(
+        sample_id=0, context_ids=ids, target_ids=ids, loss_mask=ids > 1, replaced_mask=ids > length, answer_equal=False
+    )
+    writer = Writer(folder / f"round-{number:02d}")
+    audit, _ = writer.start({"method": method, "fingerprint": OURS | {"weights": "w"} | (fingerprint or {})})
+    writer.write(0, [row], {})
+    writer.finish(1, audit)
+    return writer.folder
+
+
+def _open(folder: Path, shared: Path | None = None) -> Rounds:
+    """The rounds of a run of `bash`, as far as they are looked at before the first step."""
+    plan = Plan(
+        seed=0,
+        total_steps=4,
+        step_size=1,
+        epoch_size=1,
+        micro_batch_size=1,
+        max_length=6,
+        tokenizer=byte_tokenizer(),
+        correction=Correction(),
+    )
+    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "windows"))
+    return Rounds(
+        **parts,
+        method=Bash(SelfgenConfig(method="bash"), plan),
+        samples=[],
+        folder=folder,
+        shared=shared,
+        fingerprint=Fingerprint(**OURS),
+        settings={"method": "bash"},
+    )
+
+
+def test_rounds_of_the_same_model_tokenizer_and_data_are_taken(tmp_path: Path) -> None:
+    _drawn(tmp_path / "own", 1)
+    _drawn(tmp_path / "others", 2)
+    _open(tmp_path / "own", tmp_path / "others")
+    _open(tmp_path / "not there yet")
+
+
+@pytest.mark.parametrize("what", OURS)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_round_of_another_origin_is_refused_with_both_fingerprints(
+    what: str, is_shared: bool, tmp_path: Path
+) -> None:
+    _drawn(tmp_path / "rollouts", 1)
+    folder = _drawn(tmp_path / "rollouts", 2, fingerprint={what: "x9"})
+    with pytest.raises(InputError) as caught:
+        _open(tmp_path / "none", tmp_path / "rollouts") if is_shared else _open(tmp_path / "rollouts")
+    setting = "selfgen.rollouts" if is_shared else "output_dir"
+    assert str(caught.value) == f"{setting}: {folder} was drawn from another {what}: x9 there, {OURS[what]} here"
+
+
+def test_a_round_of_another_method_is_refused(tmp_path: Path) -> None:
+    folder = _drawn(tmp_path, method="rac")
+    with pytest.raises(InputError, match=rf"^output_dir: {folder} was drawn by rac, not by bash$"):
+        _open(tmp_path)
+
+
+def test_a_round_of_longer_rows_is_refused(tmp_path: Path) -> None:
+    folder = _drawn(tmp_path, length=7)
+    with pytest.raises(InputError, match=rf"^output_dir: {folder} has rows of 7 tokens, more than data\.max_length=6$"):
+        _open(tmp_path)
+
+
+def test_a_damaged_round_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    folder = _drawn(tmp_path)
+    (folder / "rows-000000.arrow").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"^{folder}: not a complete round: "):
+        _open(tmp_path)
+
+
+def test_a_round_that_is_being_drawn_is_not_looked_at(tmp_path: Path) -> None:
+    folder = _drawn(tmp_path, fingerprint={"model": "x9"})
+    folder.rename(folder.with_name("round-01.partial"))
+    _open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rollouts", "nothing"])
+def test_a_folder_without_a_complete_round_is_refused(name: str, tmp_path: Path) -> None:
+    _drawn(tmp_path / "rollouts").rename(tmp_path / "rollouts" / "round-01.partial")
+    with pytest.raises(InputError, match=rf"^selfgen\.rollouts: {tmp_path / name} holds no round, such as round-01$"):
+        _open(tmp_path / "own", tmp_path / name)

@@ -1,0 +1,307 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from selfgen_ds.config import InputError
+from selfgen_ds.data.batches import collate
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.store import AUDIT, StoredRow, StoredRows, Writer, load_table, read_audit
+
+COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
+
+
+def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[StoredRow]:
+    """Rows of several turns, some tokens of which are drawn."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = int(rng.integers(3, 20))
+        ids = rng.integers(0, 150_000, length)
+        loss_mask = (rng.random(length) < 0.6) & (np.arange(length) > 0)
+        drawn = loss_mask & (rng.random(length) < 0.5)
+        context = np.where(drawn & (rng.random(length) < 0.5), ids + 1, ids)
+        rows.append(
+            StoredRow(
+                sample_id=first_id + number,
+                context_ids=context,
+                target_ids=ids,
+                loss_mask=loss_mask,
+                replaced_mask=drawn,
+                answer_equal=bool(number % 2),
+            )
+        )
+    return rows
+
+
+def _audit(**changes: Any) -> dict[str, Any]:
+    return {
+        "method": "bash",
+        "round": 1,
+        "replace_probability": 0.1 + 0.2,
+        "settings": {"passes": None, "reject": ["a"], "temperature": 1.0, "seed": 3},
+        "fingerprint": {"model": "m", "tokenizer": "t", "data": "d", "weights": "w"},
+        "versions": {"torch": "2"},
+        "started": "2026-01-01T00:00:00+00:00",
+        "chunk_size": 5,
+    } | changes
+
+
+def _complete(folder: Path, chunks: int = 3, **audit: Any) -> list[StoredRow]:
+    """A finished round; its rows."""
+    writer = Writer(folder)
+    begun, _ = writer.start(_audit(**audit))
+    rows = [_rows(chunk, first_id=5 * chunk) for chunk in range(chunks)]
+    for chunk in reversed(range(chunks)):
+        writer.write(chunk, rows[chunk], {"passes": chunk + 1, "rejected_rows": chunk})
+    writer.finish(chunks, begun)
+    return [row for some in rows for row in some]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "rollouts" / "round-01"
+
+
+def _equal(row: StoredRow, other: StoredRow) -> bool:
+    return (row.sample_id, row.answer_equal) == (other.sample_id, other.answer_equal) and all(
+        np.array_equal(getattr(row, name), getattr(other, name)) for name in COLUMNS
+    )
+
+
+# --- one row ---
+
+
+def test_a_row_of_a_sample_is_teacher_forcing_on_it() -> None:
+    sample = Sample(sample_id=7, input_ids=np.arange(30, 39), turns=np.array([[2, 3, 4], [4, 7, 8]]))
+    row = StoredRow.of(sample)
+    assert row.context_ids.tolist() == row.target_ids.tolist() == sample.input_ids.tolist()
+    assert row.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0]
+    assert (row.replaced_mask.any(), row.answer_equal, row.sample_id) == (False, False, 7)
+    before, after = collate([[sample]]), collate([[row.sample()]])
+    for name in ("sample_ids", "position_ids", "context", "target", "loss_mask", "drawn"):
+        assert (getattr(before, name) == getattr(after, name)).all()
+
+
+def test_a_row_is_trained_on_as_it_is() -> None:
+    for row in _rows(1, 50):
+        batch = collate([[row.sample()]])
+        assert batch.context[0].tolist() == row.context_ids.tolist()
+        assert batch.target[0].tolist() == row.target_ids.tolist()
+        assert batch.loss_mask[0].tolist() == row.loss_mask.tolist()
+        assert batch.drawn[0].tolist() == row.replaced_mask.tolist()
+        assert not batch.replaceable.any()
+
+
+# --- a whole round ---
+
+
+def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -> None:
+    rows = _complete(folder)
+    table = load_table(folder)
+    assert len(table) == 15
+    assert all(_equal(StoredRow(**table[i]), row) for i, row in enumerate(rows))
+    for numbers in (np.arange(15), np.array([3, 4, 11])):
+        stored = StoredRows(table, numbers)
+        assert len(stored) == len(numbers)
+        some = np.array([2, 0])
+        assert stored.lengths(some).tolist() == [len(rows[numbers[i]].context_ids) for i in some]
+        assert stored.lengths(some).dtype == np.int64
+        for i, number in enumerate(numbers):
+            sample = stored[i]
+            assert sample.context_ids is not None
+            assert sample.context_ids.tolist() == rows[number].context_ids.tolist()
+            assert (sample.context_ids.dtype, sample.sample_id) == (np.int64, number)
+
+
+def test_the_folder_is_an_ordinary_dataset(folder: Path) -> None:
+    rows = _complete(folder)
+    table = datasets.load_from_disk(str(folder))
+    assert table.column_names == ["sample_id", *COLUMNS, "answer_equal"]
+    for found, row in zip(table, rows, strict=True):
+        assert {name: found[name] for name in COLUMNS} == {name: getattr(row, name).tolist() for name in COLUMNS}
+        assert len({len(found[name]) for name in COLUMNS}) == 1
+        outside = [i for i, drawn in enumerate(found["replaced_mask"]) if not drawn]
+        assert [found["context_ids"][i] for i in outside] == [found["target_ids"][i] for i in outside]
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"rows-{chunk:06d}.arrow" for chunk in range(3)),
+        *("dataset_info.json", "state.json", AUDIT),
+    }
+
+
+def test_a_dataset_of_one_round_is_not_taken_for_another_rounds(tmp_path: Path) -> None:
+    _complete(tmp_path / "round-01")
+    _complete(tmp_path / "round-02", round=2)  # the same weights
+    first, second = (datasets.load_from_disk(str(tmp_path / name)) for name in ("round-01", "round-02"))
+    assert first._fingerprint != second._fingerprint
+
+
+def test_the_record_says_what_drew_the_round_and_how_much_of_it(folder: Path) -> None:
+    rows = _complete(folder)
+    audit = read_audit(folder)
+    assert {name: audit[name] for name in _audit()} == _audit()
+    assert audit["passes"] == 3
+    assert audit["counts"] == {
+        "rows": 15,
+        "drawn_tokens": sum(int(row.replaced_mask.sum()) for row in rows),
+        "differing_tokens": sum(int((row.context_ids != row.target_ids).sum()) for row in rows),
+        "rows_with_drawn_tokens": sum(bool(row.replaced_mask.any()) for row in rows),
+        "equal_answers": sum(row.answer_equal for row in rows),
+        "rejected_rows": 3,
+    }
+
+
+def test_a_chunk_may_come_to_nothing(folder: Path) -> None:
+    writer = Writer(folder)
+    audit, _ = writer.start(_audit())
+    writer.write(0, [], {})
+    writer.write(1, _rows(1), {})
+    assert writer.finish(2, audit)["counts"]["rows"] == 5
+    assert len(load_table(folder)) == 5
+
+
+# --- a writer that was killed ---
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> None:
+    expected = _complete(tmp_path / "whole")
+    killed = Writer(folder)
+    killed.start(_audit())
+    killed.write(1, expected[5:10], {"passes": 2, "rejected_rows": 1})
+    killed.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
+    (killed.partial / "rows-000002.json").unlink()  # killed before its counts were written
+    arrow = killed.partial / "rows-000002.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    (killed.partial / "rows-000000.arrow").write_bytes(b"")
+    (killed.partial / ".rows-000000.json.123.tmp").write_bytes(b'{"rows"')
+
+    writer = Writer(folder)
+    # as another number of ranks would divide it; the one that began holds
+    audit, superseded = writer.start(_audit(chunk_size=7, started="later"))
+    assert (audit, superseded) == (_audit(), False)
+    assert writer.missing(3) == [0, 2]
+    writer.write(0, expected[:5], {"passes": 1, "rejected_rows": 0})
+    assert writer.missing(3) == [2]
+    writer.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
+    writer.finish(3, audit)
+    assert all(_equal(StoredRow(**load_table(folder)[i]), row) for i, row in enumerate(expected))
+    assert read_audit(folder) == read_audit(tmp_path / "whole")
+    whole = _files(tmp_path / "whole")
+    assert {name: content for name, content in _files(folder).items() if name in whole} == whole
+
+
+@pytest.mark.parametrize("done", ["chunks", "info", "state"])
+def test_a_round_that_was_stopped_at_its_end_is_finished(folder: Path, done: str) -> None:
+    expected = _complete(folder)
+    counts = {"rows": 5, "passes": 1}
+    folder.rename(folder.with_name("round-01.partial"))
+    for chunk in range(3):
+        (Writer(folder).partial / f"rows-{chunk:06d}.json").write_text(json.dumps(counts))
+    for name in {"chunks": ["state.json", "dataset_info.json"], "info": ["state.json"], "state": []}[done]:
+        (Writer(folder).partial / name).unlink()
+    writer = Writer(folder)
+    audit, superseded = writer.start(_audit())
+    assert (superseded, writer.missing(3)) == (False, [])
+    assert writer.finish(3, audit)["counts"] == {"rows": 15}
+    assert len(load_table(folder)) == len(expected)
+    assert not writer.partial.exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fingerprint": {"model": "m", "tokenizer": "t", "data": "d", "weights": "others"}},
+        {"settings": {"passes": 1, "reject": ["a"], "temperature": 1.0, "seed": 3}},
+        {"replace_probability": 0.3},
+        {"versions": {"torch": "3"}},
+        {"method": "rac"},
+    ],
+)
+def test_chunks_of_other_weights_or_settings_are_drawn_anew(folder: Path, changed: dict[str, Any]) -> None:
+    before = Writer(folder)
+    before.start(_audit())
+    before.write(0, _rows(0), {})
+    writer = Writer(folder)
+    assert writer.start(_audit(**changed)) == (_audit(**changed), True)
+    assert writer.missing(2) == [0, 1]
+    assert _files(writer.partial).keys() == {AUDIT}
+
+
+def test_a_folder_without_a_record_is_begun_anew(folder: Path) -> None:
+    partial = Writer(folder).partial
+    partial.mkdir(parents=True)
+    (partial / "rows-000000.json").write_text("{}")
+    assert Writer(folder).start(_audit()) == (_audit(), False)
+    assert Writer(folder).missing(1) == [0]
+
+
+# --- damaged and foreign folders ---
+
+
+def _cut(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def _foreign(folder: Path) -> None:
+    shutil.rmtree(folder)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder)
+
+
+def _several(folder: Path) -> None:
+    audit = (folder / AUDIT).read_text()
+    shutil.rmtree(folder)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(folder)
+    (folder / AUDIT).write_text(audit)
+
+
+def _others(folder: Path) -> None:
+    other = Writer(folder.with_name("other"))
+    other.start(_audit())
+    other.write(0, _rows(9, 2), {})
+    shutil.copy(other.partial / "rows-000000.arrow", folder / "rows-000001.arrow")
+
+
+DAMAGE = {
+    "no chunk": lambda folder: (folder / "rows-000001.arrow").unlink(),
+    "an empty chunk": lambda folder: (folder / "rows-000001.arrow").write_bytes(b""),
+    "a chunk cut early": lambda folder: _cut(folder / "rows-000001.arrow", 0.1),
+    "a chunk cut late": lambda folder: _cut(folder / "rows-000001.arrow", 0.7),
+    "a chunk without its end": lambda folder: _cut(folder / "rows-000001.arrow", 0.99),
+    "another chunk's rows": _others,
+    "a record without counts": lambda folder: (folder / AUDIT).write_text(json.dumps(_audit())),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "state that is no JSON": lambda folder: _cut(folder / "state.json", 0.5),
+    "no info": lambda folder: (folder / "dataset_info.json").unlink(),
+    "a foreign dataset": _foreign,
+    "several datasets": _several,
+    "another file": lambda folder: (folder / "rows-000001.arrow").write_bytes(b"PAR1" * 100),
+    "nothing": lambda folder: shutil.rmtree(folder),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_or_foreign_folder_is_one_clear_line(folder: Path, damage: Any) -> None:
+    _complete(folder)
+    damage(folder)
+    with pytest.raises(InputError) as caught:
+        load_table(folder)
+    assert str(caught.value).startswith(f"{folder}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1, 2]", "{}", "\udcff"])
+def test_a_record_that_is_none_is_one_clear_line(folder: Path, content: str | None) -> None:
+    folder.mkdir(parents=True)
+    if content is not None:
+        (folder / AUDIT).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"round\.json: not the record of a round$"):
+        read_audit(folder)
