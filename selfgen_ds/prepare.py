@@ -41,9 +41,10 @@ from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, t
 from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
+from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.model import build_model, model_config, most_positions, trained_parameter_count, vocabulary
-from selfgen_ds.engine.policy import EnginePolicy, Sampling, sweep_budget
+from selfgen_ds.engine.policy import EnginePolicy, Sampling
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
 from selfgen_ds.files import lock, make_folder, write_atomically

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.engine import head, rollouts
+from selfgen_ds.engine.budget import SweepBudget, row_bytes, token_bytes
 from selfgen_ds.methods.method import AnswerNoise, Policy
 
 log = logging.getLogger("selfgen_ds")
@@ -35,90 +36,6 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepBudget:
-    """How large a no-grad sweep may be to stay under the training step's peak memory. In elements.
-
-    A no-grad forward holds one layer's working set a token: the residual, the normed input, queries, keys,
-    values and their rotated copies, or the MLP's gate, up and product. A training step with checkpointing holds
-    every layer's input and, while one layer is recomputed and goes backward, all that it saved and the gradients
-    of it; without checkpointing, what every layer saved. A forward also holds the buffer that ZeRO-3 prefetches
-    parameters into; by the backward's peak it is gone.
-    """
-
-    forward: int
-    """Of a no-grad forward, a token."""
-    training: int
-    """Of a training step, a token."""
-    prefetched: int
-    """ZeRO-3's prefetch buffer."""
-
-    def tokens(self, micro_batch_tokens: int) -> float:
-        """Tokens of a sweep, padding included, given those of the largest micro-batch that is trained on.
-
-        A tenth is left for ids, masks and noise. One micro-batch always fits: its training forward holds more.
-        """
-        fitting = 0.9 * (self.training * micro_batch_tokens - self.prefetched) / self.forward
-        return max(fitting, micro_batch_tokens)
-
-
-_FUSED = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", None)  # activation functions that are one operation
-
-
-def sweep_budget(
-    config: PretrainedConfig,
-    activation_checkpointing: bool,
-    prefetched: int,
-    packed_length: int | None = None,
-    adapted: bool = False,
-) -> SweepBudget:
-    """The budget of a transformer.
-
-    Args:
-        prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
-        packed_length: Tokens of a packed row, which has a mask of all its pairs of tokens; None without packing.
-        adapted: Whether adapters are trained. A layer's forward then also holds the adapter's output beside its own,
-            and a frozen layer without one does not save its input.
-    """
-    if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
-        return SweepBudget(forward=1, training=1, prefetched=0)
-    text = config.get_text_config(decoder=True)
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = getattr(text, "num_attention_heads", 1)
-    fields = text.to_dict()  # where it may differ by layer, the attribute raises
-    layers_fields = [fields, *(fields.get("per_layer_config") or {}).values()]
-    head_sizes = [v for some in layers_fields for n, v in some.items() if n.endswith("head_dim") and v]
-    width = max(hidden, heads * max(head_sizes, default=0))  # queries may be wider than the residual
-    inner, experts = _inner_width(text)
-    copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
-    saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
-    if adapted:
-        saved -= inner + hidden
-    backward = 2 * inner + 2 * hidden + copies
-    kept = layers * hidden + saved if activation_checkpointing else layers * saved
-    # gate, up and product; or what an activation function that is written out in steps holds
-    held = 3 if fields.get("hidden_act", fields.get("activation_function")) in _FUSED else 5
-    forward = max((held + adapted) * inner + 4 * hidden + 4 * copies, 2 * hidden + (8 if adapted else 6) * width)
-    mask = 0
-    if packed_length is not None and "flash" not in config._attn_implementation:
-        # a boolean mask for each kind of attention, and its copy in the type of the scores
-        mask = packed_length * (1 + len(set(getattr(text, "layer_types", None) or ["full"])))
-    return SweepBudget(forward=forward + mask, training=kept + backward + mask, prefetched=prefetched)
-
-
-def _inner_width(text: PretrainedConfig) -> tuple[int, int]:
-    """Elements of an MLP's inner layer that a token goes through, and the experts that it goes to."""
-
-    def largest(*names: str) -> int:
-        value = next((v for name in names if (v := getattr(text, name, None))), 0)
-        return max(value) if isinstance(value, list) else value
-
-    dense = largest("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * text.hidden_size
-    experts = largest("num_experts_per_tok", "moe_topk", "moe_k") or 1
-    shared = largest("shared_expert_intermediate_size")
-    return max(dense, experts * (largest("moe_intermediate_size") or dense) + shared), experts
 
 
 class EnginePolicy(Policy):
@@ -236,32 +153,17 @@ class EnginePolicy(Policy):
             )
         return gathers, rows
 
-    @torch.no_grad()
     def _row_bytes(self, longest: int) -> int:
-        """Memory to generate one row: its cache, and what the forward over its prompt and the draw of a token hold."""
+        """Memory to generate one row."""
         if self._one_token_cache is None:
             with _evaluating(self.forward):  # nothing is cached in training with activation checkpointing
                 self._one_token_cache = rollouts.one_token_cache(self.model)
-        config = self.model.config
-        text, size = config.get_text_config(decoder=True), self.model.dtype.itemsize
-        # a layer's mask and its copy in the type of the scores; eager attention has scores as well, in two types
-        heads = getattr(text, "num_attention_heads", 1)
-        pair = {"eager": 1 + size + heads * (4 + size), "flash_attention_2": 0}.get(
-            config._attn_implementation, 1 + size
-        )
-        logits = 24 * text.vocab_size  # as they come, warped, as probabilities, summed in float64
         cache = rollouts.cache_bytes(self._one_token_cache, longest)
-        return cache + longest * (self._token_bytes() + longest * pair) + logits
-
-    def _token_bytes(self) -> int:
-        """What a no-grad forward holds of a token at most: as in `sweep_budget`, but for every model, generously."""
-        text = self.model.config.get_text_config(decoder=True)
-        inner, experts = _inner_width(text)
-        return (5 * inner + (6 + 4 * experts) * text.hidden_size) * self.model.dtype.itemsize
+        return cache + row_bytes(self.model.config, self.model.dtype.itemsize, longest)
 
     def _most_tokens(self) -> float:
         """Tokens of one forward that fit into the memory that was free, inside `gathered`; otherwise no limit."""
-        return max(0.0, self._spare) / self._token_bytes()
+        return max(0.0, self._spare) / token_bytes(self.model.config, self.model.dtype.itemsize)
 
     @torch.no_grad()
     def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:

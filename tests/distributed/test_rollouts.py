@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds.config import LoraConfig, ModelConfig, Recipe, TrainConfig
 from selfgen_ds.engine import rollouts
+from selfgen_ds.engine.budget import token_bytes
 from selfgen_ds.engine.policy import EnginePolicy, Sampling
 from selfgen_ds.methods import noise
 from selfgen_ds.prepare import Run, prepare
@@ -292,7 +293,7 @@ def inside_and_outside(settings: Recipe) -> tuple[bool, list[int]]:
     before = drawn()
     found = True
     counts = []
-    for spare in (run.policy._spare, run.policy._token_bytes() if dist.get_rank() else 10**12):
+    for spare in (run.policy._spare, token_bytes(run.policy.model.config, 4) if dist.get_rank() else 10**12):
         with rolling_out(run.policy, "gathered"):
             run.policy._spare = spare
             forwards.clear()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.engine.policy import SweepBudget
+from selfgen_ds.engine.budget import SweepBudget
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask

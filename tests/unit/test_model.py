@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from selfgen_ds.config import InputError, ModelConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import head, probe
+from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.model import (
     backbone,
     build_model,
@@ -20,7 +21,6 @@ from selfgen_ds.engine.model import (
     most_positions,
     router_loss_coefficient,
 )
-from selfgen_ds.engine.policy import sweep_budget
 from tests.architectures import ARCHITECTURES, attention
 
 

@@ -21,8 +21,9 @@ from transformers import (
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.engine import probe
+from selfgen_ds.engine.budget import SweepBudget, sweep_budget
 from selfgen_ds.engine.model import extend
-from selfgen_ds.engine.policy import EnginePolicy, Sampling, SweepBudget, sweep_budget
+from selfgen_ds.engine.policy import EnginePolicy, Sampling
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.architectures import ARCHITECTURES, attention
