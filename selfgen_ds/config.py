@@ -120,7 +120,7 @@ class SelfgenConfig:
     """The method: which context the model reads. Each method reads some of these (see `docs/methods.md`)."""
 
     method: str = "scheduled_sampling"
-    """`sft`, `scheduled_sampling`, `bash` or `rac`."""
+    """`sft`, `scheduled_sampling`, `bash`, `rac`, or a class of your own, `module:Class`."""
     replace_probability: float = 0.25
     """Largest probability p with which a response token is replaced by one that the model drew."""
     schedule: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "constant"
@@ -146,10 +146,10 @@ class SelfgenConfig:
     epochs_per_round: int = 1
     """Rounds: epochs that are trained on what the model drew at the round's start."""
     reject: list[str] | str | None = None
-    """Rounds: what must not be reinforced in a drawn answer, as regular expressions or as `module:function`, a function
-    from text to spans `(start, end)` of characters; the reference is put back there."""
+    """Rounds: what must not be reinforced in a drawn answer, as a list of regular expressions, `["[0-9]+%"]`, or as
+    `module:function`, a function from text to spans `(start, end)` of characters; the reference is put back there."""
     rollouts: str | None = None
-    """Rounds: another run's `rollouts/`, whose rounds are read instead of drawn."""
+    """Rounds: another run's `rollouts/`, whose rounds are read instead of drawn, as far as it has them."""
     generation_batch_size: int = 64
     """Rows a rank generates at once; fewer where memory is short."""
     max_new_tokens: int | None = None
@@ -278,7 +278,7 @@ class EvaluateOptions:
     correction_rounds: int = 0
     """Times that the model is asked to correct its own greedy answer (`corrected_*`)."""
     cue: str | None = None
-    """What asks for a correction, as `selfgen.cue` of a recipe; a model that was trained with one is asked by it."""
+    """What asks for a correction, as `selfgen.cue` of a recipe: give the one that the model was trained with."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
@@ -345,6 +345,10 @@ def problems(recipe: Recipe) -> list[str]:
     at_least(1, "eval.every", "eval.max_samples", "eval.batch_size")
     at_least(2, "data.max_length")
     at_least(0, "seed", "selfgen.top_k", "selfgen.drawn_context_weight")
+    weight = selfgen.drawn_context_weight
+    check(weight <= 1e6, "selfgen.drawn_context_weight", weight, "1000000 or less")
+    if selfgen.rollouts is not None and (not selfgen.rollouts or not Path(selfgen.rollouts).is_dir()):
+        check(False, "selfgen.rollouts", selfgen.rollouts, "an existing folder, another run's `rollouts`")
     at_least(0, "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
     # torch's and numpy's generators take 32 bits, and every rank adds its number
     check(recipe.seed < 2**31, "seed", recipe.seed, f"less than {2**31}")

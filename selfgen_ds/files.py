@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -58,6 +59,26 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def sync_and_sum(path: Path) -> list[int]:
+    """Bring a file to the disk; its bytes and CRC-32."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return [path.stat().st_size, _crc(path)]
+
+
+def intact(path: Path, entry: list[int]) -> bool:
+    """Whether a file has the bytes and CRC-32 that it was written with."""
+    return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def sync_folder(path: Path) -> None:

@@ -21,7 +21,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.prepare import (
     check_positions,
     check_settings,
@@ -79,20 +79,23 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         full = tokens / (len(windows) * recipe.data.max_length)
         console.print(f"packed into {len(windows)} rows of {recipe.data.max_length} tokens, {full:.1%} of them real\n")
     check_shares(recipe, samples + eval_samples)
+    method = load_method(recipe, tokenizer, samples, windows, total_steps=1)
     if rows:
-        window = _draw(recipe, windows, samples, tokenizer) if draw else windows.window(0)
+        if draw:
+            p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)  # of one step or round
+            console.print(f"drawn with p = {p:g}, that of the last step or round\n")
+        window = _draw(recipe, windows, samples, tokenizer, method) if draw else windows.window(0)
         _print_rows(console, window[0], tokenizer)
 
 
 def _draw(
-    recipe: Recipe, windows: Windows, samples: list[Samples], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, windows: Windows, samples: list[Samples], tokenizer: PreTrainedTokenizerBase, method: Method
 ) -> list[TokenBatch]:
     config = model_config(recipe.model, tokenizer)
     form = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(launch.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
-    method = load_method(recipe, tokenizer, samples, windows, total_steps=1)
     if isinstance(method, RoundMethod):
         shown = _samples_of(windows.window(0)[0], samples)
         rows, _ = method.rows(shown, policy, 0)

@@ -26,7 +26,7 @@ from selfgen_ds import __version__
 from selfgen_ds.config import InputError
 from selfgen_ds.data.batches import Rows, Windows
 from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.store import AUDIT, StoredRows, Writer, load_table, read_audit
+from selfgen_ds.data.store import StoredRows, Writer, load_table, read_audit, verify
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.methods.method import RoundMethod
@@ -34,7 +34,8 @@ from selfgen_ds.methods.method import RoundMethod
 log = logging.getLogger("selfgen_ds")
 
 _CHUNK = 1024  # samples that a rank draws before it writes them, at most
-_CHUNKS = 4  # of every rank, at least, so that a killed round has something to go on with
+_CHUNKS = 32  # of every rank, so that a round shows its progress and a killed one has something to go on with ...
+_FEW, _FEW_CHUNKS = 64, 4  # ... but of so few samples less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,12 @@ class Rounds:
             raise InputError(f"{setting}: {folder} was drawn {by}")
         for what, value in ours.items():
             if theirs.get(what) != value:
+                what = "starting model" if what == "model" else what
                 raise InputError(
                     f"{setting}: {folder} was drawn from another {what}: {theirs.get(what)} there, {value} here"
                 )
+        if dist.get_rank() == 0:
+            verify(folder)
         drawn_with = audit.get("settings", {})
         others = [f"{name} {value!r}" for name, value in drawn_with.items() if self._settings.get(name) != value]
         if others:
@@ -145,6 +149,8 @@ class Rounds:
             log.warning(
                 "%s is gone, and is drawn anew in the middle of the round: the run will be another", writer.folder
             )
+        if self._shared is not None:
+            log.warning("%s holds no %s: it is drawn here", self._shared, _name(number))
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self._method.rounds, len(missing), chunks)
         began = time.perf_counter()
         with (
@@ -162,13 +168,14 @@ class Rounds:
         if rank == 0:
             seconds = time.perf_counter() - began
             counts = writer.finish(chunks, audit | {"seconds_of_last_start": round(seconds, 3)})["counts"]
-            log.info("round %d: %s, in %.1f s", number + 1, ", ".join(f"{v} {k}" for k, v in counts.items()), seconds)
+            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+            log.info("round %d: %s, in %.1f s", number + 1, told, seconds)
         dist.barrier()
         return writer.folder
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """What draws a round, for the record. Collective."""
-        size = int(self._ends[-1])
+        mine = -(-int(self._ends[-1]) // dist.get_world_size())  # samples of a rank
         return {
             "method": self._settings["method"],
             "round": number + 1,
@@ -183,7 +190,7 @@ class Rounds:
                 "deepspeed": deepspeed.__version__,
             },
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "chunk_size": max(1, min(_CHUNK, -(-size // (_CHUNKS * dist.get_world_size())))),
+            "chunk_size": max(min(_CHUNK, -(-mine // _CHUNKS)), min(_FEW, -(-mine // _FEW_CHUNKS))),
         }
 
     def _chunk(self, chunk: int, chunk_size: int) -> list[Sample]:
@@ -210,7 +217,7 @@ class Rounds:
 
 def _complete(root: Path) -> list[Path]:
     """The complete rounds in a folder."""
-    return sorted(audit.parent for audit in root.glob(f"round-*/{AUDIT}") if audit.parent.suffix != ".partial")
+    return sorted(folder for folder in root.glob("round-*") if folder.suffix != ".partial")
 
 
 def _name(number: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from selfgen_ds.config import InputError
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.files import sync_folder, write_atomically
+from selfgen_ds.files import intact, sync_and_sum, sync_folder, write_atomically
 
 AUDIT = "round.json"
 _IDS, _MASK = datasets.List(datasets.Value("int32")), datasets.List(datasets.Value("bool"))
@@ -120,6 +119,17 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return audit
 
 
+def verify(folder: Path) -> None:
+    """Read a complete round's files once, to see that they are as they were written.
+
+    Raises:
+        InputError: They are not.
+    """
+    files = read_audit(folder).get("files", {})
+    if broken := [name for name, entry in files.items() if not intact(folder / name, entry)]:
+        raise InputError(f"{folder}: broken: {', '.join(broken)}")
+
+
 def load_table(folder: Path) -> datasets.Dataset:
     """A complete round, memory-mapped.
 
@@ -171,7 +181,8 @@ class Writer:
 
     def missing(self, chunks: int) -> list[int]:
         """Chunks that are yet to be drawn."""
-        return [chunk for chunk in range(chunks) if not self._counts(chunk).exists()]
+        found = {chunk: self._counts(chunk) for chunk in range(chunks)}
+        return [chunk for chunk, counts in found.items() if not (counts.exists() and self._intact(chunk))]
 
     def write(self, chunk: int, rows: Sequence[StoredRow], counts: dict[str, int]) -> None:
         """Write one chunk; it survives whatever happens from then on."""
@@ -180,17 +191,16 @@ class Writer:
             for row in rows:
                 writer.write({name: getattr(row, name) for name in _FEATURES})
             writer.finalize()
-        _sync(path)
         drawn = [row.replaced_mask for row in rows]
         differing = [row.replaced_mask & (row.context_ids != row.target_ids) for row in rows]
-        written = {
+        summed = {
             "rows": len(rows),
             "drawn_tokens": sum(int(mask.sum()) for mask in drawn),
             "differing_tokens": sum(int(mask.sum()) for mask in differing),
             "rows_with_drawn_tokens": sum(bool(mask.any()) for mask in drawn),
             "equal_answers": sum(row.answer_equal for row in rows),
         }
-        write_atomically(self._counts(chunk), json.dumps(written | counts))
+        write_atomically(self._counts(chunk), json.dumps({"file": sync_and_sum(path), "counts": summed | counts}))
 
     def finish(self, chunks: int, audit: dict[str, Any]) -> dict[str, Any]:
         """Complete the round, when all chunks are there. On one rank alone.
@@ -200,14 +210,16 @@ class Writer:
         """
         counts: Counter[str] = Counter()
         passes = 0
+        files = {}
         for chunk in range(chunks):
-            some = json.loads(self._counts(chunk).read_text(encoding="utf-8"))
-            passes = max(passes, some.pop("passes", 0))
-            counts.update(some)
-        audit = audit | {"passes": passes, "counts": dict(counts)}
+            written = json.loads(self._counts(chunk).read_text(encoding="utf-8"))
+            files[_file(chunk)] = written["file"]
+            passes = max(passes, written["counts"].pop("passes", 0))
+            counts.update(written["counts"])
+        audit = audit | {"passes": passes, "counts": dict(counts), "files": files}
         write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
         datasets.DatasetInfo(features=_FEATURES).write_to_directory(str(self.partial))
-        _sync(self.partial / "dataset_info.json")
+        sync_and_sum(self.partial / "dataset_info.json")
         state: dict[str, Any] = {
             "_data_files": [{"filename": _file(chunk)} for chunk in range(chunks)],
             "_fingerprint": hashlib.sha256(json.dumps(audit).encode()).hexdigest()[:16],
@@ -224,13 +236,12 @@ class Writer:
             (self.folder / self._counts(chunk).name).unlink()
         return audit
 
+    def _intact(self, chunk: int) -> bool:
+        written = json.loads(self._counts(chunk).read_text(encoding="utf-8"))
+        return intact(self.partial / _file(chunk), written["file"])
+
     def _counts(self, chunk: int) -> Path:
         return self.partial / _file(chunk).replace(".arrow", ".json")
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _file(chunk: int) -> str:

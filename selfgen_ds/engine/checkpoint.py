@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import shutil
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError, LoraConfig, ModelConfig
 from selfgen_ds.engine.content import Content
-from selfgen_ds.files import absolute_folder, write_atomically
+from selfgen_ds.files import absolute_folder, intact, sync_and_sum, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -106,7 +105,7 @@ def save(
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _writer(f.name, dist.get_world_size()) == rank]
-    manifest = {str(f.relative_to(path)): _sync_and_sum(f) for f in written}
+    manifest = {str(f.relative_to(path)): sync_and_sum(f) for f in written}
     manifests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(manifests, manifest)
     if rank == 0:
@@ -166,7 +165,7 @@ def adapted_model(path: Path) -> ModelConfig | None:
 
 def broken_files(checkpoint: Checkpoint, rank: int) -> list[str]:
     """Files that are not as this rank wrote them."""
-    return [name for name, entry in checkpoint.files[rank].items() if not _intact(checkpoint.path / name, entry)]
+    return [name for name, entry in checkpoint.files[rank].items() if not intact(checkpoint.path / name, entry)]
 
 
 def retain(folder: Path, keep: int, metric: str) -> None:
@@ -217,24 +216,6 @@ def _writer(name: str, world_size: int) -> int:
     parts = name.replace(".", "_").split("_")
     number = parts[parts.index("rank") + 1] if "rank" in parts else "0"
     return int(number) if number.isdigit() and int(number) < world_size else 0
-
-
-def _sync_and_sum(path: Path) -> list[int]:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return [path.stat().st_size, _crc(path)]
-
-
-def _intact(path: Path, entry: list[int]) -> bool:
-    return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def _generator_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from selfgen_ds.config import InputError
 from selfgen_ds.methods.bash import Bash
-from selfgen_ds.methods.method import Method
+from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.methods.rac import Rac
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.methods.sft import Sft
@@ -34,8 +34,8 @@ def find(name: str) -> type[Method]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # of the last two: names that are none
-        raise InputError(f"selfgen.method: {name!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    except Exception as error:  # a module of the user's can raise anything
+        raise InputError(f"selfgen.method: {name!r}: {' '.join(str(error).split())}") from error
+    if not (isinstance(found, type) and issubclass(found, Method) and found is not RoundMethod):
         raise InputError(f"selfgen.method: expected one of {', '.join(METHODS)}, or module:Class, got {name!r}")
     return found

@@ -60,12 +60,13 @@ class Rac(RoundMethod):
         self.longest = int(prompts.max()) + self.max_new_tokens
         room = self.plan.max_length - prompts - responses - self._between
         if self.config.sft_share < 1 and room.max() < (self.config.max_new_tokens or 1):
+            setting = "data.max_length" if self.config.max_new_tokens is None else "selfgen.max_new_tokens"
             raise InputError(
-                f"selfgen.max_new_tokens: an own answer of {self.config.max_new_tokens or 1} tokens fits into no row "
+                f"{setting}: an own answer of {self.config.max_new_tokens or 1} tokens fits into no row "
                 f"of data.max_length={self.plan.max_length}: prompt, cue and reference take "
                 f"{self.plan.max_length - room.max()} tokens or more"
             )
-        if self.config.answers_per_prompt > self.config.epochs_per_round:
+        if self.config.answers_per_prompt > self.config.epochs_per_round and self.config.sft_share < 1:
             log.warning(
                 "rac: a round of %d epochs reads about as many of the %d answers to a prompt",
                 self.config.epochs_per_round,

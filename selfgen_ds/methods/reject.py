@@ -16,21 +16,23 @@ Spans = Callable[[str], Iterable[tuple[int, int]]]
 
 
 def load_reject(given: list[str] | str | None) -> Spans:
-    """Regular expressions, or a function that is named `module:function`, as one function.
+    """Regular expressions, or a function that is named `module:function` (which is tried), as one function.
 
     Raises:
-        InputError: An expression does not compile, or there is no such function.
+        InputError: An expression does not compile, or there is no function that gives spans.
     """
     if isinstance(given, str):
         module, _, name = given.partition(":")
         try:
             function = getattr(import_module(module), name)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:  # of the last two: names that are none
+            for start, end in function("An answer, to try it."):
+                start, end = int(start), int(end)
+        except Exception as error:  # a function of the user's can raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
-                f"selfgen.reject: expected a list of regular expressions or module:function, got {given!r}: {error}"
+                'selfgen.reject: expected a list of regular expressions, such as ["[0-9]+%"], or module:function, from '
+                f"text to spans (start, end), got {given!r}: {reason}"
             ) from error
-        if not callable(function):
-            raise InputError(f"selfgen.reject: expected a function, {given!r} is a {type(function).__name__}")
         return function
     expressions = []
     for pattern in given or []:
