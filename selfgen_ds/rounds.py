@@ -27,6 +27,7 @@ from selfgen_ds.config import InputError
 from selfgen_ds.data.batches import Rows, Windows
 from selfgen_ds.data.samples import Sample, Samples
 from selfgen_ds.data.store import StoredRows, Writer, load_table, read_audit, verify
+from selfgen_ds.engine import launch
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.methods.method import RoundMethod
@@ -116,12 +117,10 @@ class Rounds:
             by = f"by {audit.get('method')}, not by {self._settings['method']}"
             raise InputError(f"{setting}: {folder} was drawn {by}")
         for what, value in ours.items():
-            if theirs.get(what) != value:
-                what = "starting model" if what == "model" else what
-                raise InputError(
-                    f"{setting}: {folder} was drawn from another {what}: {theirs.get(what)} there, {value} here"
-                )
-        if dist.get_rank() == 0:
+            if (there := theirs.get(what)) != value:
+                name = {"model": "starting model"}.get(what, what)
+                raise InputError(f"{setting}: {folder} was drawn from another {name}: {there} there, {value} here")
+        if launch.rank() == 0:
             verify(folder)
         drawn_with = audit.get("settings", {})
         others = [f"{name} {value!r}" for name, value in drawn_with.items() if self._settings.get(name) != value]

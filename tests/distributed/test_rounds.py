@@ -521,7 +521,10 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
         "data": ("--data.train", str(folder / "other.jsonl")),
     }.items():
         line = refused(folder, *sharing, *other)
-        expected = f"selfgen.rollouts: {store / 'round-01'} was drawn from another {what}: {fingerprint[what]} there, "
+        origin = {"model": "starting model"}.get(what, what)
+        expected = (
+            f"selfgen.rollouts: {store / 'round-01'} was drawn from another {origin}: {fingerprint[what]} there, "
+        )
         assert line.startswith(expected)
         here = line.removeprefix(expected).removesuffix(" here")
         assert len(here) == len(fingerprint[what])

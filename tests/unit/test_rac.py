@@ -372,15 +372,18 @@ def test_a_truncated_response_fills_its_row_and_stays_as_it_is() -> None:
     ("config", "expected"),
     [
         # 20 tokens, 3 of prompt and reference, 1 of the cue
-        ({"max_new_tokens": 17}, "an own answer of 17 tokens fits into no row of data.max_length=20: "),
-        ({"cue": "x" * 17}, "an own answer of 1 tokens fits into no row"),
+        (
+            {"max_new_tokens": 17},
+            "selfgen.max_new_tokens: an own answer of 17 tokens fits into no row of data.max_length=20: ",
+        ),
+        ({"cue": "x" * 17}, "data.max_length: an own answer of 1 tokens fits into no row"),
     ],
 )
 def test_answers_that_fit_into_no_row_are_refused(config: dict[str, Any], expected: str) -> None:
     samples = _texts(("q", "r"), ("p" * 9, "r" * 8), max_length=20)
-    with pytest.raises(InputError, match=r"^selfgen\.max_new_tokens: ") as caught:
+    with pytest.raises(InputError) as caught:
         _rac(samples, max_length=20, **config)
-    assert expected in str(caught.value)
+    assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
     _rac(samples, max_length=20, sft_share=1.0, **config)  # none is drawn
 

@@ -10,7 +10,7 @@ import pytest
 from selfgen_ds.config import InputError
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import AUDIT, StoredRow, StoredRows, Writer, load_table, read_audit
+from selfgen_ds.data.store import AUDIT, StoredRow, StoredRows, Writer, load_table, read_audit, verify
 
 COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
 
@@ -198,13 +198,37 @@ def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> 
     assert {name: content for name, content in _files(folder).items() if name in whole} == whole
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_chunk_that_is_not_as_it_was_written_is_drawn_again(folder: Path) -> None:
+    writer = Writer(folder)
+    writer.start(_audit())
+    for chunk in range(3):
+        writer.write(chunk, _rows(chunk), {})
+    _flip(writer.partial / "rows-000001.arrow")
+    assert Writer(folder).missing(3) == [1]
+
+
+def test_a_round_that_is_not_as_it_was_written_is_refused_with_the_file(folder: Path) -> None:
+    _complete(folder)
+    verify(folder)
+    _flip(folder / "rows-000002.arrow")
+    with pytest.raises(InputError, match=r"broken: rows-000002\.arrow$"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("done", ["chunks", "info", "state"])
 def test_a_round_that_was_stopped_at_its_end_is_finished(folder: Path, done: str) -> None:
     expected = _complete(folder)
-    counts = {"rows": 5, "passes": 1}
+    files, counts = read_audit(folder)["files"], {"rows": 5, "passes": 1}
     folder.rename(folder.with_name("round-01.partial"))
     for chunk in range(3):
-        (Writer(folder).partial / f"rows-{chunk:06d}.json").write_text(json.dumps(counts))
+        written = {"file": files[f"rows-{chunk:06d}.arrow"], "counts": counts}
+        (Writer(folder).partial / f"rows-{chunk:06d}.json").write_text(json.dumps(written))
     for name in {"chunks": ["state.json", "dataset_info.json"], "info": ["state.json"], "state": []}[done]:
         (Writer(folder).partial / name).unlink()
     writer = Writer(folder)
