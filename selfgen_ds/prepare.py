@@ -57,8 +57,8 @@ log = logging.getLogger("selfgen_ds")
 # What may change when a run is resumed; everything else would make it another run.
 _MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.", "selfgen.generation_batch_size")
 
-# Where rounds come from and how many rows are drawn at once; a round that goes on may have others.
-_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts"}
+# What does not change what a round draws.
+_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from selfgen_ds import __version__
 from selfgen_ds.config import InputError
 from selfgen_ds.data.batches import Rows, Windows
 from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.store import StoredRows, Writer, load_table, read_audit, verify
+from selfgen_ds.data.store import StoredRow, StoredRows, Writer, load_table, read_audit, verify
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.policy import EnginePolicy
@@ -34,7 +34,7 @@ from selfgen_ds.methods.method import RoundMethod
 
 log = logging.getLogger("selfgen_ds")
 
-_CHUNK = 1024  # samples that a rank draws before it writes them, at most
+_CHUNK = 256  # samples that a rank draws before it writes them, at most
 _CHUNKS = 32  # of every rank, so that a round shows its progress and a killed one has something to go on with ...
 _FEW, _FEW_CHUNKS = 64, 4  # ... but of so few samples less
 
@@ -80,7 +80,11 @@ class Rounds:
         self._folder, self._shared = folder, shared
         self._fingerprint, self._settings = fingerprint, settings
         self._ends = np.cumsum([len(source) for source in samples])
-        self._current: tuple[int, Windows] | None = None
+        self._windows = windows
+        self.number = -1
+        """The current round, from 0."""
+        self.replace_probability = 0.0
+        """p that it was drawn with."""
         theirs = _complete(shared) if shared else []
         if shared and not theirs:
             raise InputError(f"selfgen.rollouts: {shared} holds no round, such as {_name(0)}")
@@ -95,19 +99,25 @@ class Rounds:
     def windows(self, step: int) -> Windows:
         """The windows of the step's round, which is drawn if it has not been yet. Collective."""
         number = self._method.round_of(step)
-        if self._current is None or self._current[0] != number:
-            folder = self._find(number) or self._draw(number, step)
+        if self.number != number:
+            folder = self._find(number, step) or self._draw(number, step)
             steps = range(self._method.first_step(number), self._method.first_step(number + 1))
-            self._current = (number, self._plain.over(self._rows(load_table(folder), number), steps))
-        return self._current[1]
+            self._windows = self._plain.over(self._rows(load_table(folder), number), steps)
+            self.number, self.replace_probability = number, read_audit(folder)["replace_probability"]
+        return self._windows
 
-    def _find(self, number: int) -> Path | None:
-        """A complete round, by rank 0's view: its own, or the other run's."""
+    def _find(self, number: int, step: int) -> Path | None:
+        """A complete round, by rank 0's view: its own, or the other run's. Collective."""
         found: list[Path | None] = [None]
         if dist.get_rank() == 0:
             roots = [root for root in (self._folder, self._shared) if root is not None]
             found = [next((root / _name(number) for root in roots if (root / _name(number)).is_dir()), None)]
         dist.broadcast_object_list(found, src=0)
+        own = found[0] is not None and found[0].parent == self._folder
+        if own and step == self._method.first_step(number):
+            weights = weights_checksum(self._engine)
+            if read_audit(self._folder / _name(number))["fingerprint"]["weights"] != weights:
+                log.warning("%s was drawn by other weights than now", found[0])
         return found[0]
 
     def _check(self, setting: str, folder: Path) -> None:
@@ -160,17 +170,33 @@ class Rounds:
                 mine = missing[first + rank : first + rank + 1]
                 samples = [sample for chunk in mine for sample in self._chunk(chunk, audit["chunk_size"])]
                 rows, counts = self._method.rows(samples, self._policy, number)
+                # no rank gets further ahead than a chunk: the process group's timeout counts what others wait
+                if self._policy.max_over_ranks(self._misplaced(samples, rows)):
+                    raise RuntimeError(
+                        f"{self._settings['method']}: its rows do not fit the samples (`RoundMethod.rows`)"
+                    )
                 for chunk in mine:
                     writer.write(chunk, rows, counts)
                 bar.update(min(world_size, len(missing) - first))
         dist.barrier()
         if rank == 0:
             seconds = time.perf_counter() - began
-            counts = writer.finish(chunks, audit | {"seconds_of_last_start": round(seconds, 3)})["counts"]
-            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+            audit = writer.finish(chunks, audit | {"seconds_of_last_start": round(seconds, 3)})
+            told = ", ".join(f"{n} {what}" for what, n in (audit["counts"] | {"passes": audit["passes"]}).items() if n)
             log.info("round %d: %s, in %.1f s", number + 1, told, seconds)
         dist.barrier()
         return writer.folder
+
+    def _misplaced(self, samples: list[Sample], rows: list[StoredRow]) -> bool:
+        """Whether a method's rows are too long, in another order, or not what it said that they are."""
+        ids, row_ids = [sample.sample_id for sample in samples], [row.sample_id for row in rows]
+        if self._method.keeps_lengths:
+            lengths = [len(sample.input_ids) for sample in samples]
+            return row_ids != ids or [len(row.context_ids) for row in rows] != lengths
+        most = self._method.plan.max_length
+        return (
+            row_ids != sorted(row_ids) or not set(row_ids) <= set(ids) or any(len(r.context_ids) > most for r in rows)
+        )
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """What draws a round, for the record. Collective."""

@@ -16,7 +16,6 @@ from selfgen_ds.engine.export import export_engine
 from selfgen_ds.engine.trainer import StepResult, train_step
 from selfgen_ds.evaluation.scores import aggregate, evaluate
 from selfgen_ds.journal import Journal
-from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.prepare import Run, prepare
 
 log = logging.getLogger("selfgen_ds")
@@ -40,6 +39,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
     dropped = 0  # steps in a row
     gc.disable()
     for step in range(run.first_step, run.total_steps):
+        round_started = time.perf_counter()
         windows = run.windows if run.rounds is None else run.rounds.windows(step)
         started = time.perf_counter()
         get_accelerator().reset_peak_memory_stats()
@@ -49,7 +49,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         get_accelerator().synchronize()
         pass_time = time.perf_counter() - pass_started
         result = train_step(run.engine, window, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
-        metrics = _metrics(run, step, result, pass_time, time.perf_counter() - started)
+        metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
 
         last = step + 1 == run.total_steps
         scores: dict[str, float] = {}
@@ -75,19 +75,27 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _metrics(run: Run, step: int, result: StepResult, pass_time: float, step_time: float) -> dict[str, float]:
-    """One line of `metrics.jsonl`. `peak_memory_bytes` is rank 0's; on a CPU its resident set, sampled here."""
+def _metrics(
+    run: Run, step: int, result: StepResult, round_time: float, pass_time: float, step_time: float
+) -> dict[str, float]:
+    """One line of `metrics.jsonl`. A step's time is without that of drawing a round.
+
+    `peak_memory_bytes` is rank 0's; on a CPU its resident set, sampled here.
+    """
     router_loss = {} if result.router_loss is None else {"router_loss": result.router_loss}
-    round_number = {"round": run.method.round_of(step) + 1} if isinstance(run.method, RoundMethod) else {}
+    probability, round_metrics = run.method.replace_probability(step), {}
+    if run.rounds is not None:
+        probability = run.rounds.replace_probability
+        round_metrics = {"round": run.rounds.number + 1, "round_time_s": round_time}
     return {
         "step": step + 1,
         "epoch": run.windows.epoch(step + 1),
-        **round_number,
+        **round_metrics,
         "loss": result.loss,
         **router_loss,
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
-        "replace_probability": run.method.replace_probability(step),
+        "replace_probability": probability,
         "drawn_tokens": result.drawn,
         "differing_share": result.differing / max(1, result.drawn),
         "passes": run.method.passes if result.drawn else 0,

@@ -134,7 +134,7 @@ class Windows:
         self._samples = samples
         self._packs = packs
         self._weights, self._seed = weights, seed
-        self._stream = self._rows_of(samples)
+        self._stream = Stream([len(source) for source in packs or samples], weights, seed)
         self._epoch_size = self._stream.size
         self._shift = 0  # from a run's positions to those in the stream
         self._steps: range | None = None  # that rows are sorted in
@@ -145,16 +145,15 @@ class Windows:
         self._group_by_length = group_by_length
         self._grouped: tuple[int, np.ndarray] | None = None
 
-    def _rows_of(self, samples: Sequence[Rows]) -> Stream:
-        return Stream([len(source) for source in self._packs or samples], self._weights, self._seed)
-
     def over(self, rows: Sequence[Rows], steps: range) -> Windows:
         """Some steps over other rows in the place of the samples, one `Rows` a source.
 
         As many rows come in the same order. Of fewer or more, an epoch is shorter or longer, but not the run.
         """
         other = copy.copy(self)
-        other._samples, other._stream, other._grouped = rows, other._rows_of(rows), None
+        sizes = [len(source) for source in self._packs or rows]
+        other._samples, other._grouped = rows, None
+        other._stream = Stream(sizes, self._weights, self._seed, least=0)  # what a round draws is no error
         first = steps.start * self.step_size
         if other._stream.size != len(self):  # starts with a whole epoch of its own, the next one in every round
             other._shift = first // len(self) * other._stream.size - first

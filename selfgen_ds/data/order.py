@@ -59,18 +59,19 @@ class Stream:
     Args:
         sizes: Rows of each source.
         weights: Shares of the sources, or None.
+        least: Rows an epoch that every source must come to.
 
     Raises:
-        InputError: A share is less than one row an epoch.
+        InputError: A share is less than that.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int, least: int = 1) -> None:
         self.size = sum(sizes)
         """Positions of an epoch."""
         self._sizes = sizes
         self._seed = seed
         self._quotas = list(sizes) if weights is None else _apportion(self.size, weights)
-        if weights is not None and min(self._quotas) == 0:
+        if weights is not None and min(self._quotas) < least:
             raise InputError(f"data.train: a weight of {weights} is less than one of {self.size} rows an epoch")
         self._ends = np.cumsum(self._quotas)
         self._starts = self._ends - self._quotas

@@ -277,7 +277,9 @@ class EnginePolicy(Policy):
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """No dropout, no activation checkpointing; the mode is put back."""
-    training = module.training
+    training = (
+        module.module if isinstance(module, DeepSpeedEngine) else module
+    ).training  # the engine's own never changes
     module.eval()
     try:
         yield

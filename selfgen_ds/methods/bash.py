@@ -33,7 +33,6 @@ class Bash(RoundMethod):
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.rejected = load_reject(config.reject)
-        self.longest = plan.max_length
 
     def replace_probability(self, step: int) -> float:
         c, rounds_done = self.config, self.round_of(step) + 1  # the first round draws too

@@ -106,8 +106,11 @@ class RoundMethod(Method):
 
     keeps_lengths: ClassVar[bool] = True
     """Whether its rows are as long as the samples, so that they can be packed."""
-    longest: int = 0
-    """Tokens of the longest row that it has the model read or generate at once."""
+
+    def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.longest = plan.max_length
+        """Tokens of the longest row that it has the model read or generate."""
 
     def check(self, samples: list[Samples]) -> None:
         """Refuse data that the method cannot work with, before the first step.

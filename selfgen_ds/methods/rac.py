@@ -43,7 +43,6 @@ class Rac(RoundMethod):
             "sft_share",
             "cue",
             "max_equal_share",
-            "drawn_context_weight",
         }
     )
 
@@ -74,6 +73,8 @@ class Rac(RoundMethod):
             )
         if full := int((room < 1).sum()):
             log.warning("rac: %d of %d rows have no room for an own answer, and are trained without", full, len(room))
+        if self.config.max_new_tokens and (little := int((room < self.config.max_new_tokens).sum()) - full):
+            log.warning("rac: own answers of %d of %d rows are cut before selfgen.max_new_tokens", little, len(room))
 
     def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
@@ -96,7 +97,14 @@ class Rac(RoundMethod):
         own: dict[int, list[list[int]]] = {}
         for (i, _), answer in zip(asked, answers, strict=True):
             own.setdefault(i, []).append(self.plan.correction.content(answer))
-        counts = {"own_answers": len(answers), "rejected_answers": 0, "cut_answers": 0, "no_room": 0}
+        ends = self.plan.correction.end_tokens
+        counts = {
+            "own_answers": len(answers),
+            "unfinished_answers": sum(not answer or answer[-1] not in ends for answer in answers),
+            "rejected_answers": 0,
+            "cut_answers": 0,
+            "no_room": 0,
+        }
         rows = []
         for i, sample in enumerate(samples):
             counts["no_room"] += bool(corrected[i]) and i not in own

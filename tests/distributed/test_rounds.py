@@ -7,26 +7,30 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
-from selfgen_ds.data.samples import end_tokens, take
-from selfgen_ds.data.store import load_table, read_audit
+from selfgen_ds.data.samples import Sample, end_tokens, take
+from selfgen_ds.data.store import StoredRow, load_table, read_audit
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import checkpoint, export, rollouts
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.methods.bash import Bash
+from selfgen_ds.methods.method import Policy, RoundMethod
 from selfgen_ds.prepare import load_data, load_method, load_windows, prepare, sampling
 from tests.architectures import ARCHITECTURES
 from tests.chat_tokenizers import CHATML, build
@@ -39,7 +43,7 @@ from tests.ranks import Ranks, command
 
 TIMEOUT = 90.0
 DROPOUT = {"attention_dropout": 0.1}  # torch's generators matter too
-TIMED = {"step_time_s", "pass_time_s", "tokens_per_second", "peak_memory_bytes"}
+TIMED = {"round_time_s", "step_time_s", "pass_time_s", "tokens_per_second", "peak_memory_bytes"}
 METHODS = {
     "bash": SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0),
     "rac": SelfgenConfig(method="rac", temperature=2.0, max_new_tokens=12),
@@ -531,9 +535,10 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
         assert here != fingerprint[what]
     line = refused(folder, "--selfgen.method", "rac", *sharing[2:])
     assert line == f"selfgen.rollouts: {store / 'round-01'} was drawn by bash, not by rac"
-    for nothing in ("none", "first"):
-        line = refused(folder, *bash, "--selfgen.rollouts", str(folder / nothing))
-        assert line.startswith(f"selfgen.rollouts: {folder / nothing} holds no round")
+    line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "none"))
+    assert line == f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got '{folder / 'none'}'"
+    line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "first"))
+    assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no round")
 
     assert train(folder, *sharing)[0] == 0, "what was refused leaves a folder behind that a run can start in"
     assert not (folder / "run" / "rollouts").exists()
@@ -550,7 +555,7 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
         (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is no regular expression: "),
         (
             ["bash", "--selfgen.reject", "tests.ranks:none"],
-            "selfgen.reject: expected a list of regular expressions or ",
+            "selfgen.reject: expected a list of regular expressions, such as ",
         ),
         (
             ["rac", "--selfgen.max_new_tokens", "120"],
@@ -579,3 +584,52 @@ def test_a_cue_that_the_chat_template_swallows_is_one_clear_line(folder: Path) -
     line = refused(folder, "--selfgen.method", "rac", "--model.tokenizer", str(folder / "chat"))
     assert line.startswith("selfgen.cue")
     assert "leaves out message 3" in line
+
+
+class Half(Bash):
+    """Trains on the even samples in the first round, on the odd ones in the next."""
+
+    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
+        return np.flatnonzero(sample_ids % 2 == number % 2)
+
+
+class Lossy(Bash):
+    """Loses a row of what one rank draws."""
+
+    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+        rows, counts = super().rows(samples, policy, number)
+        return rows[1:] if dist.get_rank() else rows, counts
+
+
+def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
+    """The sample ids that this rank reads in some steps, of a run that is not trained."""
+    run = prepare(settings, set())
+    assert run.rounds is not None
+    windows = [run.rounds.windows(step).window(step) for step in steps]
+    return [[i for batch in window for i in batch.sample_ids[:, 0].tolist() if i >= 0] for window in windows]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(
+    two_ranks: Ranks, folder: Path, grouped: bool
+) -> None:
+    settings = runs.recipe(
+        folder,
+        selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Half"),
+        data=DataConfig(train=str(folder / "rows.jsonl"), max_length=128, group_by_length=grouped),
+        train=TrainConfig(max_steps=10, micro_batch_size=2, gradient_accumulation_steps=2),
+    )
+    by_rank = two_ranks.run(read_in_steps, settings, list(range(10)))
+    steps = [sorted(first + second) for first, second in zip(*by_rank, strict=True)]
+    for number in range(2):  # 5 steps of 8 rows, 20 samples
+        read = Counter(i for ids in steps[5 * number : 5 * number + 5] for i in ids)
+        assert read == dict.fromkeys(range(number, 40, 2), 2)
+    settings.output_dir += "-later"
+    shutil.copytree(Path(settings.output_dir.removesuffix("-later")) / "rollouts", f"{settings.output_dir}/rollouts")
+    assert two_ranks.run(read_in_steps, settings, [7, 8, 3]) == [[ids[i] for i in (7, 8, 3)] for ids in by_rank]
+
+
+def test_rows_that_do_not_fit_the_samples_end_all_ranks(two_ranks: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder, selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Lossy"))
+    with pytest.raises(AssertionError, match=r"(?s)rank 0.*its rows do not fit the samples.*rank 1.*do not fit"):
+        two_ranks.run(runs.run_training, settings)

@@ -145,13 +145,20 @@ def test_a_row_is_prompt_own_answer_cue_and_reference() -> None:
     assert _marked(row) == {"read": "1+1=three\nNo: two</s>", "drawn": "three", "learned": "two</s>"}
     assert np.array_equal(row.context_ids, row.target_ids)
     assert policy.prompts == [_ids("1+1=")]
-    assert counts == {"own_answers": 1, "rejected_answers": 0, "cut_answers": 0, "no_room": 0}
+    assert counts == {
+        "own_answers": 1,
+        "unfinished_answers": 0,
+        "rejected_answers": 0,
+        "cut_answers": 0,
+        "no_room": 0,
+    }
 
 
 def test_an_answer_that_did_not_end_is_taken_as_it_is() -> None:
     samples = _texts(("1+1=", "two"))
-    ((row,), _) = _rac(samples, max_new_tokens=3).rows(_all(samples), SayingPolicy(_ids("three")), 0)
+    ((row,), counts) = _rac(samples, max_new_tokens=3).rows(_all(samples), SayingPolicy(_ids("three")), 0)
     assert _marked(row) == {"read": "1+1=thr|two</s>", "drawn": "thr", "learned": "two</s>"}
+    assert counts["unfinished_answers"] == 1
 
 
 def test_an_empty_answer_is_corrected_too() -> None:
