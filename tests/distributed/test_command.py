@@ -124,7 +124,10 @@ HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers":
     [
         (["--data.train", "none.jsonl"], "data.train: expected an existing file"),
         (["--data.train", "builtin:none"], "data.train: unknown task 'builtin:none'; known are builtin:pointer_chase"),
-        (["--selfgen.method", "none"], "selfgen.method: expected one of sft, scheduled_sampling, got 'none'"),
+        (
+            ["--selfgen.method", "none"],
+            "selfgen.method: expected one of sft, scheduled_sampling, bash, rac, or module:Class, got 'none'",
+        ),
         (["--selfgen.method", "sft", "--selfgen.top_p", "0.5"], "selfgen.top_p: sft does not read it"),
         (["--checkpoint.every", "0"], "checkpoint.every: expected 1 or more, got 0"),
         (["--model.preset", HUGE], "output_dir: a checkpoint takes"),
