@@ -47,7 +47,6 @@ def export_engine(
         else:
             _write_model(model, partial, writes)
             if writes:
-                model.config.architectures = [type(model).__name__]
                 model.config.save_pretrained(partial)
                 model.generation_config.save_pretrained(partial)
         if writes:

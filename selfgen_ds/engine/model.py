@@ -192,6 +192,7 @@ def build_model(
             )
         # for the export; under ZeRO-3 transformers notes those too that it did not apply
         built._weight_conversions = [c for c in built._weight_conversions or [] if c.was_used()]
+    built.config.architectures = [type(built).__name__]  # for checkpoints and exports
     if embeddings > built.get_input_embeddings().num_embeddings:
         _add_embeddings(built, embeddings)
     return extend(built, form).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed

@@ -208,6 +208,7 @@ def test_every_stage_resumes_and_exports(
     export.export_checkpoint(last, folder / "exported")
     loaded = [AutoModelForCausalLM.from_pretrained(p) for p in (folder / "exported", f"{settings.output_dir}/model")]
     assert loaded[0].dtype == getattr(torch, dtype)
+    assert [model.config.architectures for model in loaded] == [["LlamaForCausalLM"]] * 2
     for (name, one), (_, other) in zip(*(model.named_parameters() for model in loaded), strict=True):
         assert torch.equal(one, other), name
     assert (folder / "exported" / "generation_config.json").exists()
