@@ -59,6 +59,8 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     found = []
     if config.get("fp16", {}).get("enabled") is True:
         found.append("fp16.enabled: expected false; model.dtype is float32 or bfloat16")
+    if config.get("torch_autocast", {}).get("enabled"):
+        found.append("torch_autocast.enabled: expected false; the pass and rollouts compute in model.dtype")
     if "scheduler" in config:
         found.append("scheduler: expected none; optim.schedule and optim.warmup_ratio decide")
     if "activation_checkpointing" in config:

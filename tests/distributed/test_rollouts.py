@@ -313,6 +313,37 @@ def test_draws_and_predictions_on_gathered_weights_are_the_sharded_ones_and_keep
     assert narrow[1][1] > roomy[1][1]  # a forward a row: fewer than rank 0 would wait for were it sharded
 
 
+def hooks(module: torch.nn.Module) -> dict[str, list[int]]:
+    """Those of every module, in their order."""
+    return {
+        f"{name}.{kind}": list(table)
+        for name, part in module.named_modules()
+        for kind, table in vars(part).items()
+        if kind.endswith("_hooks") and isinstance(table, dict) and table
+    }
+
+
+def hooks_before_inside_and_after(settings: Recipe) -> tuple[set[int], list[dict[str, list[int]]]]:
+    """ZeRO-3's hooks, and all hooks, some of a user's behind them."""
+    run = prepare(settings, set())
+    offload, layer = run.engine.optimizer.parameter_offload, run.engine.module.model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: None)
+    layer.register_forward_hook(lambda *_: None)
+    seen = [hooks(run.engine.module)]
+    with rolling_out(run.policy, "gathered"):
+        seen.append(hooks(run.engine.module))
+    seen.append(hooks(run.engine.module))
+    return {h.id for h in (offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks)}, seen
+
+
+def test_on_gathered_weights_zero3s_hooks_are_away_and_return_to_their_places(one_rank: Ranks, tmp_path: Path) -> None:
+    [(zero3, (before, inside, after))] = one_rank.run(hooks_before_inside_and_after, saved(tmp_path))
+    everything = {hook for table in before.values() for hook in table}
+    assert len(zero3) > 20
+    assert {hook for table in inside.values() for hook in table} == everything - zero3
+    assert after == before
+
+
 def gathers(settings: Recipe) -> dict[str, int]:
     """All-gathers of the weights for 20 tokens, by mode."""
     run = prepare(settings, set())

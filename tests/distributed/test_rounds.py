@@ -24,7 +24,7 @@ from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe,
 from selfgen_ds.data.samples import Sample, end_tokens, take
 from selfgen_ds.data.store import StoredRow, load_table, read_audit
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine import checkpoint, export, rollouts
+from selfgen_ds.engine import checkpoint, checksum, export, rollouts
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.policy import EnginePolicy
@@ -162,6 +162,9 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     whole_rows = [drawn(settings, name) for name in whole_rounds]
     assert whole_rounds == ["round-01", "round-02", "round-03"]
     assert len({json.dumps(rows) for rows in whole_rows}) == 3
+    fingerprints = [audit["fingerprint"] for audit in whole_audits]
+    assert fingerprints[0]["weights"] == fingerprints[0]["model"]
+    assert len({fingerprint["weights"] for fingerprint in fingerprints}) == 3
 
     settings.output_dir, settings.resume = str(folder / "killed"), "auto"
     out = Path(settings.output_dir)
@@ -235,6 +238,28 @@ def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_w
     assert weights(first) == weights(second)
 
 
+def tokens_drawn(settings: Recipe) -> int:
+    """Drawn tokens of the first window."""
+    run = prepare(settings, set())
+    assert run.rounds is not None
+    return sum(int(batch.drawn.sum()) for batch in run.rounds.windows(0).window(0))
+
+
+def test_a_runs_own_round_goes_before_another_runs(one_rank: Ranks, folder: Path) -> None:
+    nothing, much = (
+        runs.recipe(folder, selfgen=SelfgenConfig(method="bash", replace_probability=p)) for p in (0.0, 1.0)
+    )
+    assert one_rank.run(tokens_drawn, nothing) == [0]
+    assert one_rank.run(tokens_drawn, much)[0] > 10
+    for own, others, expected in ((nothing, much, False), (much, nothing, True)):
+        selfgen = replace(own.selfgen, rollouts=f"{others.output_dir}/rollouts")
+        both = runs.recipe(folder, selfgen=selfgen)
+        assert (one_rank.run(tokens_drawn, both)[0] > 10) != expected
+        both = runs.recipe(folder, selfgen=selfgen)
+        shutil.copytree(f"{own.output_dir}/rollouts", f"{both.output_dir}/rollouts")
+        assert (one_rank.run(tokens_drawn, both)[0] > 10) == expected
+
+
 # --- what does not change what is drawn ---
 
 
@@ -277,8 +302,8 @@ def test_the_same_is_drawn_on_any_number_of_ranks_at_any_stage_gathered_or_shard
         ]:
             settings = runs.recipe(folder, model=model, selfgen=selfgen, deepspeed=with_stage(folder, stage))
             settings.train.micro_batch_size *= 2 // ranks.world_size
-            for checksum, sharded in ranks.run(first_round, settings, free, timeout=TIMEOUT):
-                checksums.add(checksum)
+            for its_checksum, sharded in ranks.run(first_round, settings, free, timeout=TIMEOUT):
+                checksums.add(its_checksum)
                 assert sharded == {stage == 3 and free == LITTLE}
             found[ranks.world_size, stage, free] = drawn(settings, "round-01")
         expected = found[2, 3, MUCH]
@@ -308,8 +333,18 @@ def checksums(settings: Recipe) -> None:
             seen.add(weights_checksum(run.engine))
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(kept)
-    assert len(seen) == 1 + 3 * len(changes)
+    same = [p for p in parameters if p.ds_shape == parameters[1].ds_shape][:2]
+    for _ in range(2):  # there and back
+        with deepspeed.zero.GatheredParameters(same, modifier_rank=0):
+            one, other = (p.data.clone() for p in same)
+            same[0].data.copy_(other)
+            same[1].data.copy_(one)
+        seen.add(weights_checksum(run.engine))
+    assert len(seen) == 1 + 3 * len(changes) + 1
     assert weights_checksum(run.engine) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksum, "_PIECE", 999)
+        assert weights_checksum(run.engine) == before
     runs.steps(run, 1)
     trained = weights_checksum(run.engine)
     assert trained not in seen

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.store import StoredRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.bash import Bash
-from selfgen_ds.methods.method import Plan, Policy
+from selfgen_ds.methods.method import Policy
+from tests.plans import plan
 
 SEED = 5
 BYTES = byte_tokenizer()
@@ -70,17 +70,8 @@ class WritingPolicy(Policy):
 
 
 def _bash(*, rounds: int = 3, micro_batch_size: int = 3, seed: int = SEED, **config: Any) -> Bash:
-    plan = Plan(
-        seed=seed,
-        total_steps=2 * rounds,
-        step_size=4,
-        epoch_size=8,
-        micro_batch_size=micro_batch_size,
-        max_length=64,
-        tokenizer=BYTES,
-        correction=Correction(),
-    )
-    return Bash(SelfgenConfig(method="bash", **config), plan)
+    told = plan(seed=seed, total_steps=2 * rounds, micro_batch_size=micro_batch_size)
+    return Bash(SelfgenConfig(method="bash", **config), told)
 
 
 def _random_samples(seed: int, count: int = 9, first_id: int = 40) -> list[Sample]:

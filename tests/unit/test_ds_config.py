@@ -99,6 +99,7 @@ def test_a_key_inside_a_section_of_zero_optimization_is_named(recipe: Recipe) ->
     ("config", "expected"),
     [
         ({"fp16": {"enabled": True}}, "fp16.enabled: expected false"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled: expected false"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: expected none; optim.schedule"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}},

@@ -12,10 +12,9 @@ from torch import Tensor
 from selfgen_ds import methods
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.methods.method import Plan, Policy
+from selfgen_ds.methods.method import Policy
+from tests.plans import plan
 
 DRAWN = 1000  # ids from here on are drawn ones
 
@@ -77,17 +76,8 @@ CONFIGS = st.builds(
 def test_no_target_is_ever_a_drawn_token(
     name: str, window: list[TokenBatch], config: SelfgenConfig, seed: int, step: int
 ) -> None:
-    plan = Plan(
-        seed=seed,
-        total_steps=100,
-        step_size=8,
-        epoch_size=100,
-        micro_batch_size=3,
-        max_length=100,
-        tokenizer=byte_tokenizer(),
-        correction=Correction(),
-    )
-    read = methods.find(name)(config, plan).contexts(window, MarkingPolicy(), step)
+    method = methods.find(name)(config, plan(seed=seed, total_steps=100))
+    read = method.contexts(window, MarkingPolicy(), step)
     for before, after in zip(window, read, strict=True):
         assert (after.target[after.loss_mask] < DRAWN).all()
         for unchanged in ("target", "loss_mask", "replaceable", "sample_ids", "position_ids"):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from selfgen_ds import methods
 from selfgen_ds.config import DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.methods.method import Method, Plan, RoundMethod
+from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.prepare import check_settings
+from tests.plans import plan
 
 BYTES = byte_tokenizer()
 NO_CLASS = 3
@@ -25,17 +25,8 @@ class Nothing(Method):
 
 
 def _rounds(total_steps: int, step_size: int, epoch_size: int, epochs_per_round: int) -> RoundMethod:
-    plan = Plan(
-        seed=0,
-        total_steps=total_steps,
-        step_size=step_size,
-        epoch_size=epoch_size,
-        micro_batch_size=1,
-        max_length=8,
-        tokenizer=BYTES,
-        correction=Correction(),
-    )
-    return RoundMethod(SelfgenConfig(epochs_per_round=epochs_per_round), plan)
+    told = plan(total_steps=total_steps, step_size=step_size, epoch_size=epoch_size)
+    return RoundMethod(SelfgenConfig(epochs_per_round=epochs_per_round), told)
 
 
 @given(

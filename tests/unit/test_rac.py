@@ -19,9 +19,10 @@ from selfgen_ds.data.store import StoredRow
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.methods import noise
-from selfgen_ds.methods.method import AnswerNoise, Plan, Policy
+from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.methods.rac import Rac
 from tests.chat_tokenizers import FAMILIES, tokenizer
+from tests.plans import plan
 
 SEED = 5
 BYTES = byte_tokenizer()
@@ -92,17 +93,8 @@ def _rac(
 ) -> Rac:
     given: dict[str, Any] = {"sft_share": 0.0, "cue": "|"} | config
     chosen = SelfgenConfig(method="rac", **given)
-    plan = Plan(
-        seed=seed,
-        total_steps=6,
-        step_size=4,
-        epoch_size=8,
-        micro_batch_size=2,
-        max_length=max_length,
-        tokenizer=its_tokenizer,
-        correction=correction(samples, its_tokenizer, chosen.cue),
-    )
-    method = Rac(chosen, plan)
+    asked = correction(samples, its_tokenizer, chosen.cue)
+    method = Rac(chosen, plan(seed=seed, max_length=max_length, tokenizer=its_tokenizer, correction=asked))
     method.check(list(samples))
     return method
 
@@ -367,6 +359,24 @@ def test_an_answer_is_cut_to_the_room_that_is_left() -> None:
     assert counts["cut_answers"] == 1
 
 
+def test_an_answer_that_just_fits_is_not_cut() -> None:
+    samples = _texts(("p" * 8, "r" * 7), ("q", "r"), max_length=20)  # 16 tokens: 3 and the cue fit
+    rows, counts = _rac(samples, max_length=20).rows(_all(samples), SayingPolicy([*_ids("own"), END]), 0)
+    assert _marked(rows[0])["read"] == "p" * 8 + "own|" + "r" * 7 + "</s>"
+    assert counts["cut_answers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "epochs", "share", "warned"), [(2, 1, 0.5, True), (2, 2, 0.5, False), (2, 1, 1.0, False)]
+)
+def test_more_answers_than_a_round_reads_are_warned_of(
+    caplog: pytest.LogCaptureFixture, answers: int, epochs: int, share: float, warned: bool
+) -> None:
+    with caplog.at_level(logging.WARNING, "selfgen_ds"):
+        _rac(_many(3), answers_per_prompt=answers, epochs_per_round=epochs, sft_share=share)
+    assert (f"a round of {epochs} epochs reads about as many of the {answers} answers" in caplog.text) == warned
+
+
 def test_a_truncated_response_fills_its_row_and_stays_as_it_is() -> None:
     samples = _texts(("p", "r" * 40), ("q", "r"), max_length=20)
     assert samples.truncated == 1
@@ -460,6 +470,16 @@ def test_which_equal_answers_are_kept_is_a_function_of_seed_round_and_sample() -
         order = np.random.default_rng(0).permutation(200)
         assert sorted(ids[order][method.select(ids[order], equal[order], number)]) == kept[seed, number]
     assert len(set(map(tuple, kept.values()))) == 3
+
+
+def test_which_equal_answers_are_kept_has_nothing_to_do_with_which_samples_are_corrected() -> None:
+    ids = np.arange(4000)
+    coins = noise.uniform(noise.PLAIN, SEED, 0, torch.from_numpy(ids)).numpy()
+    corrected = ids[coins >= 0.5]
+    chosen = _rac(_many(3), max_equal_share=0.4).select(corrected, np.arange(len(corrected)) % 2 == 0, 0)
+    kept = [number for number in chosen.tolist() if number % 2 == 0]
+    assert len(kept) > 500
+    assert abs(coins[corrected[kept]].mean() - 0.75) < 0.03  # five standard deviations are 0.031 of 667
 
 
 @pytest.mark.parametrize("share", SHARES)

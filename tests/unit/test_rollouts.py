@@ -129,6 +129,17 @@ def test_other_noise_gives_another_answer_and_no_noise_the_most_probable(model: 
     assert policy.complete([[1, 2, 3]], 30) == cold != one
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [(31, 34), (32, 33), (33, 32), (60, 5), (64, 1)])
+def test_an_answer_ends_where_the_models_positions_do(prompt: int, answer: int) -> None:
+    config = LlamaConfig(vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config.max_position_embeddings = 64
+    model = Countdown(config).eval()
+    policy = EnginePolicy(model, model, end_tokens=[0])
+    [short, longest] = policy.complete([[40], [127] * prompt], 90)
+    assert short == list(range(39, -1, -1))
+    assert longest == list(range(126, 126 - answer, -1))  # its last token is read by nobody and takes no position
+
+
 def test_no_prompts_have_no_answers(model: PreTrainedModel) -> None:
     policy = EnginePolicy(model, model, end_tokens=[END])
     with policy.gathered(10):

@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -5,18 +6,22 @@ import numpy as np
 import pytest
 
 from selfgen_ds.config import InputError, SelfgenConfig
-from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.store import StoredRow, Writer
-from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.methods.bash import Bash
-from selfgen_ds.methods.method import Plan
 from selfgen_ds.rounds import Fingerprint, Rounds
+from tests.plans import plan
 
 OURS = {"model": "m1", "tokenizer": "t1", "data": "d1"}
 
 
 def _drawn(
-    folder: Path, number: int = 1, *, length: int = 6, method: str = "bash", fingerprint: dict[str, str] | None = None
+    folder: Path,
+    number: int = 1,
+    *,
+    length: int = 6,
+    method: str = "bash",
+    fingerprint: dict[str, str] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Path:
     """A complete round."""
     ids = np.arange(length)
@@ -24,7 +29,8 @@ def _drawn(
         sample_id=0, context_ids=ids, target_ids=ids, loss_mask=ids > 1, replaced_mask=ids > length, answer_equal=False
     )
     writer = Writer(folder / f"round-{number:02d}")
-    audit, _ = writer.start({"method": method, "fingerprint": OURS | {"weights": "w"} | (fingerprint or {})})
+    origin = OURS | {"weights": "w"} | (fingerprint or {})
+    audit, _ = writer.start({"method": method, "fingerprint": origin, "settings": settings or {}})
     writer.write(0, [row], {})
     writer.finish(1, audit)
     return writer.folder
@@ -32,20 +38,10 @@ def _drawn(
 
 def _open(folder: Path, shared: Path | None = None) -> Rounds:
     """The rounds of a run of `bash`, as far as they are looked at before the first step."""
-    plan = Plan(
-        seed=0,
-        total_steps=4,
-        step_size=1,
-        epoch_size=1,
-        micro_batch_size=1,
-        max_length=6,
-        tokenizer=byte_tokenizer(),
-        correction=Correction(),
-    )
     parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "windows"))
     return Rounds(
         **parts,
-        method=Bash(SelfgenConfig(method="bash"), plan),
+        method=Bash(SelfgenConfig(method="bash"), plan(max_length=6)),
         samples=[],
         folder=folder,
         shared=shared,
@@ -85,6 +81,15 @@ def test_a_round_of_longer_rows_is_refused(tmp_path: Path) -> None:
     folder = _drawn(tmp_path, length=7)
     with pytest.raises(InputError, match=rf"^output_dir: {folder} has rows of 7 tokens, more than data\.max_length=6$"):
         _open(tmp_path)
+
+
+def test_a_round_drawn_with_other_settings_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _drawn(tmp_path, settings={"method": "bash", "temperature": 2.0})
+    with caplog.at_level(logging.WARNING, "selfgen_ds"):
+        _open(tmp_path)
+    assert caplog.messages == [f"{folder} was drawn with other settings: temperature 2.0"]
 
 
 def test_a_damaged_round_is_refused_before_the_first_step(tmp_path: Path) -> None:

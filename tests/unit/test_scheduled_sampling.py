@@ -5,26 +5,14 @@ import torch
 
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.data.correction import Correction
-from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.methods.method import Plan
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from tests.batches import padded
+from tests.plans import plan
 from tests.unit.test_mixture import CountingPolicy, StickyPolicy
 
 
 def method(**settings: Any) -> ScheduledSampling:
-    plan = Plan(
-        seed=1,
-        total_steps=10,
-        step_size=8,
-        epoch_size=100,
-        micro_batch_size=8,
-        max_length=64,
-        tokenizer=byte_tokenizer(),
-        correction=Correction(),
-    )
-    return ScheduledSampling(SelfgenConfig(**settings), plan)
+    return ScheduledSampling(SelfgenConfig(**settings), plan(seed=1, total_steps=10))
 
 
 def batch() -> TokenBatch:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,29 @@ def test_a_row_is_trained_on_as_it_is() -> None:
 
 
 # --- a whole round ---
+
+
+def test_every_file_is_on_the_disk_before_it_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def fsync(file: int) -> None:
+        sync(file)
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), folder.parent))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = Writer(folder)
+    audit, _ = writer.start(_audit())
+    synced.clear()
+    writer.write(0, _rows(0), {})
+    rows, counts, names = synced
+    assert rows == f"{folder.name}.partial/rows-000000.arrow"
+    assert counts.startswith(f"{folder.name}.partial/.rows-000000.json")
+    assert names == f"{folder.name}.partial"
+    synced.clear()
+    writer.finish(1, audit)
+    assert {name for name in synced if Path(name).name.startswith(f".{AUDIT}")}
+    assert synced[-1] == "."  # the folder that the round's own name is in
 
 
 def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -> None:

@@ -1,0 +1,24 @@
+"""What methods are told about runs that there are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selfgen_ds.data.correction import Correction
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.methods.method import Plan
+
+
+def plan(**changes: Any) -> Plan:
+    """Of a small run over bytes; two steps of four rows an epoch."""
+    small: dict[str, Any] = {
+        "seed": 0,
+        "total_steps": 4,
+        "step_size": 4,
+        "epoch_size": 8,
+        "micro_batch_size": 2,
+        "max_length": 64,
+        "tokenizer": byte_tokenizer(),
+        "correction": Correction(),
+    }
+    return Plan(**(small | changes))
