@@ -20,7 +20,8 @@ from jsonargparse import ArgumentParser
 from selfgen_ds.config import Recipe
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.prepare import load_data, load_windows, prepare
+from selfgen_ds.inputs import load_data, load_windows
+from selfgen_ds.prepare import prepare
 
 _STEPS = 8
 

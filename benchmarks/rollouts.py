@@ -27,8 +27,9 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, rollouts
 from selfgen_ds.engine.model import from_config, model_config
 from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.inputs import load_data
 from selfgen_ds.methods import noise
-from selfgen_ds.prepare import load_data, prepare
+from selfgen_ds.prepare import prepare
 
 _ROWS, _PROMPT, _TOKENS, _TURNS = 8, 64, 128, 5
 

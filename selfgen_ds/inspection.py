@@ -21,8 +21,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import build_model, model_config, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.methods.method import Method, RoundMethod
-from selfgen_ds.prepare import (
+from selfgen_ds.inputs import (
     check_positions,
     check_settings,
     check_shares,
@@ -32,6 +31,7 @@ from selfgen_ds.prepare import (
     load_windows,
     sampling,
 )
+from selfgen_ds.methods.method import Method, RoundMethod
 
 _STYLES = {
     "prompt": "dim",

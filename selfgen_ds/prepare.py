@@ -11,51 +11,42 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch.distributed as dist
-import yaml
 from deepspeed import DeepSpeedEngine
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from selfgen_ds import methods
-from selfgen_ds.config import (
-    DataConfig,
-    InputError,
-    Recipe,
-    SelfgenConfig,
-    Sources,
-    problems,
-    sources,
-    to_yaml,
-)
+from selfgen_ds.config import InputError, Recipe, to_yaml
 from selfgen_ds.data.batches import Windows
-from selfgen_ds.data.correction import Correction, correction
-from selfgen_ds.data.packing import load_packs
-from selfgen_ds.data.rows import Columns
-from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, take
-from selfgen_ds.data.tasks import TASKS
+from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
 from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
-from selfgen_ds.engine.model import build_model, model_config, most_positions, trained_parameter_count, vocabulary
-from selfgen_ds.engine.policy import EnginePolicy, Sampling
+from selfgen_ds.engine.model import build_model, model_config, trained_parameter_count, vocabulary
+from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.engine.trainer import initialize, warm_up
-from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
-from selfgen_ds.files import lock, make_folder, write_atomically
-from selfgen_ds.methods.method import Method, Plan, RoundMethod
-from selfgen_ds.methods.reject import load_reject
+from selfgen_ds.files import write_atomically
+from selfgen_ds.inputs import (
+    check_positions,
+    check_settings,
+    check_shares,
+    load_data,
+    load_eval_data,
+    load_method,
+    load_windows,
+    sampling,
+)
+from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.output import open_output
 from selfgen_ds.rounds import Fingerprint, Rounds
 
 log = logging.getLogger("selfgen_ds")
-
-# What may change when a run is resumed; everything else would make it another run.
-_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.", "selfgen.generation_batch_size")
 
 # What does not change what a round draws.
 _NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight"}
@@ -98,7 +89,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     json_config = check_settings(recipe, overrides)
     launch.init_process_group()
     with _together():
-        folder_lock = _open_output(recipe, json_config)
+        folder_lock = open_output(recipe, json_config) if dist.get_rank() == 0 else None
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         check_positions(recipe, config)
@@ -217,82 +208,6 @@ def _prefetched(engine: DeepSpeedEngine) -> int:
     return min(int(engine.zero_prefetch_bucket_size()), sum(p.ds_numel for p in engine.module.parameters()))
 
 
-def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
-    """All problems of recipe and JSON at once; returns the JSON.
-
-    Raises:
-        InputError: A line for every problem.
-    """
-    found = problems(recipe)
-    try:
-        found += _unread_settings(recipe.selfgen, overrides)
-    except InputError as error:  # no such method
-        found.append(str(error))
-    for setting, given in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():
-        for source in sources(given):
-            if source.path.startswith("builtin:") and source.path.removeprefix("builtin:") not in TASKS:
-                found.append(f"{setting}: unknown task {source.path!r}; known are builtin:{', builtin:'.join(TASKS)}")
-    eval_is_task = all(source.path.startswith("builtin:") for source in sources(recipe.data.eval))
-    metrics = METRICS | (RECOVERY_METRICS if eval_is_task else {})
-    if recipe.eval.best not in metrics:
-        found.append(f"eval.best: expected one of {', '.join(metrics)}, got {recipe.eval.best!r}")
-    try:
-        load_reject(recipe.selfgen.reject)
-    except InputError as error:
-        found.append(str(error))
-    json_config: dict[str, Any] = {}
-    try:
-        json_config = ds_config.read(recipe.deepspeed)
-        found += ds_config.problems(recipe, json_config, launch.world_size())
-    except InputError as error:
-        found.append(str(error))
-    if found:
-        raise InputError("\n".join(dict.fromkeys(found)))
-    return json_config
-
-
-def load_method(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, samples: list[Samples], windows: Windows, total_steps: int
-) -> Method:
-    """The recipe's method.
-
-    Raises:
-        InputError: It cannot work with the recipe's settings or data.
-    """
-    found = methods.find(recipe.selfgen.method)
-    plan = Plan(
-        seed=recipe.seed,
-        total_steps=total_steps,
-        step_size=windows.step_size,
-        epoch_size=len(windows),
-        micro_batch_size=recipe.train.micro_batch_size,
-        max_length=recipe.data.max_length,
-        tokenizer=tokenizer,
-        correction=correction(samples, tokenizer, recipe.selfgen.cue) if "cue" in found.settings else Correction(),
-    )
-    method = found(recipe.selfgen, plan)
-    if isinstance(method, RoundMethod):
-        if recipe.data.packing and not method.keeps_lengths:
-            raise InputError(
-                f"data.packing: expected false with {recipe.selfgen.method}, whose rows are as long as what the model "
-                "draws; data.group_by_length saves padding"
-            )
-        method.check(samples)
-    return method
-
-
-def _unread_settings(selfgen: SelfgenConfig, overrides: set[str]) -> list[str]:
-    """Settings that the method ignores: errors, but for those of a recipe written for another method."""
-    read = methods.find(selfgen.method).settings | {"method"}
-    changed = [f.name for f in fields(selfgen) if f.name not in read and getattr(selfgen, f.name) != f.default]
-    if "selfgen.method" in overrides:
-        foreign = [name for name in changed if f"selfgen.{name}" not in overrides]
-        changed = [name for name in changed if name not in foreign]
-        if foreign:
-            log.info("%s does not read the recipe's selfgen.%s", selfgen.method, ", selfgen.".join(foreign))
-    return [f"selfgen.{name}: {selfgen.method} does not read it; remove it" for name in changed]
-
-
 @contextmanager
 def _together() -> Iterator[None]:
     """Bad input on one rank is bad input on all of them."""
@@ -307,79 +222,6 @@ def _together() -> Iterator[None]:
         raise InputError("\n".join(lines))
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Samples]:
-    """The samples of every source of `data.train`.
-
-    Raises:
-        InputError: A source cannot be read, a row is not as expected, or none is usable.
-    """
-    return _load(recipe.data, recipe.data.train, "train", tokenizer, None)
-
-
-def load_eval_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Samples]:
-    """The samples of every source of `data.eval`, `eval.max_samples` in all.
-
-    Raises:
-        InputError: As `load_data`.
-    """
-    assert recipe.data.eval is not None
-    return _load(recipe.data, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
-
-
-def _load(
-    data: DataConfig, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> list[Samples]:
-    columns = Columns(prompt=data.prompt_column, completion=data.completion_column, messages=data.messages_column)
-    form = Format(columns=columns, assistant_turns=data.assistant_turns, max_length=data.max_length, limit=limit)
-    return load(given, split, tokenizer, form)
-
-
-def check_shares(recipe: Recipe, samples: list[Samples]) -> None:
-    """Refuse data that `data.max_length` does too much harm to.
-
-    Raises:
-        InputError: More truncated or refused rows than the recipe allows.
-    """
-    data = recipe.data
-    for source in samples:
-        refused = f"prompts leave no room for a response (the first is {source.first_refused})"
-        for count, share, setting, what in (
-            (source.refused, data.max_refused_share, "max_refused_share", refused),
-            (source.truncated, data.max_truncated_share, "max_truncated_share", "responses are cut"),
-        ):
-            if count > share * source.read:
-                raise InputError(
-                    f"{source.name}: {count} of {source.read} {what} at data.max_length={data.max_length}; "
-                    f"data.{setting}={share} allows fewer"
-                )
-
-
-def load_windows(recipe: Recipe, samples: list[Samples], **shape: Any) -> Windows:
-    """The training rows in the recipe's order, packed if it says so.
-
-    Args:
-        shape: Of the steps: `micro_batch_size`, `accumulation`, `rank`, `world_size`, `epochs` (see `Windows`).
-
-    Raises:
-        InputError: A source's weight is less than one row an epoch.
-    """
-    weights = [source.weight for source in sources(recipe.data.train) if source.weight is not None]
-    return Windows(
-        samples,
-        packs=[load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None,
-        weights=weights or None,
-        group_by_length=recipe.data.group_by_length,
-        seed=recipe.seed,
-        **shape,
-    )
-
-
-def sampling(recipe: Recipe) -> Sampling:
-    """The distribution that tokens are drawn from."""
-    selfgen = recipe.selfgen
-    return Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k)
-
-
 def _checksum(samples: list[Samples]) -> int:
     """Of the training data, the same on all ranks: hosts may have files of their own. Collective."""
     mine = zlib.crc32(repr([source.checksum for source in samples]).encode())
@@ -389,19 +231,6 @@ def _checksum(samples: list[Samples]) -> int:
         other = next(rank for rank, value in enumerate(everyone) if value != everyone[0])
         raise InputError(f"data.train: rank {other} has other rows than rank 0")
     return mine
-
-
-def check_positions(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Refuse rows that the model has no positions for.
-
-    Raises:
-        InputError: `data.max_length` is more than the model takes.
-    """
-    positions = most_positions(config)
-    if positions is not None and recipe.data.max_length > positions:
-        raise InputError(
-            f"data.max_length: expected at most the model's {positions} positions, got {recipe.data.max_length}"
-        )
 
 
 def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
@@ -415,55 +244,3 @@ def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
         raise InputError(f"output_dir: {room}")
     if need * (recipe.checkpoint.keep + 2) > free:  # the newest, the best, and the one being written
         log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)
-
-
-def _open_output(recipe: Recipe, json_config: dict[str, Any]) -> IO[str] | None:
-    """The folder is new or holds this very run, and rank 0 alone writes to it."""
-    if dist.get_rank() != 0:
-        return None
-    folder = Path(recipe.output_dir)
-    make_folder(folder, "output_dir")
-    folder_lock = lock(folder, "output_dir")
-    _check_output(recipe, json_config, folder)
-    return folder_lock
-
-
-def _check_output(recipe: Recipe, json_config: dict[str, Any], folder: Path) -> None:
-    if recipe.model.name_or_path and Path(recipe.model.name_or_path).resolve() == (folder / "model").resolve():
-        raise InputError(f"output_dir: {folder / 'model'} is model.name_or_path, and would be replaced")
-    written = folder / "config.yaml"
-    if not written.exists():
-        if foreign := [name for name in ("model", "checkpoints", "metrics.jsonl") if (folder / name).exists()]:
-            raise InputError(f"output_dir: {folder} holds {', '.join(foreign)}, but no run's config.yaml")
-        return
-    if recipe.resume is None:
-        raise InputError(f"output_dir: {folder} holds a run already; continue it with --resume auto")
-    try:
-        # a setting that an older version did not write was at what is its default now
-        unset = Recipe(output_dir="", deepspeed="", data=DataConfig(train=""))
-        defaults = _flat(yaml.safe_load(to_yaml(unset)))
-        before = defaults | _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise InputError(f"{written}: not a run's recipe") from error
-    now = _flat(yaml.safe_load(to_yaml(recipe)))
-    changed = [
-        f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
-        for setting in sorted(before.keys() | now.keys())
-        if before.get(setting) != now.get(setting) and not setting.startswith(_MAY_CHANGE)
-    ]
-    if changed:
-        raise InputError(f"resume: {folder} was started with other settings: {'; '.join(changed)}")
-    steps_before, steps = before.get("train.max_steps"), recipe.train.max_steps
-    if steps_before is not None and steps is not None and steps < steps_before:
-        raise InputError(f"train.max_steps: may be raised on resume, was {steps_before} and is {steps}")
-    json_before = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
-    stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
-    if stage_before != stage:
-        raise InputError(f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}")
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

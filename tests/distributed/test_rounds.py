@@ -29,9 +29,10 @@ from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.inputs import load_data, load_method, load_windows, sampling
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy, RoundMethod
-from selfgen_ds.prepare import load_data, load_method, load_windows, prepare, sampling
+from selfgen_ds.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.chat_tokenizers import CHATML, build
 from tests.distributed import runs

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from selfgen_ds import prepare
+from selfgen_ds import output
 from selfgen_ds.config import DataConfig, InputError, LoraConfig, ModelConfig, Recipe, TrainConfig, problems, to_yaml
 from selfgen_ds.engine import checkpoint, lora
 from selfgen_ds.engine.model import extend, trained_parameter_count
@@ -220,19 +220,19 @@ def written(recipe: Recipe, **without: list[str]) -> None:
 def test_settings_that_an_older_run_did_not_write_were_at_their_defaults(recipe: Recipe) -> None:
     recipe.model.lora, recipe.resume = None, "auto"
     written(recipe, model=["lora", "attn_implementation"], optim=["epsilon"])
-    prepare._check_output(recipe, {}, Path(recipe.output_dir))
+    output._check_output(recipe, {}, Path(recipe.output_dir))
     recipe.model.lora, recipe.optim.epsilon = LoraConfig(r=4), 1e-6
     with pytest.raises(InputError, match=r"model\.lora\.r was None and is 4; .*optim\.epsilon was 1e-08 and is 1e-06"):
-        prepare._check_output(recipe, {}, Path(recipe.output_dir))
+        output._check_output(recipe, {}, Path(recipe.output_dir))
 
 
 def test_an_adapter_may_not_change_on_resume(recipe: Recipe) -> None:
     recipe.resume = "auto"
     written(recipe)
-    prepare._check_output(recipe, {}, Path(recipe.output_dir))
+    output._check_output(recipe, {}, Path(recipe.output_dir))
     recipe.model.lora = LoraConfig(r=4)
     with pytest.raises(InputError, match=r"model\.lora\.r was 8 and is 4"):
-        prepare._check_output(recipe, {}, Path(recipe.output_dir))
+        output._check_output(recipe, {}, Path(recipe.output_dir))
     recipe.model.lora = None
     with pytest.raises(InputError, match=r"model\.lora\.export was 'merged' and is None"):
-        prepare._check_output(recipe, {}, Path(recipe.output_dir))
+        output._check_output(recipe, {}, Path(recipe.output_dir))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from selfgen_ds import methods
 from selfgen_ds.config import DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.inputs import check_settings
 from selfgen_ds.methods.method import Method, RoundMethod
-from selfgen_ds.prepare import check_settings
 from tests.plans import plan
 
 BYTES = byte_tokenizer()

@@ -29,7 +29,7 @@ from selfgen_ds.data.samples import (
 )
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.prepare import check_shares
+from selfgen_ds.inputs import check_shares
 from tests.chat_tokenizers import CHATML, build, tokenizer
 
 TOKENIZER = byte_tokenizer()
