@@ -1,4 +1,4 @@
-"""The sub-commands: train, inspect, evaluate, compare, export.
+"""The sub-commands: train, inspect, evaluate, compare, export, bench.
 
 Exit codes: 0 done; 2 bad input or configuration; 1 anything else.
 """
@@ -11,9 +11,10 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 
 from selfgen_ds import __version__
 from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, InputError, Recipe
@@ -70,13 +71,22 @@ def _parser() -> ArgumentParser:
     inspect = ArgumentParser(
         description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
     )
-    for parser_of_recipe in (train, inspect):
+    bench = ArgumentParser(
+        description="Measure what the self-generated-token pass costs, as ratios to sft. Of the recipe, model, JSON, "
+        "rows a micro-batch and data.max_length count; rows are made up.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    for parser_of_recipe in (train, inspect, bench):
         parser_of_recipe.add_argument("--config", action="config", help="the recipe, YAML; options after it change it")
         parser_of_recipe.add_class_arguments(Recipe)
     inspect.add_argument("--rows", type=int, default=3, help="training rows to show")
     inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show what it draws")
     commands.add_subcommand("train", train, help="train a recipe; under deepspeed, torchrun, mpirun or as it is")
     commands.add_subcommand("inspect", inspect, help="show what a recipe's rows become, in one process")
+    bench.add_argument("--grid", type=Literal["budget", "full"], default="budget", help="which variants")
+    bench.add_argument("--steps", type=PositiveInt, default=10, help="timed steps of every variant")
+    commands.add_subcommand("bench", bench, help="measure the cost of the pass; under a launcher as `train`")
     evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
     commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and the reference's")
@@ -101,6 +111,10 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         from selfgen_ds.inspection import inspect
 
         inspect(_recipe(options, overrides), overrides, options.rows, options.draw)
+    elif parsed.command == "bench":
+        from selfgen_ds.scaling.bench import bench
+
+        bench(_recipe(options, overrides), overrides, options.grid, options.steps)
     elif parsed.command == "evaluate":
         from selfgen_ds.evaluation import evaluate
 
@@ -121,7 +135,7 @@ def _settings(options: Namespace) -> dict[str, Any]:
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
-    """The recipe of `train` or `inspect`, where what the command line gives replaces what it excludes.
+    """The recipe of `train`, `inspect` or `bench`, where what the command line gives replaces what it excludes.
 
     `--model.name_or_path` replaces a preset and the preset's tokenizer, `--train.max_steps` epochs and the other way.
     """

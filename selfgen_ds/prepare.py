@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
@@ -28,6 +28,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
 from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
+from selfgen_ds.engine.head import LogitsForm
 from selfgen_ds.engine.model import build_model, model_config, trained_parameter_count, vocabulary
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.engine.trainer import initialize, warm_up
@@ -120,19 +121,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
             )
     data = _checksum(samples)
-    hidden_size = config.get_text_config(decoder=True).hidden_size
-    hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
-    set_seed(recipe.seed)
-    with _together():
-        model = build_model(recipe.model, config, form, vocabulary(tokenizer))
-        if recipe.model.lora is not None:
-            set_seed(recipe.seed)
-            lora.add_adapter(model, recipe.model.lora, str(recipe.model.name_or_path))
-    set_seed(recipe.seed + dist.get_rank())
-    if recipe.train.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    engine = initialize(model, hf_config.config, recipe.optim, total_steps)
-    warm_up(engine)
+    engine, hf_config = build_engine(recipe, json_config, config, form, tokenizer, total_steps)
     folder = Path(recipe.output_dir)
     fingerprint = None
     if isinstance(method, RoundMethod):
@@ -152,20 +141,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         dist.get_world_size(),
         f"resumed from {resumed.path}" if resumed else "from the start",
     )
-    policy = EnginePolicy(
-        engine,
-        engine.module,
-        end_tokens=end_tokens([*samples, *(eval_samples or [])], tokenizer),
-        sampling=sampling(recipe),
-        budget=sweep_budget(
-            engine.module.config,
-            recipe.train.activation_checkpointing,
-            _prefetched(engine),
-            recipe.data.max_length if recipe.data.packing else None,
-            adapted=recipe.model.lora is not None,
-        ),
-        generation_batch_size=recipe.selfgen.generation_batch_size,
-    )
+    policy = engine_policy(recipe, engine, end_tokens([*samples, *(eval_samples or [])], tokenizer))
     rounds = None
     if isinstance(method, RoundMethod) and fingerprint is not None:
         settings = {name: getattr(recipe.selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
@@ -198,6 +174,53 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         first_step=resumed.step if resumed else 0,
         lock=folder_lock,
         hf_config=hf_config,
+    )
+
+
+def build_engine(
+    recipe: Recipe,
+    json_config: dict[str, Any],
+    config: PretrainedConfig,
+    form: LogitsForm,
+    tokenizer: PreTrainedTokenizerBase,
+    total_steps: int,
+) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
+    """The recipe's model under DeepSpeed, with a valid trace; and the configuration, to be kept. Collective.
+
+    Raises:
+        InputError: The model's weights cannot be read.
+    """
+    hidden_size = config.get_text_config(decoder=True).hidden_size
+    hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
+    set_seed(recipe.seed)
+    with _together():
+        model = build_model(recipe.model, config, form, vocabulary(tokenizer))
+        if recipe.model.lora is not None:
+            set_seed(recipe.seed)
+            lora.add_adapter(model, recipe.model.lora, str(recipe.model.name_or_path))
+    set_seed(recipe.seed + dist.get_rank())
+    if recipe.train.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    engine = initialize(model, hf_config.config, recipe.optim, total_steps)
+    warm_up(engine)
+    return engine, hf_config
+
+
+def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]) -> EnginePolicy:
+    """The engine's model as methods see it."""
+    return EnginePolicy(
+        engine,
+        engine.module,
+        end_tokens=end_tokens,
+        sampling=sampling(recipe),
+        budget=sweep_budget(
+            engine.module.config,
+            recipe.train.activation_checkpointing,
+            _prefetched(engine),
+            recipe.data.max_length if recipe.data.packing else None,
+            adapted=recipe.model.lora is not None,
+        ),
+        generation_batch_size=recipe.selfgen.generation_batch_size,
     )
 
 

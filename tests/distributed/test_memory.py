@@ -16,10 +16,10 @@ from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import prepare
+from selfgen_ds.scaling.live_tensors import LiveTensors
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded
 from tests.distributed import runs
-from tests.live_tensors import LiveTensors
 from tests.ranks import Ranks
 
 MIB = 2**20

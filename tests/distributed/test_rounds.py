@@ -33,13 +33,13 @@ from selfgen_ds.inputs import load_data, load_method, load_windows, sampling
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy, RoundMethod
 from selfgen_ds.prepare import prepare
+from selfgen_ds.scaling.live_tensors import LiveTensors
 from tests.architectures import ARCHITECTURES
 from tests.chat_tokenizers import CHATML, build
 from tests.distributed import runs
 from tests.distributed.test_checkpoints import count_lines
 from tests.distributed.test_command import RECIPE
 from tests.distributed.test_lora import adapting, with_stage
-from tests.live_tensors import LiveTensors
 from tests.ranks import Ranks, command
 
 TIMEOUT = 90.0
