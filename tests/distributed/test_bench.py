@@ -1,0 +1,111 @@
+"""The benchmark on a small shape: what it counts is exact, whatever the machine does beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfgen_ds.config import DataConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.scaling import bench
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+BLOCKS = [
+    bench.Block(accumulation=1, checkpointing=True, mixtures=((0.25, 1), (0.25, 2), (0.5, "exact"))),
+    bench.Block(accumulation=3, checkpointing=True, mixtures=((0.25, 1),)),
+    bench.Block(accumulation=1, checkpointing=False, mixtures=((0.25, 1),)),
+]
+
+
+def measure(settings: Recipe) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.GRIDS, "small", BLOCKS)
+        bench.bench(settings, set(), "small", 3)
+
+
+@pytest.fixture(scope="module")
+def record(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    wide = runs.PRESET | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "vocab_size": 600}
+    settings = runs.recipe(
+        folder,
+        deepspeed=runs.write_limited_json(folder),
+        model=ModelConfig(preset=wide, tokenizer="byte", dtype="float32"),
+        data=DataConfig(train="builtin:pointer_chase", max_length=96),
+        selfgen=SelfgenConfig(temperature=2.0),
+        train=TrainConfig(max_steps=1, micro_batch_size=4),
+    )
+    two_ranks.run(measure, settings, timeout=120.0)
+    assert (Path(settings.output_dir) / "bench.png").stat().st_size > 5000
+    return json.loads((Path(settings.output_dir) / "bench.json").read_text())
+
+
+def rows(record: dict[str, Any], accumulation: int = 1, checkpointing: bool = True) -> dict[str, dict[str, Any]]:
+    return {
+        row["variant"]: row
+        for row in record["rows"]
+        if (row["accumulation"], row["checkpointing"]) == (accumulation, checkpointing)
+    }
+
+
+def test_every_variant_of_every_block_has_a_row_and_sft_is_1(record: dict[str, Any]) -> None:
+    assert list(rows(record)) == ["sft", "p 0.25, 1", "p 0.25, 2", "p 0.5, exact"]
+    assert list(rows(record, accumulation=3)) == list(rows(record, checkpointing=False)) == ["sft", "p 0.25, 1"]
+    for row in record["rows"]:
+        if row["variant"] == "sft":
+            assert (row["step_time_ratio"], row["peak_memory_ratio"], row["passes"], row["groups"]) == (1, 1, 0, 0)
+            assert row["phases_s"]["pass"][1] < 0.01 * row["step_time_s"][1]
+        else:
+            assert row["phases_s"]["pass"][1] > 0.05 * row["step_time_s"][1]
+
+
+def test_phases_make_up_the_step(record: dict[str, Any]) -> None:
+    for row in record["rows"]:
+        parts = sum(median for _, median, _ in row["phases_s"].values())
+        assert 0.7 * row["step_time_s"][1] < parts < 1.5 * row["step_time_s"][1]  # each on its slowest rank
+        low, median, high = row["step_time_s"]
+        assert low <= median <= high
+
+
+def test_a_pass_gathers_the_parameters_once_a_group(record: dict[str, Any]) -> None:
+    for accumulation, checkpointing in ((1, True), (3, True), (1, False)):
+        some = rows(record, accumulation, checkpointing)
+        for name, row in some.items():
+            extra = row["gathers"] - some["sft"]["gathers"]
+            assert extra <= 1.02 * row["passes"] * row["groups"], name
+            assert (extra > 0.5 * row["passes"] * row["groups"]) == (name != "sft"), name
+
+
+def test_a_mixture_needs_no_more_memory_than_sft(record: dict[str, Any]) -> None:
+    for row in record["rows"]:
+        assert row["peak_memory_bytes"] > 1e6
+        assert row["peak_memory_ratio"] <= 1.02, row["variant"]
+
+
+def test_alternating_variants_never_throw_the_trace_away(record: dict[str, Any]) -> None:
+    assert [row["trace_invalidations"] for row in record["rows"]] == [0] * len(record["rows"])
+
+
+def test_the_record_says_what_was_measured_on_what(record: dict[str, Any]) -> None:
+    assert record["hardware"]["ranks"] == 2
+    assert record["hardware"]["accelerator"] == "cpu"
+    assert set(record["versions"]) == {"selfgen_ds", "torch", "transformers", "deepspeed"}
+    assert record["recipe"]["data"]["max_length"] == 96
+    assert record["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert all(row["mfu"] is None and row["tokens_per_second"] > 0 for row in record["rows"])
+
+
+def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_are_not(one_rank: Ranks) -> None:
+    settings = Recipe(
+        output_dir="", deepspeed="", data=DataConfig(train="", max_length=12), train=TrainConfig(micro_batch_size=2)
+    )
+    [[first, again, later]] = one_rank.run(windows, replace(settings))
+    assert first == again != later
+
+
+def windows(settings: Recipe) -> list[list[list[int]]]:
+    return [bench._window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
