@@ -173,10 +173,11 @@ def load_method(
     )
     method = found(recipe.selfgen, plan)
     if isinstance(method, RoundMethod):
-        if recipe.data.packing and not method.keeps_lengths:
+        selects = type(method).select is not RoundMethod.select
+        if recipe.data.packing and (selects or not method.keeps_lengths):
             raise InputError(
-                f"data.packing: expected false with {recipe.selfgen.method}, whose rows are as long as what the model "
-                "draws; data.group_by_length saves padding"
+                f"data.packing: expected false with {recipe.selfgen.method}, whose rows are not as many or as long as "
+                "the samples; data.group_by_length saves padding"
             )
         method.check(samples)
     return method

@@ -81,7 +81,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     check_shares(recipe, samples + eval_samples)
     method = load_method(recipe, tokenizer, samples, windows, total_steps=1)
     if rows:
-        if draw:
+        if draw and "replace_probability" in method.settings:
             p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)  # of one step or round
             console.print(f"drawn with p = {p:g}, that of the last step or round\n")
         window = _draw(recipe, windows, samples, tokenizer, method) if draw else windows.window(0)

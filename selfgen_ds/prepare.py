@@ -50,7 +50,7 @@ from selfgen_ds.rounds import Fingerprint, Rounds
 log = logging.getLogger("selfgen_ds")
 
 # What does not change what a round draws.
-_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight"}
+_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", "max_equal_share"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,13 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                 folder=folder / "rollouts",
                 shared=None if recipe.selfgen.rollouts is None else Path(recipe.selfgen.rollouts),
                 fingerprint=fingerprint,
-                settings={"method": recipe.selfgen.method, **settings, "seed": recipe.seed},
+                settings={
+                    "method": recipe.selfgen.method,
+                    **settings,
+                    "seed": recipe.seed,
+                    "max_length": recipe.data.max_length,
+                },
+                step=resumed.step if resumed else 0,
             )
     if dist.get_rank() == 0:  # nothing is refused from here on
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")

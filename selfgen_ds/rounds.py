@@ -6,6 +6,7 @@ killed goes on at the first chunk that is missing; a round that is complete is n
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -26,17 +27,20 @@ from selfgen_ds import __version__
 from selfgen_ds.config import InputError
 from selfgen_ds.data.batches import Rows, Windows
 from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.store import StoredRow, StoredRows, Writer, load_table, read_audit, verify
+from selfgen_ds.data.store import StoredRow, StoredRows, Writer, broken_files, load_table, read_audit
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.files import write_atomically
 from selfgen_ds.methods.method import RoundMethod
 
 log = logging.getLogger("selfgen_ds")
 
+_SHARED = "shared.json"
+
 _CHUNK = 256  # samples that a rank draws before it writes them, at most
 _CHUNKS = 32  # of every rank, so that a round shows its progress and a killed one has something to go on with ...
-_FEW, _FEW_CHUNKS = 64, 4  # ... but of so few samples less
+_FEW_CHUNKS = 4  # ... but less where a chunk would be little to generate at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Rounds:
         folder: `rollouts/` of the run.
         shared: `rollouts/` of another run, whose rounds are read instead of drawn.
         settings: Those that the method reads, for the record.
+        step: That the run stands at; rounds before it are not looked at.
 
     Raises:
         InputError: A complete round was drawn from something else, is damaged, or has rows that are too long.
@@ -74,6 +79,7 @@ class Rounds:
         shared: Path | None,
         fingerprint: Fingerprint,
         settings: dict[str, Any],
+        step: int,
     ) -> None:
         self._engine, self._policy, self._method = engine, policy, method
         self._samples, self._plain = samples, windows
@@ -85,12 +91,26 @@ class Rounds:
         """The current round, from 0."""
         self.replace_probability = 0.0
         """p that it was drawn with."""
-        theirs = _complete(shared) if shared else []
-        if shared and not theirs:
-            raise InputError(f"selfgen.rollouts: {shared} holds no round, such as {_name(0)}")
-        for setting, complete in {"output_dir": _complete(folder), "selfgen.rollouts": theirs}.items():
+        self._theirs = self._shared_rounds()
+        current = method.round_of(step)
+        for setting, complete in {"output_dir": _complete(folder), "selfgen.rollouts": self._theirs}.items():
             for drawn in complete:
-                self._check(setting, drawn)
+                if _number(drawn) >= current:
+                    self._check(setting, drawn)
+        if shared and launch.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / _SHARED, json.dumps([drawn.name for drawn in self._theirs]))
+
+    def _shared_rounds(self) -> list[Path]:
+        """The other run's rounds that were there at this run's first start; later ones would change what it resumes."""
+        if self._shared is None:
+            return []
+        if (record := self._folder / _SHARED).exists():
+            return [self._shared / name for name in json.loads(record.read_text(encoding="utf-8"))]
+        found = _complete(self._shared)
+        if not found:
+            raise InputError(f"selfgen.rollouts: {self._shared} holds no round, such as {_name(0)}")
+        return found
 
     def starts(self, step: int) -> bool:
         """Whether a round starts with this step."""
@@ -110,11 +130,12 @@ class Rounds:
         """A complete round, by rank 0's view: its own, or the other run's. Collective."""
         found: list[Path | None] = [None]
         if dist.get_rank() == 0:
-            roots = [root for root in (self._folder, self._shared) if root is not None]
-            found = [next((root / _name(number) for root in roots if (root / _name(number)).is_dir()), None)]
+            own = self._folder / _name(number)
+            theirs = next((drawn for drawn in self._theirs if drawn.name == own.name), None)
+            found = [own if own.is_dir() else theirs]
         dist.broadcast_object_list(found, src=0)
-        own = found[0] is not None and found[0].parent == self._folder
-        if own and step == self._method.first_step(number):
+        is_own = found[0] is not None and found[0].parent == self._folder
+        if is_own and step == self._method.first_step(number):
             weights = weights_checksum(self._engine)
             if read_audit(self._folder / _name(number))["fingerprint"]["weights"] != weights:
                 log.warning("%s was drawn by other weights than now", found[0])
@@ -130,10 +151,16 @@ class Rounds:
             if (there := theirs.get(what)) != value:
                 name = {"model": "starting model"}.get(what, what)
                 raise InputError(f"{setting}: {folder} was drawn from another {name}: {there} there, {value} here")
-        if launch.rank() == 0:
-            verify(folder)
+        if launch.rank() == 0 and (broken := broken_files(folder)):
+            raise InputError(
+                f"{setting}: {folder} is broken ({', '.join(broken)}); without it the round is drawn again"
+            )
         drawn_with = audit.get("settings", {})
-        others = [f"{name} {value!r}" for name, value in drawn_with.items() if self._settings.get(name) != value]
+        others = [
+            f"{name} {value!r} there, {self._settings.get(name)!r} here"
+            for name, value in drawn_with.items()
+            if self._settings.get(name) != value
+        ]
         if others:
             log.warning("%s was drawn with other settings: %s", folder, ", ".join(others))
         table, most = load_table(folder), self._method.plan.max_length
@@ -171,10 +198,10 @@ class Rounds:
                 samples = [sample for chunk in mine for sample in self._chunk(chunk, audit["chunk_size"])]
                 rows, counts = self._method.rows(samples, self._policy, number)
                 # no rank gets further ahead than a chunk: the process group's timeout counts what others wait
-                if self._policy.max_over_ranks(self._misplaced(samples, rows)):
-                    raise RuntimeError(
-                        f"{self._settings['method']}: its rows do not fit the samples (`RoundMethod.rows`)"
-                    )
+                problem = self._problem(samples, rows)
+                if self._policy.max_over_ranks(int(problem is not None)):
+                    where = problem or "those of another rank"
+                    raise RuntimeError(f"{self._settings['method']}: its rows do not fit the samples: {where}")
                 for chunk in mine:
                     writer.write(chunk, rows, counts)
                 bar.update(min(world_size, len(missing) - first))
@@ -187,16 +214,25 @@ class Rounds:
         dist.barrier()
         return writer.folder
 
-    def _misplaced(self, samples: list[Sample], rows: list[StoredRow]) -> bool:
-        """Whether a method's rows are too long, in another order, or not what it said that they are."""
+    def _problem(self, samples: list[Sample], rows: list[StoredRow]) -> str | None:
+        """What is wrong with a method's rows."""
+        most = self._method.plan.max_length
+        for row in rows:
+            arrays = (row.context_ids, row.target_ids, row.loss_mask, row.replaced_mask)
+            if len({len(array) for array in arrays}) > 1:
+                return f"sample {row.sample_id} has arrays of several lengths"
+            if len(row.context_ids) > most:
+                return f"sample {row.sample_id} has {len(row.context_ids)} tokens, more than data.max_length={most}"
         ids, row_ids = [sample.sample_id for sample in samples], [row.sample_id for row in rows]
         if self._method.keeps_lengths:
-            lengths = [len(sample.input_ids) for sample in samples]
-            return row_ids != ids or [len(row.context_ids) for row in rows] != lengths
-        most = self._method.plan.max_length
-        return (
-            row_ids != sorted(row_ids) or not set(row_ids) <= set(ids) or any(len(r.context_ids) > most for r in rows)
-        )
+            if row_ids != ids:
+                return f"samples {ids[:5]} ... have become rows of {row_ids[:5]} ..., as {len(ids)} and {len(row_ids)}"
+            for sample, row in zip(samples, rows, strict=True):
+                if len(row.context_ids) != len(sample.input_ids):
+                    return f"sample {row.sample_id} has become longer or shorter, against `keeps_lengths`"
+        elif row_ids != sorted(row_ids) or not set(row_ids) <= set(ids):
+            return f"rows of {row_ids[:5]} ... are none of samples {ids[:5]} ..., or in another order"
+        return None
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """What draws a round, for the record. Collective."""
@@ -215,7 +251,7 @@ class Rounds:
                 "deepspeed": deepspeed.__version__,
             },
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "chunk_size": max(min(_CHUNK, -(-mine // _CHUNKS)), min(_FEW, -(-mine // _FEW_CHUNKS))),
+            "chunk_size": _chunk_size(mine, self._policy.rows_at_once),
         }
 
     def _chunk(self, chunk: int, chunk_size: int) -> list[Sample]:
@@ -232,18 +268,31 @@ class Rounds:
         edges = np.searchsorted(sample_ids, [source.first_id for source in self._samples[1:]])
         rows: list[Rows] = []
         for source, places in zip(self._samples, np.split(np.arange(len(table)), edges), strict=True):
+            if not len(places):
+                raise RuntimeError(f"{self._settings['method']}: round {number + 1} has no row of {source.name}")
             chosen = places[self._method.select(sample_ids[places], equal[places], number)]
             if not len(chosen):
-                log.warning("round %d: every own answer in %s is the reference; all are kept", number + 1, source.name)
+                log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
                 chosen = places
             rows.append(StoredRows(table, chosen))
         return rows
 
 
+def _chunk_size(samples: int, rows_at_once: int) -> int:
+    """Samples of a chunk, of so many of a rank. Half of them may be plain, and the others be generated at once."""
+    least = min(2 * rows_at_once, -(-samples // _FEW_CHUNKS))
+    return max(min(_CHUNK, -(-samples // _CHUNKS)), least)
+
+
 def _complete(root: Path) -> list[Path]:
     """The complete rounds in a folder."""
-    return sorted(folder for folder in root.glob("round-*") if folder.suffix != ".partial")
+    found = [folder for folder in root.glob("round-*") if folder.name.removeprefix("round-").isdigit()]
+    return sorted(found, key=_number)
 
 
 def _name(number: int) -> str:
     return f"round-{number + 1:02d}"
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("round-")) - 1

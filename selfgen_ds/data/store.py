@@ -113,21 +113,20 @@ def read_audit(folder: Path) -> dict[str, Any]:
     """
     try:
         audit = json.loads((folder / AUDIT).read_text(encoding="utf-8"))
-        audit["fingerprint"]["weights"]
+        audit["fingerprint"]["weights"], audit["replace_probability"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / AUDIT}: not the record of a round") from error
     return audit
 
 
-def verify(folder: Path) -> None:
-    """Read a complete round's files once, to see that they are as they were written.
+def broken_files(folder: Path) -> list[str]:
+    """Those of a complete round that are not as they were written. They are all read.
 
     Raises:
-        InputError: They are not.
+        InputError: The folder has no record of them.
     """
     files = read_audit(folder).get("files", {})
-    if broken := [name for name, entry in files.items() if not intact(folder / name, entry)]:
-        raise InputError(f"{folder}: broken: {', '.join(broken)}")
+    return [name for name, entry in files.items() if not intact(folder / name, entry)]
 
 
 def load_table(folder: Path) -> datasets.Dataset:

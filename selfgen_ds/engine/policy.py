@@ -146,7 +146,9 @@ class EnginePolicy(Policy):
             log.info(
                 "rollouts: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free",
                 weights / 1e6,
-                "are gathered once" if gathers else "stay sharded, to be gathered for every token",
+                "are gathered once"
+                if gathers
+                else "stay sharded, to be gathered for every forward: every token, or pass",
                 rows,
                 row / 1e6,
                 free / 1e6,
@@ -277,9 +279,8 @@ class EnginePolicy(Policy):
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """No dropout, no activation checkpointing; the mode is put back."""
-    training = (
-        module.module if isinstance(module, DeepSpeedEngine) else module
-    ).training  # the engine's own never changes
+    # an engine's own mode is not that of its model
+    training = module.module.training if isinstance(module, DeepSpeedEngine) else module.training
     module.eval()
     try:
         yield

@@ -188,6 +188,7 @@ def choices(settings: Recipe) -> tuple[list[tuple[bool, int, bool]], list[str]]:
             with memory(int(free / 0.9) - less + 1), policy.gathered(100):
                 found.append((policy.sharded, policy.rows_at_once, hook.id in hook.hooks_dict_ref()))
                 policy.complete([[1], [2]], 5)
+                assert not policy.model.training, "one of several in a row ends its own mode"
                 with memory(0), policy.gathered(10):
                     assert (policy.sharded, policy.rows_at_once) == found[-1][:2], "an inner one changes nothing"
                 assert (policy.sharded, policy.rows_at_once) == found[-1][:2]

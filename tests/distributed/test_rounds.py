@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 
+import selfgen_ds
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
 from selfgen_ds.data.samples import Sample, end_tokens, take
 from selfgen_ds.data.store import StoredRow, load_table, read_audit
@@ -66,7 +69,7 @@ def untimed(settings: Recipe) -> list[dict[str, float]]:
 
 
 def rounds(settings: Recipe) -> list[str]:
-    return sorted(path.name for path in (Path(settings.output_dir) / "rollouts").iterdir())
+    return sorted(path.name for path in (Path(settings.output_dir) / "rollouts").glob("round-*"))
 
 
 def drawn(settings: Recipe, name: str) -> list[dict[str, Any]]:
@@ -166,6 +169,13 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     fingerprints = [audit["fingerprint"] for audit in whole_audits]
     assert fingerprints[0]["weights"] == fingerprints[0]["model"]
     assert len({fingerprint["weights"] for fingerprint in fingerprints}) == 3
+    for name in whole_rounds:
+        record = read_audit(Path(settings.output_dir) / "rollouts" / name)
+        assert record["versions"] == {
+            m.__name__: str(m.__version__) for m in (selfgen_ds, torch, transformers, deepspeed)
+        }
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(record["started"])) < timedelta(minutes=10)
+        assert record["settings"]["max_length"] == settings.data.max_length
 
     settings.output_dir, settings.resume = str(folder / "killed"), "auto"
     out = Path(settings.output_dir)
@@ -576,8 +586,16 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "first"))
     assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no round")
 
-    assert train(folder, *sharing)[0] == 0, "what was refused leaves a folder behind that a run can start in"
-    assert not (folder / "run" / "rollouts").exists()
+    assert train(folder, *sharing, "--selfgen.replace_probability", "0.9", "--train.max_steps", "21")[0] == 0, (
+        "what was refused leaves a folder behind that a run can start in"
+    )
+    log = (folder / "log").read_text()
+    assert f"{store / 'round-01'} was drawn with other settings: replace_probability 0.5 there, 0.9 here" in log
+    assert f"{store} holds no round-02: it is drawn here" in log
+    assert [path.name for path in (folder / "run" / "rollouts").glob("round-*")] == ["round-02"]
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [0.9]  # of what is read
+    assert metrics[20]["round_time_s"] > 10 * metrics[19]["round_time_s"] > 0
 
     shutil.rmtree(store)
     resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")
@@ -598,6 +616,7 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
             "selfgen.max_new_tokens: an own answer of 120 tokens fits into no row",
         ),
         (["rac", "--data.packing", "true"], "data.packing: expected false with rac"),
+        (["tests.distributed.test_rounds:Half", "--data.packing", "true"], "data.packing: expected false with tests."),
         (
             ["bash", "--train.micro_batch_size", "41"],
             "selfgen.epochs_per_round: a round of 40 rows is less than a step of",
@@ -627,6 +646,13 @@ class Half(Bash):
 
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
         return np.flatnonzero(sample_ids % 2 == number % 2)
+
+
+class Nobody(Bash):
+    """Selects no row of the second of two sources."""
+
+    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
+        return np.flatnonzero(sample_ids < 40)
 
 
 class Lossy(Bash):
@@ -665,7 +691,28 @@ def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(
     assert two_ranks.run(read_in_steps, settings, [7, 8, 3]) == [[ids[i] for i in (7, 8, 3)] for ids in by_rank]
 
 
+def test_of_a_source_of_which_nothing_is_selected_all_is_kept_and_a_small_one_may_get_no_row(
+    two_ranks: Ranks, folder: Path
+) -> None:
+    more = [{"prompt": f"other {i}: ", "completion": "row"} for i in range(3)]
+    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    sources = [Source(path=str(folder / f), weight=w) for f, w in (("rows.jsonl", 1.0), ("more.jsonl", 0.1))]
+    settings = runs.recipe(
+        folder,
+        selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Nobody"),
+        data=DataConfig(train=[*sources], max_length=128),
+        train=TrainConfig(max_steps=12, micro_batch_size=2, gradient_accumulation_steps=2),
+    )
+    by_rank = two_ranks.run(read_in_steps, settings, list(range(12)))
+    read = Counter(i for ids in by_rank for step in ids for i in step)
+    assert {40, 41, 42} <= read.keys()
+    assert sum(read[i] for i in (40, 41, 42)) < 20
+
+
 def test_rows_that_do_not_fit_the_samples_end_all_ranks(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(folder, selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Lossy"))
-    with pytest.raises(AssertionError, match=r"(?s)rank 0.*its rows do not fit the samples.*rank 1.*do not fit"):
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)rank 0.*do not fit the samples: those of another.*rank 1.*fit the samples: samples \[",
+    ):
         two_ranks.run(runs.run_training, settings)

@@ -83,6 +83,7 @@ def test_a_class_of_the_users_is_a_method() -> None:
     [
         *("magic", "", ":", "Bash", "bash:", "tests.unit.test_methods", "tests.unit.test_methods:"),
         *("nowhere:Bash", "tests.unit.test_methods:Missing", "tests.unit.test_methods:NO_CLASS"),
+        "selfgen_ds.methods.method:RoundMethod",
         *("pathlib:Path", "tests.unit.test_methods:_rounds", ":Bash", "./method.py:Mine", "a b:c", "a..b:c"),
     ],
 )

@@ -153,6 +153,14 @@ def test_an_answer_that_did_not_end_is_taken_as_it_is() -> None:
     assert counts["unfinished_answers"] == 1
 
 
+def test_an_answer_of_no_token_is_unfinished_and_any_end_token_ends_one() -> None:
+    samples = _texts(("1+1=", "two"), ("2+2=", "four"))
+    method = _rac(samples)
+    method.plan.correction.end_tokens.append(99)
+    counts = method.rows(_all(samples), SayingPolicy([], [*_ids("a"), 99]), 0)[1]
+    assert counts["unfinished_answers"] == 1
+
+
 def test_an_empty_answer_is_corrected_too() -> None:
     samples = _texts(("1+1=", "two"))
     ((row,), counts) = _rac(samples).rows(_all(samples), SayingPolicy([END]), 0)
@@ -364,6 +372,13 @@ def test_an_answer_that_just_fits_is_not_cut() -> None:
     rows, counts = _rac(samples, max_length=20).rows(_all(samples), SayingPolicy([*_ids("own"), END]), 0)
     assert _marked(rows[0])["read"] == "p" * 8 + "own|" + "r" * 7 + "</s>"
     assert counts["cut_answers"] == 0
+
+
+def test_rows_whose_answers_are_cut_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    samples = _texts(("p" * 8, "r" * 7), ("q", "r"), max_length=20)
+    with caplog.at_level(logging.WARNING, "selfgen_ds"):
+        _rac(samples, max_length=20, max_new_tokens=4)
+    assert "own answers of 1 of 2 rows are cut before selfgen.max_new_tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

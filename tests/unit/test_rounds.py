@@ -1,4 +1,6 @@
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import pytest
 from selfgen_ds.config import InputError, SelfgenConfig
 from selfgen_ds.data.store import StoredRow, Writer
 from selfgen_ds.methods.bash import Bash
-from selfgen_ds.rounds import Fingerprint, Rounds
+from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.methods.rac import Rac
+from selfgen_ds.rounds import Fingerprint, Rounds, _chunk_size
+from tests.batches import sample
 from tests.plans import plan
 
 OURS = {"model": "m1", "tokenizer": "t1", "data": "d1"}
@@ -30,23 +35,26 @@ def _drawn(
     )
     writer = Writer(folder / f"round-{number:02d}")
     origin = OURS | {"weights": "w"} | (fingerprint or {})
-    audit, _ = writer.start({"method": method, "fingerprint": origin, "settings": settings or {}})
+    audit, _ = writer.start(
+        {"method": method, "fingerprint": origin, "settings": settings or {}, "replace_probability": 0.25}
+    )
     writer.write(0, [row], {})
     writer.finish(1, audit)
     return writer.folder
 
 
-def _open(folder: Path, shared: Path | None = None) -> Rounds:
+def _open(folder: Path, shared: Path | None = None, step: int = 0, method: type[RoundMethod] = Bash) -> Rounds:
     """The rounds of a run of `bash`, as far as they are looked at before the first step."""
     parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "windows"))
     return Rounds(
         **parts,
-        method=Bash(SelfgenConfig(method="bash"), plan(max_length=6)),
+        method=method(SelfgenConfig(method="bash"), plan(max_length=6)),
         samples=[],
         folder=folder,
         shared=shared,
         fingerprint=Fingerprint(**OURS),
         settings={"method": "bash"},
+        step=step,
     )
 
 
@@ -89,14 +97,40 @@ def test_a_round_drawn_with_other_settings_is_taken_with_a_warning(
     folder = _drawn(tmp_path, settings={"method": "bash", "temperature": 2.0})
     with caplog.at_level(logging.WARNING, "selfgen_ds"):
         _open(tmp_path)
-    assert caplog.messages == [f"{folder} was drawn with other settings: temperature 2.0"]
+    assert caplog.messages == [f"{folder} was drawn with other settings: temperature 2.0 there, None here"]
 
 
 def test_a_damaged_round_is_refused_before_the_first_step(tmp_path: Path) -> None:
     folder = _drawn(tmp_path)
     (folder / "rows-000000.arrow").write_bytes(b"")
-    with pytest.raises(InputError, match=rf"^{folder}: broken: rows-000000\.arrow$"):
+    with pytest.raises(InputError, match=rf"^output_dir: {folder} is broken \(rows-000000\.arrow\); "):
         _open(tmp_path)
+
+
+def test_a_round_that_is_over_or_put_aside_is_not_looked_at(tmp_path: Path) -> None:
+    folder = _drawn(tmp_path)
+    (folder / "rows-000000.arrow").write_bytes(b"")
+    _open(tmp_path, step=2)  # of the second round
+    with pytest.raises(InputError, match="broken"):
+        _open(tmp_path, step=1)
+    folder.rename(folder.with_name("round-01.damaged"))
+    _open(tmp_path)
+
+
+def test_rounds_are_ordered_by_number(tmp_path: Path) -> None:
+    _drawn(tmp_path, 100, fingerprint={"model": "x9"})
+    with pytest.raises(InputError, match="another starting model"):
+        _open(tmp_path, step=30)  # of round 16
+
+
+def test_another_runs_rounds_are_those_that_there_were_at_the_first_start(tmp_path: Path) -> None:
+    shared = tmp_path / "rollouts"
+    _drawn(shared, 1)
+    _open(tmp_path / "own", shared)
+    _drawn(shared, 2, fingerprint={"model": "x9"})
+    _open(tmp_path / "own", shared)
+    with pytest.raises(InputError, match="another starting model"):
+        _open(tmp_path / "another", shared)
 
 
 def test_a_round_that_is_being_drawn_is_not_looked_at(tmp_path: Path) -> None:
@@ -110,3 +144,54 @@ def test_a_folder_without_a_complete_round_is_refused(name: str, tmp_path: Path)
     _drawn(tmp_path / "rollouts").rename(tmp_path / "rollouts" / "round-01.partial")
     with pytest.raises(InputError, match=rf"^selfgen\.rollouts: {tmp_path / name} holds no round, such as round-01$"):
         _open(tmp_path / "own", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows_at_once", "expected"),
+    [
+        (20, 64, 5),  # four chunks, so that something is left when a run is killed
+        (2123, 64, 128),  # so many that half of them can be generated at once
+        (2123, 8, 67),  # 32 chunks
+        (1_000_000, 64, 256),
+        (1_000_000, 200, 400),
+        (1, 64, 1),
+    ],
+)
+def test_chunks_show_progress_and_are_enough_to_generate_at_once(
+    samples: int, rows_at_once: int, expected: int
+) -> None:
+    assert _chunk_size(samples, rows_at_once) == expected
+
+
+def _row(sample_id: int, length: int, **changes: Any) -> StoredRow:
+    ids = np.arange(length)
+    row = StoredRow(sample_id=sample_id, context_ids=ids, target_ids=ids, loss_mask=ids > 1, replaced_mask=ids > length)
+    return replace(row, **changes)
+
+
+SAMPLES = [sample([1, 2], [3, 4], 7), sample([1], [3, 4], 8)]
+
+
+def test_rows_that_fit_their_samples_are_taken(tmp_path: Path) -> None:
+    assert _open(tmp_path)._problem(SAMPLES, [_row(7, 4), _row(8, 3)]) is None
+    own_lengths = _open(tmp_path, method=Rac)
+    for rows in ([_row(7, 4), _row(8, 3)], [_row(7, 6), _row(7, 5), _row(8, 6)], [_row(8, 2)], []):
+        assert own_lengths._problem(SAMPLES, rows) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "expected"),
+    [
+        (Bash, [_row(7, 4)], r"samples \[7, 8\] ... have become rows of \[7\]"),
+        (Bash, [_row(8, 3), _row(7, 4)], r"samples \[7, 8\] ... have become rows of \[8, 7\]"),
+        (Bash, [_row(7, 4), _row(8, 4)], "sample 8 has become longer or shorter"),
+        (Rac, [_row(8, 4), _row(7, 4)], "in another order"),
+        (Rac, [_row(7, 4), _row(9, 4)], r"rows of \[7, 9\] ... are none of samples \[7, 8\]"),
+        (Rac, [_row(7, 7)], r"sample 7 has 7 tokens, more than data\.max_length=6"),
+        (Rac, [_row(7, 4, loss_mask=np.ones(3, bool))], "sample 7 has arrays of several lengths"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(
+    method: type[RoundMethod], rows: list[StoredRow], expected: str, tmp_path: Path
+) -> None:
+    assert re.search(expected, _open(tmp_path, method=method)._problem(SAMPLES, rows) or "")
