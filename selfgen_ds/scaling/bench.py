@@ -94,14 +94,14 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
             block.accumulation,
             "on" if block.checkpointing else "off",
         )
-        rows += _Engine(recipe, json_config, block).measure(steps)
+        rows += Engine(recipe, json_config, block).measure(steps)
     if dist.get_rank() == 0:
         settings = {"grid": grid, "steps": steps, "recipe": asdict(recipe), "deepspeed": json_config}
         report.write(Path(recipe.output_dir), report.record(settings, rows))
     dist.barrier()
 
 
-class _Engine:
+class Engine:
     """The engine of a block and its variants."""
 
     def __init__(self, recipe: Recipe, json_config: dict[str, Any], block: Block) -> None:
@@ -141,9 +141,13 @@ class _Engine:
         self.clock = _Clock(self.engine)
         self.invalidations = _count_invalidations(self.engine)
 
+    def window(self, number: int) -> list[TokenBatch]:
+        """The rows of a turn on this rank: random tokens, a quarter of them prompt. Costs depend on lengths alone."""
+        return _window(self.recipe, self.vocabulary, number)
+
     def step(self, method: Method, number: int) -> int:
         """One of the trainer's steps on the rows of a turn; the real tokens of all ranks."""
-        window = _window(self.recipe, self.vocabulary, number)
+        window = self.window(number)
         dist.barrier()
         with self.clock.step():
             with self.clock.phase("pass"):
