@@ -66,7 +66,7 @@ class Turns:
             self._held.release()
 
         threading.Thread(target=body, daemon=True).start()
-        self._held.acquire()
+        self._wait()
 
     def _hold(self) -> None:
         if self.tensors is not None:
@@ -79,6 +79,9 @@ class Turns:
     def __call__(self, number: int) -> None:
         """One step."""
         self._go.release()
+        self._wait()
+
+    def _wait(self) -> None:
         self._held.acquire()
         if self._error is not None:
             raise self._error
