@@ -195,6 +195,9 @@ class EnginePolicy(Policy):
                 drawn[rows, :length] = torch.zeros_like(chosen).masked_scatter(where, tokens)
             for _ in range(self.groups - len(groups) if self.sharded else 0):
                 self._idle_forward(device)
+        if self.sharded:
+            # what a forward without a backward leaves gathered would stay through the training step
+            self.forward.optimizer.parameter_offload.partition_all_parameters()
         sizes = [len(m) for m in masks]
         return [d[:, : m.shape[1]][m] for d, m in zip(drawn.split(sizes), masks, strict=True)]
 
