@@ -347,8 +347,6 @@ def problems(recipe: Recipe) -> list[str]:
     at_least(0, "seed", "selfgen.top_k", "selfgen.drawn_context_weight")
     weight = selfgen.drawn_context_weight
     check(weight <= 1e6, "selfgen.drawn_context_weight", weight, "1000000 or less")
-    if selfgen.rollouts is not None and (not selfgen.rollouts or not Path(selfgen.rollouts).is_dir()):
-        check(False, "selfgen.rollouts", selfgen.rollouts, "an existing folder, another run's `rollouts`")
     at_least(0, "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
     # torch's and numpy's generators take 32 bits, and every rank adds its number
     check(recipe.seed < 2**31, "seed", recipe.seed, f"less than {2**31}")

@@ -91,25 +91,35 @@ class Rounds:
         """The current round, from 0."""
         self.replace_probability = 0.0
         """p that it was drawn with."""
-        self._theirs = self._shared_rounds()
-        current = method.round_of(step)
+        needed = range(method.round_of(step), method.rounds)
+        self._theirs = self._shared_rounds(needed)
         for setting, complete in {"output_dir": _complete(folder), "selfgen.rollouts": self._theirs}.items():
             for drawn in complete:
-                if _number(drawn) >= current:
+                if _number(drawn) in needed:
                     self._check(setting, drawn)
-        if shared and launch.rank() == 0:
+        if shared and launch.rank() == 0 and not (folder / _SHARED).exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / _SHARED, json.dumps([drawn.name for drawn in self._theirs]))
 
-    def _shared_rounds(self) -> list[Path]:
+    def _shared_rounds(self, needed: range) -> list[Path]:
         """The other run's rounds that were there at this run's first start; later ones would change what it resumes."""
         if self._shared is None:
             return []
-        if (record := self._folder / _SHARED).exists():
-            return [self._shared / name for name in json.loads(record.read_text(encoding="utf-8"))]
         found = _complete(self._shared)
-        if not found:
+        if (record := self._folder / _SHARED).exists():
+            names = json.loads(record.read_text(encoding="utf-8"))
+            found = [drawn for drawn in found if drawn.name in names]
+            for gone in sorted(set(names) - {drawn.name for drawn in found}):
+                if _number(self._shared / gone) in needed:
+                    log.warning("%s is gone: the round is drawn here", self._shared / gone)
+        elif not self._shared.is_dir():
+            raise InputError(
+                f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got {str(self._shared)!r}"
+            )
+        elif not found:
             raise InputError(f"selfgen.rollouts: {self._shared} holds no round, such as {_name(0)}")
+        read = [drawn.name for drawn in found if _number(drawn) in needed]
+        log.info("of %d rounds from here on %s are read from %s", len(needed), ", ".join(read) or "none", self._shared)
         return found
 
     def starts(self, step: int) -> bool:
@@ -151,7 +161,9 @@ class Rounds:
             if (there := theirs.get(what)) != value:
                 name = {"model": "starting model"}.get(what, what)
                 raise InputError(f"{setting}: {folder} was drawn from another {name}: {there} there, {value} here")
-        if launch.rank() == 0 and (broken := broken_files(folder)):
+        if launch.rank() != 0:
+            return
+        if broken := broken_files(folder):
             raise InputError(
                 f"{setting}: {folder} is broken ({', '.join(broken)}); without it the round is drawn again"
             )

@@ -56,7 +56,11 @@ def first_rejected(
         return None
     text = tokenizer.decode(ids, skip_special_tokens=False)
     hits = []
-    for start, end in spans(text):
+    try:
+        found = [(int(start), int(end)) for start, end in spans(text)]
+    except Exception as error:  # a function of the user's can raise anything
+        raise RuntimeError(f"selfgen.reject: no spans (start, end) of {text!r}: {error}") from error
+    for start, end in found:
         # looked for by halves: where a token ends is told by decoding all before it
         place = bisect_right(candidates, start, key=lambda token: _characters(ids, token, text, tokenizer)[1])
         if start < end and place < len(candidates) and _characters(ids, candidates[place], text, tokenizer)[0] < end:

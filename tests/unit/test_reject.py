@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -106,3 +107,9 @@ def test_what_is_neither_expressions_nor_a_function_is_one_clear_line(given: str
         load_reject(given)
     assert "\n" not in str(caught.value)
     assert (given if isinstance(given, str) else given[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize("spans", [lambda text: list(re.finditer("a", text)), lambda text: [1], lambda text: 1 / 0])
+def test_a_function_that_fails_on_an_answer_is_named_with_it(spans: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"^selfgen\.reject: no spans \(start, end\) of 'banana': "):
+        first_rejected(BYTES("banana")["input_ids"], [0], spans, BYTES)

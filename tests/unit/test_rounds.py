@@ -1,5 +1,6 @@
 import logging
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,24 @@ def test_a_round_that_is_over_or_put_aside_is_not_looked_at(tmp_path: Path) -> N
     _open(tmp_path)
 
 
-def test_rounds_are_ordered_by_number(tmp_path: Path) -> None:
-    _drawn(tmp_path, 100, fingerprint={"model": "x9"})
-    with pytest.raises(InputError, match="another starting model"):
-        _open(tmp_path, step=30)  # of round 16
+def test_a_round_that_the_run_does_not_reach_is_not_looked_at(tmp_path: Path) -> None:
+    _drawn(tmp_path, 2, fingerprint={"model": "x9"})
+    _drawn(tmp_path, 3, fingerprint={"model": "x9"})
+    with pytest.raises(InputError, match="round-02 was drawn from another starting model"):
+        _open(tmp_path)
+    (tmp_path / "round-02").rename(tmp_path / "round-100")
+    _open(tmp_path)
+
+
+def test_a_shared_round_that_is_gone_is_drawn_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shared = tmp_path / "rollouts"
+    _drawn(shared, 1)
+    _drawn(shared, 2)
+    _open(tmp_path / "own", shared)
+    shutil.rmtree(shared)
+    with caplog.at_level(logging.WARNING, "selfgen_ds"):
+        _open(tmp_path / "own", shared, step=2)  # of the second round
+    assert caplog.messages == [f"{shared / 'round-02'} is gone: the round is drawn here"]
 
 
 def test_another_runs_rounds_are_those_that_there_were_at_the_first_start(tmp_path: Path) -> None:
@@ -139,11 +154,16 @@ def test_a_round_that_is_being_drawn_is_not_looked_at(tmp_path: Path) -> None:
     _open(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["rollouts", "nothing"])
-def test_a_folder_without_a_complete_round_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("rollouts", "holds no round, such as round-01"), ("nothing", "expected an existing folder, another run's")],
+)
+def test_a_folder_without_a_complete_round_is_refused(name: str, expected: str, tmp_path: Path) -> None:
     _drawn(tmp_path / "rollouts").rename(tmp_path / "rollouts" / "round-01.partial")
-    with pytest.raises(InputError, match=rf"^selfgen\.rollouts: {tmp_path / name} holds no round, such as round-01$"):
+    with pytest.raises(InputError, match=r"^selfgen\.rollouts: ") as caught:
         _open(tmp_path / "own", tmp_path / name)
+    assert expected in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.parametrize(
