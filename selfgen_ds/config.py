@@ -149,7 +149,8 @@ class SelfgenConfig:
     """Rounds: what must not be reinforced in a drawn answer, as a list of regular expressions, `["[0-9]+%"]`, or as
     `module:function`, a function from text to spans `(start, end)` of characters; the reference is put back there."""
     rollouts: str | None = None
-    """Rounds: another run's `rollouts/`, whose rounds are read instead of drawn, as far as it has them."""
+    """Rounds: another run's `rollouts/`, whose rounds are read instead of drawn: those that it has when this run
+    first starts."""
     generation_batch_size: int = 64
     """Rows a rank generates at once; fewer where memory is short."""
     max_new_tokens: int | None = None

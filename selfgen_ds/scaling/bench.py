@@ -81,9 +81,8 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     """
     recipe = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=1))
     json_config = check_settings(recipe, overrides)
+    make_folder(Path(recipe.output_dir), "output_dir")  # by all: what is refused is refused on every rank
     launch.init_process_group()
-    if dist.get_rank() == 0:
-        make_folder(Path(recipe.output_dir), "output_dir")
     rows: list[dict[str, Any]] = []
     blocks = GRIDS[grid]
     for number, block in enumerate(blocks, start=1):
@@ -141,13 +140,9 @@ class Engine:
         self.clock = _Clock(self.engine)
         self.invalidations = _count_invalidations(self.engine)
 
-    def window(self, number: int) -> list[TokenBatch]:
-        """The rows of a turn on this rank: random tokens, a quarter of them prompt. Costs depend on lengths alone."""
-        return _window(self.recipe, self.vocabulary, number)
-
     def step(self, method: Method, number: int) -> int:
         """One of the trainer's steps on the rows of a turn; the real tokens of all ranks."""
-        window = self.window(number)
+        window = _window(self.recipe, self.vocabulary, number)
         dist.barrier()
         with self.clock.step():
             with self.clock.phase("pass"):
@@ -233,7 +228,7 @@ def _gathered(found: dict[str, Any]) -> int:
 
 
 def _window(recipe: Recipe, vocabulary: int, number: int) -> list[TokenBatch]:
-    """The rows of a step on this rank: random tokens, a quarter of them prompt. Costs depend on lengths alone."""
+    """The rows of a turn on this rank: random tokens, a quarter of them prompt. Costs depend on lengths alone."""
     train, length = recipe.train, recipe.data.max_length
     seed = (recipe.seed, number, dist.get_rank())
     ids = np.random.default_rng(seed).integers(
@@ -296,18 +291,6 @@ def _max_over_ranks(values: Sequence[float]) -> list[float]:
     result = torch.tensor(values, dtype=torch.float64, device=launch.device())
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return result.tolist()
-
-
-def _collectives() -> dict[str, dict[str, int]]:
-    """Calls and bytes of a rank, by operation, of DeepSpeed's communication log."""
-    found = {}
-    for operation, sizes in deepspeed.comm.comm.comms_logger.comms_dict.items():
-        calls = {size: entry[0] for size, entry in sizes.items()}
-        found[operation] = {
-            "calls": sum(calls.values()),
-            "bytes": int(sum(size * count for size, count in calls.items())),
-        }
-    return found
 
 
 def _count_invalidations(engine: deepspeed.DeepSpeedEngine) -> list[None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from selfgen_ds.config import DataConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.prepare import prepare
 from selfgen_ds.scaling import bench
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -25,6 +26,25 @@ def measure(settings: Recipe) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench.GRIDS, "small", BLOCKS)
         bench.bench(settings, set(), "small", 3)
+
+
+def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
+    """Drawn tokens of a pass behind a training step, and the parameters that it leaves gathered."""
+    run = prepare(settings, set())
+    runs.steps(run, 1)
+    window = run.method.contexts(run.windows.window(1), run.policy, 1)
+    left = [p for p in run.engine.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+    return sum(int(batch.drawn.sum()) for batch in window), len(left)
+
+
+def test_a_pass_leaves_nothing_gathered_that_would_stay_through_the_training_step(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    runs.write_rows(tmp_path)
+    settings = runs.recipe(tmp_path, deepspeed=runs.write_limited_json(tmp_path))
+    for drawn, left in two_ranks.run(gathered_after_a_pass, settings):
+        assert drawn > 0
+        assert left == 0
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +123,7 @@ def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_ar
     settings = Recipe(
         output_dir="", deepspeed="", data=DataConfig(train="", max_length=12), train=TrainConfig(micro_batch_size=2)
     )
-    [[first, again, later]] = one_rank.run(windows, replace(settings))
+    [[first, again, later]] = one_rank.run(windows, settings)
     assert first == again != later
 
 
