@@ -72,8 +72,8 @@ def _parser() -> ArgumentParser:
         description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
     )
     bench = ArgumentParser(
-        description="Measure what the self-generated-token pass costs, as ratios to sft. Of the recipe, model, JSON, "
-        "rows a micro-batch and data.max_length count; rows are made up.",
+        description="Measure what training on own tokens costs, as ratios to sft. Of the recipe, model, JSON, rows a "
+        "micro-batch and data.max_length count; rows are made up.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -84,9 +84,9 @@ def _parser() -> ArgumentParser:
     inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show what it draws")
     commands.add_subcommand("train", train, help="train a recipe; under deepspeed, torchrun, mpirun or as it is")
     commands.add_subcommand("inspect", inspect, help="show what a recipe's rows become, in one process")
-    bench.add_argument("--grid", type=Literal["budget", "full"], default="budget", help="which variants")
-    bench.add_argument("--steps", type=PositiveInt, default=10, help="timed steps of every variant")
-    commands.add_subcommand("bench", bench, help="measure the cost of the pass; under a launcher as `train`")
+    bench.add_argument("--grid", type=Literal["budget", "rollouts", "full"], default="budget", help="what to measure")
+    bench.add_argument("--steps", type=PositiveInt, default=7, help="timed steps of every variant (rollouts: 3 turns)")
+    commands.add_subcommand("bench", bench, help="measure what own tokens cost; under a launcher as `train`")
     evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
     commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and the reference's")

@@ -71,7 +71,7 @@ def generate(
     positions = most_positions(model.config)
     answers: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=device)  # those that go on
-    ids, mask = _padded(prompts, device)
+    ids, mask = padded(prompts, device)
     start, cache = ids.shape[1], None
     done = 0
     while done < max_new_tokens and (in_step(len(rows)) if in_step else len(rows)):
@@ -91,7 +91,7 @@ def generate(
             noise, sample, numbers = draw
             processors.append(KeyedDraw(noise, sample, torch.tensor(numbers, device=device)[rows], start))
         if not len(rows):  # takes part in the other ranks' gathers: a row that ends at once and holds nobody up
-            (ids, mask), cache = _padded([], device), None
+            (ids, mask), cache = padded([], device), None
             settings.forced_bos_token_id = end_tokens[0]
         output = model.generate(
             ids,
@@ -122,7 +122,7 @@ def generate(
     return answers
 
 
-def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, padded on the left; one token for no prompt at all."""
     rows = [torch.tensor(prompt) for prompt in prompts or [[0]]]
     ids = pad_sequence(rows, batch_first=True, padding_side="left")

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from matplotlib.axes import Axes
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -84,8 +85,8 @@ def peak_flops() -> float | None:
     return next((peak for known, peak in _PEAKS.items() if known in name), None)
 
 
-def record(settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything to judge a figure by."""
+def record(settings: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What was found, with everything to judge a figure by."""
     return {
         "command": " ".join(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,7 +99,7 @@ def record(settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
             "deepspeed": deepspeed.__version__,
         },
         **settings,
-        "rows": rows,
+        **found,
     }
 
 
@@ -116,61 +117,115 @@ def _commit() -> str | None:
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
-    """`bench.json`, `bench.png`, and the table on the terminal."""
+    """`bench.json`, `bench.png`, and the tables on the terminal."""
     write_atomically(folder / "bench.json", json.dumps(found, indent=1) + "\n")
-    _plot(found["rows"], folder / "bench.png")
+    _plot(found, folder / "bench.png")
     console = Console(highlight=False, width=max(120, Console().width))
-    for accumulation, checkpointing in dict.fromkeys((r["accumulation"], r["checkpointing"]) for r in found["rows"]):
-        some = [r for r in found["rows"] if (r["accumulation"], r["checkpointing"]) == (accumulation, checkpointing)]
+    steps = found["steps"]
+    for accumulation, checkpointing in dict.fromkeys((r["accumulation"], r["checkpointing"]) for r in steps):
+        some = [r for r in steps if (r["accumulation"], r["checkpointing"]) == (accumulation, checkpointing)]
         on = "with" if checkpointing else "without"
-        console.print(_table(f"accumulation {accumulation}, {on} activation checkpointing", some))
-    console.print("time and memory: through sft's; gathers: copies of all parameters a step")
+        console.print(_table(f"steps: accumulation {accumulation}, {on} activation checkpointing", _step_cells(some)))
+    if steps:
+        console.print("time and memory: through sft's; gathers: copies of all parameters a step\n")
+    if losses := found["losses"]:
+        title = f"the loss: {losses[0]['tokens']} targets, {losses[0]['vocabulary']} words"
+        console.print(_table(title, [_loss_cells(r) for r in losses]))
+    if found["drawing"]:
+        console.print(_table("rounds of one epoch: answer tokens a second", [_draw_cells(r) for r in found["drawing"]]))
+        console.print("x: through generate()'s; epoch: drawing and training through sft's epoch\n")
     console.print(f"written to {folder}/bench.json and bench.png")
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    names = ["p, passes", "time", "quartiles", "memory", "gathers", "passes", "step ms", *_SHOWN, "tokens/s"]
-    if rows[0]["mfu"] is not None:
-        names.append("MFU")
-    for name in names:
-        table.add_column(name, justify="left" if name == names[0] else "right", no_wrap=True)
-    for r in rows:
-        cells = [
-            r["variant"],
-            f"{r['step_time_ratio']:.3f}",
-            " ".join(f"{ratio:.3f}" for ratio in r["step_time_ratio_quartiles"]),
-            f"{r['peak_memory_ratio']:.3f}",
-            f"{r['gathers']:.2f}",
-            str(r["passes"]),
-            f"{1e3 * r['step_time_s'][1]:.0f}",
-            *(f"{1e3 * r['phases_s'][name][1]:.0f}" for name in _SHOWN),
-            f"{r['tokens_per_second']:.0f}",
-        ]
-        if r["mfu"] is not None:
-            cells.append(f"{r['mfu']:.1%}")
-        table.add_row(*cells)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells.values())
     return table
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Each variant's phases, as shares of its block's sft."""
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
-    names, base = [], 1.0
-    for place, r in enumerate(rows):
-        if r["variant"] == "sft":
-            base = r["step_time_s"][1]
-        names.append(f"{r['variant']} (x{r['accumulation']}{'' if r['checkpointing'] else ', no checkpointing'})")
-        left = 0.0
-        for number, phase in enumerate(PHASES):
-            width = r["phases_s"][phase][1] / base
-            axes.barh(place, width, left=left, color=f"C{number}", label=phase if place == 0 else None)
-            left += width
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.axvline(1.25, color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("step time, sft = 1")
-    axes.legend(fontsize=8)
+def _step_cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    mfu = [{} if r["mfu"] is None else {"MFU": f"{r['mfu']:.1%}"} for r in rows]
+    return [
+        {
+            "p, passes": r["variant"],
+            "time": f"{r['step_time_ratio']:.3f}",
+            "quartiles": " ".join(f"{ratio:.3f}" for ratio in r["step_time_ratio_quartiles"]),
+            "memory": f"{r['peak_memory_ratio']:.3f}",
+            "gathers": f"{r['gathers']:.2f}",
+            "passes": str(r["passes"]),
+            "groups": str(r["groups"]),
+            "step ms": f"{1e3 * r['step_time_s'][1]:.0f}",
+            **{name: f"{1e3 * r['phases_s'][name][1]:.0f}" for name in _SHOWN},
+            "tokens/s": f"{r['tokens_per_second']:.0f}",
+            **more,
+        }
+        for r, more in zip(rows, mfu, strict=True)
+    ]
+
+
+def _loss_cells(r: dict[str, Any]) -> dict[str, str]:
+    return {
+        "loss": r["loss"],
+        "memory": f"{r['peak_memory_ratio']:.3f}",
+        "peak MB": f"{r['peak_memory_bytes'] / 1e6:.0f}",
+        "time": f"{r['time_ratio']:.3f}",
+    }
+
+
+def _draw_cells(r: dict[str, Any]) -> dict[str, str]:
+    cells = {"draws": r["draws"], "passes": str(r["passes"] or "")}
+    for what in ("gathered", "sharded"):
+        rate, ratio = r["tokens_per_second"][what], r["ratio_to_generate"][what]
+        cells |= {what: "" if rate is None else f"{rate:.0f}", f"{what} x": "" if rate is None else f"{ratio:.2f}"}
+    return cells | {
+        "generate": f"{r['tokens_per_second']['generate']:.0f}",
+        "drawing": f"{r['drawing_share']:.0%}",
+        "epoch": f"{r['epoch_time_ratio']:.2f}",
+    }
+
+
+def _plot(found: dict[str, Any], path: Path) -> None:
+    """Time by part: of steps as shares of their block's sft, of rounds as shares of an epoch of sft."""
+    steps, rounds = found["steps"], found["drawing"]
+    shown = [rows for rows in (steps, rounds) if rows]
+    figure, axes = plt.subplots(
+        len(shown),
+        figsize=(8, sum(1 + 0.35 * len(rows) for rows in shown)),
+        height_ratios=[2 + len(rows) for rows in shown],
+        squeeze=False,
+        layout="constrained",
+    )
+    panels = iter(axes.flat)
+    if steps:
+        base = 1.0
+        names, parts = [], []
+        for r in steps:
+            if r["variant"] == "sft":
+                base = r["step_time_s"][1]
+            names.append(f"{r['variant']} (x{r['accumulation']}{'' if r['checkpointing'] else ', no checkpointing'})")
+            parts.append({name: r["phases_s"][name][1] / base for name in PHASES})
+        panel = next(panels)
+        _bars(panel, names, parts, "step time, sft = 1")
+        panel.axvline(1.25, color="black", linewidth=0.8, linestyle=":")
+    if rounds:
+        shares = [(r["epoch_time_ratio"], r["drawing_share"]) for r in rounds]
+        parts = [{"drawing": time * share, "training": time * (1 - share)} for time, share in shares]
+        _bars(next(panels), [r["draws"] for r in rounds], parts, "round of one epoch, an epoch of sft = 1")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _bars(panel: Axes, names: list[str], parts: list[dict[str, float]], label: str) -> None:
+    for place, widths in enumerate(parts):
+        left = 0.0
+        for number, (part, width) in enumerate(widths.items()):
+            panel.barh(place, width, left=left, color=f"C{number}", label=None if place else part)
+            left += width
+    panel.axvline(1.0, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel(label)
+    panel.legend(fontsize=8)

@@ -11,21 +11,25 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from selfgen_ds.config import DataConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.prepare import prepare
-from selfgen_ds.scaling import bench
+from selfgen_ds.scaling import bench, drawing, losses, steps
 from tests.distributed import runs
 from tests.ranks import Ranks
 
 BLOCKS = [
-    bench.Block(accumulation=1, checkpointing=True, mixtures=((0.25, 1), (0.25, 2), (0.5, "exact"))),
-    bench.Block(accumulation=3, checkpointing=True, mixtures=((0.25, 1),)),
-    bench.Block(accumulation=1, checkpointing=False, mixtures=((0.25, 1),)),
+    steps.Block(accumulation=1, checkpointing=True, mixtures=((0.0, 1), (0.25, 1), (0.25, 2), (0.5, "exact"))),
+    steps.Block(accumulation=3, checkpointing=True, mixtures=((0.25, 1),)),
+    steps.Block(accumulation=1, checkpointing=False, mixtures=((0.25, 1),)),
 ]
 
 
 def measure(settings: Recipe) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bench.GRIDS, "small", BLOCKS)
-        bench.bench(settings, set(), "small", 3)
+        patch.setattr(bench, "FULL", BLOCKS)
+        patch.setattr(losses, "TOKENS", 2048)
+        patch.setattr(losses, "VOCABULARY", 2000)
+        patch.setattr(drawing, "_ROWS", 4)
+        patch.setattr(drawing, "_TURNS", 1)
+        bench.bench(settings, set(), "full", 3)
 
 
 def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
@@ -59,7 +63,7 @@ def record(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         selfgen=SelfgenConfig(temperature=2.0),
         train=TrainConfig(max_steps=1, micro_batch_size=4),
     )
-    two_ranks.run(measure, settings, timeout=120.0)
+    two_ranks.run(measure, settings, timeout=240.0)
     assert (Path(settings.output_dir) / "bench.png").stat().st_size > 5000
     return json.loads((Path(settings.output_dir) / "bench.json").read_text())
 
@@ -67,24 +71,28 @@ def record(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def rows(record: dict[str, Any], accumulation: int = 1, checkpointing: bool = True) -> dict[str, dict[str, Any]]:
     return {
         row["variant"]: row
-        for row in record["rows"]
+        for row in record["steps"]
         if (row["accumulation"], row["checkpointing"]) == (accumulation, checkpointing)
     }
 
 
 def test_every_variant_of_every_block_has_a_row_and_sft_is_1(record: dict[str, Any]) -> None:
-    assert list(rows(record)) == ["sft", "p 0.25, 1", "p 0.25, 2", "p 0.5, exact"]
+    assert list(rows(record)) == ["sft", "p 0, 1", "p 0.25, 1", "p 0.25, 2", "p 0.5, exact"]
     assert list(rows(record, accumulation=3)) == list(rows(record, checkpointing=False)) == ["sft", "p 0.25, 1"]
-    for row in record["rows"]:
+    for row in record["steps"]:
         if row["variant"] == "sft":
             assert (row["step_time_ratio"], row["peak_memory_ratio"], row["passes"], row["groups"]) == (1, 1, 0, 0)
-            assert row["phases_s"]["pass"][1] < 0.01 * row["step_time_s"][1]
-        else:
-            assert row["phases_s"]["pass"][1] > 0.05 * row["step_time_s"][1]
+        assert (row["phases_s"]["pass"][1] > 0.05 * row["step_time_s"][1]) == (row["passes"] > 0)
+
+
+def test_a_window_that_draws_nothing_costs_no_pass(record: dict[str, Any]) -> None:
+    some = rows(record)
+    assert some["p 0, 1"]["passes"] == some["p 0, 1"]["groups"] == 0
+    assert some["p 0, 1"]["gathers"] == some["sft"]["gathers"]
 
 
 def test_phases_make_up_the_step(record: dict[str, Any]) -> None:
-    for row in record["rows"]:
+    for row in record["steps"]:
         parts = sum(median for _, median, _ in row["phases_s"].values())
         assert 0.7 * row["step_time_s"][1] < parts < 1.5 * row["step_time_s"][1]  # each on its slowest rank
         low, median, high = row["step_time_s"]
@@ -97,17 +105,46 @@ def test_a_pass_gathers_the_parameters_once_a_group(record: dict[str, Any]) -> N
         for name, row in some.items():
             extra = row["gathers"] - some["sft"]["gathers"]
             assert extra <= 1.02 * row["passes"] * row["groups"], name
-            assert (extra > 0.5 * row["passes"] * row["groups"]) == (name != "sft"), name
+            assert (extra > 0.5 * row["passes"] * row["groups"]) == (name not in ("sft", "p 0, 1")), name
 
 
 def test_a_mixture_needs_no_more_memory_than_sft(record: dict[str, Any]) -> None:
-    for row in record["rows"]:
+    for row in record["steps"]:
         assert row["peak_memory_bytes"] > 1e6
         assert row["peak_memory_ratio"] <= 1.02, row["variant"]
 
 
 def test_alternating_variants_never_throw_the_trace_away(record: dict[str, Any]) -> None:
-    assert [row["trace_invalidations"] for row in record["rows"]] == [0] * len(record["rows"])
+    assert [row["trace_invalidations"] for row in record["steps"]] == [0] * len(record["steps"])
+
+
+def test_the_loss_needs_less_memory_than_the_logits_of_all_positions(record: dict[str, Any]) -> None:
+    plain, ours = record["losses"]
+    logits = 2048 * 2000 * 4
+    assert plain["peak_memory_bytes"] > 2 * logits
+    assert ours["peak_memory_bytes"] < logits
+    assert plain["hidden_size"] == ours["hidden_size"] == 64
+    assert (plain["peak_memory_ratio"], plain["time_ratio"]) == (1, 1)
+
+
+def test_everything_that_a_round_draws_has_rates_beside_generate(record: dict[str, Any]) -> None:
+    assert [row["draws"] for row in record["drawing"]] == [
+        "bash, p 0.25, 1 pass",
+        "bash, p 0.25, exact",
+        "rac, free-running",
+    ]
+    for row in record["drawing"]:
+        assert row["weights_fit_gathered"]
+        assert min(row["tokens_per_second"][what] for what in ("gathered", "sharded", "generate")) > 0
+        assert row["ratio_to_generate"]["gathered"] > 0
+        assert 0 < row["drawing_share"] < 1
+        assert row["epoch_time_ratio"] > 1
+        assert {what: len(values) for what, values in row["seconds"].items()} == dict.fromkeys(
+            ("gathered", "training", "sharded"), 1
+        )
+    one, exact, free = record["drawing"]
+    assert (one["passes"], free["passes"]) == (1, 0)
+    assert exact["passes"] > 1
 
 
 def test_the_record_says_what_was_measured_on_what(record: dict[str, Any]) -> None:
@@ -116,7 +153,7 @@ def test_the_record_says_what_was_measured_on_what(record: dict[str, Any]) -> No
     assert set(record["versions"]) == {"selfgen_ds", "torch", "transformers", "deepspeed"}
     assert record["recipe"]["data"]["max_length"] == 96
     assert record["deepspeed"]["zero_optimization"]["stage"] == 3
-    assert all(row["mfu"] is None and row["tokens_per_second"] > 0 for row in record["rows"])
+    assert all(row["mfu"] is None and row["tokens_per_second"] > 0 for row in record["steps"])
 
 
 def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_are_not(one_rank: Ranks) -> None:
@@ -128,4 +165,4 @@ def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_ar
 
 
 def windows(settings: Recipe) -> list[list[list[int]]]:
-    return [bench._window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
+    return [steps._window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]

@@ -16,7 +16,7 @@ from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import prepare
-from selfgen_ds.scaling.live_tensors import LiveTensors
+from selfgen_ds.scaling.memory import LiveTensors
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded
 from tests.distributed import runs

@@ -36,7 +36,7 @@ from selfgen_ds.inputs import load_data, load_method, load_windows, sampling
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy, RoundMethod
 from selfgen_ds.prepare import prepare
-from selfgen_ds.scaling.live_tensors import LiveTensors
+from selfgen_ds.scaling.memory import LiveTensors
 from tests.architectures import ARCHITECTURES
 from tests.chat_tokenizers import CHATML, build
 from tests.distributed import runs

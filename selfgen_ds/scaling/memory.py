@@ -1,20 +1,48 @@
-"""The largest sum of live tensors, exactly: every storage that an operation of this thread gives is followed."""
+"""The largest memory that tensors take at once: of the accelerator's allocator, or counted on a CPU, exactly."""
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveTensors(TorchDispatchMode):
-    """While it is entered: `peak` bytes live at once, of storages made since the first entry; `largest` of one.
+class PeakMemory:
+    """Of this process."""
 
-    Storages backed by a mapped file are not counted. May be entered several times; `reset` starts `peak` anew.
+    def __init__(self) -> None:
+        self._tensors = LiveTensors() if get_accelerator().device_name() == "cpu" else None
+
+    def making(self) -> AbstractContextManager[object]:
+        """Around everything that makes tensors which stay: a CPU has no allocator that knows of them."""
+        return self._tensors or nullcontext()
+
+    def during(self, action: Callable[[], object]) -> int:
+        """Bytes at once while an action runs, with what stays from before."""
+        gc.collect()
+        if self._tensors is not None:
+            self._tensors.reset()
+            with self._tensors:
+                action()
+            return self._tensors.peak
+        get_accelerator().reset_peak_memory_stats()
+        action()
+        return get_accelerator().max_memory_allocated()
+
+
+class LiveTensors(TorchDispatchMode):
+    """Follows every storage that an operation of this thread gives.
+
+    While it is entered: `peak` bytes live at once, of storages made since the first entry; `largest` of one. Storages
+    backed by a mapped file are not counted. May be entered several times; `reset` starts `peak` anew.
     """
 
     def __init__(self) -> None:
