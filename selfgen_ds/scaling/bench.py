@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from selfgen_ds.config import Recipe
+from selfgen_ds.config import InputError, Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.model import model_config
@@ -36,11 +37,17 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         InputError: Bad input or configuration.
     """
     recipe = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=1))
+    if recipe.data.max_length < 16:
+        raise InputError(f"data.max_length: expected 16 or more to bench, got {recipe.data.max_length}")
     json_config = check_settings(recipe, overrides)
     make_folder(Path(recipe.output_dir), "output_dir")  # by all: what is refused is refused on every rank
     launch.init_process_group()
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
     found: dict[str, list[dict[str, Any]]] = {"steps": [], "losses": [], "drawing": []}
+    if grid != "rollouts" and dist.get_rank() == 0:
+        log.info("the loss")
+        config = model_config(recipe.model, load_tokenizer(recipe.model)).get_text_config(decoder=True)
+        found["losses"] = losses.measure(config.hidden_size, getattr(torch, recipe.model.dtype))
     for number, block in enumerate(blocks, start=1):
         log.info(
             "steps, block %d of %d: accumulation %d, activation checkpointing %s",
@@ -50,13 +57,10 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
             "on" if block.checkpointing else "off",
         )
         found["steps"] += Engine(recipe, json_config, block).measure(steps)
+        gc.collect()  # an engine is a cycle, and the next one may need its memory
     if grid != "budget":
         log.info("rollouts and rounds")
         found["drawing"] = drawing.measure(recipe, json_config)
-    if grid != "rollouts" and dist.get_rank() == 0:
-        log.info("the loss")
-        config = model_config(recipe.model, load_tokenizer(recipe.model)).get_text_config(decoder=True)
-        found["losses"] = losses.measure(config.hidden_size, getattr(torch, recipe.model.dtype))
     if dist.get_rank() == 0:
         settings = {"grid": grid, "recipe": asdict(recipe), "deepspeed": json_config}
         report.write(Path(recipe.output_dir), report.record(settings, found))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from selfgen_ds.config import DataConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.config import DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.prepare import prepare
 from selfgen_ds.scaling import bench, drawing, losses, steps
 from tests.distributed import runs
@@ -166,3 +166,9 @@ def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_ar
 
 def windows(settings: Recipe) -> list[list[list[int]]]:
     return [steps._window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
+
+
+def test_rows_that_are_too_short_to_bench_are_refused() -> None:
+    settings = Recipe(output_dir="", deepspeed="", data=DataConfig(train="", max_length=15))
+    with pytest.raises(InputError, match="data.max_length: expected 16 or more"):
+        bench.bench(settings, set(), "budget", 1)
