@@ -170,5 +170,5 @@ def windows(settings: Recipe) -> list[list[list[int]]]:
 
 def test_rows_that_are_too_short_to_bench_are_refused() -> None:
     settings = Recipe(output_dir="", deepspeed="", data=DataConfig(train="", max_length=15))
-    with pytest.raises(InputError, match="data.max_length: expected 16 or more"):
+    with pytest.raises(InputError, match=r"data\.max_length: expected 16 or more"):
         bench.bench(settings, set(), "budget", 1)
