@@ -29,8 +29,6 @@ from selfgen_ds.files import write_atomically
 PHASES = ("pass", "forward", "backward", "optimizer", "other")
 """Of a step's time; `other` is what is left of it: sums over ranks, counts."""
 
-_SHOWN = ("pass", "forward", "backward")
-
 # Dense bfloat16 operations a second, without sparsity, of the makers' data sheets.
 _PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
@@ -43,19 +41,21 @@ def row(times: list[list[float]], sft_times: list[list[float]]) -> dict[str, Any
         sft_times: Of sft in the same turns.
 
     Returns:
-        Median and quartiles of the step and its phases, in seconds; `step_time_ratio`, the median over turns of the
-        step's time through sft's in the same turn, and its quartiles.
+        Quartiles of the step and its phases, in seconds; the phases' medians through the median of sft's step;
+        `step_time_ratio`, the median over turns of the step's time through sft's in the same turn, and its quartiles.
     """
     seconds, base = np.array(times), np.array(sft_times)
 
     def quartiles(values: np.ndarray) -> list[float]:
         return [float(v) for v in np.percentile(values, [25, 50, 75])]
 
-    low, median, high = quartiles(seconds[:, -1] / base[:, -1])
+    low, ratio, high = quartiles(seconds[:, -1] / base[:, -1])
+    phases = {name: quartiles(column) for name, column in zip(PHASES, seconds.T, strict=False)}
     return {
         "step_time_s": quartiles(seconds[:, -1]),
-        "phases_s": {name: quartiles(column) for name, column in zip(PHASES, seconds.T, strict=False)},
-        "step_time_ratio": median,
+        "phases_s": phases,
+        "phases_ratio": {name: median / float(np.median(base[:, -1])) for name, (_, median, _) in phases.items()},
+        "step_time_ratio": ratio,
         "step_time_ratio_quartiles": [low, high],
     }
 
@@ -127,7 +127,9 @@ def write(folder: Path, found: dict[str, Any]) -> None:
         on = "with" if checkpointing else "without"
         console.print(_table(f"steps: accumulation {accumulation}, {on} activation checkpointing", _step_cells(some)))
     if steps:
-        console.print("time and memory: through sft's; gathers: copies of all parameters a step\n")
+        console.print(
+            "time, memory and phases: through sft's step time and peak; gathers: copies of all parameters a step\n"
+        )
     if losses := found["losses"]:
         title = f"the loss: {losses[0]['tokens']} targets, {losses[0]['vocabulary']} words"
         console.print(_table(title, [_loss_cells(r) for r in losses]))
@@ -157,8 +159,8 @@ def _step_cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             "gathers": f"{r['gathers']:.2f}",
             "passes": str(r["passes"]),
             "groups": str(r["groups"]),
+            **{name: f"{ratio:.2f}" for name, ratio in r["phases_ratio"].items()},
             "step ms": f"{1e3 * r['step_time_s'][1]:.0f}",
-            **{name: f"{1e3 * r['phases_s'][name][1]:.0f}" for name in _SHOWN},
             "tokens/s": f"{r['tokens_per_second']:.0f}",
             **more,
         }
@@ -200,15 +202,11 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     )
     panels = iter(axes.flat)
     if steps:
-        base = 1.0
-        names, parts = [], []
-        for r in steps:
-            if r["variant"] == "sft":
-                base = r["step_time_s"][1]
-            names.append(f"{r['variant']} (x{r['accumulation']}{'' if r['checkpointing'] else ', no checkpointing'})")
-            parts.append({name: r["phases_s"][name][1] / base for name in PHASES})
+        names = [
+            f"{r['variant']} (x{r['accumulation']}{'' if r['checkpointing'] else ', no checkpointing'})" for r in steps
+        ]
         panel = next(panels)
-        _bars(panel, names, parts, "step time, sft = 1")
+        _bars(panel, names, [r["phases_ratio"] for r in steps], "step time, sft = 1")
         panel.axvline(1.25, color="black", linewidth=0.8, linestyle=":")
     if rounds:
         shares = [(r["epoch_time_ratio"], r["drawing_share"]) for r in rounds]

@@ -154,6 +154,7 @@ class Engine:
                     "peak_memory_ratio": its["peak_memory_bytes"] / sft["peak_memory_bytes"],
                     "extra_gathers": (_gathered(its) - _gathered(sft)) / parameter_bytes,
                     "gathers": _gathered(its) / parameter_bytes,
+                    "collectives_ratio": _ratios(its["collectives"], sft["collectives"]),
                     "trace_invalidations": invalidations,
                 }
             )
@@ -176,6 +177,15 @@ class Engine:
     def _peak(self, method: Method) -> float:
         """Bytes of a step, on the rank that needs most."""
         return max_over_ranks([self.memory.during(lambda: self.step(method, 0))])[0]
+
+
+def _ratios(found: dict[str, dict[str, int]], sft: dict[str, dict[str, int]]) -> dict[str, dict[str, float]]:
+    """Of calls and bytes, by collective; those that sft does not make have none."""
+    return {
+        operation: {what: found[operation][what] / value for what, value in counts.items() if value}
+        for operation, counts in sft.items()
+        if operation in found
+    }
 
 
 def _gathered(found: dict[str, Any]) -> int:
