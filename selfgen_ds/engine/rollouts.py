@@ -29,23 +29,62 @@ _SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, Dum
 _DRAWN_ROWS = 16  # rows whose probabilities exist at the same time
 
 
-class KeyedDraw(LogitsProcessor):
-    """Leaves one token a row possible: the one that the noise of (prompt, position in the answer) draws."""
+Choose = Callable[[Tensor, int, Tensor], Tensor]
+"""`(rows, position, logits [N, V]) -> tokens [N]`: what stands at `position` (from 0) of the answers to some prompts of
+a batch (`[N]` int64, their numbers)."""
 
-    def __init__(self, noise: AnswerNoise, sample: Sampler, prompts: Tensor, start: int) -> None:
-        self.noise = noise
-        self.sample = sample
-        self.prompts = prompts
-        """`[rows]` int64, the numbers of their prompts."""
-        self.start = start
-        """Column where the answers begin."""
+
+def by_noise(noise: AnswerNoise, sample: Sampler, prompts: Tensor) -> Choose:
+    """The token that the noise of (prompt, position in the answer) draws.
+
+    Args:
+        prompts: `[rows]` int64, the numbers by which the noise knows a batch's prompts.
+    """
+
+    def choose(rows: Tensor, position: int, logits: Tensor) -> Tensor:
+        known = prompts[rows]
+        return _sampled(sample, logits, noise(known, torch.full_like(known, position)))
+
+    return choose
+
+
+def in_place(tokens: Tensor, drawn: Tensor, uniforms: Tensor, sample: Sampler) -> Choose:
+    """Given tokens, and drawn ones where there shall be.
+
+    Args:
+        tokens: `[rows, positions]` int64.
+        drawn: `[rows, positions]` bool.
+        uniforms: `[rows, positions]` float64 in (0, 1), the noise.
+    """
+
+    def choose(rows: Tensor, position: int, logits: Tensor) -> Tensor:
+        here = drawn[rows, position]
+        found = tokens[rows, position]
+        found[here] = _sampled(sample, logits[here], uniforms[rows[here], position])
+        return found
+
+    return choose
+
+
+def _sampled(sample: Sampler, logits: Tensor, uniforms: Tensor) -> Tensor:
+    parts = zip(logits.split(_DRAWN_ROWS), uniforms.split(_DRAWN_ROWS), strict=True)
+    return torch.cat([sample(*part) for part in parts])
+
+
+class Chosen(LogitsProcessor):
+    """Leaves one token a row possible.
+
+    Args:
+        rows: `[rows]` int64, the numbers of their prompts.
+        start: Column where the answers begin.
+    """
+
+    def __init__(self, choose: Choose, rows: Tensor, start: int) -> None:
+        self.choose, self.rows, self.start = choose, rows, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.start
-        uniforms = self.noise(self.prompts, torch.full_like(self.prompts, position))
-        parts = zip(scores.split(_DRAWN_ROWS), uniforms.split(_DRAWN_ROWS), strict=True)
-        drawn = torch.cat([self.sample(*part) for part in parts])
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+        tokens = self.choose(self.rows, input_ids.shape[1] - self.start, scores)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 def generate(
@@ -53,8 +92,9 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     end_tokens: list[int],
-    draw: tuple[AnswerNoise, Sampler, list[int]] | None,
-    in_step: Callable[[int], int] | None,
+    choose: Choose | None,
+    in_step: Callable[[int], int] | None = None,
+    needed: list[int] | None = None,
 ) -> list[list[int]]:
     """Answers to one batch of prompts, up to and with an end token. Rows that are finished are dropped on the way.
 
@@ -62,15 +102,18 @@ def generate(
 
     Args:
         prompts: Token ids, none empty. There may be no prompt on a rank that keeps step with others.
-        draw: Noise, sampler and the prompts' numbers; none means greedy.
+        choose: None means greedy.
         in_step: The largest of the ranks' values, where they must make the same forwards.
+        needed: Tokens of each answer that are enough; there may be more.
     """
     device = model.device
-    drops_rows = _drops_rows(model)
-    segment = _SEGMENT if drops_rows else max_new_tokens
+    can_drop = drops_rows(model)
+    segment = _SEGMENT if can_drop else max_new_tokens
     positions = most_positions(model.config)
     answers: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=device)  # those that go on
+    enough = None if needed is None else torch.tensor(needed, device=device)
+    padding = end_tokens[0] if end_tokens else 0
     ids, mask = padded(prompts, device)
     start, cache = ids.shape[1], None
     done = 0
@@ -82,17 +125,16 @@ def generate(
             length = -in_step(-length)
         settings = GenerationConfig(
             max_new_tokens=length,
-            eos_token_id=end_tokens,
-            pad_token_id=end_tokens[0],
+            eos_token_id=end_tokens or None,
+            pad_token_id=padding,
             return_dict_in_generate=True,
         )
         processors = LogitsProcessorList()
-        if draw is not None and len(rows):
-            noise, sample, numbers = draw
-            processors.append(KeyedDraw(noise, sample, torch.tensor(numbers, device=device)[rows], start))
+        if choose is not None and len(rows):
+            processors.append(Chosen(choose, rows, start))
         if not len(rows):  # takes part in the other ranks' gathers: a row that ends at once and holds nobody up
             (ids, mask), cache = padded([], device), None
-            settings.forced_bos_token_id = end_tokens[0]
+            settings.forced_bos_token_id = padding
         output = model.generate(
             ids,
             attention_mask=mask,
@@ -105,14 +147,16 @@ def generate(
         if not len(rows):
             continue
         ids, cache = output.sequences, output.past_key_values
-        ended = torch.isin(ids[:, start:], torch.tensor(end_tokens, device=device))
+        ended = torch.isin(ids[:, start:], torch.tensor(end_tokens, dtype=torch.int64, device=device))
         for row, answer, end in zip(rows.tolist(), ids[:, start:].tolist(), ended.long().tolist(), strict=True):
             answers[row] = answer[: end.index(1) + 1] if 1 in end else answer
         mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
         finished = ended.any(dim=1)
         if positions is not None:
             finished |= mask.sum(dim=1) > positions
-        if done == max_new_tokens or not drops_rows:
+        if enough is not None:
+            finished |= enough[rows] <= done
+        if done == max_new_tokens or not can_drop:
             finished[:] = True
         if finished.any():
             kept = (~finished).nonzero().flatten()
@@ -130,7 +174,7 @@ def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tens
     return ids.to(device), mask.to(device)
 
 
-def _drops_rows(model: PreTrainedModel) -> bool:
+def drops_rows(model: PreTrainedModel) -> bool:
     """Whether the model's cache can let go of single rows: one that holds attention alone."""
     if not model._supports_default_dynamic_cache():
         return False

@@ -28,7 +28,12 @@ from selfgen_ds.methods.reject import first_rejected, load_reject
 class Bash(RoundMethod):
     """The target stays the reference: `loss = - sum_t log p(y_t | c_<t)`."""
 
-    settings: ClassVar[frozenset[str]] = MIXTURE | {"epochs_per_round", "reject", "rollouts"}
+    settings: ClassVar[frozenset[str]] = MIXTURE | {
+        "epochs_per_round",
+        "reject",
+        "rollouts",
+        "generation_batch_size",
+    }
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)

@@ -41,6 +41,19 @@ class Policy:
         """
         raise NotImplementedError
 
+    @property
+    def can_draw_in_order(self) -> bool:
+        """Whether there is `draw_in_order` now; the same on all ranks."""
+        return False
+
+    def draw_in_order(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """As `draw`, but each token is drawn given those that were drawn before it: an exact draw.
+
+        Args:
+            window: Rows of one sample each.
+        """
+        raise NotImplementedError
+
     def complete(
         self, prompts: list[list[int]], max_new_tokens: int, noise: AnswerNoise | None = None
     ) -> list[list[int]]:

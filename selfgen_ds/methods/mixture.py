@@ -72,7 +72,8 @@ def mix(
 
     A pass recomputes what can still change: in each sample, the masked tokens behind the first one that the last
     pass changed. All others have read what stands before them now. So every pass settles a masked token of each
-    sample at least, and `exact` needs as many passes as a sample has masked tokens at most.
+    sample at least, and `exact` needs as many passes as a sample has masked tokens at most. Where the policy can draw
+    token after token, `exact` does so as soon as a pass settles less than half of what was left.
 
     Args:
         window: The micro-batches of one optimizer step.
@@ -82,25 +83,27 @@ def mix(
         max_differing_share: Of a sample's response tokens; at the first differing token beyond it the draws stop.
 
     Returns:
-        The window, and the passes that were made: fewer than asked for where nothing could change any more.
+        The window, and the passes that were made: fewer than asked for where nothing could change any more. Tokens
+        that were drawn in order count as one.
     """
     window = [replace(batch, drawn=mask) for batch, mask in zip(window, masks, strict=True)]
-    pending, made = masks, 0
-    while made != passes and policy.max_over_ranks(int(torch.stack([mask.any() for mask in pending]).any())):
+    pending, made, before = masks, 0, 0
+    while made != passes and (left := policy.max_over_ranks(int(torch.stack([mask.sum() for mask in pending]).sum()))):
         uniforms = [
             noise.uniform(*keys, batch.sample_ids[mask], batch.position_ids[mask])
             for batch, mask in zip(window, pending, strict=True)
         ]
-        drawn, before = policy.draw(window, pending, uniforms), window
+        in_order = passes == "exact" and policy.can_draw_in_order and 2 * left > before > 0
+        old, drawn = window, (policy.draw_in_order if in_order else policy.draw)(window, pending, uniforms)
         window = [
             replace(batch, context=batch.context.masked_scatter(mask, tokens))
             for batch, mask, tokens in zip(window, pending, drawn, strict=True)
         ]
         pending = [
-            _pending(mask, was, batch, max_differing_share)
-            for mask, was, batch in zip(pending, before, window, strict=True)
+            torch.zeros_like(mask) if in_order else _pending(mask, was, batch, max_differing_share)
+            for mask, was, batch in zip(pending, old, window, strict=True)
         ]
-        made += 1
+        made, before = made + 1, left
     return [stop(batch, _differing_too_much(batch, max_differing_share)) for batch in window], made
 
 

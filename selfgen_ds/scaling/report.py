@@ -120,7 +120,7 @@ def write(folder: Path, found: dict[str, Any]) -> None:
     """`bench.json`, `bench.png`, and the tables on the terminal."""
     write_atomically(folder / "bench.json", json.dumps(found, indent=1) + "\n")
     _plot(found, folder / "bench.png")
-    console = Console(highlight=False, width=max(120, Console().width))
+    console = Console(highlight=False, width=max(150, Console().width))
     steps = found["steps"]
     for accumulation, checkpointing in dict.fromkeys((r["accumulation"], r["checkpointing"]) for r in steps):
         some = [r for r in steps if (r["accumulation"], r["checkpointing"]) == (accumulation, checkpointing)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
     assert one["passes"] == two[0]["passes"]
 
 
-def chains(recipe: Recipe) -> tuple[int, list[int]]:
+def chains(recipe: Recipe, gathered: bool) -> tuple[int, list[int]]:
     """Rank 0 holds nothing, a short answer, then a long one; rank 1 the other way round."""
     run = prepare(recipe, set())
     some = sorted(take(run.samples), key=lambda sample: len(sample.input_ids))
@@ -116,13 +117,21 @@ def chains(recipe: Recipe) -> tuple[int, list[int]]:
         window = [collate([[sample] for sample in mine])]
         keys = (noise.DRAW, SEED, 0)
         masks = [batch.replaceable for batch in window]
-        passes.append(mix(window, run.policy, masks, "exact", keys)[1])
+        with run.policy.gathered(100) if gathered else nullcontext():
+            passes.append(mix(window, run.policy, masks, "exact", keys)[1])
     return len(some[-1].response_ids), passes
 
 
 def test_ranks_with_chains_of_any_length_stop_together(two_ranks: Ranks, folder: Path) -> None:
     selfgen = SelfgenConfig(temperature=3.0)
-    (longest, passes), other = two_ranks.run(chains, settings(folder, False, selfgen), timeout=60.0)
+    (longest, passes), other = two_ranks.run(chains, settings(folder, False, selfgen), False, timeout=60.0)
     assert (longest, passes) == other
     assert passes[0] == passes[2] > passes[1] > 1
     assert passes[0] < longest
+
+
+def test_ranks_with_chains_of_any_length_draw_them_in_order_together(two_ranks: Ranks, folder: Path) -> None:
+    selfgen = SelfgenConfig(temperature=3.0)
+    (_, passes), (_, other) = two_ranks.run(chains, settings(folder, False, selfgen), True, timeout=60.0)
+    assert passes == other
+    assert passes[0] == passes[2] == 2  # one in parallel, then one in order

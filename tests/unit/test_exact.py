@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
@@ -17,6 +17,7 @@ from selfgen_ds.engine.model import extend
 from selfgen_ds.engine.policy import EnginePolicy, Sampling
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
+from tests.architectures import ARCHITECTURES
 from tests.batches import padded, sample
 from tests.trained import reference_probabilities, texts, token_by_token, trained_model
 
@@ -80,6 +81,56 @@ def test_exact_draws_what_a_loop_over_the_tokens_draws(
     assert made <= longest
     if p == 1.0:
         assert 3 < made < longest
+
+
+class InOrderPolicy(EnginePolicy):
+    """Keeps the rows of each batch that was drawn in order."""
+
+    def draw_in_order(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        self.rows = [int(mask.any(dim=1).sum()) for mask in masks]
+        return super().draw_in_order(window, masks, uniforms)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("p", [0.25, 1.0])
+@pytest.mark.parametrize("rows_at_once", [3, 64])
+def test_what_is_drawn_in_order_is_what_passes_draw(name: str, p: float, rows_at_once: int) -> None:
+    torch.manual_seed(0)
+    fields = ARCHITECTURES[name] | {"vocab_size": 260, "initializer_range": 0.5}
+    model = extend(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
+    window = windows()["padded"]
+    masks = [replacement_mask(batch, p, REPLACE) for batch in window]
+    policy = InOrderPolicy(model, model, end_tokens=[0], generation_batch_size=rows_at_once)
+    by_passes, many = mix(window, policy, masks, "exact", DRAW, max_differing_share=0.9)
+    assert not hasattr(policy, "rows")
+    with policy.gathered(100):
+        in_order, few = mix(window, policy, masks, "exact", DRAW, max_differing_share=0.9)
+    assert sum(policy.rows) > 3
+    assert contexts(in_order) == contexts(by_passes)
+    assert [batch.drawn.tolist() for batch in in_order] == [batch.drawn.tolist() for batch in by_passes]
+    assert few < many
+
+
+def test_passes_go_on_while_each_settles_half_of_what_was_left(extended: PreTrainedModel) -> None:
+    window = windows()["padded"]
+    masks = [replacement_mask(batch, 0.02, REPLACE) for batch in window]
+    policy = InOrderPolicy(extended, extended, end_tokens=[0])
+    with policy.gathered(100):
+        _, made = mix(window, policy, masks, "exact", DRAW)
+    assert made > 1
+    assert not hasattr(policy, "rows")
+
+
+def test_a_number_of_passes_is_never_drawn_in_order(extended: PreTrainedModel) -> None:
+    window = windows()["padded"]
+    masks = [batch.replaceable for batch in window]
+    policy = InOrderPolicy(extended, extended, end_tokens=[0])
+    with policy.gathered(100):
+        inside, made = mix(window, policy, masks, 3, DRAW)
+    outside, _ = mix(window, policy, masks, 3, DRAW)
+    assert made == 3
+    assert contexts(inside) == contexts(outside)
+    assert not hasattr(policy, "rows")
 
 
 def test_one_pass_is_not_the_loop(extended: PreTrainedModel) -> None:
