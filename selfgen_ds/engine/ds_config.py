@@ -82,7 +82,15 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     optimizer = config.get("optimizer", {}).get("type", "AdamW")
     if str(optimizer).lower() != "adamw":
         found.append(f"optimizer.type: expected 'AdamW', got {optimizer!r}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        # seen: a resumed run goes on from other weights than were saved, and an export finds none
+        found.append(
+            "zero_optimization.offload_optimizer.device: expected 'cpu' or 'none', got 'nvme'; "
+            "DeepSpeed's checkpoints do not hold what it swaps to disk"
+        )
+    stage = zero.get("stage", 0)
     # the bfloat16 optimizer of stage 0 does not drop steps that are not finite
     stages = (0, 1, 2, 3) if recipe.model.dtype == "float32" else (1, 2, 3)
     if type(stage) is not int or stage not in stages:
@@ -160,13 +168,13 @@ def _machine_problems(zero: dict[str, Any], world_size: int) -> list[str]:
             for key, value in zero.items()
             if key.startswith("zero_quantized_") and value
         ]
-    swapped = [key for key in ("offload_param", "offload_optimizer") if (zero.get(key) or {}).get("device") == "nvme"]
-    for key in swapped:
-        path = zero[key].get("nvme_path")
+    offload = zero.get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        path = offload.get("nvme_path")
         if path is None or not Path(path).is_dir():
-            found.append(f"{key}.nvme_path: expected a folder, got {path!r}")
-    if swapped and not AsyncIOBuilder().is_compatible():
-        found.append(f"{swapped[0]}.device: nvme needs libaio and its headers (Debian: apt-get install libaio-dev)")
+            found.append(f"offload_param.nvme_path: expected a folder, got {path!r}")
+        if not AsyncIOBuilder().is_compatible():
+            found.append("offload_param.device: nvme needs libaio and its headers (Debian: apt-get install libaio-dev)")
     return [f"zero_optimization.{problem}" for problem in found]
 
 

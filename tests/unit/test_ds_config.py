@@ -110,6 +110,10 @@ def test_a_key_inside_a_section_of_zero_optimization_is_named(recipe: Recipe) ->
             "activation_checkpointing.cpu_checkpointing: expected true or false, got 'yes'",
         ),
         ({"optimizer": {"type": "Adam"}}, "optimizer.type: expected 'AdamW', got 'Adam'"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}},
+            r"zero_optimization\.offload_optimizer\.device: expected 'cpu' or 'none', got 'nvme'; .*checkpoints",
+        ),
     ],
 )
 def test_what_the_recipe_decides_is_refused_in_the_json(recipe: Recipe, config: dict[str, Any], expected: str) -> None:
@@ -202,7 +206,7 @@ def test_quantized_communication_is_refused_on_the_cpu_accelerator(
 
 def test_nvme_needs_a_folder_and_libaio(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def problems(**section: str) -> list[str]:
-        zero = {"stage": 3, "offload_param": {"device": "nvme", **section}, "offload_optimizer": {"device": "cpu"}}
+        zero = {"stage": 3, "offload_param": {"device": "nvme", **section}}
         return ds_config.problems(recipe, {"zero_optimization": zero}, WORLD_SIZE)
 
     monkeypatch.setattr(ds_config.AsyncIOBuilder, "is_compatible", lambda self: True)
