@@ -29,7 +29,13 @@ from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
 from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.head import LogitsForm
-from selfgen_ds.engine.model import build_model, model_config, trained_parameter_count, vocabulary
+from selfgen_ds.engine.model import (
+    build_model,
+    checkpoint_activations,
+    model_config,
+    trained_parameter_count,
+    vocabulary,
+)
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.files import write_atomically
@@ -198,6 +204,7 @@ def build_engine(
     """
     hidden_size = config.get_text_config(decoder=True).hidden_size
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
+    launch.leave_node_group()
     set_seed(recipe.seed)
     with _together():
         model = build_model(recipe.model, config, form, vocabulary(tokenizer))
@@ -206,7 +213,7 @@ def build_engine(
             lora.add_adapter(model, recipe.model.lora, str(recipe.model.name_or_path))
     set_seed(recipe.seed + dist.get_rank())
     if recipe.train.activation_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model, ds_config.offloads_activations(json_config))
     engine = initialize(model, hf_config.config, recipe.optim, total_steps)
     warm_up(engine)
     return engine, hf_config
@@ -225,6 +232,7 @@ def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]
             _prefetched(engine),
             recipe.data.max_length if recipe.data.packing else None,
             adapted=recipe.model.lora is not None,
+            offloaded=ds_config.offloads_activations(engine.config),
         ),
         generation_batch_size=recipe.selfgen.generation_batch_size,
     )

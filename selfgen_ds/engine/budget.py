@@ -13,9 +13,9 @@ class SweepBudget:
 
     A no-grad forward holds one layer's working set a token: the residual, the normed input, queries, keys,
     values and their rotated copies, or the MLP's gate, up and product. A training step with checkpointing holds
-    every layer's input and, while one layer is recomputed and goes backward, all that it saved and the gradients
-    of it; without checkpointing, what every layer saved. A forward also holds the buffer that ZeRO-3 prefetches
-    parameters into; by the backward's peak it is gone.
+    every layer's input (unless these wait in host memory) and, while one layer is recomputed and goes backward, all
+    that it saved and the gradients of it; without checkpointing, what every layer saved. A forward also holds the
+    buffer that ZeRO-3 prefetches parameters into; by the backward's peak it is gone.
     """
 
     forward: int
@@ -43,6 +43,7 @@ def sweep_budget(
     prefetched: int,
     packed_length: int | None = None,
     adapted: bool = False,
+    offloaded: bool = False,
 ) -> SweepBudget:
     """The budget of a transformer.
 
@@ -51,6 +52,7 @@ def sweep_budget(
         packed_length: Tokens of a packed row, which has a mask of all its pairs of tokens; None without packing.
         adapted: Whether adapters are trained. A layer's forward then also holds the adapter's output beside its own,
             and a frozen layer without one does not save its input.
+        offloaded: Whether the layers' inputs that checkpointing keeps are in host memory.
     """
     if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
         return SweepBudget(forward=1, training=1, prefetched=0)
@@ -67,7 +69,8 @@ def sweep_budget(
     if adapted:
         saved -= inner + hidden
     backward = 2 * inner + 2 * hidden + copies
-    kept = layers * hidden + saved if activation_checkpointing else layers * saved
+    inputs = 0 if offloaded else layers * hidden
+    kept = inputs + saved if activation_checkpointing else layers * saved
     # gate, up and product; or what an activation function that is written out in steps holds
     held = 3 if fields.get("hidden_act", fields.get("activation_function")) in _FUSED else 5
     forward = max((held + adapted) * inner + 4 * hidden + 4 * copies, 2 * hidden + (8 if adapted else 6) * width)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -35,7 +37,16 @@ def read(path: str) -> dict[str, Any]:
 
 def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[str]:
     """What is wrong with a JSON, or between it and the recipe, one line each."""
-    sections = ("zero_optimization", "optimizer", "bf16", "fp16", "tensorboard", "csv_monitor", "wandb")
+    sections = (
+        "zero_optimization",
+        "activation_checkpointing",
+        "optimizer",
+        "bf16",
+        "fp16",
+        "tensorboard",
+        "csv_monitor",
+        "wandb",
+    )
     found = [
         f"{key}: expected an object, got {config[key]!r}"
         for key in sections
@@ -51,6 +62,8 @@ def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[st
         found += [f'{key}: "auto", but no setting of the recipe decides it' for key in autos]
         if not found:
             found = _library_problems(filled.config)
+        if not found:
+            found = _machine_problems(config.get("zero_optimization", {}), world_size)
     return [f"{recipe.deepspeed}: {problem}" for problem in found]
 
 
@@ -63,22 +76,47 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
         found.append("torch_autocast.enabled: expected false; the pass and rollouts compute in model.dtype")
     if "scheduler" in config:
         found.append("scheduler: expected none; optim.schedule and optim.warmup_ratio decide")
-    if "activation_checkpointing" in config:
-        found.append(
-            "activation_checkpointing: expected none (DeepSpeed's has no effect on Hugging Face models); "
-            "train.activation_checkpointing decides"
-        )
+    found += _checkpointing_problems(recipe, config.get("activation_checkpointing", {}))
     if config.get("wandb", {}).get("enabled") and find_spec("wandb") is None:
         found.append("wandb.enabled: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")
     optimizer = config.get("optimizer", {}).get("type", "AdamW")
     if str(optimizer).lower() != "adamw":
         found.append(f"optimizer.type: expected 'AdamW', got {optimizer!r}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        # seen: a resumed run goes on from other weights than were saved, and an export finds none
+        found.append(
+            "zero_optimization.offload_optimizer.device: expected 'cpu' or 'none', got 'nvme'; "
+            "DeepSpeed's checkpoints do not hold what it swaps to disk"
+        )
+    stage = zero.get("stage", 0)
     # the bfloat16 optimizer of stage 0 does not drop steps that are not finite
     stages = (0, 1, 2, 3) if recipe.model.dtype == "float32" else (1, 2, 3)
     if type(stage) is not int or stage not in stages:
         found.append(f"zero_optimization.stage: expected one of {stages} for {recipe.model.dtype}, got {stage!r}")
     return found
+
+
+def _checkpointing_problems(recipe: Recipe, section: dict[str, Any]) -> list[str]:
+    """Nothing of the section has an effect on Hugging Face models in DeepSpeed; one key has it here."""
+    found = [
+        f"activation_checkpointing.{key}: has no effect on Hugging Face models; "
+        "train.activation_checkpointing and activation_checkpointing.cpu_checkpointing decide"
+        for key in section
+        if key != "cpu_checkpointing"
+    ]
+    offload = section.get("cpu_checkpointing", False)
+    if not isinstance(offload, bool) and offload != "auto":
+        found.append(f"activation_checkpointing.cpu_checkpointing: expected true or false, got {offload!r}")
+    if offload is True and not recipe.train.activation_checkpointing:
+        found.append("activation_checkpointing.cpu_checkpointing: true, but train.activation_checkpointing is false")
+    return found
+
+
+def offloads_activations(config: dict[str, Any]) -> bool:
+    """Whether what activation checkpointing keeps goes to host memory; assumes that `problems` found none."""
+    return config.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
 
 
 class _Watched(dict):
@@ -116,6 +154,28 @@ def _library_problems(config: dict[str, Any]) -> list[str]:
     except Exception as error:  # DeepSpeed raises several types, each with the key in its text
         return [str(error).strip().split("\n", 1)[0]]
     return [f"{key}: DeepSpeed reads no such key" for key in config.keys() - watched.asked]
+
+
+def _machine_problems(zero: dict[str, Any], world_size: int) -> list[str]:
+    """What DeepSpeed cannot do with these ranks, on this accelerator or on this host, and says late or obscurely."""
+    found = []
+    size = min(int(zero.get("zero_hpz_partition_size", 1)), world_size)
+    if size > 1 and world_size % size:
+        found.append(f"zero_hpz_partition_size: expected a divisor of the {world_size} ranks, got {size}")
+    if get_accelerator().device_name() == "cpu":
+        found += [
+            f"{key}: DeepSpeed has no quantization on the CPU accelerator"
+            for key, value in zero.items()
+            if key.startswith("zero_quantized_") and value
+        ]
+    offload = zero.get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        path = offload.get("nvme_path")
+        if path is None or not Path(path).is_dir():
+            found.append(f"offload_param.nvme_path: expected a folder, got {path!r}")
+        if not AsyncIOBuilder().is_compatible():
+            found.append("offload_param.device: nvme needs libaio and its headers (Debian: apt-get install libaio-dev)")
+    return [f"zero_optimization.{problem}" for problem in found]
 
 
 # Sizes that transformers' Trainer takes from the hidden size as well, so that its users' JSONs mean the same here.

@@ -8,6 +8,7 @@ import socket
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 from selfgen_ds.config import InputError
 
@@ -66,6 +67,12 @@ def init_process_group() -> None:
         }
     get_accelerator().set_device(local_rank())
     deepspeed.init_distributed(verbose=False)
+
+
+def leave_node_group() -> None:
+    """Of `zero_hpz_partition_size`: DeepSpeed makes it with an engine and refuses to make it twice."""
+    if (group := groups._get_zero_param_intra_parallel_group()) is not None:
+        deepspeed.comm.destroy_process_group(group)
 
 
 def leave_process_group() -> None:

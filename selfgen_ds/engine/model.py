@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import deepspeed
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,7 +26,7 @@ from transformers import (
 
 from selfgen_ds.config import InputError, ModelConfig
 from selfgen_ds.data.hub import use_cache_without_network
-from selfgen_ds.engine import lora
+from selfgen_ds.engine import launch, lora
 from selfgen_ds.engine.head import LMHead, LogitsForm, Reduction
 
 
@@ -196,6 +199,20 @@ def build_model(
     if embeddings > built.get_input_embeddings().num_embeddings:
         _add_embeddings(built, embeddings)
     return extend(built, form).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed
+
+
+def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:
+    """Keep of a layer its input alone, in host memory if `offload`; the backward computes the rest again."""
+    model.activation_checkpointing_enable()
+    if offload:
+        # as transformers' own `offload=True`, which asks for pinned memory on a CPU as well, where there is none
+        device = launch.device().type
+
+        def offloaded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with save_on_cpu(pin_memory=device != "cpu", device_type=device):
+                return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+        model._set_gradient_checkpointing(gradient_checkpointing_func=offloaded)
 
 
 def _add_embeddings(model: PreTrainedModel, size: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
@@ -83,8 +84,8 @@ class EnginePolicy(Policy):
         """Many answers, draws or predictions in a row: weights that are sharded are gathered once if they fit.
 
         They fit where they and the working memory of at least one row fit into the memory that is free now, on all
-        ranks. Otherwise they stay sharded and the ranks in step. Either way no more rows are generated at once than
-        fit. Inside another one it changes nothing. Collective.
+        ranks, unless they are on disk. Otherwise they stay sharded and the ranks in step. Either way no more rows are
+        generated at once than fit. Inside another one it changes nothing. Collective.
 
         Args:
             longest: Tokens of the longest row, prompt and answer.
@@ -137,7 +138,7 @@ class EnginePolicy(Policy):
             return -self.max_over_ranks(-rows) if self.sharded else rows
 
         rows = fitting(weights)
-        gathers = self.sharded and rows >= 1
+        gathers = self.sharded and rows >= 1 and not self._on_disk()
         if self.sharded and not gathers:
             rows = fitting(live)
         self._spare = room - (weights if gathers else live)
@@ -154,6 +155,11 @@ class EnginePolicy(Policy):
                 free / 1e6,
             )
         return gathers, rows
+
+    def _on_disk(self) -> bool:
+        """Whether sharded weights are read from disk, into a few buffers: DeepSpeed cannot gather them all at once."""
+        offload = self.forward.zero_offload_param()
+        return offload is not None and offload.device == OffloadDeviceEnum.nvme
 
     def _row_bytes(self, longest: int) -> int:
         """Memory to generate one row."""

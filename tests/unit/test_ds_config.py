@@ -102,14 +102,35 @@ def test_a_key_inside_a_section_of_zero_optimization_is_named(recipe: Recipe) ->
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled: expected false"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: expected none; optim.schedule"),
         (
-            {"activation_checkpointing": {"cpu_checkpointing": True}},
-            r"activation_checkpointing: expected none .* train\.activation_checkpointing decides",
+            {"activation_checkpointing": {"partition_activations": True}},
+            r"activation_checkpointing\.partition_activations: has no effect on Hugging Face models",
+        ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": "yes"}},
+            "activation_checkpointing.cpu_checkpointing: expected true or false, got 'yes'",
         ),
         ({"optimizer": {"type": "Adam"}}, "optimizer.type: expected 'AdamW', got 'Adam'"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}},
+            r"zero_optimization\.offload_optimizer\.device: expected 'cpu' or 'none', got 'nvme'; .*checkpoints",
+        ),
     ],
 )
 def test_what_the_recipe_decides_is_refused_in_the_json(recipe: Recipe, config: dict[str, Any], expected: str) -> None:
     assert re.search(expected, _problem(recipe, ZERO3 | config))
+
+
+def test_cpu_checkpointing_is_for_recipes_with_activation_checkpointing(recipe: Recipe) -> None:
+    config = ZERO3 | {"activation_checkpointing": {"cpu_checkpointing": True}}
+    assert ds_config.problems(recipe, config, WORLD_SIZE) == []
+    assert ds_config.offloads_activations(config)
+    recipe.train.activation_checkpointing = False
+    assert _problem(recipe, config) == (
+        "ds.json: activation_checkpointing.cpu_checkpointing: true, but train.activation_checkpointing is false"
+    )
+    off = ZERO3 | {"activation_checkpointing": {"cpu_checkpointing": False}}
+    assert ds_config.problems(recipe, off, WORLD_SIZE) == []
+    assert not ds_config.offloads_activations(off)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +182,45 @@ def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
     assert len(ds_config.problems(recipe, config, WORLD_SIZE)) == 4
 
 
+def test_shards_of_a_node_need_ranks_that_they_divide(recipe: Recipe) -> None:
+    def problems(size: int, ranks: int) -> list[str]:
+        return ds_config.problems(recipe, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}, ranks)
+
+    assert problems(2, 4) == problems(8, 4) == problems(8, 16) == []  # more than there are: all of them
+    assert problems(4, 6) == [
+        "ds.json: zero_optimization.zero_hpz_partition_size: expected a divisor of the 6 ranks, got 4"
+    ]
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_quantized_communication_is_refused_on_the_cpu_accelerator(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    config = {"zero_optimization": {"stage": 3, key: True}}
+    assert _problem(recipe, config) == (
+        f"ds.json: zero_optimization.{key}: DeepSpeed has no quantization on the CPU accelerator"
+    )
+    monkeypatch.setattr(ds_config.get_accelerator(), "device_name", lambda: "cuda")
+    assert ds_config.problems(recipe, config, WORLD_SIZE) == []
+
+
+def test_nvme_needs_a_folder_and_libaio(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def problems(**section: str) -> list[str]:
+        zero = {"stage": 3, "offload_param": {"device": "nvme", **section}}
+        return ds_config.problems(recipe, {"zero_optimization": zero}, WORLD_SIZE)
+
+    monkeypatch.setattr(ds_config.AsyncIOBuilder, "is_compatible", lambda self: True)
+    name = "ds.json: zero_optimization.offload_param"
+    assert problems() == [f"{name}.nvme_path: expected a folder, got None"]
+    missing = f"{tmp_path}/none"
+    assert problems(nvme_path=missing) == [f"{name}.nvme_path: expected a folder, got {missing!r}"]
+    assert problems(nvme_path=str(tmp_path)) == []
+    monkeypatch.setattr(ds_config.AsyncIOBuilder, "is_compatible", lambda self: False)
+    assert problems(nvme_path=str(tmp_path)) == [
+        f"{name}.device: nvme needs libaio and its headers (Debian: apt-get install libaio-dev)"
+    ]
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -168,6 +228,7 @@ def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
         {"zero_optimization": None},
         ZERO3 | {"fp16": "auto"},
         ZERO3 | {"bf16": True},
+        ZERO3 | {"activation_checkpointing": True},
         ZERO3 | {"optimizer": "AdamW"},
         ZERO3 | {"optimizer": {"type": "AdamW", "params": "auto"}},
     ],

@@ -222,3 +222,10 @@ def test_packed_rows_have_a_mask_in_sweep_and_step_but_not_with_flash_attention(
     assert packed.tokens(1000) < plain.tokens(1000)
     assert budget_of(1000, "flash_attention_2") == plain
     assert budget_of(1000, "eager") == SweepBudget(forward=1, training=1, prefetched=0)
+
+
+def test_a_sweep_is_smaller_where_the_training_step_keeps_the_layers_inputs_in_host_memory() -> None:
+    config = AutoConfig.for_model("llama", hidden_size=320, num_hidden_layers=30)
+    kept, offloaded = (sweep_budget(config, True, 0, offloaded=offloaded) for offloaded in (False, True))
+    assert kept.training - offloaded.training == 30 * 320
+    assert kept.tokens(1000) > offloaded.tokens(1000)
