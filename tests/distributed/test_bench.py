@@ -128,4 +128,4 @@ def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_ar
 
 
 def windows(settings: Recipe) -> list[list[list[int]]]:
-    return [bench._window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
+    return [bench.random_window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
