@@ -69,7 +69,8 @@ from selfgen_ds.scaling import bench, report
 from selfgen_ds.scaling.live_tensors import LiveTensors
 
 WARM_UP, TURNS, P = 2, 12, 0.25
-SLOW, EVERY = {"TRL gkd", "generate"}, 4  # a step of theirs takes many of the others': in some of the turns alone
+OWN = {"sft": "sft", "scheduled sampling": f"p {P:g}, 1", "bash": f"p {P:g}, exact"}
+SLOW, EVERY = {"TRL gkd", "TRL gkd, with cache", "generate", "generate, gathered"}, 3  # they step in every third turn
 MEASURED = {"sft", "scheduled sampling", "TRL sft", "TRL sft, without metrics"}  # their memory
 
 Loop = Callable[[Callable[[], None]], object]
@@ -80,19 +81,22 @@ class Turns:
     """A loop in a thread of its own, held before every step until it is its turn.
 
     What it does between two steps, such as making the next batch, counts as part of the one before.
+
+    Args:
+        measured: Whether its `peak` will be asked for.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, measured: bool) -> None:
         self._go, self._held = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         # a CPU has no allocator to ask
         self._tensors = LiveTensors() if get_accelerator().device_name() == "cpu" else None
-        self._watched = True
+        self._watched = measured
         gc.collect()
         before = self._allocated()
         threading.Thread(target=self._body, args=(loop,), daemon=True).start()
         self._wait()
-        self.step(watched=True)  # makes the optimizer's states
+        self.step(watched=measured)  # makes the optimizer's states
         gc.collect()
         self._states = self._allocated() - before
 
@@ -181,6 +185,7 @@ class Peers:
         self.json = ds_config.read(recipe.deepspeed)
         self.steps = 1 + WARM_UP + TURNS + 1 + 1  # the last one ends the training
         self.prompt = recipe.data.max_length // 4
+        self.passes: dict[str, int] = {}
         mine = torch.stack([self.window(number)[0].target for number in range(self.steps)])
         everyone: list[Tensor] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine.cpu())
@@ -195,23 +200,24 @@ class Peers:
             "sft": lambda hold: self.own(hold, "sft"),
             "TRL sft": lambda hold: self.trl_sft(hold, folder, metrics=True),
             "TRL sft, without metrics": lambda hold: self.trl_sft(hold, folder, metrics=False),
-            "scheduled sampling": lambda hold: self.own(hold, f"p {P:g}, 1"),
-            "bash": lambda hold: self.own(hold, f"p {P:g}, exact"),
+            "scheduled sampling": lambda hold: self.own(hold, "scheduled sampling"),
+            "bash": lambda hold: self.own(hold, "bash"),
             "TRL gkd": lambda hold: self.trl_gkd(hold, folder, cache=False),
             "TRL gkd, with cache": lambda hold: self.trl_gkd(hold, folder, cache=True),
             "generate": lambda hold: self.generate(hold, gathered=False),
             "generate, gathered": lambda hold: self.generate(hold, gathered=True),
         }
 
-    def own(self, hold: Callable[[], None], variant: str) -> None:
-        unset_hf_deepspeed_config()  # another contender's would shard the plain models that a new engine is checked with
+    def own(self, hold: Callable[[], None], name: str) -> None:
+        unset_hf_deepspeed_config()  # with another contender's, the plain models that a form is read off are sharded
         block = bench.Block(accumulation=1, checkpointing=True, mixtures=((P, 1), (P, "exact")))
         ours = bench.Engine(self.recipe, self.json, block)
-        method, length = ours.variants[variant], self.recipe.data.max_length
+        method, length = ours.variants[OWN[name]], self.recipe.data.max_length
         for number in count():
             hold()
-            with ours.policy.gathered(length) if variant.endswith("exact") else nullcontext():
+            with ours.policy.gathered(length) if name == "bash" else nullcontext():
                 mixed = method.contexts(self.window(number), ours.policy, number)
+            self.passes[name] = method.passes
             train_step(ours.engine, mixed, 0.0)
 
     def trl_sft(self, hold: Callable[[], None], folder: str, metrics: bool) -> None:
@@ -344,7 +350,7 @@ def main() -> None:
 
 def measure(peers: Peers, folder: str) -> list[dict[str, Any]]:
     """A row for every contender."""
-    turns = {name: Turns(loop) for name, loop in peers.loops(folder).items()}
+    turns = {name: Turns(loop, name in MEASURED) for name, loop in peers.loops(folder).items()}
     times: dict[str, dict[int, float]] = {name: {} for name in turns}
     for number in range(-WARM_UP, TURNS):
         for name, contender in turns.items():
@@ -358,8 +364,11 @@ def measure(peers: Peers, folder: str) -> list[dict[str, Any]]:
                 times[name][number] = time.perf_counter() - started
     rows = [summary(name, its, times["sft"], peers.rows.numel() // peers.steps) for name, its in times.items()]
     for row in rows:
-        if row["contender"] in MEASURED:
-            row["peak_memory_bytes"] = largest(turns[row["contender"]].peak())
+        name = row["contender"]
+        if name in OWN:
+            row["passes"] = peers.passes[name]
+        if name in MEASURED:
+            row["peak_memory_bytes"] = largest(turns[name].peak())
             row["peak_memory_ratio"] = row["peak_memory_bytes"] / rows[0]["peak_memory_bytes"]
     return rows
 
