@@ -283,7 +283,7 @@ class Peers:
             max_steps=self.steps,
             max_length=self.recipe.data.max_length,
             train_sampling_strategy="sequential",
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=get_accelerator().device_name() == "cpu",
             bf16=self.recipe.model.dtype == "bfloat16",
             logging_strategy="no",
             save_strategy="no",
