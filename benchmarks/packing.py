@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from jsonargparse import ArgumentParser
 
-from selfgen_ds.config import Recipe
+from selfgen_ds.cli import recipe_of
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.inputs import load_data, load_windows
@@ -27,14 +26,10 @@ _STEPS = 8
 
 
 def main() -> None:
-    parser = ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Recipe)
-    options = parser.instantiate(parser.parse_args([a for a in sys.argv[1:] if not a.startswith("--local_rank")]))
+    recipe, overrides = recipe_of(sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "config"})
         recipe = replace(recipe, output_dir=folder, data=replace(recipe.data, packing=True))
-        run = prepare(recipe, {"output_dir", "data.packing"})
+        run = prepare(recipe, overrides | {"output_dir", "data.packing"})
         samples = load_data(recipe, run.tokenizer)
         shape: dict[str, Any] = {
             "micro_batch_size": recipe.train.micro_batch_size,

@@ -31,7 +31,7 @@ def main() -> None:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, UnicodeDecodeError) as error:
         _fail(" ".join(str(error).split()))
-    overrides = {a.removeprefix("--").split("=", 1)[0] for a in arguments if a.startswith("--")}
+    overrides = _overrides(arguments)
 
     from selfgen_ds.engine import launch  # slow imports, for which `--help` need not wait
 
@@ -132,6 +132,23 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
 
 def _settings(options: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name != "config"}
+
+
+def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
+    """The recipe that the options of `train` describe, and which of its settings they give: for scripts.
+
+    Raises:
+        ArgumentError: There are no such options.
+    """
+    given = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    parser = _parser()
+    overrides = _overrides(given)
+    return _recipe(parser.instantiate(parser.parse_args(["train", *given])).train, overrides), overrides
+
+
+def _overrides(arguments: list[str]) -> set[str]:
+    """Settings that are given on the command line."""
+    return {a.removeprefix("--").split("=", 1)[0] for a in arguments if a.startswith("--")}
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:

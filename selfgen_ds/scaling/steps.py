@@ -106,7 +106,7 @@ class Engine:
 
     def step(self, method: Method, number: int) -> int:
         """One of the trainer's steps on the rows of a turn; the real tokens of all ranks."""
-        window = _window(self.recipe, self.vocabulary, number)
+        window = random_window(self.recipe, self.vocabulary, number)
         dist.barrier()
         with self.clock.step():
             with self.clock.phase("pass"):
@@ -194,7 +194,7 @@ def _gathered(found: dict[str, Any]) -> int:
     return sent * dist.get_world_size()
 
 
-def _window(recipe: Recipe, vocabulary: int, number: int) -> list[TokenBatch]:
+def random_window(recipe: Recipe, vocabulary: int, number: int) -> list[TokenBatch]:
     """The rows of a turn on this rank: random tokens, a quarter of them prompt. Costs depend on lengths alone."""
     train, length = recipe.train, recipe.data.max_length
     seed = (recipe.seed, number, dist.get_rank())

@@ -165,7 +165,7 @@ def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_ar
 
 
 def windows(settings: Recipe) -> list[list[list[int]]]:
-    return [steps._window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
+    return [steps.random_window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
 
 
 def test_rows_that_are_too_short_to_bench_are_refused() -> None:
