@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,9 @@ def test_a_shipped_recipe_has_no_problems_but_data_to_be_fetched(path: Path, mon
 @RECIPES
 @pytest.mark.parametrize("json_file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
 def test_a_shipped_recipe_goes_with_every_shipped_json(path: Path, json_file: Path) -> None:
-    assert ds_config.problems(_parse("--config", str(path)), ds_config.read(str(json_file)), world_size=8) == []
+    found = ds_config.problems(_parse("--config", str(path)), ds_config.read(str(json_file)), world_size=8)
+    # what this machine lacks, which is looked at where all else fits
+    assert [p for p in found if not re.search("on the CPU accelerator|nvme_path: expected a folder|libaio", p)] == []
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
