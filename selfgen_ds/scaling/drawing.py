@@ -1,7 +1,7 @@
 """Tokens a second of what rounds draw, beside `generate()`, and what of a round is drawing and what is training.
 
 Weights are random and no answer ends early: what is measured depends on lengths alone, but for the passes of an exact
-mixture, of which random weights need more than trained ones.
+mixture from sharded weights, of which random ones need more than trained ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
     longest = max(len(sample.input_ids) for sample in samples)
     methods = _methods(bench, answer)
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    passes: dict[str, int] = {}
+    passes: dict[str, dict[str, int]] = {name: {} for name in methods}
     gathers = False
 
     def draw(method: RoundMethod, gathered: bool) -> tuple[list[StoredRow], dict[str, int]]:
@@ -65,10 +65,11 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
         for turn in range(_TURNS + 1):
             for name, method in methods.items():
                 rows, counts = timed(name, "gathered", draw, method, True)
+                passes[name]["gathered"] = counts.get("passes", 0)
                 timed(name, "training", _train, bench, rows)
                 if bench.policy.sharded:
-                    timed(name, "sharded", draw, method, False)
-                passes[name] = counts.get("passes", 0)
+                    _, counts = timed(name, "sharded", draw, method, False)
+                    passes[name]["sharded"] = counts.get("passes", 0)
             timed("sft", "training", _train, bench, [StoredRow.of(sample) for sample in samples])
             with bench.policy.gathered(longest):
                 gathers = not bench.policy.sharded

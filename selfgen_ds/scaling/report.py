@@ -135,7 +135,8 @@ def write(folder: Path, found: dict[str, Any]) -> None:
         console.print(_table(title, [_loss_cells(r) for r in losses]))
     if found["drawing"]:
         console.print(_table("rounds of one epoch: answer tokens a second", [_draw_cells(r) for r in found["drawing"]]))
-        console.print("x: through generate()'s; epoch: drawing and training through sft's epoch\n")
+        console.print("x: through generate()'s; passes: gathered, sharded; drawing: its share of the round's time with")
+        console.print("weights gathered; epoch: that time through an epoch of sft\n")
     console.print(f"written to {folder}/bench.json and bench.png")
 
 
@@ -178,7 +179,7 @@ def _loss_cells(r: dict[str, Any]) -> dict[str, str]:
 
 
 def _draw_cells(r: dict[str, Any]) -> dict[str, str]:
-    cells = {"draws": r["draws"], "passes": str(r["passes"] or "")}
+    cells = {"draws": r["draws"], "passes": ", ".join(str(n) for n in r["passes"].values() if n)}
     for what in ("gathered", "sharded"):
         rate, ratio = r["tokens_per_second"][what], r["ratio_to_generate"][what]
         cells |= {what: "" if rate is None else f"{rate:.0f}", f"{what} x": "" if rate is None else f"{ratio:.2f}"}
