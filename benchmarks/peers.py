@@ -336,8 +336,8 @@ def main() -> None:
         rows = measure(Peers(recipe), folder)
     if dist.get_rank() == 0:
         settings = {"p": P, "turns": TURNS, "recipe": asdict(recipe), "deepspeed": ds_config.read(recipe.deepspeed)}
-        record = report.record(settings, {"rows": rows})
-        record["versions"] |= {name: version(name) for name in ("trl", "accelerate")}
+        record: dict[str, Any] = {"environment": report.environment(), **settings, "rows": rows}
+        record["environment"]["versions"] |= {name: version(name) for name in ("trl", "accelerate")}
         write_atomically(Path(recipe.output_dir) / "peers.json", json.dumps(record, indent=1) + "\n")
         show(rows)
     dist.barrier()

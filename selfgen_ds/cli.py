@@ -25,6 +25,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
+    if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
+        arguments[1:1] = ["--config", "recipes/bench.yaml"]
     sys.path.append(os.getcwd())  # modules that a recipe names, as with `python -m`
     parser = _parser()
     try:
@@ -72,8 +74,9 @@ def _parser() -> ArgumentParser:
         description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
     )
     bench = ArgumentParser(
-        description="Measure what training on own tokens costs, as ratios to sft. Of the recipe, model, JSON, rows a "
-        "micro-batch and data.max_length count; rows are made up.",
+        description="Measure what training on own tokens costs, as ratios to sft. Of the recipe (recipes/bench.yaml, "
+        "unless --config names another), model, JSON, rows a micro-batch, data.max_length and how draws are made "
+        "count; rows are made up.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -95,7 +95,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     """
     json_config = check_settings(recipe, overrides)
     launch.init_process_group()
-    with _together():
+    with together():
         folder_lock = open_output(recipe, json_config) if dist.get_rank() == 0 else None
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
@@ -151,7 +151,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
     rounds = None
     if isinstance(method, RoundMethod) and fingerprint is not None:
         settings = {name: getattr(recipe.selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
-        with _together():
+        with together():
             rounds = Rounds(
                 engine=engine,
                 policy=policy,
@@ -206,7 +206,7 @@ def build_engine(
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
     launch.leave_node_group()
     set_seed(recipe.seed)
-    with _together():
+    with together():
         model = build_model(recipe.model, config, form, vocabulary(tokenizer))
         if recipe.model.lora is not None:
             set_seed(recipe.seed)
@@ -246,7 +246,7 @@ def _prefetched(engine: DeepSpeedEngine) -> int:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Bad input on one rank is bad input on all of them."""
     mine = None
     try:

@@ -78,6 +78,12 @@ class EnginePolicy(Policy):
         self._choice: bool | None = None
         """Whether weights were gathered the last time."""
         self._tokens, self._seconds = 0, 0.0  # of answers
+        self._whole_in_training = False
+        """Whether ZeRO-3's limits let a training step hold all weights, so that it need not gather a pass's again."""
+        if self.sharded:
+            parameters = sum(p.ds_numel for p in model.parameters())
+            limits = forward.zero_max_live_parameters(), forward.zero_max_reuse_distance()
+            self._whole_in_training = parameters <= min(limits)
 
     @contextmanager
     def gathered(self, longest: int) -> Iterator[None]:
@@ -201,7 +207,7 @@ class EnginePolicy(Policy):
                 drawn[rows, :length] = torch.zeros_like(chosen).masked_scatter(where, tokens)
             for _ in range(self.groups - len(groups) if self.sharded else 0):
                 self._idle_forward(device)
-        if self.sharded:
+        if self.sharded and not self._whole_in_training:
             # what a forward without a backward leaves gathered would stay through the training step
             self.forward.optimizer.parameter_offload.partition_all_parameters()
         sizes = [len(m) for m in masks]
@@ -221,24 +227,21 @@ class EnginePolicy(Policy):
             _stack(_spread(masks, uniforms)),
         )
         sample = head.sampler(**vars(self.sampling))
-        first, columns = mask.long().argmax(dim=1), torch.arange(mask.shape[1], device=mask.device)
-        lengths = (mask * (columns + 1)).amax(dim=1) - first  # from the first masked token to the last one
-        order = lengths.argsort(descending=True, stable=True)[: int(mask.any(dim=1).sum())]
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        first, behind = mask.long().argmax(dim=1), (mask * (columns + 1)).amax(dim=1)
+        order = first.argsort(stable=True)
+        order = order[mask[order].any(dim=1)]
         with _evaluating(self.forward), _no_generation_defaults(self.model):
             for rows in filter(len, order.split(self.rows_at_once)):
-                starts, needed = first[rows, None], lengths[rows].tolist()
-                places = starts + columns[: needed[0]]
-                inside = places < starts + lengths[rows, None]
-                places = places.clamp(max=mask.shape[1] - 1)
-                drawn = mask[rows].gather(1, places) & inside
-                choose = rollouts.in_place(
-                    context[rows].gather(1, places), drawn, noise[rows].gather(1, places), sample
-                )
-                prompts = [context[row, : first[row]].tolist() for row in rows.tolist()]
-                answers = rollouts.generate(self.model, prompts, needed[0], [], choose, needed=needed)
+                # all from the same column, what is given among it: no padding, and no cache wider than the longest row
+                start, end = int(first[rows].min()), int(behind[rows].max())
+                drawn = mask[rows, start:end]
+                choose = rollouts.in_place(context[rows, start:end], drawn, noise[rows, start:end], sample)
+                prompts, needed = context[rows, :start].tolist(), (behind[rows] - start).tolist()
+                answers = rollouts.generate(self.model, prompts, end - start, [], choose, needed=needed)
                 found = pad_sequence([torch.tensor(answer, device=mask.device) for answer in answers], batch_first=True)
-                row, place = drawn.nonzero(as_tuple=True)
-                context[rows[row], places[row, place]] = found[row, place]
+                row, column = drawn.nonzero(as_tuple=True)
+                context[rows[row], start + column] = found[row, column]
         sizes = [len(m) for m in masks]
         return [c[:, : m.shape[1]][m] for c, m in zip(context.split(sizes), masks, strict=True)]
 

@@ -23,6 +23,9 @@ from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.method import Policy
 
+_FURTHER_PASSES = 8
+"""What drawing in order is worth: 3 to 17 passes were measured, by size of the model and number of rows."""
+
 Position = Literal["even", "early", "late"]
 
 MIXTURE = frozenset(
@@ -73,7 +76,7 @@ def mix(
     A pass recomputes what can still change: in each sample, the masked tokens behind the first one that the last
     pass changed. All others have read what stands before them now. So every pass settles a masked token of each
     sample at least, and `exact` needs as many passes as a sample has masked tokens at most. Where the policy can draw
-    token after token, `exact` does so as soon as a pass settles less than half of what was left.
+    token after token, `exact` does so once more than 8 further passes like the last one would be needed.
 
     Args:
         window: The micro-batches of one optimizer step.
@@ -93,7 +96,8 @@ def mix(
             noise.uniform(*keys, batch.sample_ids[mask], batch.position_ids[mask])
             for batch, mask in zip(window, pending, strict=True)
         ]
-        in_order = passes == "exact" and policy.can_draw_in_order and 2 * left > before > 0
+        in_order = passes == "exact" and policy.can_draw_in_order and not window[0].packed
+        in_order = in_order and made > 0 and left > _FURTHER_PASSES * (before - left)
         old, drawn = window, (policy.draw_in_order if in_order else policy.draw)(window, pending, uniforms)
         window = [
             replace(batch, context=batch.context.masked_scatter(mask, tokens))

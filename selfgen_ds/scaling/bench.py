@@ -14,9 +14,10 @@ import torch.distributed as dist
 from selfgen_ds.config import InputError, Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch
-from selfgen_ds.engine.model import model_config
+from selfgen_ds.engine.model import model_config, parameter_count
 from selfgen_ds.files import make_folder
 from selfgen_ds.inputs import check_settings
+from selfgen_ds.prepare import together
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.steps import BUDGET, FULL, Engine
 
@@ -36,18 +37,38 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     Raises:
         InputError: Bad input or configuration.
     """
-    recipe = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=1))
     if recipe.data.max_length < 16:
         raise InputError(f"data.max_length: expected 16 or more to bench, got {recipe.data.max_length}")
-    json_config = check_settings(recipe, overrides)
-    make_folder(Path(recipe.output_dir), "output_dir")  # by all: what is refused is refused on every rank
-    launch.init_process_group()
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
-    found: dict[str, list[dict[str, Any]]] = {"steps": [], "losses": [], "drawing": []}
+    json_config = check_settings(_alone(recipe), overrides)
+    for block in blocks:
+        check_settings(block.of(recipe), overrides)
+    folder = Path(recipe.output_dir)
+    make_folder(folder, "output_dir")  # by all: what is refused is refused on every rank
+    launch.init_process_group()
+    with together():
+        config = model_config(recipe.model, load_tokenizer(recipe.model))
+        parameters = parameter_count(recipe.model, config)
+    found: dict[str, Any] = {
+        "environment": report.environment(),
+        "parameter_bytes": parameters * getattr(torch, recipe.model.dtype).itemsize,
+        "grid": grid,
+        "recipe": asdict(recipe),
+        "deepspeed": json_config,
+        "rows": [],
+        "losses": [],
+        "drawing": [],
+    }
+
+    def save() -> None:
+        gc.collect()  # an engine is a cycle, and the next one may need its memory
+        if dist.get_rank() == 0:
+            report.save(folder, found)
+
     if grid != "rollouts" and dist.get_rank() == 0:
         log.info("the loss")
-        config = model_config(recipe.model, load_tokenizer(recipe.model)).get_text_config(decoder=True)
-        found["losses"] = losses.measure(config.hidden_size, getattr(torch, recipe.model.dtype))
+        hidden_size = config.get_text_config(decoder=True).hidden_size
+        found["losses"] = losses.measure(hidden_size, getattr(torch, recipe.model.dtype))
     for number, block in enumerate(blocks, start=1):
         log.info(
             "steps, block %d of %d: accumulation %d, activation checkpointing %s",
@@ -56,12 +77,17 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
             block.accumulation,
             "on" if block.checkpointing else "off",
         )
-        found["steps"] += Engine(recipe, json_config, block).measure(steps)
-        gc.collect()  # an engine is a cycle, and the next one may need its memory
+        found["rows"] += Engine(recipe, json_config, block).measure(steps)
+        save()
     if grid != "budget":
         log.info("rollouts and rounds")
-        found["drawing"] = drawing.measure(recipe, json_config)
+        found["drawing"] = drawing.measure(_alone(recipe), json_config)
+        save()
     if dist.get_rank() == 0:
-        settings = {"grid": grid, "recipe": asdict(recipe), "deepspeed": json_config}
-        report.write(Path(recipe.output_dir), report.record(settings, found))
+        report.show(folder, found)
     dist.barrier()
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """Every micro-batch a step."""
+    return replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=1))

@@ -49,7 +49,8 @@ def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
             get_accelerator().synchronize()
             seconds = time.perf_counter() - started
 
-        peak = memory.during(action)
+        peak = memory.during(action)  # which also warms up
+        action()
         rows.append(
             {
                 "loss": name,

@@ -33,7 +33,7 @@ from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.inputs import check_positions
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
-from selfgen_ds.prepare import build_engine, engine_policy
+from selfgen_ds.prepare import build_engine, engine_policy, together
 from selfgen_ds.scaling import report
 from selfgen_ds.scaling.memory import PeakMemory
 
@@ -49,6 +49,15 @@ class Block:
     checkpointing: bool
     mixtures: tuple[tuple[float, int | Literal["exact"]], ...]
     """p and passes of scheduled sampling."""
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """A recipe as the block has it."""
+        train = replace(
+            recipe.train,
+            gradient_accumulation_steps=self.accumulation,
+            activation_checkpointing=self.checkpointing,
+        )
+        return replace(recipe, train=train)
 
 
 _PASSES: tuple[int | Literal["exact"], ...] = (1, 2, "exact")
@@ -69,21 +78,19 @@ class Engine:
     """The engine of a block and its variants."""
 
     def __init__(self, recipe: Recipe, json_config: dict[str, Any], block: Block) -> None:
-        train = replace(
-            recipe.train,
-            gradient_accumulation_steps=block.accumulation,
-            activation_checkpointing=block.checkpointing,
-        )
-        self.recipe = recipe = replace(recipe, train=train)
+        self.recipe = recipe = block.of(recipe)
+        train = recipe.train
         self.block = block
-        tokenizer = load_tokenizer(recipe.model)
-        config = model_config(recipe.model, tokenizer)
-        check_positions(recipe, config)
-        form = probe.check(recipe.model, config, packing=False)
+        with together():
+            tokenizer = load_tokenizer(recipe.model)
+            config = model_config(recipe.model, tokenizer)
+            check_positions(recipe, config)
+            form = probe.check(recipe.model, config, packing=False)
         self.vocabulary = config.get_text_config(decoder=True).vocab_size
         self.memory = PeakMemory()
         with self.memory.making():
-            self.engine, self.hf_config = build_engine(recipe, json_config, config, form, tokenizer, _FOREVER)
+            quiet = json_config | {"tensorboard": {"enabled": False}}  # it would write in timed steps
+            self.engine, self.hf_config = build_engine(recipe, quiet, config, form, tokenizer, _FOREVER)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         self.policy = engine_policy(recipe, self.engine, end_tokens=[self.vocabulary])
         rows = train.micro_batch_size * block.accumulation * dist.get_world_size()
@@ -98,9 +105,10 @@ class Engine:
             correction=Correction(),
         )
         self.variants: dict[str, Method] = {"sft": Method(SelfgenConfig(method="sft"), plan)}
-        for p, passes in block.mixtures:
+        self.mixtures = {f"p {p:g}, {passes}": (p, passes) for p, passes in block.mixtures}
+        for name, (p, passes) in self.mixtures.items():
             its = replace(recipe.selfgen, replace_probability=p, passes=passes, schedule="constant")
-            self.variants[f"p {p:g}, {passes}"] = ScheduledSampling(its, plan)
+            self.variants[name] = ScheduledSampling(its, plan)
         self.clock = _Clock(self.engine)
         self.invalidations = _count_invalidations(self.engine)
 
@@ -111,7 +119,9 @@ class Engine:
         with self.clock.step():
             with self.clock.phase("pass"):
                 mixed = method.contexts(window, self.policy, number)
-            result = train_step(self.engine, mixed, self.recipe.optim.label_smoothing)
+            result = train_step(
+                self.engine, mixed, self.recipe.optim.label_smoothing, method.config.drawn_context_weight
+            )
         return result.tokens
 
     def measure(self, steps: int) -> list[dict[str, Any]]:
@@ -130,35 +140,32 @@ class Engine:
                 gc.collect()
             invalidations = len(self.invalidations)
             for name, method in self.variants.items():
-                found[name] = {"collectives": self._collectives(method)}
-                found[name] |= {"passes": method.passes, "groups": self.policy.groups if method.passes else 0}
-                found[name] |= {"peak_memory_bytes": self._peak(method)}
+                collectives = self._collectives(method)
+                found[name] = {
+                    "passes_made": method.passes,
+                    "groups": self.policy.groups if method.passes else 0,
+                    "collectives": collectives,
+                    "gathered_bytes": _gathered(collectives),
+                    "peak_memory_bytes": self._peak(method),
+                }
                 bar.update(2)
         self.engine.destroy()
-        sft, peak = found["sft"], report.peak_flops()
         parameter_bytes = self.parameters * self.engine.module.dtype.itemsize
-        rows = []
-        for name, its in found.items():
-            statistics = report.row(times[name], times["sft"])
-            seconds = statistics["step_time_s"][1]
-            flops = tokens * (6 * self.parameters) / dist.get_world_size()
-            rows.append(
-                {
-                    "variant": name,
-                    "accumulation": self.block.accumulation,
-                    "checkpointing": self.block.checkpointing,
-                    **statistics,
-                    "tokens_per_second": tokens / seconds,
-                    "mfu": None if peak is None else flops / seconds / peak,
-                    **its,
-                    "peak_memory_ratio": its["peak_memory_bytes"] / sft["peak_memory_bytes"],
-                    "extra_gathers": (_gathered(its) - _gathered(sft)) / parameter_bytes,
-                    "gathers": _gathered(its) / parameter_bytes,
-                    "collectives_ratio": _ratios(its["collectives"], sft["collectives"]),
-                    "trace_invalidations": invalidations,
-                }
-            )
-        return rows
+        return [
+            {
+                "variant": "scheduled_sampling" if name in self.mixtures else "sft",
+                "replace_probability": self.mixtures.get(name, (0.0, 0))[0],
+                "passes": self.mixtures.get(name, (0.0, 0))[1],
+                "gradient_accumulation_steps": self.block.accumulation,
+                "activation_checkpointing": self.block.checkpointing,
+                **report.row(times[name], times["sft"]),
+                **its,
+                **report.ratios(its, found["sft"], parameter_bytes),
+                **report.rates(times[name], tokens, self.parameters, dist.get_world_size(), report.peak_flops()),
+                "trace_invalidations": invalidations,
+            }
+            for name, its in found.items()
+        ]
 
     def _collectives(self, method: Method) -> dict[str, dict[str, int]]:
         """Calls in a step and the bytes that this rank sends in them, from DeepSpeed's communication log."""
@@ -179,18 +186,12 @@ class Engine:
         return max_over_ranks([self.memory.during(lambda: self.step(method, 0))])[0]
 
 
-def _ratios(found: dict[str, dict[str, int]], sft: dict[str, dict[str, int]]) -> dict[str, dict[str, float]]:
-    """Of calls and bytes, by collective; those that sft does not make have none."""
-    return {
-        operation: {what: found[operation][what] / value for what, value in counts.items() if value}
-        for operation, counts in sft.items()
-        if operation in found
-    }
+def _gathered(collectives: dict[str, dict[str, int]]) -> int:
+    """Bytes that a rank holds in the end of a step's gathers, of which its own part is sent (and logged).
 
-
-def _gathered(found: dict[str, Any]) -> int:
-    """Bytes that a rank holds in the end of a step's gathers, of which its own part is sent (and logged)."""
-    sent = sum(entry["bytes"] for name, entry in found["collectives"].items() if name.startswith("all_gather"))
+    Gathers inside a node (`zero_hpz_partition_size`) count as if they were from all ranks: the log names no group.
+    """
+    sent = sum(entry["bytes"] for name, entry in collectives.items() if name.startswith("all_gather"))
     return sent * dist.get_world_size()
 
 

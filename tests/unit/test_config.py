@@ -362,3 +362,26 @@ def test_a_length_on_the_command_line_replaces_the_recipes(
     options = parser.instantiate(parser.parse_args(["train", "--config", DEMO, *arguments])).train
     recipe = cli._recipe(options, {arguments[0].removeprefix("--")} if arguments else set())
     assert (recipe.train.epochs, recipe.train.max_steps) == (epochs, max_steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--grid", "everything"], "grid"),
+        (["--steps", "0"], "steps"),
+        (["--data.max_length", "8"], "data.max_length: expected 16 or more"),
+        (["--config", "recipes/none.yaml"], "recipes/none.yaml"),
+    ],
+)
+def test_bench_has_a_recipe_of_its_own_and_refuses_bad_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    assert _main(monkeypatch, "bench", *arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
+
+
+def test_a_script_reads_a_recipe_as_train_does() -> None:
+    recipe, given = cli.recipe_of(["--local_rank=1", "--config", DEMO, "--train.epochs=2", "--seed", "5"])
+    assert (recipe.seed, recipe.train.epochs, recipe.train.max_steps) == (5, 2, None)
+    assert given == {"config", "train.epochs", "seed"}

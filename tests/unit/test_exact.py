@@ -15,7 +15,7 @@ from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.model import extend
 from selfgen_ds.engine.policy import EnginePolicy, Sampling
-from selfgen_ds.methods import noise
+from selfgen_ds.methods import mixture, noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded, sample
@@ -94,7 +94,11 @@ class InOrderPolicy(EnginePolicy):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("p", [0.25, 1.0])
 @pytest.mark.parametrize("rows_at_once", [3, 64])
-def test_what_is_drawn_in_order_is_what_passes_draw(name: str, p: float, rows_at_once: int) -> None:
+def test_what_is_drawn_in_order_is_what_passes_draw(
+    name: str, p: float, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if p < 1.0:  # of so short rows passes would be few
+        monkeypatch.setattr(mixture, "_FURTHER_PASSES", 0)
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 260, "initializer_range": 0.5}
     model = extend(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
@@ -111,14 +115,54 @@ def test_what_is_drawn_in_order_is_what_passes_draw(name: str, p: float, rows_at
     assert few < many
 
 
-def test_passes_go_on_while_each_settles_half_of_what_was_left(extended: PreTrainedModel) -> None:
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.25])
+def test_a_trained_model_needs_few_passes_and_draws_nothing_in_order(extended: PreTrainedModel, p: float) -> None:
     window = windows()["padded"]
-    masks = [replacement_mask(batch, 0.02, REPLACE) for batch in window]
+    masks = [replacement_mask(batch, p, REPLACE) for batch in window]
     policy = InOrderPolicy(extended, extended, end_tokens=[0])
     with policy.gathered(100):
         _, made = mix(window, policy, masks, "exact", DRAW)
     assert made > 1
     assert not hasattr(policy, "rows")
+
+
+def test_packed_samples_are_never_drawn_in_order(extended: PreTrainedModel) -> None:
+    window = windows()["packed"]
+    policy = InOrderPolicy(extended, extended, end_tokens=[0], sampling=Sampling(temperature=5.0))
+    with policy.gathered(100):
+        inside, made = mix(window, policy, [batch.replaceable for batch in window], "exact", DRAW)
+    outside, _ = mix(window, policy, [batch.replaceable for batch in window], "exact", DRAW)
+    assert made > 10
+    assert contexts(inside) == contexts(outside)
+    assert not hasattr(policy, "rows")
+
+
+def test_rows_are_drawn_in_order_so_many_at_once_and_leave_when_they_are_done(extended: PreTrainedModel) -> None:
+    """Of three rows of 8 prompt tokens, one needs 40 more and two need 4."""
+    lengths = [40, 4, 4]
+    batch = collate([[sample([1] * 8, [2] * length + [0], i)] for i, length in enumerate(lengths)])
+    seen: list[int] = []
+    hook = extended.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    uniforms = torch.full((int(batch.replaceable.sum()),), 0.5, dtype=torch.float64)
+    for rows_at_once, expected in ((64, [3] * 32 + [1] * 8), (1, [1] * (40 + 4 + 4))):
+        policy = EnginePolicy(extended, extended, end_tokens=[0], generation_batch_size=rows_at_once)
+        with policy.gathered(60):
+            seen.clear()
+            [drawn] = policy.draw_in_order([batch], [batch.replaceable], [uniforms])
+        assert seen == expected
+        assert len(drawn) == sum(lengths)
+    hook.remove()
+
+
+def test_models_that_keep_states_are_not_drawn_from_in_order() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=8)
+    model = extend(AutoModelForCausalLM.from_config(config).eval())
+    policy = EnginePolicy(model, model, end_tokens=[0])
+    with policy.gathered(100):
+        assert not policy.can_draw_in_order
 
 
 def test_a_number_of_passes_is_never_drawn_in_order(extended: PreTrainedModel) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
+import torch
 
 from selfgen_ds.scaling import report
+from tests.ranks import ROOT
 
 
 def test_the_step_time_ratio_is_the_median_over_turns_of_ratios_in_the_same_turn() -> None:
@@ -14,7 +18,7 @@ def test_the_step_time_ratio_is_the_median_over_turns_of_ratios_in_the_same_turn
     row = report.row(times, sft)
     assert row["step_time_ratio"] == 1.25
     assert row["step_time_ratio_quartiles"] == [1.25, 1.625]
-    assert row["step_time_s"] == [6.5, 8.0, 11.5]
+    assert (row["step_time_s"], row["step_time_s_quartiles"]) == (8.0, [6.5, 11.5])
     assert row["phases_s"]["pass"] == [2.0, 3.0, 3.0]
     assert row["phases_ratio"] == pytest.approx(
         {"pass": 0.75, "forward": 0.25, "backward": 0.5, "optimizer": 0.25, "other": 0.0}
@@ -26,3 +30,64 @@ def test_sft_beside_itself_is_1() -> None:
     row = report.row(sft, sft)
     assert (row["step_time_ratio"], row["step_time_ratio_quartiles"]) == (1.0, [1.0, 1.0])
     assert sum(row["phases_ratio"].values()) == pytest.approx(1.0)
+
+
+def test_memory_and_collectives_are_ratios_to_sfts_and_gathers_copies_of_the_parameters() -> None:
+    sft = {
+        "peak_memory_bytes": 200,
+        "gathered_bytes": 1800,
+        "collectives": {"all_gather": {"calls": 4, "bytes": 900}, "barrier": {"calls": 1, "bytes": 0}},
+    }
+    its = {
+        "peak_memory_bytes": 210,
+        "gathered_bytes": 2800,
+        "collectives": {
+            "all_gather": {"calls": 6, "bytes": 1400},
+            "barrier": {"calls": 2, "bytes": 0},
+            "broadcast": {"calls": 1, "bytes": 5},
+        },
+    }
+    assert report.ratios(its, sft, parameter_bytes=1000) == {
+        "peak_memory_ratio": 1.05,
+        "gathers": 2.8,
+        "extra_gathers": 1.0,
+        "collectives_ratio": {"all_gather": {"calls": 1.5, "bytes": 1400 / 900}, "barrier": {"calls": 2.0}},
+    }
+
+
+def test_tokens_a_second_are_all_ranks_and_the_utilisation_is_one_accelerators() -> None:
+    times = [[0.0, 0.0, 0.0, 0.0, 0.0, seconds] for seconds in (1.0, 2.0, 9.0)]
+    found = report.rates(times, tokens=1000, parameters=50, world_size=4, peak=75_000.0)
+    assert found["tokens_per_second"] == 500.0
+    assert found["mfu"] == 6 * 50 * 1000 / 4 / 2.0 / 75_000.0
+    assert report.rates(times, tokens=1000, parameters=50, world_size=4, peak=None)["mfu"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ],
+)
+def test_an_accelerators_peak_is_known_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(report.get_accelerator(), "device_name", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert report.peak_flops() == peak
+    monkeypatch.undo()
+    assert report.peak_flops() is None
+
+
+def test_the_commit_is_the_checkouts_and_says_whether_it_was_changed() -> None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    assert report.commit() == git("rev-parse", "HEAD") + ("+" if changed else "")
