@@ -220,3 +220,42 @@ def test_cpu_checkpointing_moves_every_layers_input_and_changes_no_bit(two_ranks
     settings = runs.recipe(tmp_path, deepspeed=write_json(tmp_path, "zero3_long.json"))
     for moved, expected in two_ranks.run(offloaded_bytes, settings):
         assert moved == expected > 0
+
+
+def training_budget(settings: Recipe) -> int:
+    budget = prepare(settings, set()).policy.budget
+    assert budget is not None
+    return budget.training
+
+
+def test_a_pass_does_not_count_on_the_memory_of_inputs_that_are_in_host_memory(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    runs.write_rows(tmp_path)
+    plain, offloaded = (
+        two_ranks.run(training_budget, runs.recipe(tmp_path, deepspeed=write_json(tmp_path, name)))[0]
+        for name in ("zero3.json", "zero3_long.json")
+    )
+    assert plain - offloaded == runs.PRESET["num_hidden_layers"] * runs.PRESET["hidden_size"]
+
+
+def kept_after_a_pass(settings: Recipe) -> tuple[int, int]:
+    """Elements gathered in a training step alone, and in one behind a pass."""
+    run = prepare(settings, set())
+    runs.steps(run, 2)
+    counts = []
+    for drawing in (False, True):
+        window = run.windows.window(2)
+        with counted_gathers() as gathered:
+            train_step(run.engine, run.method.contexts(window, run.policy, 2) if drawing else window, 0.0)
+        counts.append(sum(gathered.values()))
+    return counts[0], counts[1]
+
+
+def test_where_the_training_step_holds_all_weights_anyway_a_pass_gathers_nothing_more(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    runs.write_rows(tmp_path)
+    settings = runs.recipe(tmp_path, deepspeed=write_json(tmp_path, "zero3.json"), selfgen=runs.MIXING)
+    for plain, behind_a_pass in two_ranks.run(kept_after_a_pass, settings):
+        assert plain == behind_a_pass > 0
