@@ -52,8 +52,14 @@ def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[st
         for key in sections
         if not isinstance(config.get(key, {}), dict)
     ]
-    if not isinstance(config.get("optimizer", {}).get("params", {}) if not found else {}, dict):
-        found.append(f"optimizer.params: expected an object, got {config['optimizer']['params']!r}")
+    for section, key in (
+        ("optimizer", "params"),
+        ("zero_optimization", "offload_param"),
+        ("zero_optimization", "offload_optimizer"),
+    ):
+        value = {} if found else config.get(section, {}).get(key, {})
+        if not isinstance(value, dict):
+            found.append(f"{section}.{key}: expected an object, got {value!r}")
     if not found:
         filled = _fill(recipe, config, world_size)
         autos = [key for key in _autos(filled.config) if key not in (*_HIDDEN_SIZE_KEYS, "zero_optimization.stage")]
@@ -76,6 +82,13 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
         found.append("torch_autocast.enabled: expected false; the pass and rollouts compute in model.dtype")
     if "scheduler" in config:
         found.append("scheduler: expected none; optim.schedule and optim.warmup_ratio decide")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) in (0, 1, 2):
+        found += [
+            f"zero_optimization.{key}: has no effect before stage 3, got stage {zero.get('stage', 0)}"
+            for key in ("offload_param", "zero_hpz_partition_size", "zero_quantized_weights")
+            if zero.get(key)
+        ]
     found += _checkpointing_problems(recipe, config.get("activation_checkpointing", {}))
     if config.get("wandb", {}).get("enabled") and find_spec("wandb") is None:
         found.append("wandb.enabled: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")

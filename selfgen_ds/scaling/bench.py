@@ -16,7 +16,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch
 from selfgen_ds.engine.model import model_config, parameter_count
 from selfgen_ds.files import make_folder
-from selfgen_ds.inputs import check_settings
+from selfgen_ds.inputs import check_positions, check_settings
 from selfgen_ds.prepare import together
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.steps import BUDGET, FULL, Engine
@@ -48,6 +48,7 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     launch.init_process_group()
     with together():
         config = model_config(recipe.model, load_tokenizer(recipe.model))
+        check_positions(recipe, config)
         parameters = parameter_count(recipe.model, config)
     found: dict[str, Any] = {
         "environment": report.environment(),

@@ -30,7 +30,6 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
 from selfgen_ds.engine.model import model_config
 from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.inputs import check_positions
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.prepare import build_engine, engine_policy, together
@@ -84,7 +83,6 @@ class Engine:
         with together():
             tokenizer = load_tokenizer(recipe.model)
             config = model_config(recipe.model, tokenizer)
-            check_positions(recipe, config)
             form = probe.check(recipe.model, config, packing=False)
         self.vocabulary = config.get_text_config(decoder=True).vocab_size
         self.memory = PeakMemory()

@@ -324,3 +324,17 @@ def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
     ds_config.problems(recipe, config, WORLD_SIZE)
     ds_config.resolve(recipe, config, WORLD_SIZE, HIDDEN_SIZE)
     assert config == {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "problem"),
+    [
+        ({"stage": 3, "offload_param": "nvme"}, "zero_optimization.offload_param: expected an object, got 'nvme'"),
+        ({"stage": 3, "offload_optimizer": ["cpu"]}, "zero_optimization.offload_optimizer: expected an object"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "zero_optimization.offload_param: has no effect before"),
+        ({"stage": 2, "zero_hpz_partition_size": 2}, "zero_optimization.zero_hpz_partition_size: has no effect before"),
+    ],
+)
+def test_sections_of_another_type_or_stage_are_named(recipe: Recipe, zero: dict[str, Any], problem: str) -> None:
+    [line] = ds_config.problems(recipe, {"zero_optimization": zero}, world_size=2)
+    assert problem in line
