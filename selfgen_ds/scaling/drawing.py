@@ -61,16 +61,20 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
         seconds[name, what] += max_over_ranks([time.perf_counter() - started])
         return result
 
+    def trained(name: str, rows: Sequence[StoredRow]) -> None:
+        _train(bench, rows[: recipe.train.micro_batch_size])  # what was done before must not count here
+        timed(name, "training", _train, bench, rows)
+
     with tqdm(desc="rollouts", total=_TURNS + 1, unit="turn", leave=False, disable=dist.get_rank() != 0) as bar:
         for turn in range(_TURNS + 1):
             for name, method in methods.items():
                 rows, counts = timed(name, "gathered", draw, method, True)
                 passes[name]["gathered"] = counts.get("passes", 0)
-                timed(name, "training", _train, bench, rows)
+                trained(name, rows)
                 if bench.policy.sharded:
                     _, counts = timed(name, "sharded", draw, method, False)
                     passes[name]["sharded"] = counts.get("passes", 0)
-            timed("sft", "training", _train, bench, [StoredRow.of(sample) for sample in samples])
+            trained("sft", [StoredRow.of(sample) for sample in samples])
             with bench.policy.gathered(longest):
                 gathers = not bench.policy.sharded
                 timed("generate", "generate", _generate, bench, samples, answer)
@@ -83,10 +87,10 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
     def rate(name: str, what: str) -> float | None:
         return tokens / float(np.median(seconds[name, what])) if (name, what) in seconds else None
 
-    plain, sft = rate("generate", "generate"), float(np.median(seconds["sft", "training"]))
+    plain, sft = rate("generate", "generate"), np.array(seconds["sft", "training"])
     found = []
     for name in methods:
-        drawing, training = (float(np.median(seconds[name, what])) for what in ("gathered", "training"))
+        drawing, training = (np.array(seconds[name, what]) for what in ("gathered", "training"))
         rates = {what: rate(name, what) for what in ("gathered", "sharded")}
         found.append(
             {
@@ -95,9 +99,9 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
                 "weights_fit_gathered": gathers,
                 "tokens_per_second": rates | {"generate": plain},
                 "ratio_to_generate": {what: r and plain and r / plain for what, r in rates.items()},
-                "seconds": {what: s for (n, what), s in seconds.items() if n == name},
-                "drawing_share": drawing / (drawing + training),
-                "epoch_time_ratio": (drawing + training) / sft,
+                "seconds": {what: s for (n, what), s in seconds.items() if n == name} | {"sft": sft.tolist()},
+                "drawing_share": float(np.median(drawing / (drawing + training))),
+                "epoch_time_ratio": float(np.median((drawing + training) / sft)),
             }
         )
     return found

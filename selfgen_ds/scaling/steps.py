@@ -108,7 +108,7 @@ class Engine:
             its = replace(recipe.selfgen, replace_probability=p, passes=passes, schedule="constant")
             self.variants[name] = ScheduledSampling(its, plan)
         self.clock = _Clock(self.engine)
-        self.invalidations = _count_invalidations(self.engine)
+        self.invalidations = count_invalidations(self.engine)
 
     def step(self, method: Method, number: int) -> int:
         """One of the trainer's steps on the rows of a turn; the real tokens of all ranks."""
@@ -259,7 +259,7 @@ def max_over_ranks(values: Sequence[float]) -> list[float]:
     return result.tolist()
 
 
-def _count_invalidations(engine: deepspeed.DeepSpeedEngine) -> list[None]:
+def count_invalidations(engine: deepspeed.DeepSpeedEngine) -> list[None]:
     """A list that grows whenever ZeRO-3's recorded order of modules is thrown away."""
     seen: list[None] = []
     if engine.zero_optimization_stage() == 3:

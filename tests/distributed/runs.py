@@ -119,20 +119,6 @@ def steps(
     return results, contexts
 
 
-def watch(run: Run) -> list[None]:
-    """A list that grows by one whenever the trace is thrown away."""
-    coordinator = run.engine.optimizer.parameter_offload.get_param_coordinator()
-    invalidate = coordinator._invalidate_trace
-    seen: list[None] = []
-
-    def counted() -> None:
-        seen.append(None)
-        invalidate()
-
-    coordinator._invalidate_trace = counted
-    return seen
-
-
 def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     """Losses, parameters and contexts of some steps, on any ZeRO stage."""
     run = prepare(settings, set())

@@ -145,7 +145,7 @@ def test_everything_that_a_round_draws_has_rates_beside_generate(record: dict[st
         assert 0 < row["drawing_share"] < 1
         assert row["epoch_time_ratio"] > 1
         assert {what: len(values) for what, values in row["seconds"].items()} == dict.fromkeys(
-            ("gathered", "training", "sharded"), 1
+            ("gathered", "training", "sharded", "sft"), 1
         )
     one, exact, free = record["drawing"]
     assert one["passes"] == {"gathered": 1, "sharded": 1}

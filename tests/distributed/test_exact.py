@@ -20,6 +20,7 @@ from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from selfgen_ds.prepare import prepare
+from selfgen_ds.scaling.steps import count_invalidations
 from tests.distributed import runs
 from tests.ranks import Ranks
 from tests.trained import texts, token_by_token, trained_model
@@ -52,7 +53,7 @@ def settings(folder: Path, packing: bool, selfgen: SelfgenConfig) -> Recipe:
 def exact_steps(recipe: Recipe) -> dict[str, Any]:
     """Contexts by step and sample, passes and this rank's rows by step, and traces that ZeRO-3 threw away."""
     run = prepare(recipe, set())
-    thrown_away = runs.watch(run)
+    thrown_away = count_invalidations(run.engine)
     contexts: dict[tuple[int, int], list[int]] = {}
     passes, rows = [], []
     for step in range(run.total_steps):

@@ -22,6 +22,7 @@ from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.evaluation import evaluate, scores
 from selfgen_ds.prepare import prepare
+from selfgen_ds.scaling.steps import count_invalidations
 from tests.batches import padded
 from tests.distributed import runs
 from tests.distributed.test_equivalence import plain_training
@@ -114,7 +115,7 @@ def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
     """Of steps, an evaluation that generates, and steps again: how often the trace was thrown away, and which frozen
     parameters ZeRO-3 still holds whole."""
     run = prepare(settings, set())
-    seen = runs.watch(run)
+    seen = count_invalidations(run.engine)
     runs.steps(run, 2)
     few = take(run.samples, 3)
     scores.evaluate(run.policy, few, run.tokenizer, batch_size=2)

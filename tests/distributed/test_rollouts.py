@@ -21,6 +21,7 @@ from selfgen_ds.engine.budget import token_bytes
 from selfgen_ds.engine.policy import EnginePolicy, Sampling
 from selfgen_ds.methods import noise
 from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.scaling.steps import count_invalidations
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -238,7 +239,7 @@ def interrupted(settings: Recipe, mode: str) -> tuple[list[float], dict[str, Ten
     run = prepare(settings, set())
     run.policy.end_tokens = ENDS
     losses = [r.loss for r in runs.steps(run, 2)[0]]
-    seen = runs.watch(run)
+    seen = count_invalidations(run.engine)
     for error in () if mode == "none" else (False, True, False):
         with pytest.raises(KeyError) if error else nullcontext(), rolling_out(run.policy, mode):
             run.policy.complete(prompts_of(4 + dist.get_rank()), 40, keyed(list(range(9)), 0))

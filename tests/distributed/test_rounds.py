@@ -37,6 +37,7 @@ from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy, RoundMethod
 from selfgen_ds.prepare import prepare
 from selfgen_ds.scaling.memory import LiveTensors
+from selfgen_ds.scaling.steps import count_invalidations
 from tests.architectures import ARCHITECTURES
 from tests.chat_tokenizers import CHATML, build
 from tests.distributed import runs
@@ -484,7 +485,7 @@ def invalidations(settings: Recipe, free: int) -> int:
         patch.setattr(rollouts, "free_bytes", lambda: free)
         run = prepare(settings, set())
         assert run.rounds is not None
-        seen = runs.watch(run)
+        seen = count_invalidations(run.engine)
         for step in range(7):
             train_step(run.engine, run.rounds.windows(step).window(step), 0.0)
     assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()

@@ -12,6 +12,7 @@ from selfgen_ds.data.samples import take
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.prepare import prepare
+from selfgen_ds.scaling.steps import count_invalidations
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -20,7 +21,7 @@ from tests.ranks import Ranks
 def invalidations(settings: Recipe, evaluated: bool) -> int:
     """Steps, an evaluation that generates, and steps again."""
     run = prepare(settings, set())
-    seen = runs.watch(run)
+    seen = count_invalidations(run.engine)
     runs.steps(run, 3)
     if evaluated:
         few = take(run.samples, 3)
@@ -75,7 +76,7 @@ def invalidations_without_warm_up(settings: Recipe) -> int:
         run = prepare(settings, set())
     finally:
         module.warm_up = warm_up
-    seen = runs.watch(run)
+    seen = count_invalidations(run.engine)
     runs.steps(run, 3)
     return len(seen)
 
