@@ -33,7 +33,7 @@ def measured(what: str, rows: int | None = None) -> Iterator[None]:
             status = Path("/proc/self/status").read_text(encoding="ascii")
             peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # an error ends the program
     watcher.start()
     started = time.perf_counter()
     yield
