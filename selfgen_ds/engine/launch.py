@@ -61,6 +61,8 @@ def init_process_group() -> None:
         InputError: Fewer ranks than tasks were started, so that several groups would each train a model of their own;
             or rank 0 cannot listen on `MASTER_PORT`.
     """
+    if torch.distributed.is_initialized():
+        return
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile this at first use; it serves inference only, training's collectives are gloo's
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
