@@ -30,6 +30,7 @@ def main() -> None:
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
         arguments[1:1] = ["--config", "recipes/bench.yaml"]
+    os.umask(os.umask(0o077) | 0o002)  # a run's files are not for everybody to write to
     sys.path.append(os.getcwd())  # modules that a recipe names, as with `python -m`
     parser = _parser()
     try:

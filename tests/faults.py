@@ -33,6 +33,7 @@ import torch
 from selfgen_ds.config import CheckpointConfig, EvalConfig, Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.engine import checkpoint
 from selfgen_ds.files import lock, write_atomically
+from selfgen_ds.scaling.report import environment
 from tests.distributed import runs
 from tests.ranks import ENVIRONMENT, ROOT, forks, free_port
 
@@ -347,10 +348,10 @@ def _shared_memory() -> set[str]:
 def _check_nothing_left(run: Run, output: Path, shared_memory: set[str]) -> None:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (entry / "environ").read_bytes()
+            variables = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        assert f"MASTER_PORT={run.port}".encode() not in environment.split(b"\0"), f"process {entry.name} is left"
+        assert f"MASTER_PORT={run.port}".encode() not in variables, f"process {entry.name} is left"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", run.port))
@@ -370,7 +371,7 @@ def random_point(against: Whole, choice: random.Random) -> tuple[int, Point]:
 
 def soak(number: int, seed: int, output: Path) -> int:
     """Break runs at random points; the number of those that did not hold."""
-    failures, found = 0, []
+    failures, found, made_in = 0, [], environment()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     runs.write_rows(folder)
     unbroken = {method: whole(folder, method) for method in METHODS}
@@ -389,7 +390,8 @@ def soak(number: int, seed: int, output: Path) -> int:
         what["seconds"] = round(time.monotonic() - started, 1)
         found.append(what)
         print(json.dumps(what), flush=True)
-        write_atomically(output, json.dumps({"seed": seed, "failures": failures, "trials": found}, indent=1) + "\n")
+        result = {"environment": made_in, "seed": seed, "failures": failures, "trials": found}
+        write_atomically(output, json.dumps(result, indent=1) + "\n")
     print(f"{number} runs broken, {failures} of them did not hold", flush=True)
     return failures
 

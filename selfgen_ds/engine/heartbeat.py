@@ -27,7 +27,7 @@ _BEAT = 1.0  # seconds
 _SILENCE = 30.0  # seconds without a sign of life after which a rank counts as lost
 _LEFT = b"left"
 _READ_WITHIN = 3 * _BEAT  # seconds in which all ranks have read a verdict
-_COLLECTED_AFTER = 10.0  # seconds in which all ranks have noticed a stall
+_COLLECTED_AFTER = 5.0  # seconds in which all ranks have noticed a stall
 
 
 @dataclass(frozen=True, kw_only=True)
