@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from selfgen_ds.data.batches import Windows
 from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
+from selfgen_ds.engine.agreement import check_ranks
 from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.head import LogitsForm
@@ -50,8 +51,9 @@ from selfgen_ds.inputs import (
     sampling,
 )
 from selfgen_ds.methods.method import Method, RoundMethod
-from selfgen_ds.output import open_output
+from selfgen_ds.output import flat, open_output
 from selfgen_ds.rounds import Fingerprint, Rounds
+from selfgen_ds.versions import versions
 
 log = logging.getLogger("selfgen_ds")
 
@@ -78,23 +80,27 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this start."""
+    unevaluated: dict[str, float] | None
+    """Metrics of the last of them, where a signal came in its evaluation."""
     lock: IO[str] | None
     """Held on rank 0, so that no other run writes to the folder."""
     hf_config: HfDeepSpeedConfig
     """Transformers looks at it, through a weak reference, to know that the model is sharded."""
 
 
-def prepare(recipe: Recipe, overrides: set[str]) -> Run:
+def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
     """Check the recipe and everything it names, then build the run. Collective.
 
     Args:
         overrides: Settings that were given on the command line.
+        poll: Called after every chunk that a round draws, on all ranks.
 
     Raises:
         InputError: Bad input or configuration, the same on every rank.
     """
     json_config = check_settings(recipe, overrides)
     launch.init_process_group()
+    check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
     with together():
         folder_lock = open_output(recipe, json_config) if dist.get_rank() == 0 else None
         tokenizer = load_tokenizer(recipe.model)
@@ -168,6 +174,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                     "max_length": recipe.data.max_length,
                 },
                 step=resumed.step if resumed else 0,
+                poll=poll,
             )
     if dist.get_rank() == 0:  # nothing is refused from here on
         write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
@@ -184,6 +191,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         data=data,
         total_steps=total_steps,
         first_step=resumed.step if resumed else 0,
+        unevaluated=resumed.unevaluated if resumed else None,
         lock=folder_lock,
         hf_config=hf_config,
     )

@@ -57,6 +57,8 @@ class Checkpoint:
     """Evaluation metrics after that step; empty if none were taken."""
     files: list[dict[str, list[int]]]
     """By rank: file name -> [bytes, CRC-32] of what it wrote."""
+    unevaluated: dict[str, float] | None = None
+    """The step's metrics, where a signal came in its evaluation: that is still to be made."""
 
 
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -83,6 +85,7 @@ def save(
     metrics: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
     model: ModelConfig,
+    unevaluated: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched.
 
@@ -110,8 +113,16 @@ def save(
     dist.all_gather_object(manifests, manifest)
     if rank == 0:
         marker = {"step": step, "world_size": dist.get_world_size(), "data": data, "metrics": metrics}
-        write_atomically(path / MARKER, json.dumps(marker | {"files": manifests}, indent=1))
+        marker |= {"unevaluated": unevaluated, "files": manifests}
+        write_atomically(path / MARKER, json.dumps(marker, indent=1))
     dist.barrier()
+
+
+def record_evaluation(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """What a checkpoint still lacked that was saved in the step's evaluation. Rank 0 alone."""
+    marker = folder / f"step-{step:06d}" / MARKER
+    written = json.loads(marker.read_text(encoding="utf-8"))
+    write_atomically(marker, json.dumps(written | {"metrics": metrics, "unevaluated": None}, indent=1))
 
 
 def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> Checkpoint | None:
