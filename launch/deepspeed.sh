@@ -16,7 +16,7 @@ usage: launch/deepspeed.sh [--dry-run] [--master_port PORT] HOSTFILE RECIPE [ove
 
 Run it in the project's folder (or your own) with the environment active. Folder, environment, recipe and DeepSpeed JSON
 must be on every host under the same path, and every host must answer to `ssh NAME` without a question: that is checked
-before anything starts. The variables that launch/environment.sh lists reach all ranks, over ssh's standard input, where
+before anything starts. The variables that launch/common.sh lists reach all ranks, over ssh's standard input, where
 neither `ps` nor a log shows them; DeepSpeed's .deepspeed_env (in ~ or in this folder) adds others.
 
 Ranks talk over the interface that leads to the first host; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose another.
@@ -26,11 +26,9 @@ saving, 1 anything else.
 USAGE
 }
 
-say() { printf 'deepspeed.sh: %s\n' "$1" >&2 || :; } # a terminal that has gone is no reason to fail
-fail() {
-    say "error: $1"
-    exit 2
-}
+here=$(dirname "$(readlink -f "$0")")
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
 quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; } # for another shell to read as it is
 
 dry_run='' port=29500
@@ -51,9 +49,6 @@ done
 hostfile=$1
 arguments=(--config "$2" --resume auto "${@:3}")
 
-here=$(dirname "$(readlink -f "$0")")
-# shellcheck source=launch/environment.sh
-source "$here/environment.sh"
 python=$(python3 -c 'import sys; print(sys.executable)') || fail "no python3 on PATH: activate the environment"
 run=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # what this run's processes have in their environment
 work=$(mktemp -d)                               # mode 700
@@ -128,6 +123,10 @@ check() { # HOST_NUMBER ARGUMENTS: launch/check_host.py
     printf " <<'END'\n%s\nEND\n" "$(<"$here/check_host.py")"
 }
 
+told() { # HOST_NUMBER NAME: a value that launch/check_host.py gave
+    sed -n "s/^$2\t//p" "$work/$1.out"
+}
+
 launcher() { # HOST_NUMBER: its command
     printf '%s -u -m deepspeed.launcher.launch --quiet --world_info=%s' "$(quote "$python")" "$world"
     printf ' --node_rank=%s --master_addr=%s --master_port=%s --module selfgen_ds train' "$1" "$(quote "$address")" "$port"
@@ -181,7 +180,7 @@ for argument in "${arguments[@]}"; do
 done
 all=${!hosts[*]}
 
-check - same "${quoted[@]}" | sh >"$work/here" || exit 2
+check - same "${quoted[@]}" | sh >"$work/here" 2>"$work/err" || fail "$(tail -n 1 "$work/err")"
 on "$all" check same "${quoted[@]}"
 differences=0
 for n in $all; do
@@ -200,16 +199,16 @@ done
 
 address=127.0.0.1 # of the first host, or on the way to it: some hosts reach their own name over the loopback
 for n in $all; do
-    [[ $address == 127.* || $address == ::1 ]] && address=$(sed -n 's/^address\t//p' "$work/$n.out")
+    [[ $address == 127.* || $address == ::1 ]] && address=$(told "$n" address)
 done
 interfaces=()
 for numbers in 0 "${all#0}"; do
-    on "$numbers" check route "$(quote "$address")" "$port"
+    on "$numbers" check route "$(quote "$address")"
     for n in $numbers; do
         ((!codes[n])) || fail "host ${hosts[n]}: $(tail -n 1 "$work/$n.err")"
-        IFS=$'\t' read -r _ source "interfaces[n]" < <(grep ^route "$work/$n.out")
-        ((n)) || address=$source
+        interfaces[n]=$(told "$n" interface)
     done
+    address=$(told 0 address)
 done
 
 ranks=0 world=''
@@ -231,28 +230,31 @@ fi
 mkfifo "$work/ended"
 exec 4<>"$work/ended"
 say "run $run: $ranks ranks on ${#hosts[@]} hosts, the first at $address ($(printf '%s\n' "${interfaces[@]}" | sort -u | xargs))"
-watchers=()
 for n in $all; do
     (
         trap '' HUP INT TERM USR1 # ssh lives on until the ranks are done
-        start "$n" | remote "${hosts[n]}" && code=0 || code=$?
+        start "$n" | { echo "$BASHPID" >"$work/$n.ssh" && remote "${hosts[n]}"; } && code=0 || code=$?
         echo "$n $code" >&4
     ) &
-    watchers+=($!)
 done
 
-stop='' sent=0 interrupts=0
+stop='' sent=0 interrupted=''
 trap 'stop=TERM' HUP TERM
 trap 'stop=USR1' USR1
-trap 'stop=TERM interrupts=$((interrupts + 1))' INT
+trap 'interrupted+=x stop=TERM' INT
 running=${#hosts[@]} code=0 deadline=''
 while ((running)); do
     if read -r -t 1 -u 4 n ended; then
         running=$((running - 1))
+        rm "$work/$n.ssh"
         if ((ended && !code)); then # what this host says is why the others end, if they do
-            code=$ended
-            deadline=$((SECONDS + 30))
-            ((code == 2 || code == 3)) || say "host ${hosts[n]} ended with exit code $code; ending the run"
+            code=$ended deadline=$((SECONDS + 30))
+            case $code in
+                2) deadline=$((SECONDS + 5)) ;; # some may still wait for those that refused
+                3) ;;
+                255) say "host ${hosts[n]}: the connection is lost; the run ends" ;;
+                *) say "host ${hosts[n]}: exit code $code; the run ends" ;;
+            esac
         fi
     fi
     if [[ $stop ]] && ((!sent || SECONDS >= sent + 10)); then # again: a rank may not have been there yet
@@ -260,7 +262,7 @@ while ((running)); do
         sent=$SECONDS
         on "$all" signal "$stop"
     fi
-    ((interrupts < 2)) || deadline=$SECONDS code=1
+    [[ $interrupted != xx* ]] || deadline=$SECONDS code=1
     [[ ! $deadline ]] || ((SECONDS < deadline)) || break
 done
 trap '' HUP INT TERM USR1
@@ -268,6 +270,6 @@ on "$all" end
 for n in $all; do
     ((!codes[n])) || say "host ${hosts[n]}: processes with SELFGEN_DS_RUN=$run may be left: $(cat "$work/$n".{out,err} | tail -n 1)"
 done
-pkill -KILL -P "$(IFS=, && echo "${watchers[*]}")" || : # what still waits for a host that is gone
+((!running)) || cat "$work"/*.ssh | xargs kill -KILL || : # they wait for hosts that are gone
 ((code == 0 || code == 2 || code == 3)) || code=1
 exit "$code"

