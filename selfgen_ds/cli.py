@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -62,10 +61,7 @@ def main() -> None:
     except Exception as error:
         if launch.heartbeat is None:
             raise
-        launch.heartbeat.explain(error)
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # as above
+        launch.heartbeat.fail(error)
     launch.leave_process_group()
 
 

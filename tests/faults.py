@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from selfgen_ds.config import CheckpointConfig, EvalConfig, Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.engine import checkpoint
@@ -51,7 +52,9 @@ class Point:
     function: str
     """`module:name` or `module:class.name`, as its caller finds it."""
     call: int = 1
-    """The first, second, ... call."""
+    """The first, second, ... call in a process group. Whoever is lost before is a matter of the launcher's."""
+    inside: str | None = None
+    """Calls by this function alone count."""
     when: When = "before"
     """`during` is half of the file for `torch.save`, or after `delay` seconds."""
     delay: float = 0.0
@@ -62,13 +65,13 @@ class Point:
 def arm(point: Point) -> None:
     """It will happen to this process."""
     original, put = _find(point.function)
-    calls = 0
+    calls, inside = 0, point.inside is None
 
     @functools.wraps(original)
     def broken(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls != point.call:
+        calls += inside and dist.is_initialized()
+        if calls != point.call or not inside:
             return original(*arguments, **options)
         if point.when == "before":
             _happen(point)
@@ -86,6 +89,20 @@ def arm(point: Point) -> None:
         return result
 
     put(broken)
+    if point.inside is None:
+        return
+    outer, put_outer = _find(point.inside)
+
+    @functools.wraps(outer)
+    def around(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return outer(*arguments, **options)
+        finally:
+            inside = False
+
+    put_outer(around)
 
 
 def count(functions: list[str]) -> Callable[[], dict[str, int]]:
@@ -95,7 +112,7 @@ def count(functions: list[str]) -> Callable[[], dict[str, int]]:
         original, put = _find(name)
 
         def counting(*arguments: Any, original: Any = original, name: str = name, **options: Any) -> Any:
-            calls[name] += 1
+            calls[name] += dist.is_initialized()
             return original(*arguments, **options)
 
         put(functools.wraps(original)(counting))
@@ -397,7 +414,7 @@ def soak(number: int, seed: int, output: Path) -> int:
 
 
 def _told(point: Point) -> dict[str, Any]:
-    return {name: value for name, value in asdict(point).items() if name != "signal"}
+    return {name: value for name, value in asdict(point).items() if name not in ("signal", "inside")}
 
 
 def _main() -> None:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,7 +27,7 @@ import torch.distributed as dist
 _BEAT = 1.0  # seconds
 _SILENCE = 30.0  # seconds without a sign of life after which a rank counts as lost
 _LEFT = b"left"
-_READ_WITHIN = 3 * _BEAT  # seconds in which all ranks have read a verdict
+_READ_WITHIN = 2 * _BEAT  # seconds in which all ranks have read a verdict
 _COLLECTED_AFTER = 5.0  # seconds in which all ranks have noticed a stall
 
 
@@ -67,12 +68,12 @@ class Heartbeat:
 
     def __init__(self, store: dist.TCPStore, rank: int, world_size: int, keeps_store: bool) -> None:
         self._store = dist.PrefixStore("selfgen_ds", store.clone())  # type: ignore[attr-defined]
-        self._store.set_timeout(timedelta(seconds=_SILENCE))
         self._keeps_store = keeps_store
         self.place = Place.here(rank)
         self._store.set(f"beat/{rank}", "0")
         self._store.set(f"place/{rank}", json.dumps(asdict(self.place)))
         found = self._store.multi_get([f"place/{other}" for other in range(world_size)])
+        self._store.set_timeout(timedelta(seconds=_SILENCE))  # up to here the ranks were still coming
         self.places = [Place(**json.loads(place)) for place in found]
         others = [place for place in self.places if place.rank != rank]
         self._siblings = [p for p in others if (p.machine, p.host) == (self.place.machine, self.place.host)]
@@ -96,15 +97,18 @@ class Heartbeat:
         self._posted.wait(_SILENCE)
         self._let_others_read()
 
-    def explain(self, error: BaseException) -> None:
-        """Before this rank ends with an error: tell the others, or, if it is theirs, wait until it is known whose.
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this rank with an error, and tell the others; or, if it is theirs, with the line that says whose.
 
-        A rank that fails in a collective has usually lost a peer: then this does not return, unless nobody is missing.
+        A rank that fails in a collective has usually lost a peer: it waits until that is known.
         """
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            self._thread.join(2 * _SILENCE)
-        else:
-            self.end_all(f"{self.place} failed: {type(error).__name__}: {_first_line(error)}")
+            self._thread.join(2 * _SILENCE)  # ends here if a rank is missing
+        traceback.print_exception(error)
+        line = f"{self.place} failed: {type(error).__name__}: {_first_line(error)}"
+        _say(f"error: {line}")
+        self.end_all(line)
+        os._exit(1)  # without clean-up: others may be in a collective
 
     def stalled(self, where: str) -> None:
         """Let rank 0 say where all ranks are."""

@@ -60,8 +60,8 @@ STAGES = {
         Point(function="selfgen_ds.engine.checkpoint:write_atomically", call=2, when="after"),
     ),
     "the marker, nothing removed": (0, Point(function="selfgen_ds.engine.checkpoint:retain", call=3)),
-    "a marker removed": (0, Point(function="shutil:rmtree", call=1)),
-    "files half removed": (0, Point(function="shutil:rmtree", call=1, when="during", delay=0.0005)),
+    "a marker removed": (0, Point(function="shutil:rmtree", inside="selfgen_ds.engine.checkpoint:_remove")),
+    "files half removed": (0, Point(function="os:unlink", call=5, inside="selfgen_ds.engine.checkpoint:_remove")),
 }
 
 
@@ -90,10 +90,10 @@ def test_a_rank_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, see
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3.5 MB."""
+    """A disk of 2 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3500k", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     yield disk
