@@ -153,17 +153,14 @@ done
 END
 }
 
-end() { # HOST_NUMBER: whatever is left: SIGTERM, and after 10 s SIGKILL
+end() { # HOST_NUMBER SECONDS: whatever is left: SIGTERM, and after that time SIGKILL
     cat <<END
 cd /proc
 left() { grep -lzx SELFGEN_DS_RUN=$run [0-9]*/environ 2>/dev/null | cut -d / -f 1; }
 second=0
 while processes=\$(left) && [ "\$processes" ]; do
-    case \$second in
-        0) kill \$processes ;;
-        1[0-9]) kill -KILL \$processes ;;
-        20) echo \$processes; exit 1 ;;
-    esac
+    if [ \$second -ge $(($2 + 10)) ]; then echo \$processes && exit 1; fi
+    if [ \$second -ge $2 ]; then kill -KILL \$processes; elif [ \$second = 0 ]; then kill \$processes; fi
     sleep 1
     second=\$((second + 1))
 done 2>/dev/null
@@ -238,7 +235,7 @@ for n in $all; do
     ) &
 done
 
-stop='' sent=0 interrupted=''
+stop='' sent=0 interrupted='' patience=10
 trap 'stop=TERM' HUP TERM
 trap 'stop=USR1' USR1
 trap 'interrupted+=x stop=TERM' INT
@@ -248,7 +245,7 @@ while ((running)); do
         running=$((running - 1))
         rm "$work/$n.ssh"
         if ((ended && !code)); then # what this host says is why the others end, if they do
-            code=$ended deadline=$((SECONDS + 30))
+            code=$ended deadline=$((SECONDS + 20))
             case $code in
                 2) deadline=$((SECONDS + 5)) ;; # some may still wait for those that refused
                 3) ;;
@@ -262,11 +259,11 @@ while ((running)); do
         sent=$SECONDS
         on "$all" signal "$stop"
     fi
-    [[ $interrupted != xx* ]] || deadline=$SECONDS code=1
+    [[ $interrupted != xx* ]] || deadline=$SECONDS code=1 patience=0
     [[ ! $deadline ]] || ((SECONDS < deadline)) || break
 done
 trap '' HUP INT TERM USR1
-on "$all" end
+on "$all" end "$patience"
 for n in $all; do
     ((!codes[n])) || say "host ${hosts[n]}: processes with SELFGEN_DS_RUN=$run may be left: $(cat "$work/$n".{out,err} | tail -n 1)"
 done

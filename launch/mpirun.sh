@@ -41,7 +41,9 @@ else
         fail "$1: expected lines NAME slots=NUMBER"
     where=(--hostfile "$1")
 fi
-cores=$(lscpu --parse=SOCKET,CORE | grep -v '^#' | sort -u | wc -l)
+cores=$("$python" -c 'import os
+siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+print(len({open(siblings.format(cpu)).read() for cpu in os.sched_getaffinity(0)}))')
 if ((cores >= most)); then
     binding=(--map-by "slot:PE=$((cores / most))" --bind-to core)
 else
@@ -53,7 +55,7 @@ for name in $(passed_on); do
 done
 command=("$mpirun" "${where[@]}" "${binding[@]}" "$python" -u -m selfgen_ds train --config "$2" --resume auto "${@:3}")
 if [[ $dry_run ]]; then
-    printf '%q ' "${command[@]}"
+    printf '%q ' "${command[@]}" && echo
     exit
 fi
 

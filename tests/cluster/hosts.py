@@ -68,23 +68,23 @@ class Host:
         """To the command itself: what `launch` starts waits for it outside of the host, and hands nothing on."""
         os.kill(_child(run.process.pid), number)
 
-    def processes(self, argument: str = "") -> dict[int, list[str]]:
-        """Command lines of this host's processes by process id, as this machine counts; with an argument, if given."""
+    def processes(self) -> dict[int, list[str]]:
+        """Command lines of this host's processes by process id, as this machine counts."""
         namespace = os.readlink(f"/proc/{self.init}/ns/pid")
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if os.readlink(entry / "ns" / "pid") == namespace:
                     words = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
-                    if words != [""] and (not argument or argument in words):  # a zombie has none
+                    if words != [""]:  # a zombie has none
                         found[int(entry.name)] = words
             except OSError:  # has just ended
                 continue
         return found
 
     def ranks(self) -> list[int]:
-        """Its processes that train."""
-        return [pid for pid, words in self.processes("selfgen_ds").items() if "deepspeed.launcher.launch" not in words]
+        """Its processes that train, started by a launcher of `launch/`."""
+        return [pid for pid, words in self.processes().items() if words[1:4] == ["-u", "-m", "selfgen_ds"]]
 
     def link(self, state: str) -> None:
         """Take its network `down` or `up`."""

@@ -34,7 +34,6 @@ class Slurm:
     """Started on the hosts; ended with them."""
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
-        folder.mkdir()
         self.first = hosts[0]
         self._folders: dict[str, Path] = {}
         (folder / "state").mkdir()
@@ -49,11 +48,12 @@ class Slurm:
             host.run("sh", "-ec", f"mount --bind {folder}/etc /etc/slurm && mkdir /run/munge && {munge} {controller}")
         for host in hosts:
             host.run("slurmd")
-            host.daemons |= set(host.processes())
         deadline = time.monotonic() + 30
         while self.first.run("sinfo", "--noheader", "--format=%T %D").strip() != f"idle {len(hosts)}":
             assert time.monotonic() < deadline, self.first.run("sinfo", "--long", "--Node")
             time.sleep(0.2)
+        for host in hosts:
+            host.daemons |= set(host.processes())
 
     def submit(self, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
         """The id of a job of `launch/slurm.sbatch`, a rank a node, in the recipe's folder."""

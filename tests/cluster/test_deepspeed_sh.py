@@ -186,6 +186,7 @@ def test_a_second_interrupt_ends_everything_at_once(nodes: list[Host], recipe: P
 
 def test_a_rank_that_dies_ends_the_run_on_all_hosts(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     with start(nodes, recipe, hostfile, 2) as run:
+        os.kill(nodes[0].ranks()[0], signal.SIGSTOP)  # even where ranks cannot end by themselves
         os.kill(nodes[1].ranks()[0], signal.SIGKILL)
         assert run.wait() == 1, run.output()[-3000:]
     assert "deepspeed.sh: host node2: exit code" in run.output()

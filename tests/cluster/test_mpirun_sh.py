@@ -21,10 +21,13 @@ def test_what_is_no_number_and_no_hostfile_is_one_clear_line(nodes: list[Host], 
 
 
 def test_ranks_share_the_cores(nodes: list[Host], recipe: Path) -> None:
-    cores = os.cpu_count() or 1
-    shown = nodes[0].run("launch/mpirun.sh", "--dry-run", str(cores), recipe)
-    assert "--map-by slot:PE=1 --bind-to core" in shown
-    assert "--bind-to none" in nodes[0].run("launch/mpirun.sh", "--dry-run", str(8 * cores), recipe)
+    alone = nodes[0].run("launch/mpirun.sh", "--dry-run", "1", recipe)
+    cores = int(alone.split("--map-by slot:PE=")[1].split()[0])
+    assert 1 <= cores <= len(os.sched_getaffinity(0))
+    shared = nodes[0].run("launch/mpirun.sh", "--dry-run", str(cores), recipe)
+    assert "--map-by slot:PE=1 --bind-to core" in shared
+    too_many = nodes[0].run("launch/mpirun.sh", "--dry-run", str(cores + 1), recipe)
+    assert "--oversubscribe --bind-to none" in too_many
 
 
 def test_arguments_arrive_byte_for_byte_and_a_signal_stops_the_ranks(
