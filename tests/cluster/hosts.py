@@ -31,8 +31,11 @@ def why_not(slurm: bool = False) -> str | None:
     needed = _PACKAGES | (_SLURM_PACKAGES if slurm else {})
     if missing := {package for name, package in needed.items() if shutil.which(name, path=PATH) is None}:
         return f"not installed: {' '.join(sorted(missing))} (make cluster-packages)"
-    made = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True)
-    return f"this machine makes no namespaces: {made.stderr.decode().strip()}" if made.returncode else None
+    try:
+        with _namespaces("ip link add bridge type bridge && ip link add one type veth peer name other"):
+            return None
+    except OSError as error:
+        return f"this machine makes no namespaces: {error}"
 
 
 class Host:
@@ -170,10 +173,11 @@ def _namespaces(boot: str) -> Iterator[int]:
     # the shell stays, and takes up processes whose parents have ended
     script = f"set -e\n{boot}\necho ready\nwhile :; do sleep 1000 & wait; done"
     command = ["setpriv", "--pdeathsig=KILL", "unshare", *kinds, "--fork", "--kill-child", "bash", "-c", script]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "ready\n", "the namespaces could not be set up"
+        if (said := holder.stdout.readline()) != "ready\n":
+            raise OSError(said.strip())
         yield _child(holder.pid)
     finally:
         holder.kill()

@@ -14,6 +14,7 @@ SlurmctldHost={first}
 SlurmUser=root
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
+KillWait=10
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
 import signal
 import time
 from contextlib import ExitStack
@@ -14,10 +17,8 @@ import pytest
 import selfgen_ds
 from selfgen_ds.versions import versions
 from tests.cluster.hosts import Host
-from tests.cluster.watching import losses, wait_until
+from tests.cluster.watching import HOSTILE, environment, losses, nothing_is_left, wait_until
 from tests.ranks import ROOT, Launched
-
-HOSTILE = "a b'c\"$(touch made)`touch made`;*%n%h\\ \n{x,y} ~ ü"
 
 
 def refused(run: Launched) -> list[str]:
@@ -65,11 +66,11 @@ def test_everything_that_differs_is_a_line_with_its_host(nodes: list[Host], reci
     (recipe.parent / "hostfile").write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")  # nobody is node3
     installed = Path(str(distribution("torch").locate_file("")))
     torch = next(installed.glob("torch-*.dist-info/METADATA"))
-    json = ROOT / "ds_configs" / "zero3_cpu.json"
+    ds_config = ROOT / "ds_configs" / "zero3_cpu.json"
     with ExitStack() as stack:
         version = f"\nVersion: {versions()['torch']}\n"
         stack.enter_context(nodes[1].replaced(torch, torch.read_text().replace(version, "\nVersion: 1.0\n")))
-        for file in (Path(str(selfgen_ds.__file__)), recipe, json):
+        for file in (Path(str(selfgen_ds.__file__)), recipe, ds_config):
             stack.enter_context(nodes[1].replaced(file, file.read_text() + "\n"))
         command = ["launch/deepspeed.sh", hostfile, recipe]
         found = refused(nodes[0].launch(*command, log=recipe.with_name("log")))
@@ -77,7 +78,7 @@ def test_everything_that_differs_is_a_line_with_its_host(nodes: list[Host], reci
         "host node2: torch",
         "host node2: selfgen_ds source",
         f"host node2: recipe {recipe}",
-        f"host node2: DeepSpeed JSON {json}",
+        f"host node2: DeepSpeed JSON {ds_config}",
     ]
     assert f"torch is 1.0, here {versions()['torch']}" in found[0]
     assert found[-1].startswith("host node3: ssh: ")
@@ -110,11 +111,6 @@ def test_a_dry_run_shows_what_would_run_and_starts_nothing(nodes: list[Host], re
     assert not recipe.with_name("run").exists()
 
 
-def environment(process: int) -> dict[str, str]:
-    words = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
 def test_arguments_and_variables_arrive_byte_for_byte(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     out = str(recipe.parent / HOSTILE)
     (nodes[0].home / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG=$HF_X\n")
@@ -137,6 +133,21 @@ def test_arguments_and_variables_arrive_byte_for_byte(nodes: list[Host], recipe:
     assert not (ROOT / "made").exists()
 
 
+def test_ranks_are_where_the_hostfile_says(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
+    hostfile.write_text("node2 slots=2\n# rank 2\nnode1 slots=1 # not more\n")
+    shown = nodes[0].run("launch/deepspeed.sh", "--dry-run", hostfile, recipe)
+    assert f"--master_addr='{nodes[1].address}'" in shown
+    worlds = set(re.findall("--world_info=(\\S+)", shown))
+    assert [json.loads(base64.urlsafe_b64decode(world)) for world in worlds] == [{"node2": [0, 1], "node1": [0]}]
+
+
+def test_a_single_host_talks_to_itself(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
+    hostfile.write_text("node1 slots=2\n")
+    shown = nodes[0].run("launch/deepspeed.sh", "--dry-run", hostfile, recipe)
+    assert "node1, over lo: " in shown
+    assert "--master_addr='127.0.0.1'" in shown
+
+
 def test_each_host_uses_its_own_interface(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     rename = "ip link set {0} down; ip link set {0} name {1}; ip link set {1} up"
     nodes[1].run("sh", "-ec", rename.format("eth0", "lan0"))
@@ -155,10 +166,6 @@ def start(nodes: list[Host], recipe: Path, hostfile: Path, steps: int) -> Launch
     run = nodes[0].launch(*command, log=recipe.with_name("log"))
     wait_until(lambda: len(losses(recipe.with_name("run"))) >= steps, run)
     return run
-
-
-def nothing_is_left(nodes: list[Host]) -> bool:
-    return not any(host.processes().keys() - host.daemons for host in nodes)
 
 
 def test_a_signal_stops_the_ranks_and_the_same_command_goes_on(nodes: list[Host], recipe: Path, hostfile: Path) -> None:

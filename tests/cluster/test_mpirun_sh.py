@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Host
-from tests.cluster.test_deepspeed_sh import HOSTILE, environment, nothing_is_left
-from tests.cluster.watching import losses, wait_until
+from tests.cluster.watching import HOSTILE, environment, losses, nothing_is_left, wait_until
 
 
 @pytest.mark.parametrize("where", ["", "none", "0"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm
 from tests.cluster.watching import losses, wait_until
 
@@ -42,3 +45,13 @@ def test_a_job_that_fails_is_not_requeued(slurm: Slurm, recipe: Path) -> None:
     assert found["JobState"] == "FAILED"
     assert found["ExitCode"] == "2:0"
     assert "train.max_steps: expected 1 or more, got 0" in slurm.log(job)
+
+
+def test_a_rank_that_is_killed_ends_the_job(slurm: Slurm, nodes: list[Host], recipe: Path) -> None:
+    job = slurm.submit(recipe, *ENDLESS)
+    wait_until(lambda: len(losses(recipe.with_name("run"))) >= 2)
+    os.kill(nodes[0].ranks()[0], signal.SIGSTOP)  # even where ranks cannot end by themselves
+    os.kill(nodes[1].ranks()[0], signal.SIGKILL)
+    found = slurm.wait(job, "FAILED", "COMPLETED")
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
+    assert "task 1: Killed" in slurm.log(job)
