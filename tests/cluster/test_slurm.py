@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm
-from tests.cluster.watching import losses, wait_until
+from tests.cluster.watching import HOSTILE, losses, wait_until
+from tests.ranks import ROOT
 
 ENDLESS = ("--train.max_steps", "100000", "--checkpoint.every", "100000")
 
@@ -30,8 +31,9 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, recipe: Path) -> None:
-    job = slurm.submit(recipe, *ENDLESS)
-    wait_until(lambda: len(losses(recipe.with_name("run"))) >= 2)
+    out = recipe.parent / HOSTILE
+    job = slurm.submit(recipe, *ENDLESS, "--output_dir", str(out))
+    wait_until(lambda: len(losses(out)) >= 2)
     slurm.first.run("scancel", job)
     found = slurm.wait(job, "CANCELLED")
     wait_until(lambda: "stopped after saving" in slurm.log(job))
@@ -55,3 +57,15 @@ def test_a_rank_that_is_killed_ends_the_job(slurm: Slurm, nodes: list[Host], rec
     found = slurm.wait(job, "FAILED", "COMPLETED")
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
     assert "task 1: Killed" in slurm.log(job)
+
+
+def test_a_dry_run_shows_what_would_run(nodes: list[Host], recipe: Path) -> None:
+    shown = nodes[0].run("launch/slurm.sbatch", "--dry-run", recipe, "--output_dir", "a b")
+    assert shown.startswith("srun --kill-on-bad-exit=1 ")
+    assert shown.rstrip().endswith(f"{recipe} --resume auto --output_dir a\\ b")
+
+
+def test_a_recipe_that_is_not_there_is_one_clear_line(nodes: list[Host], recipe: Path) -> None:
+    with nodes[0].launch("launch/slurm.sbatch", "none.yaml", log=recipe.with_name("log")) as run:
+        assert run.wait() == 2
+    assert run.output() == f"slurm.sbatch: error: none.yaml: there is no such recipe in {ROOT}\n"
