@@ -136,7 +136,7 @@ def load_windows(recipe: Recipe, samples: list[Samples], **shape: Any) -> Window
     """The training rows in the recipe's order, packed if it says so.
 
     Args:
-        shape: Of the steps: `micro_batch_size`, `accumulation`, `rank`, `world_size`, `epochs` (see `Windows`).
+        shape: Of the steps: `step_size`, `micro_batch_size`, `rank`, `world_size`, `epochs` (see `Windows`).
 
     Raises:
         InputError: A source's weight is less than one row an epoch.

@@ -111,8 +111,8 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         windows = load_windows(
             recipe,
             samples,
+            step_size=recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps * dist.get_world_size(),
             micro_batch_size=recipe.train.micro_batch_size,
-            accumulation=recipe.train.gradient_accumulation_steps,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             epochs=recipe.train.epochs,

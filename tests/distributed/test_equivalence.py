@@ -217,8 +217,8 @@ def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[Toke
         for batch in Windows(
             [samples],
             seed=settings.seed,
+            step_size=2 * settings.train.micro_batch_size * settings.train.gradient_accumulation_steps,
             micro_batch_size=settings.train.micro_batch_size,
-            accumulation=settings.train.gradient_accumulation_steps,
             rank=rank,
             world_size=2,
             epochs=settings.train.epochs,

@@ -428,7 +428,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     tokenizer = byte_tokenizer()
     plain = build_model(source, model_config(source, tokenizer))
     samples = load_data(settings, tokenizer)
-    shape = {"micro_batch_size": 2, "accumulation": 2, "rank": 0, "world_size": 2, "epochs": None}
+    shape = {"step_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 2, "epochs": None}
     method = load_method(settings, tokenizer, samples, load_windows(settings, samples, **shape), 6)
     assert isinstance(method, RoundMethod)
     policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
