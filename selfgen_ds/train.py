@@ -130,6 +130,15 @@ def _is_best(folder: Path, scores: dict[str, float], metric: str) -> bool:
 
 def _save(run: Run, folder: Path, step: int, scores: dict[str, float], recipe: Recipe) -> None:
     checkpoints = folder / "checkpoints"
-    checkpoint.save(run.engine, checkpoints, step, run.data, scores, run.tokenizer, recipe.model)
-    if dist.get_rank() == 0:
-        checkpoint.retain(checkpoints, recipe.checkpoint.keep, recipe.eval.best)
+    checkpoint.save(
+        run.engine,
+        checkpoints,
+        step,
+        run.data,
+        scores,
+        run.tokenizer,
+        recipe.model,
+        step_size=run.windows.step_size,
+        storage=run.storage,
+    )
+    checkpoint.retain(checkpoints, recipe.checkpoint.keep, recipe.eval.best, run.storage)

@@ -360,8 +360,7 @@ def checksums(settings: Recipe) -> None:
     runs.steps(run, 1)
     trained = weights_checksum(run.engine)
     assert trained not in seen
-    folder = Path(settings.output_dir) / "checkpoints"
-    checkpoint.save(run.engine, folder, 1, run.data, {}, run.tokenizer, settings.model)
+    runs.save(run, settings, 1)
     again = prepare(replace(settings, resume="auto"), set())
     assert again.first_step == 1
     assert weights_checksum(again.engine) == trained
