@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo lint test async-io soak clean
+.PHONY: install demo lint test test-cluster cluster-packages async-io soak clean
 
 install: .venv/installed
 
@@ -41,9 +41,27 @@ lint: install
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch; \
+	else echo "launch/ was not checked: shellcheck is missing (Debian: apt-get install shellcheck)"; fi
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Several hosts and a Slurm, as namespaces of this machine. `make test` runs these too where the packages are there.
+test-cluster: install cluster-packages
+	$(BIN)/python -m pytest tests/cluster
+
+CLUSTER_PACKAGES := iproute2 munge openssh-client openssh-server pdsh shellcheck slurm-wlm
+
+cluster-packages:
+	@missing=$$(for p in $(CLUSTER_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done | xargs); \
+	if [ -z "$$missing" ]; then exit; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "tests/cluster needs root and these Debian packages: $$missing"; exit; \
+	fi; \
+	echo "installing for tests/cluster: $$missing"; \
+	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$missing; } \
+		|| { echo "tests/cluster needs packages that apt-get could not install: $$missing"; exit 1; }
 
 # What ds_configs/zero3_infinity.json needs; its test is skipped without it. Debian: apt-get install libaio-dev
 async-io: install

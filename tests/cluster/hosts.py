@@ -1,0 +1,188 @@
+"""Several hosts on one machine: namespaces with a name, a network, processes, a home and an sshd of their own.
+
+Namespaces, interfaces and mounts live as long as processes that die with this one: nothing outlasts the tests, however
+they end.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import mkstemp
+
+from tests.ranks import ENVIRONMENT, ROOT, Launched
+
+PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2", "tc": "iproute2"}
+_SLURM_PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge"}
+
+
+def why_not(slurm: bool = False) -> str | None:
+    """What keeps this machine from having such hosts."""
+    if os.geteuid() != 0:
+        return "hosts on one machine are namespaces, and those need root"
+    needed = _PACKAGES | (_SLURM_PACKAGES if slurm else {})
+    if missing := {package for name, package in needed.items() if shutil.which(name, path=PATH) is None}:
+        return f"not installed: {' '.join(sorted(missing))} (make cluster-packages)"
+    try:
+        with _namespaces("ip link add bridge type bridge && ip link add one type veth peer name other"):
+            return None
+    except OSError as error:
+        return f"this machine makes no namespaces: {error}"
+
+
+class Host:
+    """Of its own it has processes, a network interface `eth0`, a home, `/run`, and a disk, `local`."""
+
+    def __init__(self, name: str, address: str, folder: Path, init: int) -> None:
+        self.name = name
+        self.address = address
+        self.home = folder / name
+        self.local = folder / "local"
+        self.init = init
+        self.daemons: set[int] = set()
+        """Processes that stay between tests."""
+
+    def command(self, *command: object, **variables: str) -> list[str]:
+        """`command` as a user of this host starts it, in the project's folder with the environment active."""
+        mine = {"HOME": str(self.home), "PATH": PATH, "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8", **ENVIRONMENT}
+        kept = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+        settings = [f"{name}={value}" for name, value in (kept | mine | variables).items()]
+        namespaces = ["nsenter", f"--target={self.init}", "--net", "--uts", "--mount", "--pid"]
+        return [*namespaces, "env", "--ignore-environment", f"--chdir={ROOT}", *settings, *map(str, command)]
+
+    def run(self, *command: object, **variables: str) -> str:
+        """What it prints."""
+        done = subprocess.run(self.command(*command, **variables), capture_output=True, text=True, timeout=30.0)
+        assert done.returncode == 0, f"{self.name}: {shlex.join(map(str, command))}: {done.stderr}"
+        return done.stdout
+
+    def launch(self, *command: object, log: Path, **variables: str) -> Launched:
+        return Launched(self.command(*command, **variables), log, timeout=120.0)
+
+    def signal(self, run: Launched, number: signal.Signals) -> None:
+        """To the command itself: what `launch` starts waits for it outside of the host, and hands nothing on."""
+        os.kill(_child(run.process.pid), number)
+
+    def processes(self) -> dict[int, list[str]]:
+        """Command lines of this host's processes by process id, as this machine counts."""
+        namespace = os.readlink(f"/proc/{self.init}/ns/pid")
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(entry / "ns" / "pid") == namespace:
+                    words = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
+                    if words != [""]:  # a zombie has none
+                        found[int(entry.name)] = words
+            except OSError:  # has just ended
+                continue
+        return found
+
+    def ranks(self) -> list[int]:
+        """Its processes that train, started by a launcher of `launch/`."""
+        return [pid for pid, words in self.processes().items() if words[1:4] == ["-u", "-m", "selfgen_ds"]]
+
+    def link(self, state: str) -> None:
+        """Take its network `down` or `up`."""
+        self.run("ip", "link", "set", "eth0", state)
+
+    def shape(self, rate: str, delay: str) -> None:
+        """Limit what it sends, until the test is over. A kernel without delays (netem) lets packets queue that long."""
+        netem = f"tc qdisc add dev eth0 root netem rate {rate} delay {delay}"
+        queue = f"tc qdisc add dev eth0 root tbf rate {rate} burst 32kb latency {delay}"
+        self.run("sh", "-c", f"{netem} 2>/dev/null || {queue}")
+
+    @contextmanager
+    def replaced(self, file: Path, content: str) -> Iterator[None]:
+        """Another content of a file, on this host alone."""
+        other = Path(mkstemp(dir=self.home)[1])
+        other.write_text(content)
+        self.run("mount", "--bind", other, file)
+        try:
+            yield
+        finally:
+            self.run("umount", file)
+
+    def reset(self) -> None:
+        """End what a test left running; the network is up, and as fast as it can be."""
+        for pid in self.processes().keys() - self.daemons:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.link("up")
+        self.run("sh", "-c", "tc qdisc del dev eth0 root 2>/dev/null || true")
+
+
+@contextmanager
+def hosts(folder: Path, number: int) -> Iterator[list[Host]]:
+    """`number` hosts on one switch, named node1, node2, ...; each may log in to all by name."""
+    names = {f"node{n}": f"10.77.0.{n}" for n in range(1, number + 1)}
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
+    (folder / "local").mkdir()
+    with ExitStack() as stack:
+        switch = stack.enter_context(_namespaces("ip link add bridge type bridge && ip link set bridge up"))
+        found = []
+        for name, address in names.items():
+            host = Host(name, address, folder, stack.enter_context(_namespaces(_boot(name, names, folder))))
+            port = f"{name} type veth peer name eth0 netns {host.init}"
+            connect = f"ip link add {port} && ip link set {name} master bridge up"
+            subprocess.run(["nsenter", f"--target={switch}", "--net", "sh", "-ec", connect], check=True)
+            host.run("sh", "-ec", f"ip address add {address}/24 dev eth0 && ip link set eth0 up")
+            host.daemons = set(host.processes())
+            found.append(host)
+        yield found
+
+
+def _boot(name: str, names: dict[str, str], folder: Path) -> str:
+    """The shell commands that make a host of new namespaces."""
+    home = folder / name
+    (home / ".ssh").mkdir(parents=True)
+    settings = {"IdentityFile": folder / "key", "UserKnownHostsFile": home / "known_hosts", "LogLevel": "ERROR"}
+    lines = [f"{key} {value}" for key, value in (settings | {"StrictHostKeyChecking": "accept-new"}).items()]
+    (home / ".ssh" / "config").write_text("\n".join(lines) + "\n")
+    # as Debian's installer leaves it: its own name is an address of the loopback
+    known = ["127.0.0.1 localhost", f"127.0.1.1 {name}"]
+    known += [f"{address} {other}" for other, address in names.items() if other != name]
+    (home / "hosts").write_text("\n".join(known) + "\n")
+    users = Path("/etc/passwd").read_text().splitlines()
+    root = f"root:*:0:0:root:{home}:/bin/bash"  # where ssh and sshd look for a home
+    (home / "passwd").write_text("\n".join([root, *(u for u in users if not u.startswith("root:"))]) + "\n")
+    options = [f"AuthorizedKeysFile={folder / 'key.pub'}", "StrictModes=no", "UsePAM=no", "PidFile=none"]
+    daemon = ["/usr/sbin/sshd", "-f", "/dev/null", "-h", folder / "key", *(o for x in options for o in ("-o", x))]
+    return f"""
+        hostname {name}
+        ip link set lo up
+        mount -t tmpfs tmpfs /run
+        mkdir /run/sshd
+        mount -t tmpfs tmpfs {folder / "local"}
+        for file in passwd hosts; do mount --bind {home}/$file /etc/$file; done
+        {shlex.join(map(str, daemon))}
+    """
+
+
+@contextmanager
+def _namespaces(boot: str) -> Iterator[int]:
+    """New namespaces in which a shell has run `boot`; the id of their first process, with which all others end."""
+    kinds = ["--net", "--uts", "--mount", "--pid", "--mount-proc"]
+    # the shell stays, and takes up processes whose parents have ended
+    script = f"set -e\n{boot}\necho ready\nwhile :; do sleep 1000 & wait; done"
+    command = ["setpriv", "--pdeathsig=KILL", "unshare", *kinds, "--fork", "--kill-child", "bash", "-c", script]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert holder.stdout is not None
+        if (said := holder.stdout.readline()) != "ready\n":
+            raise OSError(said.strip())
+        yield _child(holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def _child(parent: int) -> int:
+    return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])

@@ -1,0 +1,90 @@
+"""A Slurm on the hosts of a test: slurmctld on the first one, slurmd on each."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+
+from tests.cluster.hosts import Host
+
+_CONF = """
+ClusterName=selfgen
+SlurmctldHost={first}
+SlurmUser=root
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+KillWait=10
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=1,sched_interval=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir=/run/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+NodeName={names} CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+class Slurm:
+    """Started on the hosts; ended with them."""
+
+    def __init__(self, hosts: list[Host], folder: Path) -> None:
+        self.first = hosts[0]
+        self._folders: dict[str, Path] = {}
+        (folder / "state").mkdir()
+        (folder / "key").write_bytes(secrets.token_bytes(128))
+        (folder / "key").chmod(0o400)
+        (folder / "etc").mkdir()
+        names = ",".join(host.name for host in hosts)
+        (folder / "etc" / "slurm.conf").write_text(_CONF.format(first=hosts[0].name, names=names, folder=folder))
+        munge = f"munged --key-file={folder}/key --seed-file=/run/munge/seed --log-file=/run/munge/log"
+        for host in hosts:
+            controller = "&& slurmctld" if host is self.first else ""
+            host.run("sh", "-ec", f"mount --bind {folder}/etc /etc/slurm && mkdir /run/munge && {munge} {controller}")
+        for host in hosts:
+            host.run("slurmd")
+        deadline = time.monotonic() + 30
+        while self.first.run("sinfo", "--noheader", "--format=%T %D").strip() != f"idle {len(hosts)}":
+            assert time.monotonic() < deadline, self.first.run("sinfo", "--long", "--Node")
+            time.sleep(0.2)
+        for host in hosts:
+            host.daemons |= set(host.processes())
+
+    def submit(self, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
+        """The id of a job of `launch/slurm.sbatch`, a rank a node, in the recipe's folder."""
+        where = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", f"--chdir={recipe.parent}")
+        command = ["sbatch", "--parsable", *where, *options, "launch/slurm.sbatch", recipe, *overrides]
+        job = self.first.run(*command, GLOO_SOCKET_IFNAME="eth0").strip()
+        self._folders[job] = recipe.parent
+        return job
+
+    def log(self, job: str, rank: int | None = None) -> str:
+        """The job's, or a rank's."""
+        file = f"selfgen-ds-{job}.log" if rank is None else f"selfgen-ds-{job}/rank-{rank}.log"
+        return (self._folders[job] / file).read_text()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        words = self.first.run("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, *states: str, timeout: float = 90.0) -> dict[str, str]:
+        """Until it is in one of them."""
+        deadline = time.monotonic() + timeout
+        while (found := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.3)
+        return found
+
+    def cancel_all(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.first.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, self.first.run("squeue")
+            self.first.run("scancel", "--user=root")
+            time.sleep(0.3)

@@ -1,0 +1,48 @@
+"""launch/mpirun.sh: what reaches the ranks, and how they are stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Host
+from tests.cluster.watching import HOSTILE, environment, losses, nothing_is_left, wait_until
+
+
+@pytest.mark.parametrize("where", ["", "none", "0"])
+def test_what_is_no_number_and_no_hostfile_is_one_clear_line(nodes: list[Host], recipe: Path, where: str) -> None:
+    with nodes[0].launch("launch/mpirun.sh", where, recipe, log=recipe.with_name("log")) as run:
+        assert run.wait() == 2
+    assert run.output() == f"mpirun.sh: error: {where}: expected a number of ranks or a hostfile that can be read\n"
+
+
+def test_ranks_share_the_cores(nodes: list[Host], recipe: Path) -> None:
+    alone = nodes[0].run("launch/mpirun.sh", "--dry-run", "1", recipe)
+    cores = int(alone.split("--map-by slot:PE=")[1].split()[0])
+    assert 1 <= cores <= len(os.sched_getaffinity(0))
+    shared = nodes[0].run("launch/mpirun.sh", "--dry-run", str(cores), recipe)
+    assert "--map-by slot:PE=1 --bind-to core" in shared
+    too_many = nodes[0].run("launch/mpirun.sh", "--dry-run", str(cores + 1), recipe)
+    assert "--oversubscribe --bind-to none" in too_many
+
+
+def test_arguments_arrive_byte_for_byte_and_a_signal_stops_the_ranks(
+    nodes: list[Host], recipe: Path, hostfile: Path
+) -> None:
+    out = recipe.parent / HOSTILE
+    command = ["launch/mpirun.sh", hostfile, recipe, "--output_dir", out, "--train.max_steps", "100000"]
+    variables = {"GLOO_SOCKET_IFNAME": "eth0", "HF_X": HOSTILE}
+    with nodes[0].launch(*command, log=recipe.with_name("log"), **variables) as run:
+        wait_until(lambda: len(losses(out)) >= 2, run)
+        for host in nodes:
+            (rank,) = host.ranks()
+            assert str(out) in Path(f"/proc/{rank}/cmdline").read_bytes().decode().split("\0")
+            assert environment(rank)["HF_X"] == HOSTILE
+        nodes[0].signal(run, signal.SIGTERM)
+        assert run.wait() == 3, run.output()[-3000:]
+    steps = len(losses(out))
+    assert (out / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
+    wait_until(lambda: nothing_is_left(nodes), timeout=10)

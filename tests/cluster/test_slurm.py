@@ -1,0 +1,71 @@
+"""launch/slurm.sbatch: when a job goes back into the queue, and when it does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from tests.cluster.hosts import Host
+from tests.cluster.slurm import Slurm
+from tests.cluster.watching import HOSTILE, losses, wait_until
+from tests.ranks import ROOT
+
+ENDLESS = ("--train.max_steps", "100000", "--checkpoint.every", "100000")
+
+
+def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe: Path) -> None:
+    run = recipe.with_name("run")
+    job = slurm.submit(recipe, *ENDLESS)
+    wait_until(lambda: len(losses(run)) >= 2)
+    slurm.first.run("scancel", "--batch", "--signal=USR1", job)
+    found = slurm.wait(job, "PENDING", "FAILED", "COMPLETED")
+    assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), slurm.log(job)
+    steps = len(losses(run))
+    assert (run / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
+    slurm.first.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_until(lambda: len(losses(run)) > steps)
+    assert f"step-{steps:06d}" in slurm.log(job, 0)
+    assert "start 1 of" in slurm.log(job)
+    assert "start 2 of" in slurm.log(job)
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, recipe: Path) -> None:
+    out = recipe.parent / HOSTILE
+    job = slurm.submit(recipe, *ENDLESS, "--output_dir", str(out))
+    wait_until(lambda: len(losses(out)) >= 2)
+    slurm.first.run("scancel", job)
+    found = slurm.wait(job, "CANCELLED")
+    wait_until(lambda: "stopped after saving" in slurm.log(job))
+    assert found["Restarts"] == "0"
+    assert "requeued" not in slurm.log(job)
+
+
+def test_a_job_that_fails_is_not_requeued(slurm: Slurm, recipe: Path) -> None:
+    job = slurm.submit(recipe, "--train.max_steps", "0")
+    found = slurm.wait(job, "FAILED", "COMPLETED")
+    assert found["JobState"] == "FAILED"
+    assert found["ExitCode"] == "2:0"
+    assert "train.max_steps: expected 1 or more, got 0" in slurm.log(job)
+
+
+def test_a_rank_that_is_killed_ends_the_job(slurm: Slurm, nodes: list[Host], recipe: Path) -> None:
+    job = slurm.submit(recipe, *ENDLESS)
+    wait_until(lambda: len(losses(recipe.with_name("run"))) >= 2)
+    os.kill(nodes[0].ranks()[0], signal.SIGSTOP)  # even where ranks cannot end by themselves
+    os.kill(nodes[1].ranks()[0], signal.SIGKILL)
+    found = slurm.wait(job, "FAILED", "COMPLETED")
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
+    assert "task 1: Killed" in slurm.log(job)
+
+
+def test_a_dry_run_shows_what_would_run(nodes: list[Host], recipe: Path) -> None:
+    shown = nodes[0].run("launch/slurm.sbatch", "--dry-run", recipe, "--output_dir", "a b")
+    assert shown.startswith("srun --kill-on-bad-exit=1 ")
+    assert shown.rstrip().endswith(f"{recipe} --resume auto --output_dir a\\ b")
+
+
+def test_a_recipe_that_is_not_there_is_one_clear_line(nodes: list[Host], recipe: Path) -> None:
+    with nodes[0].launch("launch/slurm.sbatch", "none.yaml", log=recipe.with_name("log")) as run:
+        assert run.wait() == 2
+    assert run.output() == f"slurm.sbatch: error: none.yaml: there is no such recipe in {ROOT}\n"
