@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo lint test test-cluster cluster-packages soak clean
+.PHONY: install demo lint test test-cluster cluster-packages async-io soak clean
 
 install: .venv/installed
 
@@ -51,7 +51,7 @@ test: lint
 test-cluster: install cluster-packages
 	$(BIN)/python -m pytest tests/cluster
 
-CLUSTER_PACKAGES := iproute2 munge openssh-client openssh-server shellcheck slurm-wlm
+CLUSTER_PACKAGES := iproute2 munge openssh-client openssh-server pdsh shellcheck slurm-wlm
 
 cluster-packages:
 	@missing=$$(for p in $(CLUSTER_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done | xargs); \
@@ -62,6 +62,10 @@ cluster-packages:
 	echo "installing for tests/cluster: $$missing"; \
 	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$missing; } \
 		|| { echo "tests/cluster needs packages that apt-get could not install: $$missing"; exit 1; }
+
+# What ds_configs/zero3_infinity.json needs; its test is skipped without it. Debian: apt-get install libaio-dev
+async-io: install
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
 
 # Kills 100 runs at random points and lets them go on: about 20 minutes.
 soak: install

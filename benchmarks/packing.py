@@ -32,8 +32,8 @@ def main() -> None:
         run = prepare(recipe, overrides | {"output_dir", "data.packing"})
         samples = load_data(recipe, run.tokenizer)
         shape: dict[str, Any] = {
+            "step_size": run.windows.step_size,
             "micro_batch_size": recipe.train.micro_batch_size,
-            "accumulation": recipe.train.gradient_accumulation_steps,
             "rank": dist.get_rank(),
             "world_size": dist.get_world_size(),
             "epochs": None,

@@ -142,7 +142,7 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
     else:
         from selfgen_ds.engine.export import export_checkpoint
 
-        export_checkpoint(Path(options.checkpoint), Path(options.output_dir))
+        export_checkpoint(Path(options.checkpoint), Path(options.output_dir), options.trust_checkpoint)
         print(f"written to {options.output_dir}")
 
 

@@ -252,6 +252,8 @@ class Recipe:
     """Seeds weights, data order, replacement masks and draws."""
     resume: Literal["auto"] | None = None
     """`auto`: go on from the newest complete checkpoint in `output_dir`, or start if there is none."""
+    trust_checkpoint: bool = False
+    """Let the files of a checkpoint run code when they are loaded. Otherwise what is not plain data is refused."""
 
 
 @dataclass(kw_only=True)
@@ -309,6 +311,8 @@ class ExportOptions:
     """A complete checkpoint, such as `runs/x/checkpoints/step-000100`."""
     output_dir: str
     """The folder to write; must not exist."""
+    trust_checkpoint: bool = False
+    """Let the checkpoint's files run code when they are loaded. Otherwise what is not plain data is refused."""
 
 
 def problems(recipe: Recipe) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tasks import TASKS
-from selfgen_ds.engine import ds_config, launch
+from selfgen_ds.engine import checkpoint, ds_config, launch
 from selfgen_ds.engine.model import most_positions
 from selfgen_ds.engine.policy import Sampling
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
@@ -52,12 +53,20 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     json_config: dict[str, Any] = {}
     try:
         json_config = ds_config.read(recipe.deepspeed)
-        found += ds_config.problems(recipe, json_config, launch.world_size())
+        first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
+        found += ds_config.problems(recipe, json_config, launch.world_size(), first_ranks)
     except InputError as error:
         found.append(str(error))
     if found:
         raise InputError("\n".join(dict.fromkeys(found)))
     return json_config
+
+
+def _first_ranks(recipe: Recipe) -> int | None:
+    """Ranks that the run in `output_dir` was started with; None if it has no checkpoint."""
+    complete = checkpoint.complete_checkpoints(Path(recipe.output_dir) / "checkpoints")
+    rows = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps  # of a rank
+    return complete[-1].step_size // rows if complete else None
 
 
 def _unread_settings(selfgen: SelfgenConfig, overrides: set[str]) -> list[str]:
@@ -136,7 +145,7 @@ def load_windows(recipe: Recipe, samples: list[Samples], **shape: Any) -> Window
     """The training rows in the recipe's order, packed if it says so.
 
     Args:
-        shape: Of the steps: `micro_batch_size`, `accumulation`, `rank`, `world_size`, `epochs` (see `Windows`).
+        shape: Of the steps: `step_size`, `micro_batch_size`, `rank`, `world_size`, `epochs` (see `Windows`).
 
     Raises:
         InputError: A source's weight is less than one row an epoch.

@@ -68,7 +68,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     check_positions(recipe, model_config(recipe.model, tokenizer))
     samples = load_data(recipe, tokenizer)
     windows = load_windows(
-        recipe, samples, micro_batch_size=max(1, rows), accumulation=1, rank=0, world_size=1, epochs=1
+        recipe, samples, step_size=max(1, rows), micro_batch_size=max(1, rows), rank=0, world_size=1, epochs=1
     )
     eval_samples = [] if recipe.data.eval is None else load_eval_data(recipe, tokenizer)
     console = Console(highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +13,15 @@ from selfgen_ds.config import DataConfig, InputError, Recipe, to_yaml
 from selfgen_ds.files import lock, make_folder
 
 # What may change when a run is resumed; everything else would make it another run.
-_MAY_CHANGE = ("output_dir", "resume", "train.max_steps", "checkpoint.", "eval.", "selfgen.generation_batch_size")
+_MAY_CHANGE = (
+    "output_dir",
+    "resume",
+    "trust_checkpoint",
+    "train.max_steps",
+    "checkpoint.",
+    "eval.",
+    "selfgen.generation_batch_size",
+)
 
 
 def open_output(recipe: Recipe, json_config: dict[str, Any]) -> IO[str]:
@@ -22,9 +31,11 @@ def open_output(recipe: Recipe, json_config: dict[str, Any]) -> IO[str]:
         What holds the folder while it is open.
 
     Raises:
-        InputError: It belongs to another run.
+        InputError: It belongs to another run, or could not be resumed.
     """
     folder = Path(recipe.output_dir)
+    if glob.escape(recipe.output_dir) != recipe.output_dir:
+        raise InputError(f"output_dir: expected none of *?[ in {recipe.output_dir!r}, which DeepSpeed loads by pattern")
     make_folder(folder, "output_dir")
     folder_lock = lock(folder, "output_dir")
     _check_output(recipe, json_config, folder)

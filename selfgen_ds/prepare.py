@@ -11,7 +11,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +38,7 @@ from selfgen_ds.engine.model import (
     vocabulary,
 )
 from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.engine.storage import Storage, find_out
 from selfgen_ds.engine.trainer import initialize, warm_up
 from selfgen_ds.files import write_atomically
 from selfgen_ds.inputs import (
@@ -77,13 +78,14 @@ class Run:
     eval_samples: list[Sample] | None
     data: int
     """Checksum of the training data."""
+    storage: Storage
     total_steps: int
     first_step: int
     """Steps done before this start."""
-    unevaluated: dict[str, float] | None
-    """Metrics of the last of them, where a signal came in its evaluation."""
+    resumed: checkpoint.Checkpoint | None
+    """What they were read from."""
     lock: IO[str] | None
-    """Held on rank 0, so that no other run writes to the folder."""
+    """Held on ranks that keep a folder, so that no other run writes to it."""
     hf_config: HfDeepSpeedConfig
     """Transformers looks at it, through a weak reference, to know that the model is sharded."""
 
@@ -101,8 +103,18 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     json_config = check_settings(recipe, overrides)
     launch.init_process_group()
     check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
+    folder, rank, world_size = Path(recipe.output_dir), dist.get_rank(), dist.get_world_size()
     with together():
-        folder_lock = open_output(recipe, json_config) if dist.get_rank() == 0 else None
+        folder_lock = open_output(recipe, json_config) if rank == 0 else None
+    storage = find_out(folder)
+    with together():
+        if storage.keeps and rank != 0:
+            folder_lock = open_output(recipe, json_config)
+    resumed, step_size = None, _step_size(recipe, world_size)
+    if recipe.resume == "auto":
+        resumed = checkpoint.find(folder / "checkpoints", storage, recipe.trust_checkpoint)
+        step_size = resumed.step_size if resumed else step_size
+    with together():
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         check_positions(recipe, config)
@@ -117,10 +129,10 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         windows = load_windows(
             recipe,
             samples,
+            step_size=step_size,
             micro_batch_size=recipe.train.micro_batch_size,
-            accumulation=recipe.train.gradient_accumulation_steps,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
+            rank=rank,
+            world_size=world_size,
             epochs=recipe.train.epochs,
         )
         total_steps = recipe.train.max_steps or windows.steps()
@@ -128,19 +140,31 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
             raise InputError(f"train.epochs: {recipe.train.epochs} of {len(windows)} rows is no row")
         method = load_method(recipe, tokenizer, samples, windows, total_steps)
         size = recipe.selfgen.epochs_per_round * len(windows)
-        if isinstance(method, RoundMethod) and size < windows.step_size:
-            raise InputError(
-                f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {windows.step_size}"
-            )
+        if isinstance(method, RoundMethod) and size < step_size:
+            raise InputError(f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {step_size}")
+        if isinstance(method, RoundMethod) and not storage.shared:
+            raise InputError(f"output_dir: hosts do not share {folder}; {recipe.selfgen.method} draws rounds into it")
     data = _checksum(samples)
-    engine, hf_config = build_engine(recipe, json_config, config, form, tokenizer, total_steps)
-    folder = Path(recipe.output_dir)
+    if resumed and resumed.data != data:
+        raise InputError(f"data.train: not the rows that {resumed.path} was trained on")
+    fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=windows.accumulation))
+    checkpointing = {
+        "use_node_local_storage": not storage.shared,
+        # at stage 0 every rank loads the same file
+        "load_universal": bool(resumed and resumed.world_size != world_size and ds_config.stage(json_config) > 0),
+    }
+    engine, hf_config = build_engine(
+        fitted, json_config | {"checkpoint": checkpointing}, config, form, tokenizer, total_steps
+    )
     fingerprint = None
     if isinstance(method, RoundMethod):
         fingerprint = Fingerprint(
             model=weights_checksum(engine), tokenizer=tokenizer_hash(tokenizer)[:16], data=f"{data:08x}"
         )
-    resumed = checkpoint.load_newest(engine, folder / "checkpoints", data) if recipe.resume == "auto" else None
+    if resumed:
+        checkpoint.load(engine, resumed, recipe.seed, recipe.trust_checkpoint)
+        if resumed.world_size != world_size:
+            _tell_of_other_ranks(resumed, windows, recipe.train.micro_batch_size)
     log.info(
         "%s on %d samples (%d truncated, %d refused)%s: %d steps of %d rows, %d ranks, %s",
         recipe.selfgen.method,
@@ -149,8 +173,8 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         sum(source.refused for source in samples),
         f" in {len(windows)} packed rows" if recipe.data.packing else "",
         total_steps,
-        windows.step_size,
-        dist.get_world_size(),
+        step_size,
+        world_size,
         f"resumed from {resumed.path}" if resumed else "from the start",
     )
     policy = engine_policy(recipe, engine, end_tokens([*samples, *(eval_samples or [])], tokenizer))
@@ -176,8 +200,9 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
                 step=resumed.step if resumed else 0,
                 poll=poll,
             )
-    if dist.get_rank() == 0:  # nothing is refused from here on
-        write_atomically(folder / "ds_config.json", json.dumps(hf_config.config, indent=2) + "\n")
+    if storage.keeps:  # nothing is refused from here on
+        resolved = {key: value for key, value in hf_config.config.items() if key != "checkpoint"}
+        write_atomically(folder / "ds_config.json", json.dumps(resolved, indent=2) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
     return Run(
         engine=engine,
@@ -189,12 +214,32 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         tokenizer=tokenizer,
         eval_samples=None if eval_samples is None else take(eval_samples, recipe.eval.max_samples),
         data=data,
+        storage=storage,
         total_steps=total_steps,
         first_step=resumed.step if resumed else 0,
-        unevaluated=resumed.unevaluated if resumed else None,
+        resumed=resumed,
         lock=folder_lock,
         hf_config=hf_config,
     )
+
+
+def _step_size(recipe: Recipe, world_size: int) -> int:
+    """Rows of an optimizer step of a run that starts with so many ranks."""
+    return recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps * world_size
+
+
+def _tell_of_other_ranks(resumed: checkpoint.Checkpoint, windows: Windows, micro_batch_size: int) -> None:
+    world_size = dist.get_world_size()
+    log.info(
+        "%d ranks before, %d now: a step keeps its %d rows, as %d micro-batches of %d a rank",
+        resumed.world_size,
+        world_size,
+        windows.step_size,
+        windows.accumulation,
+        micro_batch_size,
+    )
+    if (idle := world_size - -(-windows.step_size // micro_batch_size)) > 0:
+        log.warning("a step has fewer micro-batches than there are ranks: %d of them have nothing to do", idle)
 
 
 def build_engine(

@@ -40,8 +40,8 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         end = _StepEnd(run, recipe, watch)
         watch.begin(run.engine.module)
         gc.disable()
-        if run.unevaluated is not None:
-            end(run.first_step, run.unevaluated)
+        if run.resumed is not None and run.resumed.unevaluated is not None:
+            end(run.first_step, run.resumed.unevaluated)
         for step in range(run.first_step, run.total_steps):
             round_started = time.perf_counter()
             windows = run.windows if run.rounds is None else run.rounds.windows(step)
@@ -136,8 +136,8 @@ class _StepEnd:
         self.journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
         saved = result is None
         if result is None:
-            if dist.get_rank() == 0:
-                checkpoint.record_evaluation(self._checkpoints, step, scores)
+            assert run.resumed is not None
+            checkpoint.record_evaluation(run.resumed, scores, run.storage)
         else:
             self._dropped = 0 if result.applied else self._dropped + 1
             _check_dropped(step, self._dropped, recipe.train.max_nonfinite_steps, result.suspects)
@@ -172,9 +172,19 @@ class _StepEnd:
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
         self._watch.pause()
         run, recipe = self._run, self._recipe
-        checkpoint.save(run.engine, self._checkpoints, step, run.data, scores, run.tokenizer, recipe.model, unevaluated)
-        if dist.get_rank() == 0:
-            checkpoint.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best)
+        checkpoint.save(
+            run.engine,
+            self._checkpoints,
+            step,
+            run.data,
+            scores,
+            run.tokenizer,
+            recipe.model,
+            step_size=run.windows.step_size,
+            storage=run.storage,
+            unevaluated=unevaluated,
+        )
+        checkpoint.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, run.storage)
 
 
 def _check_dropped(step: int, dropped: int, limit: int, suspects: list[int]) -> None:

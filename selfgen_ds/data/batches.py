@@ -106,11 +106,13 @@ class Rows(Protocol):
 class Windows:
     """The training rows as one endless stream, cut into optimizer steps.
 
-    Step s takes the next `world_size * micro_batch_size * accumulation` rows of the stream, so any step can be had
-    without the ones before it. A run of whole epochs ends with a step that is as short as the rows that are left.
+    Step s takes the next `step_size` rows of the stream, so any step can be had without the ones before it. They are
+    dealt out micro-batch by micro-batch, each rank its own in turn; where they do not divide, some ranks' last ones
+    are empty. A run of whole epochs ends with a step that is as short as the rows that are left.
 
     Args:
         samples: By source.
+        step_size: Rows an optimizer step takes, over all ranks.
         packs: The rows of every source that samples are packed into; none means a sample a row.
         weights: Shares of the sources, or None.
         group_by_length: Sort the rows of 50 steps by length and deal them out step by step, so that rows of similar
@@ -122,8 +124,8 @@ class Windows:
         samples: Sequence[Rows],
         *,
         seed: int,
+        step_size: int,
         micro_batch_size: int,
-        accumulation: int,
         rank: int,
         world_size: int,
         epochs: float | None,
@@ -138,8 +140,8 @@ class Windows:
         self._epoch_size = self._stream.size
         self._shift = 0  # from a run's positions to those in the stream
         self._steps: range | None = None  # that rows are sorted in
+        self.step_size = step_size
         self._micro_batch_size = micro_batch_size
-        self._accumulation = accumulation
         self._rank, self._world_size = rank, world_size
         self._end = None if epochs is None else round(epochs * len(self))
         self._group_by_length = group_by_length
@@ -166,9 +168,9 @@ class Windows:
         return self._epoch_size
 
     @property
-    def step_size(self) -> int:
-        """Rows an optimizer step takes, over all ranks."""
-        return self._world_size * self._micro_batch_size * self._accumulation
+    def accumulation(self) -> int:
+        """Micro-batches of every rank in an optimizer step."""
+        return -(-self.step_size // (self._world_size * self._micro_batch_size))
 
     def steps(self) -> int:
         """Optimizer steps of a run of `epochs`."""
@@ -185,7 +187,7 @@ class Windows:
 
     def _micro_batches(self, step: int) -> Iterator[TokenBatch]:
         positions = self._positions(step)
-        for micro in range(self._accumulation):
+        for micro in range(self.accumulation):
             first = (micro * self._world_size + self._rank) * self._micro_batch_size
             places = self._stream.at(positions[first : first + self._micro_batch_size])
             yield collate(

@@ -1,34 +1,40 @@
 """Checkpoints that count only when they are complete.
 
 `checkpoints/step-000100/` holds DeepSpeed's files (without frozen parameters), one file of generator states a rank,
-the model's Hugging Face configuration, tokenizer and list of tensors, and, written last by rank 0 after a barrier,
-`complete.json`: the step, a checksum of the training data, the evaluation metrics of that step, and size and CRC-32 of
-every file by the rank that wrote it. A checkpoint that turns out to be broken loses its name to `broken.json`: it is
-neither loaded nor counted.
+the model's Hugging Face configuration, tokenizer and list of tensors, and, written last after a barrier,
+`complete.json`: the step, the rows of a step, a checksum of the training data, the evaluation metrics of that step,
+size and CRC-32 of every file by the rank that wrote it, and its own CRC-32. A checkpoint that turns out to be broken
+loses its name to `broken.json`: it is neither loaded nor counted.
+
+Rank 0 makes, marks and removes folders; where hosts do not share them the first rank of every host does, and a
+checkpoint counts if it is complete on all hosts.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
-import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError, LoraConfig, ModelConfig
+from selfgen_ds.engine import universal, unpickling
 from selfgen_ds.engine.content import Content
-from selfgen_ds.files import absolute_folder, intact, sync_and_sum, write_atomically
+from selfgen_ds.engine.storage import Storage
+from selfgen_ds.files import absolute_folder, intact, sync_and_sum, sync_folder, write_atomically
+from selfgen_ds.methods import noise
 
 log = logging.getLogger("selfgen_ds")
 
@@ -36,11 +42,9 @@ MARKER = "complete.json"
 BROKEN = "broken.json"
 HF_FOLDER = "huggingface"
 _ADAPTED = "adapted_model.json"
-
-# No checkpoint is unpickled as code: torch refuses everything but tensors, plain containers and these classes,
-# which DeepSpeed keeps in its files; it passes `weights_only=False` itself, which this overrides.
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+_CRC = "crc32"
+_STEP = re.compile(r"step-\d{6,}")
+_OF_A_RANK = re.compile(r"(?:zero_pp|generators)_rank_(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,8 @@ class Checkpoint:
     path: Path
     step: int
     """Optimizer steps done."""
-    world_size: int
+    step_size: int
+    """Rows of an optimizer step, over all ranks."""
     data: int
     """Checksum of the training data."""
     metrics: dict[str, float]
@@ -60,16 +65,50 @@ class Checkpoint:
     unevaluated: dict[str, float] | None = None
     """The step's metrics, where a signal came in its evaluation: that is still to be made."""
 
+    @property
+    def world_size(self) -> int:
+        """Ranks that wrote it."""
+        return len(self.files)
+
 
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
-    """All complete checkpoints, oldest first. Files are not opened: `load_newest` verifies them."""
+    """All complete checkpoints, oldest first. Files are not opened: `find` verifies them."""
     found = []
-    for marker in folder.glob(f"step-*/{MARKER}"):
+    for marker in _named(folder, MARKER):
         try:
-            found.append(Checkpoint(path=marker.parent, **json.loads(marker.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError):
+            found.append(_read_marker(marker))
+        except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("%s is unreadable, the checkpoint is passed over", marker)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those of checkpoints, whatever state they are in; other names that somebody gave are no matter of ours."""
+    return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
+
+
+def _named(folder: Path, *names: str) -> list[Path]:
+    return [path / name for path in _folders(folder) for name in names if (path / name).exists()]
+
+
+def write_marker(path: Path, content: dict[str, Any]) -> None:
+    """Complete a checkpoint.
+
+    Args:
+        content: The fields of `Checkpoint` but for `path`.
+    """
+    write_atomically(path / MARKER, json.dumps(content | {_CRC: _crc(content)}, indent=1))
+
+
+def _read_marker(marker: Path) -> Checkpoint:
+    content = json.loads(marker.read_text(encoding="utf-8"))
+    if content.pop(_CRC) != _crc(content):
+        raise ValueError("not as it was written")
+    return Checkpoint(path=marker.parent, **content)
+
+
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def required_bytes(parameters: int, dtype: str) -> int:
@@ -85,19 +124,50 @@ def save(
     metrics: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
     model: ModelConfig,
+    *,
+    step_size: int,
+    storage: Storage,
     unevaluated: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched.
 
-    Of a model with adapters it holds the adapters, and where the model is.
+    One of this step that is complete is left as it is: this run has written or loaded it. Of a model with adapters a
+    checkpoint holds the adapters, and where the model is.
     """
-    rank, path = dist.get_rank(), folder / f"step-{step:06d}"
-    if rank == 0 and path.exists():
+    path = folder / f"step-{step:06d}"
+    if any(checkpoint.step == step for checkpoint in _complete_everywhere(folder, storage)):
+        return
+    if storage.keeps and path.exists():
         _remove(path)  # left half-written by a run that was killed
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_generator_states(engine.device), path / f"generators_rank_{rank}.pt")
-    if rank == 0:
+    try:
+        _write(engine, path, tokenizer, model, storage)
+    except (OSError, RuntimeError) as error:  # torch says of a full disk that a position is not as expected
+        free = shutil.disk_usage(folder).free
+        raise RuntimeError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {error}") from error
+    dist.barrier()
+
+    written = [f for f in path.rglob("*") if f.is_file() and _is_written_here(f.name, storage)]
+    files: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(files, {str(f.relative_to(path)): sync_and_sum(f) for f in written})
+    if storage.keeps:
+        for made in (path / HF_FOLDER, folder, folder.parent):
+            sync_folder(made)
+        content = {"step": step, "step_size": step_size, "data": data, "metrics": metrics, "files": files}
+        write_marker(path, content | {"unevaluated": unevaluated})
+    dist.barrier()
+
+
+def _write(
+    engine: deepspeed.DeepSpeedEngine,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    storage: Storage,
+) -> None:
+    engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
+    torch.save(_generator_states(engine.device), path / f"generators_rank_{dist.get_rank()}.pt")
+    if storage.keeps:
         engine.module.config.save_pretrained(path / HF_FOLDER)
         engine.module.generation_config.save_pretrained(path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
@@ -105,65 +175,92 @@ def save(
         if model.lora is not None and model.name_or_path is not None:
             located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
             (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
-    dist.barrier()
-
-    written = [f for f in path.rglob("*") if f.is_file() and _writer(f.name, dist.get_world_size()) == rank]
-    manifest = {str(f.relative_to(path)): sync_and_sum(f) for f in written}
-    manifests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(manifests, manifest)
-    if rank == 0:
-        marker = {"step": step, "world_size": dist.get_world_size(), "data": data, "metrics": metrics}
-        marker |= {"unevaluated": unevaluated, "files": manifests}
-        write_atomically(path / MARKER, json.dumps(marker, indent=1))
-    dist.barrier()
 
 
-def record_evaluation(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """What a checkpoint still lacked that was saved in the step's evaluation. Rank 0 alone."""
-    marker = folder / f"step-{step:06d}" / MARKER
-    written = json.loads(marker.read_text(encoding="utf-8"))
-    write_atomically(marker, json.dumps(written | {"metrics": metrics, "unevaluated": None}, indent=1))
+def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage: Storage) -> None:
+    """What a checkpoint still lacks that was saved in the step's evaluation."""
+    if storage.keeps:
+        content = {name: value for name, value in vars(checkpoint).items() if name != "path"}
+        write_marker(checkpoint.path, content | {"metrics": metrics, "unevaluated": None})
 
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, data: int) -> Checkpoint | None:
-    """Load the newest checkpoint whose files are all as they were written; broken ones are passed over, for good.
+def _is_written_here(name: str, storage: Storage) -> bool:
+    """Whether this rank wrote a file, by DeepSpeed's names and ours; what no rank is named in, a keeper did."""
+    writer = _OF_A_RANK.search(name)
+    return int(writer[1]) == dist.get_rank() if writer else storage.keeps
+
+
+def find(folder: Path, storage: Storage, trust: bool = False) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as they were written. Collective.
+
+    Newer ones are broken and are passed over, for good; what was never completed is removed.
 
     Args:
-        data: Checksum of the training data.
+        trust: Files may run code when they are loaded.
 
     Returns:
-        What was loaded, or None if nothing was ever saved.
+        None if nothing was ever saved.
 
     Raises:
-        InputError: All checkpoints are broken, or the newest intact one is of other data or of another number of ranks.
+        InputError: All checkpoints are broken, a file may run code, or hosts have parts of it for other ranks.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for checkpoint in reversed(_agreed(complete_checkpoints(folder))):
-        if checkpoint.world_size != world_size:
-            raise InputError(
-                f"{checkpoint.path} was written by {checkpoint.world_size} ranks and cannot be resumed on {world_size}"
-            )
-        everyone: list[Any] = [None] * world_size
-        dist.all_gather_object(everyone, broken_files(checkpoint, rank))
-        if names := sorted(name for names in everyone for name in names):
-            log.warning("%s is broken (%s) and is passed over", checkpoint.path, ", ".join(names))
-            if rank == 0:
-                (checkpoint.path / MARKER).rename(checkpoint.path / BROKEN)
-            continue
-        if checkpoint.data != data:
-            raise InputError(f"data.train: not the rows that {checkpoint.path} was trained on")
-        # frozen parameters are not in the file: they are where the model came from
-        whole = all(p.requires_grad for p in engine.module.parameters())
-        loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.path.name, load_module_strict=whole)
+    for newest in _complete_everywhere(folder, storage)[-1:]:
+        _check_ranks(newest, storage)
+    found = _newest_intact(folder, storage)
+    if found is None:
+        if damaged := _gathered([str(marker.parent) for marker in _named(folder, MARKER, BROKEN)]):
+            what = "is broken" if storage.shared else "is broken, or not whole on hosts that share none"
+            raise InputError(f"resume: every checkpoint {what}, the newest is {damaged[-1]}")
+    else:
+        _check_ranks(found, storage)
+        mine = [found.path / name for name in _shares(found, storage) if name.endswith(".pt")]
+        if lines := _gathered([] if trust else unpickling.refused(mine)):
+            raise InputError("\n".join(lines))
+    if storage.keeps:
+        _clean(_half_written(folder))
+        shutil.rmtree(folder / universal.FOLDER, ignore_errors=True)  # of a start that was killed
+    return found
+
+
+def _check_ranks(checkpoint: Checkpoint, storage: Storage) -> None:
+    before, now = checkpoint.world_size, dist.get_world_size()
+    if before != now and not storage.shared:
+        raise InputError(
+            f"resume: {checkpoint.path} was written by {before} ranks; for {now} it is converted where all hosts share "
+            f"{checkpoint.path.parent}, but here they do not"
+        )
+
+
+def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, seed: int, trust: bool = False) -> None:
+    """Load a checkpoint that `find` has verified. Collective.
+
+    On another number of ranks it is converted first. Their generators then start anew, from the seed, step and rank.
+
+    Args:
+        engine: With `checkpoint.load_universal` in its configuration if ZeRO has to be told of other ranks.
+
+    Raises:
+        InputError: There is no room to convert it, or it cannot be divided over these ranks.
+    """
+    rank, path = dist.get_rank(), checkpoint.path
+    # frozen parameters are not in the file: they are where the model came from
+    whole = all(p.requires_grad for p in engine.module.parameters())
+    weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    converts = engine.load_universal_checkpoint()
+    with unpickling.trusting(trust):
+        with universal.converted(engine, path) if converts else nullcontext(path.parent) as folder:
+            loaded, _ = engine.load_checkpoint(str(folder), tag=path.name, load_module_strict=whole)
         if loaded is None:
-            raise RuntimeError(f"DeepSpeed did not load {checkpoint.path}")
-        _restore_generators(torch.load(checkpoint.path / f"generators_rank_{rank}.pt"), engine.device)
-        return checkpoint
-    # rank 0 has just renamed markers: the others must not look for themselves
-    damaged = _agreed(sorted({marker.parent for name in (BROKEN, MARKER) for marker in folder.glob(f"step-*/{name}")}))
-    if damaged:
-        raise InputError(f"resume: every checkpoint is broken, the newest is {damaged[-1]}")
-    return None
+            raise RuntimeError(f"DeepSpeed did not load {path}")
+        if converts:  # under ZeRO-3 all groups now have the first one's decay, and their parameters one count of steps
+            for group, weight_decay in zip(engine.optimizer.param_groups, weight_decays, strict=True):
+                group["weight_decay"] = weight_decay
+            for state in engine.optimizer.state.values():
+                state["step"] = copy.deepcopy(state["step"])
+        if checkpoint.world_size == dist.get_world_size():
+            _restore_generators(unpickling.load(path / f"generators_rank_{rank}.pt"), engine.device)
+        else:
+            torch.manual_seed(int(noise.bits(noise.GENERATORS, seed, checkpoint.step, rank)))
 
 
 def adapted_model(path: Path) -> ModelConfig | None:
@@ -174,22 +271,30 @@ def adapted_model(path: Path) -> ModelConfig | None:
     return ModelConfig(**settings | {"lora": LoraConfig(**settings["lora"])})
 
 
-def broken_files(checkpoint: Checkpoint, rank: int) -> list[str]:
-    """Files that are not as this rank wrote them."""
-    return [name for name, entry in checkpoint.files[rank].items() if not intact(checkpoint.path / name, entry)]
+def broken_files(checkpoint: Checkpoint, names: dict[str, list[int]]) -> list[str]:
+    """Files that are not as they were written."""
+    return [name for name, entry in names.items() if not intact(checkpoint.path / name, entry)]
 
 
-def retain(folder: Path, keep: int, metric: str) -> None:
-    """Remove all but the newest `keep` complete checkpoints and the best one by `metric`. Rank 0 alone.
+def retain(folder: Path, keep: int, metric: str, storage: Storage) -> None:
+    """Remove all but the newest `keep` complete checkpoints and the best one by `metric`. Collective.
 
-    Folders that a killed run left half-written go too; damaged ones stay, for somebody to look at.
+    Nothing is removed before the newest is read back, and found as it was written. Folders that a killed run left
+    half-written go too; damaged ones stay, for somebody to look at.
     """
-    complete = complete_checkpoints(folder)
+    if _superfluous(_complete_everywhere(folder, storage), keep, metric) and _newest_intact(folder, storage) is None:
+        return
+    if storage.keeps:
+        _clean(_superfluous(complete_checkpoints(folder), keep, metric) + _half_written(folder))
+
+
+def _superfluous(complete: list[Checkpoint], keep: int, metric: str) -> list[Path]:
     best = best_of(complete, metric)
-    superfluous = [checkpoint.path for checkpoint in complete[:-keep] if checkpoint != best]
-    half_written = [p for p in folder.glob("step-*") if not (p / MARKER).exists() and not (p / BROKEN).exists()]
-    for path in superfluous + half_written:
-        _remove(path)
+    return [checkpoint.path for checkpoint in complete[:-keep] if checkpoint != best]
+
+
+def _half_written(folder: Path) -> list[Path]:
+    return [path for path in _folders(folder) if not (path / MARKER).exists() and not (path / BROKEN).exists()]
 
 
 def better(value: float, other: float, metric: str) -> bool:
@@ -210,23 +315,57 @@ def best_of(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
     return best
 
 
-def _agreed(seen: list[Any]) -> list[Any]:
-    """Rank 0's view of a folder, so that all ranks do the same even while a file system catches up. Collective."""
-    agreed = [seen]
-    dist.broadcast_object_list(agreed, src=0)
-    return agreed[0]
+def _complete_everywhere(folder: Path, storage: Storage) -> list[Checkpoint]:
+    """Checkpoints that are complete on every host, oldest first; of a shared folder rank 0's view. Collective."""
+    if storage.shared:
+        agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(agreed, src=0)
+        return agreed[0]
+    mine = {repr(replace(checkpoint, path=Path())): checkpoint for checkpoint in complete_checkpoints(folder)}
+    views: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(views, set(mine))
+    return [checkpoint for what, checkpoint in mine.items() if all(what in view for view in views)]
+
+
+def _newest_intact(folder: Path, storage: Storage) -> Checkpoint | None:
+    """The newest complete checkpoint whose files all are as they were written; newer ones are marked. Collective."""
+    for checkpoint in reversed(_complete_everywhere(folder, storage)):
+        if names := _gathered(broken_files(checkpoint, _shares(checkpoint, storage))):
+            log.warning("%s is broken (%s) and is passed over", checkpoint.path, ", ".join(names))
+            continue
+        if storage.keeps:
+            for newer in complete_checkpoints(folder):
+                if newer.step > checkpoint.step:
+                    (newer.path / MARKER).rename(newer.path / BROKEN)
+        return checkpoint
+    return None
+
+
+def _gathered(mine: list[str]) -> list[str]:
+    """What all ranks have found, sorted, each once. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return sorted({line for lines in everyone for line in lines})
+
+
+def _shares(checkpoint: Checkpoint, storage: Storage) -> dict[str, list[int]]:
+    """The files that this rank verifies: those that it wrote, or its share of them if there were more ranks."""
+    rank = dist.get_rank()
+    step = dist.get_world_size() if storage.shared else checkpoint.world_size
+    return {name: entry for files in checkpoint.files[rank::step] for name, entry in files.items()}
+
+
+def _clean(paths: list[Path]) -> None:
+    for path in paths:
+        try:
+            _remove(path)
+        except OSError as error:  # such as a file that somebody has open, over NFS
+            log.warning("%s cannot be removed: %s", path, error)
 
 
 def _remove(path: Path) -> None:
     (path / MARKER).unlink(missing_ok=True)  # first, so that no half-removed checkpoint looks complete
     shutil.rmtree(path)
-
-
-def _writer(name: str, world_size: int) -> int:
-    """The rank that wrote a file, by DeepSpeed's names and ours; rank 0 wrote what no rank is named in."""
-    parts = name.replace(".", "_").split("_")
-    number = parts[parts.index("rank") + 1] if "rank" in parts else "0"
-    return int(number) if number.isdigit() and int(number) < world_size else 0
 
 
 def _generator_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -35,8 +35,12 @@ def read(path: str) -> dict[str, Any]:
     return config
 
 
-def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[str]:
-    """What is wrong with a JSON, or between it and the recipe, one line each."""
+def problems(recipe: Recipe, config: dict[str, Any], world_size: int, first_ranks: int | None = None) -> list[str]:
+    """What is wrong with a JSON, or between it and the recipe, one line each.
+
+    Args:
+        first_ranks: Those that a run which goes on was started with: batch sizes are theirs.
+    """
     sections = (
         "zero_optimization",
         "activation_checkpointing",
@@ -61,7 +65,7 @@ def problems(recipe: Recipe, config: dict[str, Any], world_size: int) -> list[st
         if not isinstance(value, dict):
             found.append(f"{section}.{key}: expected an object, got {value!r}")
     if not found:
-        filled = _fill(recipe, config, world_size)
+        filled = _fill(recipe, config, first_ranks or world_size)
         autos = [key for key in _autos(filled.config) if key not in (*_HIDDEN_SIZE_KEYS, "zero_optimization.stage")]
         found = _setting_problems(recipe, config)
         found += [m.removeprefix("- ds ").replace(" vs hf ", " differs from the recipe: ") for m in filled.mismatches]
@@ -82,6 +86,8 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
         found.append("torch_autocast.enabled: expected false; the pass and rollouts compute in model.dtype")
     if "scheduler" in config:
         found.append("scheduler: expected none; optim.schedule and optim.warmup_ratio decide")
+    # other writers and forms of files are not what a checkpoint's manifest and its safe loading rely on
+    found += [f"{key}: expected none; the run decides" for key in ("checkpoint", "datastates_ckpt") if key in config]
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) in (0, 1, 2):
         found += [
@@ -125,6 +131,11 @@ def _checkpointing_problems(recipe: Recipe, section: dict[str, Any]) -> list[str
     if offload is True and not recipe.train.activation_checkpointing:
         found.append("activation_checkpointing.cpu_checkpointing: true, but train.activation_checkpointing is false")
     return found
+
+
+def stage(config: dict[str, Any]) -> int:
+    """ZeRO's; assumes that `problems` found none."""
+    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def offloads_activations(config: dict[str, Any]) -> bool:
@@ -202,11 +213,15 @@ _HIDDEN_SIZE_KEYS = {
 def resolve(recipe: Recipe, config: dict[str, Any], world_size: int, hidden_size: int) -> HfTrainerDeepSpeedConfig:
     """The JSON with every `"auto"` filled; assumes that `problems` found none.
 
-    While the returned object lives, `transformers` creates models sharded if the stage is 3: keep it.
+    Batch sizes are those of these ranks, whatever the JSON says for those that the run was started with. While the
+    returned object lives, `transformers` creates models sharded if the stage is 3: keep it.
     """
     filled = _fill(recipe, config, world_size)
     for key, size in _HIDDEN_SIZE_KEYS.items():
         filled.fill_only(key, size(hidden_size))
+    train = recipe.train
+    filled.config["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+    filled.config["train_batch_size"] = train.micro_batch_size * train.gradient_accumulation_steps * world_size
     return filled
 
 

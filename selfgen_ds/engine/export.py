@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError, LoraConfig, ModelConfig
-from selfgen_ds.engine import checkpoint, lora
+from selfgen_ds.engine import checkpoint, lora, unpickling
 from selfgen_ds.engine.content import Content, plain_tensors
 from selfgen_ds.engine.model import build_model, from_config
 from selfgen_ds.files import make_folder
@@ -54,22 +54,28 @@ def export_engine(
     dist.barrier()
 
 
-def export_checkpoint(path: Path, folder: Path) -> None:
+def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
     """Write the model of a complete checkpoint, in one process and without a process group.
 
+    Args:
+        trust: The checkpoint's files may run code when they are loaded.
+
     Raises:
-        InputError: `path` is no complete checkpoint or not as it was written, `folder` exists, or the model that an
-            adapter was trained on is gone.
+        InputError: `path` is no complete checkpoint, not as it was written or may run code, `folder` exists, or the
+            model that an adapter was trained on is gone.
     """
     found = next((c for c in checkpoint.complete_checkpoints(path.parent) if c.path == path), None)
     if found is None:
         there = ", ".join(c.path.name for c in checkpoint.complete_checkpoints(path.parent)) or "none"
         raise InputError(f"{path}: no complete checkpoint (with {checkpoint.MARKER}); there are {there}")
-    if broken := [name for rank in range(found.world_size) for name in checkpoint.broken_files(found, rank)]:
+    if broken := [name for files in found.files for name in checkpoint.broken_files(found, files)]:
         raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
     if folder.exists():
         raise InputError(f"{folder}: exists already")
-    tensors = _saved_tensors(path)
+    if not trust and (refusals := unpickling.refused(sorted(path.glob("*.pt")))):
+        raise InputError("\n".join(refusals))
+    with unpickling.trusting(trust):
+        tensors = _saved_tensors(path)
     if (source := checkpoint.adapted_model(path)) is not None:
         _export_adapted(path, folder, tensors, source)
         return
@@ -83,7 +89,7 @@ def _saved_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint's files; some are read when they are used."""
     whole = path / "mp_rank_00_model_states.pt"
     if whole.exists() and not list(path.glob("*_optim_states.pt")):  # stage 0: nothing is sharded
-        tensors = torch.load(whole, mmap=True)["module"]
+        tensors = unpickling.load(whole, mmap=True)["module"]
     else:
         with redirect_stdout(StringIO()):  # DeepSpeed prints its progress through the files
             tensors = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)

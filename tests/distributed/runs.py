@@ -23,6 +23,7 @@ from selfgen_ds.config import (
     TrainConfig,
 )
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import checkpoint
 from selfgen_ds.engine.trainer import StepResult, train_step
 from selfgen_ds.prepare import Run, prepare
 from selfgen_ds.train import train
@@ -114,17 +115,32 @@ def run_training(settings: Recipe) -> None:
 
 
 def steps(
-    run: Run, number: int, label_smoothing: float = 0.0
+    run: Run, number: int, label_smoothing: float = 0.0, first: int = 0
 ) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
-    """The trainer's steps; what each gave, and the contexts that were read, by (step, sample id)."""
+    """The trainer's steps from `first` on; what each gave, and the contexts that were read, by (step, sample id)."""
     results, contexts = [], {}
-    for step in range(number):
+    for step in range(first, number):
         window = run.method.contexts(run.windows.window(step), run.policy, step)
         for batch in window:
             for sample in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
                 contexts[step, sample] = batch.context[batch.sample_ids == sample].tolist()
         results.append(train_step(run.engine, window, label_smoothing))
     return results, contexts
+
+
+def save(run: Run, settings: Recipe, step: int) -> None:
+    """A checkpoint as the training loop writes it, without evaluation."""
+    checkpoint.save(
+        run.engine,
+        Path(settings.output_dir) / "checkpoints",
+        step,
+        run.data,
+        {},
+        run.tokenizer,
+        settings.model,
+        step_size=run.windows.step_size,
+        storage=run.storage,
+    )
 
 
 def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
+import re
 import shutil
+import sys
 import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,9 +32,11 @@ from selfgen_ds.config import (
     TrainConfig,
     to_yaml,
 )
-from selfgen_ds.engine import checkpoint, export
+from selfgen_ds.engine import checkpoint, export, universal, unpickling
+from selfgen_ds.engine.storage import Storage
+from selfgen_ds.prepare import prepare
 from tests.distributed import runs
-from tests.ranks import Ranks, deepspeed
+from tests.ranks import Ranks, command, deepspeed
 
 
 @pytest.fixture
@@ -109,8 +115,6 @@ def resume(two_ranks: Ranks, settings: Recipe) -> int:
 
 
 def first_step(settings: Recipe) -> int:
-    from selfgen_ds.prepare import prepare
-
     return prepare(settings, set()).first_step
 
 
@@ -140,9 +144,125 @@ def test_a_broken_newest_checkpoint_does_not_crowd_out_good_ones(two_ranks: Rank
     (folder / "step-000006" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"")
     saved.checkpoint.keep = 1
     assert resume(two_ranks, saved) == 4
-    checkpoint.retain(folder, keep=1, metric="loss")
+    two_ranks.run(retain, folder, 1)
     assert names(saved) == ["step-000004"]
     assert resume_again(two_ranks, saved) == 4
+
+
+def retain(folder: Path, keep: int) -> None:
+    checkpoint.retain(folder, keep, "loss", Storage(shared=True, keeps=dist.get_rank() == 0))
+
+
+@pytest.mark.parametrize("damaged", [["step-000006"], ["step-000006", "step-000004"]])
+def test_older_checkpoints_are_not_removed_for_a_newest_one_that_is_broken(
+    two_ranks: Ranks, saved: Recipe, damaged: list[str]
+) -> None:
+    folder = Path(saved.output_dir) / "checkpoints"
+    for name in damaged:
+        (folder / name / "generators_rank_1.pt").write_bytes(b"")
+    two_ranks.run(retain, folder, 1)
+    intact = "step-000002" if len(damaged) == 2 else "step-000004"
+    assert names(saved) == [intact]
+    assert sorted(path.name for path in folder.glob("step-*")) == sorted({intact, *damaged})
+    assert resume(two_ranks, saved) == int(intact[-1])
+
+
+def test_nothing_is_removed_where_no_checkpoint_is_intact(two_ranks: Ranks, saved: Recipe) -> None:
+    folder = Path(saved.output_dir) / "checkpoints"
+    for path in folder.glob("step-*/generators_rank_1.pt"):
+        path.write_bytes(b"")
+    two_ranks.run(retain, folder, 1)
+    assert names(saved) == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_a_step_that_is_saved_already_is_not_written_again(two_ranks: Ranks, folder: Path) -> None:
+    """Were it, there would be no checkpoint meanwhile if it is the only one."""
+    settings = runs.recipe(folder)
+    assert two_ranks.run(saved_twice, settings)[0] == [True, True]
+
+
+def saved_twice(settings: Recipe) -> list[bool]:
+    """Whether the files and the marker of a step stay as they are."""
+    run = prepare(settings, set())
+    runs.steps(run, 1)
+    seen = []
+    for _ in range(2):
+        runs.save(run, settings, 1)
+        files = sorted((Path(settings.output_dir) / "checkpoints" / "step-000001").rglob("*"))
+        seen.append([(path.name, path.stat().st_mtime_ns, path.stat().st_ino) for path in files])
+    return [seen[0] == seen[1], len(seen[0]) > 8]
+
+
+class Killed(BaseException):
+    """In the place of a SIGKILL: what has been done to files until then stays."""
+
+
+_MOMENTS: dict[str, int | None] = {"left": None}  # file operations until a kill; the hook below stays in the process
+
+
+def _count(event: str, arguments: tuple[Any, ...]) -> None:
+    if _MOMENTS["left"] is None or event not in _OPERATIONS:
+        return
+    if event == "open" and not (isinstance(arguments[1], str) and arguments[1].startswith(("w", "x"))):
+        return
+    _MOMENTS["left"] -= 1
+    if _MOMENTS["left"] < 0:
+        _MOMENTS["left"] = None
+        raise Killed
+
+
+_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "torch.save"}
+
+
+def steps_after_kills(settings: Recipe) -> list[int]:
+    """With one checkpoint kept, die at every file operation of saving the next one and removing the first.
+
+    Returns:
+        The step of the newest intact checkpoint after each.
+    """
+    run = prepare(settings, set())
+    folder = Path(settings.output_dir) / "checkpoints"
+    runs.steps(run, 1)
+    runs.save(run, settings, 1)
+    shutil.copytree(folder, folder.with_name("first"))
+    sys.addaudithook(_count)
+    found: list[int] = []
+    write = torch.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def audited(*arguments: Any, **settings: Any) -> None:
+            _count("torch.save", ())  # it opens files where Python does not see it
+            write(*arguments, **settings)
+
+        patch.setattr(torch, "save", audited)
+        while True:
+            shutil.rmtree(folder)
+            shutil.copytree(folder.with_name("first"), folder)
+            done = False
+            _MOMENTS["left"] = len(found)
+            try:
+                runs.save(run, settings, 2)
+                checkpoint.retain(folder, 1, "loss", run.storage)
+                done = True
+            except Killed:
+                pass
+            _MOMENTS["left"] = None
+            newest = checkpoint.find(folder, run.storage)
+            assert newest is not None
+            found.append(newest.step)
+            left = [path.name for path in folder.glob("step-*")]
+            assert len(left) == len(checkpoint.complete_checkpoints(folder)), "what is half-written is removed"
+            if done:
+                assert left == ["step-000002"]
+                return found
+
+
+def test_a_save_that_is_killed_anywhere_leaves_an_intact_checkpoint(one_rank: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder)
+    found = one_rank.run(steps_after_kills, settings)[0]
+    assert found == sorted(found)
+    assert found.count(1) > 10, "kills before it is complete"
+    assert found.count(2) > 10, "kills while the older one is removed"
 
 
 def resume_again(two_ranks: Ranks, settings: Recipe) -> int:
@@ -158,23 +278,41 @@ def test_when_every_checkpoint_is_broken_the_run_stops(two_ranks: Ranks, saved: 
     assert len(runs.metrics(saved)) == 6
 
 
-def test_half_written_folders_are_removed_with_the_next_checkpoint(saved: Recipe) -> None:
+def test_half_written_folders_are_removed_and_those_of_other_names_are_not(two_ranks: Ranks, saved: Recipe) -> None:
     folder = Path(saved.output_dir) / "checkpoints"
     (folder / "step-000005").mkdir()
-    checkpoint.retain(folder, keep=3, metric="loss")
+    (folder / "step-000006-exported").mkdir()
+    two_ranks.run(retain, folder, 3)
     assert not (folder / "step-000005").exists()
+    (folder / "step-000005").mkdir()
+    assert resume(two_ranks, saved) == 6
+    assert not (folder / "step-000005").exists()
+    assert (folder / "step-000006-exported").exists()
 
 
-def test_a_checkpoint_with_a_damaged_marker_is_not_removed(saved: Recipe) -> None:
+def test_a_checkpoint_with_a_damaged_marker_is_not_removed(two_ranks: Ranks, saved: Recipe) -> None:
     folder = Path(saved.output_dir) / "checkpoints"
     (folder / "step-000002" / checkpoint.MARKER).write_text("{")
-    checkpoint.retain(folder, keep=1, metric="loss")
+    two_ranks.run(retain, folder, 1)
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000002", "step-000006"]
 
 
-def test_retention_keeps_as_many_as_it_is_told(saved: Recipe) -> None:
-    folder = Path(saved.output_dir) / "checkpoints"
-    checkpoint.retain(folder, keep=3, metric="loss")
+@pytest.mark.parametrize("change", ["another step", "fewer files", "no checksum", "no object"])
+def test_a_marker_that_can_be_read_but_is_not_as_it_was_written_does_not_count(saved: Recipe, change: str) -> None:
+    marker = Path(saved.output_dir) / "checkpoints" / "step-000006" / checkpoint.MARKER
+    content = json.loads(marker.read_text())
+    if change == "another step":
+        content["step"] = 7
+    elif change == "fewer files":
+        content["files"].pop()
+    elif change == "no checksum":
+        del content["crc32"]
+    marker.write_text("6" if change == "no object" else json.dumps(content))
+    assert names(saved) == ["step-000002", "step-000004"]
+
+
+def test_retention_keeps_as_many_as_it_is_told(two_ranks: Ranks, saved: Recipe) -> None:
+    two_ranks.run(retain, Path(saved.output_dir) / "checkpoints", 3)
     assert names(saved) == ["step-000002", "step-000004", "step-000006"]
 
 
@@ -259,6 +397,12 @@ def test_a_model_is_not_replaced_by_what_is_trained_from_it(two_ranks: Ranks, fo
         two_ranks.run(runs.run_training, settings)
 
 
+def test_a_folder_that_could_not_be_resumed_is_refused(one_rank: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder, output_dir=str(folder / "lr[1e-2]"))
+    with pytest.raises(AssertionError, match=r"InputError: output_dir: expected none of \*\?\[ in '.*lr\[1e-2\]'"):
+        one_rank.run(first_step, settings)
+
+
 def test_with_no_usable_checkpoint_a_run_starts_from_the_beginning(two_ranks: Ranks, saved: Recipe) -> None:
     for path in (Path(saved.output_dir) / "checkpoints").glob("step-*"):
         (path / checkpoint.MARKER).unlink()
@@ -284,12 +428,6 @@ def test_another_setting_may_not_change_on_resume(two_ranks: Ranks, saved: Recip
         two_ranks.run(runs.run_training, saved)
 
 
-def test_another_world_size_is_refused(one_rank: Ranks, saved: Recipe) -> None:
-    saved.resume = "auto"
-    with pytest.raises(AssertionError, match="written by 2 ranks and cannot be resumed on 1"):
-        one_rank.run(runs.run_training, saved)
-
-
 def test_the_newest_and_the_best_checkpoints_are_kept(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=1))
     settings.optim.learning_rate, settings.optim.schedule = 1.0, "constant"  # learns nothing
@@ -302,24 +440,98 @@ def test_the_newest_and_the_best_checkpoints_are_kept(two_ranks: Ranks, folder: 
     assert best not in (7, 8), "the test needs a best step that is not the last"
 
 
-def test_code_in_a_checkpoint_is_not_run(two_ranks: Ranks, saved: Recipe) -> None:
-    newest = Path(saved.output_dir) / "checkpoints" / "step-000006"
-    states = newest / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    torch.save(Exploit(str(newest / "executed")), states)
-    marker = json.loads((newest / checkpoint.MARKER).read_text())
-    marker["files"][0][states.name] = [states.stat().st_size, zlib.crc32(states.read_bytes())]
-    (newest / checkpoint.MARKER).write_text(json.dumps(marker))
-    with pytest.raises(AssertionError, match=pickle.UnpicklingError.__name__):
-        resume(two_ranks, saved)
-    assert not (newest / "executed").exists()
-
-
 class Exploit:
     def __init__(self, path: str) -> None:
         self.path = path
 
     def __reduce__(self) -> tuple:
-        return Path.touch, (Path(self.path),)
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture
+def infected(saved: Recipe) -> tuple[Recipe, Path, Path]:
+    """A run whose newest checkpoint holds code, in a file that is otherwise as it was: the file, and what it makes."""
+    newest = Path(saved.output_dir) / "checkpoints" / "step-000006"
+    file, made = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt", newest.parent / "made"
+    torch.save(torch.load(file, weights_only=False) | {"more": Exploit(str(made))}, file)
+    found = vars(checkpoint.complete_checkpoints(newest.parent)[-1])
+    found["files"][1][file.name] = [file.stat().st_size, zlib.crc32(file.read_bytes())]
+    checkpoint.write_marker(newest, {name: value for name, value in found.items() if name != "path"})
+    saved.resume = "auto"
+    return saved, file, made
+
+
+REFUSED = r"expected tensors and plain containers, found something else \(posix.system\), .*trust_checkpoint"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_code_in_a_checkpoint_is_refused_in_one_clear_line(
+    one_rank: Ranks, two_ranks: Ranks, infected: tuple[Recipe, Path, Path], number: int
+) -> None:
+    settings, file, made = infected
+    ranks = {1: one_rank, 2: two_ranks}[number]
+    with pytest.raises(AssertionError) as caught:
+        ranks.run(first_step, settings)
+    lines = [line for line in str(caught.value).splitlines() if "InputError: " in line]
+    assert len(lines) == number
+    assert re.search(f"InputError: {file}: {REFUSED}", lines[0])
+    assert not made.exists()
+
+
+def test_code_in_a_checkpoint_is_not_run_by_a_conversion_either_which_fails_on_all_ranks(
+    two_ranks: Ranks, infected: tuple[Recipe, Path, Path]
+) -> None:
+    settings, _, made = infected
+    with pytest.raises(AssertionError) as caught:
+        two_ranks.run(converted, settings)
+    assert str(caught.value).count("RuntimeError: rank 0: UnpicklingError(") == 2
+    assert not made.exists()
+
+
+def converted(settings: Recipe) -> None:
+    engine = prepare(replace(settings, resume=None, output_dir=settings.output_dir + "-new"), set()).engine
+    with universal.converted(engine, Path(settings.output_dir) / "checkpoints" / "step-000006"):
+        pass
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_checkpoint_that_is_trusted_may_run_code(
+    one_rank: Ranks, two_ranks: Ranks, infected: tuple[Recipe, Path, Path], number: int
+) -> None:
+    settings, _, made = infected
+    settings.trust_checkpoint = True
+    ranks = {1: one_rank, 2: two_ranks}[number]
+    assert set(ranks.run(first_step, settings)) == {6}
+    assert made.exists()
+    made.unlink()
+    settings.trust_checkpoint = False
+    with pytest.raises(AssertionError, match="trust_checkpoint"):
+        ranks.run(first_step, settings)
+    assert not made.exists()
+
+
+def test_code_in_a_checkpoint_is_not_run_by_an_export_unless_it_is_trusted(
+    infected: tuple[Recipe, Path, Path], folder: Path
+) -> None:
+    _, file, made = infected
+    options = ["export", "--checkpoint", str(file.parent), "--output_dir", str(folder / "exported")]
+    assert command(options, folder / "log") == 2
+    lines = (folder / "log").read_text().splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(f"selfgen-ds: error: {file}: {REFUSED}.*", lines[0])
+    assert not made.exists()
+    assert not (folder / "exported").exists()
+    assert command([*options, "--trust_checkpoint", "true"], folder / "log") == 0
+    assert made.exists()
+    assert (folder / "exported" / "model.safetensors").exists()
+
+
+def test_a_file_that_torch_did_not_write_is_refused_too(saved: Recipe) -> None:
+    file = Path(saved.output_dir) / "checkpoints" / "step-000006" / "generators_rank_0.pt"
+    assert unpickling.refused([file]) == []
+    file.write_bytes(pickle.dumps(Exploit(str(file.parent / "made"))))
+    assert len(unpickling.refused([file])) == 1
+    assert not (file.parent / "made").exists()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -18,7 +18,6 @@ from selfgen_ds.config import ModelConfig, OptimConfig, Recipe, SelfgenConfig, T
 from selfgen_ds.data.batches import TokenBatch, Windows
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine import checkpoint
 from selfgen_ds.engine.export import export_checkpoint, export_engine
 from selfgen_ds.engine.policy import Sampling
 from selfgen_ds.engine.trainer import StepResult
@@ -217,8 +216,8 @@ def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[Toke
         for batch in Windows(
             [samples],
             seed=settings.seed,
+            step_size=2 * settings.train.micro_batch_size * settings.train.gradient_accumulation_steps,
             micro_batch_size=settings.train.micro_batch_size,
-            accumulation=settings.train.gradient_accumulation_steps,
             rank=rank,
             world_size=2,
             epochs=settings.train.epochs,
@@ -232,7 +231,7 @@ def train_and_export(settings: Recipe, number: int) -> tuple[list[StepResult], d
     folder = Path(settings.output_dir)
     export_engine(run.engine, folder / "untrained", run.tokenizer)
     results = runs.steps(run, number)
-    checkpoint.save(run.engine, folder / "checkpoints", number, 0, {}, run.tokenizer, settings.model)
+    runs.save(run, settings, number)
     export_engine(run.engine, folder / "trained", run.tokenizer)
     return results
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds.config import ModelConfig, Recipe, TrainConfig
-from selfgen_ds.engine import checkpoint, export
+from selfgen_ds.engine import export
 from selfgen_ds.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
@@ -72,7 +72,7 @@ def export_in_small_shards(settings: Recipe) -> None:
     before, export.MAX_SHARD = export.MAX_SHARD, "30KB"
     try:
         export.export_engine(run.engine, folder / "engine", run.tokenizer)
-        checkpoint.save(run.engine, folder / "checkpoints", 1, 0, {}, run.tokenizer, settings.model)
+        runs.save(run, settings, 1)
     finally:
         export.MAX_SHARD = before
 

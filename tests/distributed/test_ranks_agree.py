@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class OneForwardMore(ScheduledSampling):
 
 def test_a_rank_that_makes_another_number_of_forwards_is_named(two_ranks: Ranks, folder: Path) -> None:
     # weights that are never released: the ranks wait for each other later, or never
-    settings = runs.recipe(folder, deepspeed=runs.write_whole_json(folder))
-    settings.selfgen.method = f"{__name__}:OneForwardMore"
+    method = replace(runs.MIXING, method=f"{__name__}:OneForwardMore")
+    settings = runs.recipe(folder, deepspeed=runs.write_whole_json(folder), selfgen=method)
     with pytest.raises(AssertionError, match=r"rank 1 made (\d) forwards in a step, rank 0 made \d"):
         two_ranks.run(runs.run_training, settings)
 

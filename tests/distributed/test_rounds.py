@@ -360,8 +360,7 @@ def checksums(settings: Recipe) -> None:
     runs.steps(run, 1)
     trained = weights_checksum(run.engine)
     assert trained not in seen
-    folder = Path(settings.output_dir) / "checkpoints"
-    checkpoint.save(run.engine, folder, 1, run.data, {}, run.tokenizer, settings.model)
+    runs.save(run, settings, 1)
     again = prepare(replace(settings, resume="auto"), set())
     assert again.first_step == 1
     assert weights_checksum(again.engine) == trained
@@ -428,7 +427,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     tokenizer = byte_tokenizer()
     plain = build_model(source, model_config(source, tokenizer))
     samples = load_data(settings, tokenizer)
-    shape = {"micro_batch_size": 2, "accumulation": 2, "rank": 0, "world_size": 2, "epochs": None}
+    shape = {"step_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 2, "epochs": None}
     method = load_method(settings, tokenizer, samples, load_windows(settings, samples, **shape), 6)
     assert isinstance(method, RoundMethod)
     policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))

@@ -132,13 +132,15 @@ def _windows(count: int = 24, *, sources: list[Samples] | None = None, packing: 
     defaults: dict[str, Any] = {
         "seed": 0,
         "micro_batch_size": 2,
-        "accumulation": 2,
         "rank": 0,
         "world_size": 1,
         "epochs": None,
     }
     packs = [load_packs(source, 100) for source in samples] if packing else None
-    return Windows(samples, packs=packs, **(defaults | others))
+    shape = defaults | others
+    accumulation = shape.pop("accumulation", 2)
+    rows = shape["micro_batch_size"] * accumulation * shape["world_size"]
+    return Windows(samples, packs=packs, **({"step_size": rows} | shape))
 
 
 def _batch_ids(batch: TokenBatch) -> list[int]:
@@ -207,16 +209,26 @@ def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -
 
 
 @KINDS
-@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 4, 2), (2, 2, 2), (8, 1, 1)])
-def test_a_step_has_the_same_rows_on_any_number_of_ranks(kind: str, ranks: int, micro: int, accumulation: int) -> None:
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (8, 1), (3, 2), (3, 1), (2, 3), (11, 1)])
+def test_a_step_has_the_same_rows_on_any_number_of_ranks(kind: str, ranks: int, micro: int) -> None:
     whole = _of_kind(kind, micro_batch_size=8, accumulation=1)
-    parts = [
-        _of_kind(kind, micro_batch_size=micro, accumulation=accumulation, rank=rank, world_size=ranks)
-        for rank in range(ranks)
-    ]
+    parts = [_of_kind(kind, step_size=8, micro_batch_size=micro, rank=rank, world_size=ranks) for rank in range(ranks)]
+    assert {len(windows.window(0)) for windows in parts} == {-(-8 // (micro * ranks))}
     for step in range(6):
         rows = [i for windows in parts for i in _ids(windows, range(step, step + 1))]
         assert sorted(rows) == sorted(_ids(whole, range(step, step + 1)))
+
+
+@KINDS
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+def test_micro_batches_are_the_same_on_any_number_of_ranks(kind: str, ranks: int) -> None:
+    parts = [
+        _of_kind(kind, step_size=8, micro_batch_size=2, rank=rank, world_size=ranks).window(3) for rank in range(ranks)
+    ]
+    dealt = [_batch_ids(batch) for in_turn in zip(*parts, strict=True) for batch in in_turn]
+    alone = _of_kind(kind, step_size=8, micro_batch_size=2).window(3)
+    assert dealt[:4] == [_batch_ids(batch) for batch in alone]
+    assert not any(dealt[4:])
 
 
 @KINDS

@@ -101,6 +101,8 @@ def test_a_key_inside_a_section_of_zero_optimization_is_named(recipe: Recipe) ->
         ({"fp16": {"enabled": True}}, "fp16.enabled: expected false"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled: expected false"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: expected none; optim.schedule"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint: expected none; the run decides"),
+        ({"datastates_ckpt": {"host_cache_size": 16}}, "datastates_ckpt: expected none; the run decides"),
         (
             {"activation_checkpointing": {"partition_activations": True}},
             r"activation_checkpointing\.partition_activations: has no effect on Hugging Face models",
@@ -153,6 +155,15 @@ def test_a_value_that_differs_from_the_recipes_names_both(
     problem = _problem(recipe, ZERO3 | config)
     assert key in problem
     assert setting in problem
+
+
+def test_batch_sizes_may_be_those_of_the_ranks_that_a_run_was_started_with(recipe: Recipe) -> None:
+    config = ZERO3 | {"train_batch_size": 24, "gradient_accumulation_steps": 3, "train_micro_batch_size_per_gpu": 2}
+    assert len(ds_config.problems(recipe, config, 7)) == 1
+    assert ds_config.problems(recipe, config, 7, first_ranks=WORLD_SIZE) == []
+    recipe.train.gradient_accumulation_steps = 2  # recomputed: 7 ranks x 2 rows x 2 are the first to hold 24
+    resolved = ds_config.resolve(recipe, config, 7, HIDDEN_SIZE).config
+    assert [resolved[key] for key in config if key != "zero_optimization"] == [28, 2, 2]
 
 
 def test_values_equal_to_the_recipes_are_no_problem(recipe: Recipe) -> None:

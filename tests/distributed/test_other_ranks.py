@@ -1,0 +1,367 @@
+"""A run goes on with other ranks than it was started with as it would have with those."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+from selfgen_ds.config import CheckpointConfig, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.data.store import Writer, load_table
+from selfgen_ds.engine import checkpoint, universal
+from selfgen_ds.engine.checksum import weights_checksum
+from selfgen_ds.prepare import prepare
+from tests.architectures import ARCHITECTURES
+from tests.distributed import runs
+from tests.distributed.test_ds_configs import write_json
+from tests.ranks import ROOT, Ranks
+
+TIMEOUT = 120.0
+SAVED, STEPS = 3, 6
+CPU = str(ROOT / "ds_configs" / "zero3_cpu.json")
+
+
+@pytest.fixture(scope="module")
+def ranks(one_rank: Ranks, two_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    started = {1: one_rank, 2: two_ranks, 3: Ranks(3), 4: Ranks(4)}
+    yield started
+    for number in (3, 4):
+        started[number].stop()
+
+
+class Steps(NamedTuple):
+    """What a rank saw."""
+
+    losses: list[float]
+    contexts: dict[tuple[int, int], list[int]]
+    accumulation: int
+    checksum: str
+    """Of the weights that it started with."""
+    logged: list[str]
+
+
+def steps(settings: Recipe, save_at: int = 0, until: int = STEPS) -> Steps:
+    """Start, or go on where a checkpoint is, and write another one behind step `save_at`."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("selfgen_ds")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        run = prepare(settings, set())
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    checksum = weights_checksum(run.engine)
+    results, contexts = runs.steps(run, save_at or until, first=run.first_step)
+    if save_at:
+        runs.save(run, settings, save_at)
+        more, others = runs.steps(run, until, first=save_at)
+        results, contexts = results + more, contexts | others
+    return Steps([result.loss for result in results], contexts, run.windows.accumulation, checksum, records)
+
+
+def together(found: list[Steps]) -> tuple[list[float], dict[tuple[int, int], list[int]]]:
+    """Losses, and the contexts of all ranks."""
+    assert all(steps.losses == found[0].losses for steps in found)
+    return found[0].losses, {key: row for steps in found for key, row in steps.contexts.items()}
+
+
+def resumed(settings: Recipe, name: str) -> Recipe:
+    """The same command, on a copy of what the run has written."""
+    copy = replace(settings, output_dir=f"{settings.output_dir}-{name}", resume="auto")
+    shutil.copytree(settings.output_dir, copy.output_dir)
+    return copy
+
+
+def small(folder: Path, **changes: Any) -> Recipe:
+    runs.write_rows(folder)
+    settings = runs.recipe(folder, **changes)
+    settings.train.max_steps = STEPS
+    return settings
+
+
+@pytest.fixture(scope="module")
+def two(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Steps]]:
+    """A run of 2 ranks with a checkpoint in the middle; the JSON has the batch sizes of 2 ranks in numbers."""
+    folder = tmp_path_factory.mktemp("two")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 2}
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero} | sizes))
+    settings = small(folder, deepspeed=str(folder / "ds.json"))
+    return settings, ranks[2].run(steps, settings, SAVED)
+
+
+# --- the same curve ---
+
+
+@pytest.mark.parametrize(("number", "accumulation"), [(1, 4), (3, 2), (4, 1)])
+def test_a_run_of_two_ranks_goes_on_with_others(
+    ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]], number: int, accumulation: int
+) -> None:
+    settings, before = two
+    losses, contexts = together(before)
+    found = ranks[number].run(steps, resumed(settings, str(number)))
+    its_losses, its_contexts = together(found)
+    assert its_losses == pytest.approx(losses[SAVED:], rel=1e-6)
+    assert its_contexts == {key: row for key, row in contexts.items() if key[0] >= SAVED}
+    assert len(its_contexts) == 8 * (STEPS - SAVED)
+    assert {steps.accumulation for steps in found} == {accumulation}
+    told = f"2 ranks before, {number} now: a step keeps its 8 rows, as {accumulation} micro-batches of 2 a rank"
+    assert told in found[0].logged
+    assert not any("nothing to do" in line for line in found[0].logged)
+
+
+def test_a_run_goes_to_more_ranks_and_back(ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]) -> None:
+    settings, before = two
+    there = resumed(settings, "there")
+    losses = together(ranks[3].run(steps, there, SAVED + 1, SAVED + 1))[0]
+    losses += together(ranks[2].run(steps, there))[0]
+    assert losses == pytest.approx(together(before)[0][SAVED:], rel=1e-6)
+    assert [c.world_size for c in checkpoint.complete_checkpoints(Path(there.output_dir) / "checkpoints")] == [2, 3]
+
+
+def test_a_step_of_three_ranks_does_not_divide_by_two(ranks: dict[int, Ranks], tmp_path: Path) -> None:
+    settings = small(tmp_path, train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=1))
+    settings.train.max_steps = STEPS
+    losses, contexts = together(ranks[3].run(steps, settings, SAVED))
+    found = ranks[2].run(steps, replace(settings, resume="auto"))
+    its_losses, its_contexts = together(found)
+    assert its_losses == pytest.approx(losses[SAVED:], rel=1e-6)
+    assert its_contexts == {key: row for key, row in contexts.items() if key[0] >= SAVED}
+    assert found[0].accumulation == 2
+    assert len(found[0].contexts) == 2 * len(found[1].contexts) == 4 * (STEPS - SAVED)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["stage 0", "stage 1", "stage 2", "stage 3 bf16", "stage 2 bf16", "offload", "lora", "tied", "experts", "packing"],
+)
+@pytest.mark.timeout(600)
+def test_every_kind_of_run_goes_on_with_one_rank_and_with_three(
+    ranks: dict[int, Ranks], tmp_path: Path, kind: str
+) -> None:
+    settings = small(tmp_path)
+    if kind.startswith("stage"):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": int(kind.split()[1])}}))
+        settings.deepspeed = str(tmp_path / "ds.json")
+    if kind.endswith("bf16"):
+        settings.model.dtype = "bfloat16"
+    if kind == "offload":
+        settings.deepspeed = write_json(tmp_path, "zero3_offload.json")
+    if kind == "lora":
+        base = runs.write_model(tmp_path)
+        settings.model = ModelConfig(name_or_path=base, dtype="float32", lora=LoraConfig(r=4))
+    if kind == "tied":
+        settings.model.preset = runs.PRESET | {"tie_word_embeddings": True}
+    if kind == "experts":
+        settings.model.preset = ARCHITECTURES["mixtral"]
+    settings.data.packing = kind == "packing"
+    before = ranks[2].run(steps, settings, SAVED, timeout=400.0)  # an op may be compiled
+    weights = ranks[2].run(steps, resumed(settings, "2"), 0, SAVED)[0].checksum
+    assert weights != before[0].checksum
+    losses, contexts = together(before)
+    for number in (1, 3):
+        found = ranks[number].run(steps, resumed(settings, str(number)), timeout=TIMEOUT)
+        assert {steps.checksum for steps in found} == {weights}
+        # of gradients that are summed in bfloat16, the order of the sum shows
+        its_losses, its_contexts = together(found)
+        assert its_losses == pytest.approx(losses[SAVED:], rel=1e-3 if kind.endswith("bf16") else 1e-6)
+        if not kind.endswith("bf16"):
+            assert its_contexts == {key: row for key, row in contexts.items() if key[0] >= SAVED}
+
+
+def test_ranks_beyond_the_rows_of_a_step_have_nothing_to_do(ranks: dict[int, Ranks], tmp_path: Path) -> None:
+    settings = small(tmp_path, train=TrainConfig(micro_batch_size=1, gradient_accumulation_steps=1))
+    settings.train.max_steps = STEPS
+    losses, contexts = together(ranks[2].run(steps, settings, SAVED))
+    found = ranks[4].run(steps, replace(settings, resume="auto"))
+    its_losses, its_contexts = together(found)
+    assert its_losses == pytest.approx(losses[SAVED:], rel=1e-6)
+    assert its_contexts == {key: row for key, row in contexts.items() if key[0] >= SAVED}
+    assert [len(steps.contexts) for steps in found] == [3, 3, 0, 0]
+    assert "a step has fewer micro-batches than there are ranks: 2 of them have nothing to do" in found[0].logged
+
+
+def random_number(settings: Recipe) -> float:
+    """What dropout would see first."""
+    prepare(settings, set())
+    return float(torch.rand(1))
+
+
+def test_what_is_random_on_other_ranks_is_the_same_in_every_attempt_and_no_beginning(
+    ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
+) -> None:
+    settings = two[0]
+    attempts = [ranks[3].run(random_number, resumed(settings, f"attempt-{number}")) for number in range(2)]
+    assert attempts[0] == attempts[1]
+    beginning = ranks[3].run(random_number, replace(settings, output_dir=settings.output_dir + "-new", deepspeed=CPU))
+    assert len({*attempts[0], *beginning}) == 6
+
+
+# --- rounds ---
+
+
+def rounds(settings: Recipe) -> dict[str, list[dict[str, Any]]]:
+    """What was drawn."""
+    folders = sorted((Path(settings.output_dir) / "rollouts").glob("round-*"))
+    return {folder.name: list(load_table(folder).with_format(None)) for folder in folders}
+
+
+def curve(settings: Recipe) -> dict[str, list[float]]:
+    keys = ("loss", "learning_rate", "epoch", "round", "replace_probability", "differing_share", "drawn_tokens")
+    return {key: [row[key] for row in runs.metrics(settings)] for key in keys}
+
+
+@pytest.fixture(scope="module")
+def bash(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run of 12 steps, 5 a round, with checkpoints at 5, 7, 10 and 12."""
+    selfgen = SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0, schedule="linear")
+    checkpoints = CheckpointConfig(every=7, keep=9)
+    settings = small(tmp_path_factory.mktemp("bash"), selfgen=selfgen, checkpoint=checkpoints)
+    settings.train.max_steps = 12
+    ranks[2].run(runs.run_training, settings, timeout=TIMEOUT)
+    assert len(rounds(settings)) == 3
+    return settings
+
+
+def goes_on_alike(ranks: Ranks, settings: Recipe, whole: Recipe) -> None:
+    ranks.run(runs.run_training, settings, timeout=TIMEOUT)
+    found, expected = curve(settings), curve(whole)
+    assert found.keys() == expected.keys()
+    for key, values in found.items():
+        assert values == pytest.approx(expected[key], rel=1e-6), key
+    assert rounds(settings) == rounds(whole)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_round_goes_on_in_its_middle_and_the_next_one_draws_the_same(
+    ranks: dict[int, Ranks], bash: Recipe, number: int
+) -> None:
+    part = resumed(bash, f"middle-{number}")
+    for path in ("checkpoints/step-000010", "checkpoints/step-000012", "rollouts/round-03", "model"):
+        shutil.rmtree(Path(part.output_dir) / path)
+    goes_on_alike(ranks[number], part, bash)
+
+
+def die_in_the_second_round(settings: Recipe) -> None:
+    """A SIGKILL to each rank when it has written two chunks of it."""
+    write, seen = Writer.write, []
+
+    def counted(self: Writer, *arguments: Any) -> None:
+        write(self, *arguments)
+        seen.append(self.folder.name)
+        if seen.count("round-02") == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Writer.write = counted  # type: ignore[assignment, method-assign]
+    runs.run_training(settings)
+
+
+def killed(function: Any, *arguments: Any, number: int = 2) -> None:
+    """Ranks of their own that die."""
+    group, deadline = Ranks(number), time.monotonic() + TIMEOUT
+    try:
+        group.begin(function, *arguments)
+        while group.busy():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        group.stop()
+
+
+def test_a_round_that_was_being_drawn_is_drawn_on(ranks: dict[int, Ranks], bash: Recipe) -> None:
+    part = replace(bash, output_dir=bash.output_dir + "-killed", resume="auto")
+    killed(die_in_the_second_round, part)
+    partial = Path(part.output_dir) / "rollouts" / "round-02.partial"
+    before = {path.name: path.stat().st_ino for path in partial.glob("*.arrow") if path.with_suffix(".json").exists()}
+    assert 2 <= len(before) < 8
+    goes_on_alike(ranks[3], part, bash)
+    after = {path.name: path.stat().st_ino for path in partial.with_suffix("").glob("*.arrow")}
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 8
+
+
+# --- the conversion ---
+
+
+def die_converting(settings: Recipe) -> None:
+    """A SIGKILL to rank 0 between the two halves of a conversion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ds_to_universal, "_merge_zero3_slice_files", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        prepare(settings, set())
+
+
+def test_a_killed_conversion_is_never_taken_for_a_checkpoint_and_is_removed(
+    ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
+) -> None:
+    settings, before = two
+    part = resumed(settings, "killed")
+    left = Path(part.output_dir) / "checkpoints" / universal.FOLDER
+    killed(die_converting, part, number=1)
+    assert any(path.is_file() for path in left.rglob("*"))
+    assert [c.step for c in checkpoint.complete_checkpoints(left.parent)] == [SAVED]
+    again = resumed(part, "as-it-was")
+    losses = together(ranks[2].run(steps, again))[0]
+    assert losses == together(before)[0][SAVED:]  # with as many ranks nothing has to be converted
+    ranks[1].run(steps, part)
+    for run in (part, again):
+        names = {path.name for path in (Path(run.output_dir) / "checkpoints").iterdir() if path.is_dir()}
+        assert names == {f"step-{SAVED:06d}"}
+
+
+def with_free(settings: Recipe, free: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        usage = shutil.disk_usage(settings.output_dir)
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        prepare(settings, set())
+
+
+def test_a_conversion_that_the_disk_has_no_room_for_is_one_clear_line(
+    ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
+) -> None:
+    part = resumed(two[0], "full")
+    files = checkpoint.complete_checkpoints(Path(part.output_dir) / "checkpoints")[0].files
+    optimizer = sum(size for of_rank in files for name, (size, _) in of_rank.items() if "optim" in name)
+    line = (
+        r"InputError: resume: .*step-000003 was written by another number of ranks; converting it takes \d\.\d MB, and "
+        r"\d\.\d MB are free there\n"
+    )
+    with pytest.raises(AssertionError, match=line) as caught:
+        ranks[3].run(with_free, part, 2 * optimizer)
+    assert str(caught.value).count("InputError: resume") == 3  # every rank's
+    ranks[3].run(with_free, part, 3 * optimizer)
+
+
+def test_ranks_that_would_have_none_of_the_norms_are_refused_before_stage_3(
+    ranks: dict[int, Ranks], tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    settings = small(tmp_path, deepspeed=str(tmp_path / "ds.json"))
+    tiny = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    settings.model.preset = runs.PRESET | tiny  # 12 numbers in all
+    losses = together(ranks[2].run(steps, settings, SAVED))[0]
+    part = replace(settings, resume="auto")
+    with pytest.raises(
+        AssertionError, match=r"InputError: resume: .* cannot be loaded by 4 ranks, .*; fewer ranks can"
+    ):
+        ranks[4].run(steps, part)
+    assert together(ranks[3].run(steps, part))[0] == pytest.approx(losses[SAVED:], rel=1e-6)
+
+
+def test_a_folder_may_have_any_name(ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]) -> None:
+    settings, before = two
+    losses = together(ranks[1].run(steps, resumed(settings, "a+b (c)")))[0]
+    assert losses == pytest.approx(together(before)[0][SAVED:], rel=1e-6)

@@ -1,0 +1,186 @@
+"""Hosts that do not share the output folder keep a part of each checkpoint each.
+
+A host is a working directory here: ranks of several hosts have the same relative `output_dir`, and see other folders.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from selfgen_ds.config import CheckpointConfig, Recipe, SelfgenConfig
+from selfgen_ds.engine import checkpoint
+from selfgen_ds.engine.storage import find_out
+from selfgen_ds.prepare import prepare
+from tests.distributed import runs
+from tests.distributed.test_lora import with_stage
+from tests.ranks import ROOT, Ranks
+
+RUN = "run"
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+def on_hosts(hosts: Path, ranks_a_host: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it on this rank's host."""
+    host, local_rank = divmod(dist.get_rank(), ranks_a_host)
+    folder, before = hosts / f"host-{host}", os.environ["LOCAL_RANK"]
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    try:
+        return function(*arguments)
+    finally:
+        os.chdir(ROOT)
+        os.environ["LOCAL_RANK"] = before
+
+
+def train(settings: Recipe) -> None:
+    runs.run_training(settings)
+
+
+def first_step(settings: Recipe) -> int:
+    return prepare(replace(settings, resume="auto"), set()).first_step
+
+
+def keeps() -> tuple[bool, bool]:
+    found = find_out(Path())
+    return found.shared, found.keeps
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def settings(folder: Path) -> Recipe:
+    settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=2), deepspeed=with_stage(folder, 2))
+    settings.optim.schedule, settings.train.max_steps = "constant", 6
+    return replace(settings, output_dir=RUN)
+
+
+@pytest.fixture
+def saved(two_ranks: Ranks, folder: Path, settings: Recipe) -> Recipe:
+    two_ranks.run(on_hosts, folder, 1, train, settings)
+    return settings
+
+
+def steps_on(folder: Path, host: int) -> list[str]:
+    checkpoints = folder / f"host-{host}" / RUN / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == [
+        c.path.name for c in checkpoint.complete_checkpoints(checkpoints)
+    ]
+    return sorted(path.name for path in checkpoints.glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("ranks_a_host", "expected"),
+    [(4, [(True, True)] + [(True, False)] * 3), (2, [(False, True), (False, False)] * 2), (1, [(False, True)] * 4)],
+)
+def test_ranks_find_out_whether_their_hosts_share_a_folder(
+    four_ranks: Ranks, tmp_path: Path, ranks_a_host: int, expected: list[tuple[bool, bool]]
+) -> None:
+    assert four_ranks.run(on_hosts, tmp_path, ranks_a_host, keeps) == expected
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_every_host_has_its_ranks_files_and_removes_its_own_folders(
+    two_ranks: Ranks, folder: Path, saved: Recipe
+) -> None:
+    for host in (0, 1):
+        assert steps_on(folder, host) == ["step-000004", "step-000006"]
+        newest = folder / f"host-{host}" / RUN / "checkpoints" / "step-000006"
+        assert {path.name for path in newest.iterdir()} == {
+            "complete.json",
+            f"generators_rank_{host}.pt",
+            "huggingface",
+            "mp_rank_00_model_states.pt",
+            "tensors.json",
+            f"zero_pp_rank_{host}_mp_rank_00_optim_states.pt",
+        }
+        files = checkpoint.complete_checkpoints(newest.parent)[-1].files[host]
+        written = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+        assert files.keys() == written - {"complete.json"}
+        assert (folder / f"host-{host}" / RUN / "config.yaml").exists()
+    assert not (folder / "host-1" / RUN / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_goes_on_where_it_stopped_bit_for_bit(
+    two_ranks: Ranks, folder: Path, settings: Recipe, stage: int
+) -> None:
+    settings.deepspeed = with_stage(folder, stage)
+    whole = replace(settings, output_dir=str(folder / "whole"))
+    two_ranks.run(runs.run_training, whole)
+    for steps in (3, 6):
+        settings.train.max_steps = steps
+        two_ranks.run(on_hosts, folder, 1, train, replace(settings, resume="auto"))
+    models = [path / "model" / "model.safetensors" for path in (folder / "whole", folder / "host-0" / RUN)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["no marker", "no folder", "its ranks' file", "what its ranks share"])
+def test_a_checkpoint_that_a_host_has_not_whole_is_passed_over_by_all(
+    two_ranks: Ranks, folder: Path, saved: Recipe, damage: str
+) -> None:
+    newest = folder / "host-1" / RUN / "checkpoints" / "step-000006"
+    if damage == "no folder":
+        shutil.rmtree(newest)
+    else:
+        name = {
+            "no marker": "complete.json",
+            "its ranks' file": "generators_rank_1.pt",
+            "what its ranks share": "mp_rank_00_model_states.pt",
+        }[damage]
+        (newest / name).unlink()
+    for _ in range(2):
+        assert two_ranks.run(on_hosts, folder, 1, first_step, saved) == [4, 4]
+    assert (folder / "host-0" / RUN / "checkpoints" / "step-000006" / checkpoint.BROKEN).exists()
+
+
+def test_where_no_checkpoint_is_whole_on_all_hosts_the_run_stops_and_loses_none(
+    two_ranks: Ranks, folder: Path, saved: Recipe
+) -> None:
+    """As on other hosts than before."""
+    (folder / "host-1").rename(folder / "elsewhere")
+    with pytest.raises(AssertionError) as caught:
+        two_ranks.run(on_hosts, folder, 1, first_step, saved)
+    line = "InputError: resume: every checkpoint is broken, or not whole on hosts that share none, the newest is run/"
+    assert str(caught.value).count(line) == 2
+    shutil.rmtree(folder / "host-1")
+    (folder / "elsewhere").rename(folder / "host-1")
+    assert two_ranks.run(on_hosts, folder, 1, first_step, saved) == [6, 6]
+
+
+def test_another_number_of_ranks_needs_a_shared_folder(four_ranks: Ranks, folder: Path, saved: Recipe) -> None:
+    line = "run/checkpoints/step-000006 was written by 2 ranks; for 4 it is converted where all hosts share run/"
+    with pytest.raises(AssertionError, match=line):
+        four_ranks.run(on_hosts, folder, 2, first_step, saved)
+
+
+def test_rounds_need_a_shared_folder(two_ranks: Ranks, folder: Path, settings: Recipe) -> None:
+    settings.selfgen = SelfgenConfig(method="bash")
+    with pytest.raises(AssertionError, match="output_dir: hosts do not share run; bash draws") as caught:
+        two_ranks.run(on_hosts, folder, 1, train, settings)
+    assert all(f"rank {rank}: " in str(caught.value) for rank in (0, 1))
+    assert not (folder / "host-0" / RUN / "metrics.jsonl").exists()
+
+
+def test_a_folder_of_another_run_on_any_host_is_refused(two_ranks: Ranks, folder: Path, settings: Recipe) -> None:
+    (folder / "host-1" / RUN / "checkpoints" / "step-000900").mkdir(parents=True)
+    with pytest.raises(AssertionError, match=r"output_dir: run holds checkpoints, but no run's config\.yaml"):
+        two_ranks.run(on_hosts, folder, 1, train, settings)
