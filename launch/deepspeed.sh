@@ -244,14 +244,11 @@ while ((running)); do
     if read -r -t 1 -u 4 n ended; then
         running=$((running - 1))
         rm "$work/$n.ssh"
+        ((ended != 255)) || say "host ${hosts[n]}: the connection is lost"
         if ((ended && !code)); then # what this host says is why the others end, if they do
             code=$ended deadline=$((SECONDS + 20))
-            case $code in
-                2) deadline=$((SECONDS + 5)) ;; # some may still wait for those that refused
-                3) ;;
-                255) say "host ${hosts[n]}: the connection is lost; the run ends" ;;
-                *) say "host ${hosts[n]}: exit code $code; the run ends" ;;
-            esac
+            ((code != 2)) || deadline=$((SECONDS + 5)) # others may still wait for those that refused
+            ((code == 2 || code == 3)) || say "host ${hosts[n]} ended with exit code $code: the run ends on all hosts"
         fi
     fi
     if [[ $stop ]] && ((!sent || SECONDS >= sent + 10)); then # again: a rank may not have been there yet

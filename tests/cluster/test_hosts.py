@@ -12,7 +12,7 @@ import pytest
 
 from selfgen_ds.config import CheckpointConfig, Recipe, TrainConfig, to_yaml
 from tests.cluster.hosts import PATH, Host
-from tests.cluster.watching import losses, wait_until
+from tests.cluster.watching import losses, nothing_is_left, wait_until
 from tests.distributed import runs
 from tests.ranks import deepspeed
 
@@ -54,6 +54,8 @@ def test_a_run_that_loses_a_host_ends_soon_and_goes_on_as_if_it_had_not(
         assert time.monotonic() - lost < NOTICED_WITHIN
         assert run.wait() == 1, run.output()[-3000:]
     assert re.search(r"rank 1 on node2 is gone: .*; rank 0 on node1 ends", run.output()), run.output()[-3000:]
+    assert "deepspeed.sh: host node2: the connection is lost" in run.output()
+    assert nothing_is_left(nodes[:1])
     nodes[1].link("up")
     with nodes[0].launch("launch/deepspeed.sh", hostfile, recipe, log=tmp_path / "log") as run:
         assert run.wait() == 0, run.output()[-3000:]
