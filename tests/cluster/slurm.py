@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.cluster.hosts import Host
@@ -81,6 +82,15 @@ class Slurm:
             assert time.monotonic() < deadline, found
             time.sleep(0.3)
         return found
+
+    def until(self, job: str, done: Callable[[], bool], timeout: float = 90.0) -> None:
+        """Wait for what a job does."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > deadline:
+                logs = [file.read_text()[-3000:] for file in sorted(self._folders[job].rglob("*.log"))]
+                raise AssertionError("\n".join([str(self.job(job)), *logs]))
+            time.sleep(0.1)
 
     def cancel_all(self) -> None:
         deadline = time.monotonic() + 60

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm
-from tests.cluster.watching import HOSTILE, losses, wait_until
+from tests.cluster.watching import HOSTILE, losses
 from tests.ranks import ROOT
 
 ENDLESS = ("--train.max_steps", "100000", "--checkpoint.every", "100000")
@@ -17,14 +17,14 @@ ENDLESS = ("--train.max_steps", "100000", "--checkpoint.every", "100000")
 def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe: Path) -> None:
     run = recipe.with_name("run")
     job = slurm.submit(recipe, *ENDLESS)
-    wait_until(lambda: len(losses(run)) >= 2)
+    slurm.until(job, lambda: len(losses(run)) >= 2)
     slurm.first.run("scancel", "--batch", "--signal=USR1", job)
     found = slurm.wait(job, "PENDING", "FAILED", "COMPLETED")
     assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), slurm.log(job)
     steps = len(losses(run))
     assert (run / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
     slurm.first.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_until(lambda: len(losses(run)) > steps)
+    slurm.until(job, lambda: len(losses(run)) > steps)
     assert f"step-{steps:06d}" in slurm.log(job, 0)
     assert "start 1 of" in slurm.log(job)
     assert "start 2 of" in slurm.log(job)
@@ -33,10 +33,10 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, recipe: Path) -> None:
     out = recipe.parent / HOSTILE
     job = slurm.submit(recipe, *ENDLESS, "--output_dir", str(out))
-    wait_until(lambda: len(losses(out)) >= 2)
+    slurm.until(job, lambda: len(losses(out)) >= 2)
     slurm.first.run("scancel", job)
     found = slurm.wait(job, "CANCELLED")
-    wait_until(lambda: "stopped after saving" in slurm.log(job))
+    slurm.until(job, lambda: "stopped after saving" in slurm.log(job))
     assert found["Restarts"] == "0"
     assert "requeued" not in slurm.log(job)
 
@@ -51,7 +51,7 @@ def test_a_job_that_fails_is_not_requeued(slurm: Slurm, recipe: Path) -> None:
 
 def test_a_rank_that_is_killed_ends_the_job(slurm: Slurm, nodes: list[Host], recipe: Path) -> None:
     job = slurm.submit(recipe, *ENDLESS)
-    wait_until(lambda: len(losses(recipe.with_name("run"))) >= 2)
+    slurm.until(job, lambda: len(losses(recipe.with_name("run"))) >= 2)
     os.kill(nodes[0].ranks()[0], signal.SIGSTOP)  # even where ranks cannot end by themselves
     os.kill(nodes[1].ranks()[0], signal.SIGKILL)
     found = slurm.wait(job, "FAILED", "COMPLETED")
