@@ -503,6 +503,7 @@ def test_a_checkpoint_that_is_trusted_may_run_code(
     ranks = {1: one_rank, 2: two_ranks}[number]
     assert set(ranks.run(first_step, settings)) == {6}
     assert made.exists()
+    assert ranks.run(os.getenv, "TORCH_FORCE_WEIGHTS_ONLY_LOAD") == ["1"] * number
     made.unlink()
     settings.trust_checkpoint = False
     with pytest.raises(AssertionError, match="trust_checkpoint"):
