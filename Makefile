@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo lint test clean
+.PHONY: install demo lint test async-io soak clean
 
 install: .venv/installed
 
@@ -44,6 +44,14 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What ds_configs/zero3_infinity.json needs; its test is skipped without it. Debian: apt-get install libaio-dev
+async-io: install
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
+
+# Kills 100 runs at random points and lets them go on: about 20 minutes.
+soak: install
+	$(BIN)/python -m tests.faults --count 100 --output benchmarks/results/soak.json
 
 clean:
 	rm -rf .venv

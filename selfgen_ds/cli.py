@@ -1,6 +1,6 @@
 """The sub-commands: train, inspect, evaluate, compare, export, bench.
 
-Exit codes: 0 done; 2 bad input or configuration; 1 anything else.
+Exit codes: 0 done; 2 bad input or configuration; 3 stopped by a signal after saving; 1 anything else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from jsonargparse.typing import PositiveInt
 from selfgen_ds import __version__
 from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, InputError, Recipe
 
+log = logging.getLogger("selfgen_ds")
+
 
 def main() -> None:
     """Entry point of `selfgen-ds` and of `python -m selfgen_ds`."""
@@ -27,6 +29,7 @@ def main() -> None:
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
         arguments[1:1] = ["--config", "recipes/bench.yaml"]
+    os.umask(os.umask(0o077) | 0o002)  # a run's files are not for everybody to write to
     sys.path.append(os.getcwd())  # modules that a recipe names, as with `python -m`
     parser = _parser()
     try:
@@ -35,7 +38,9 @@ def main() -> None:
         _fail(" ".join(str(error).split()))
     overrides = _overrides(arguments)
 
-    from selfgen_ds.engine import launch  # slow imports, for which `--help` need not wait
+    # torch's stack traces of a broken connection would bury the line that names the lost rank
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from selfgen_ds.engine import launch, watch  # slow imports, for which `--help` need not wait
 
     logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
     logging.getLogger("selfgen_ds").setLevel(logging.INFO if launch.rank() == 0 else logging.ERROR)
@@ -49,6 +54,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
+    except watch.Stopped:
+        launch.leave_process_group()
+        log.warning("stopped by a signal; --resume auto goes on from what is saved")
+        sys.exit(watch.STOPPED)
+    except Exception as error:
+        if launch.heartbeat is None:
+            raise
+        launch.heartbeat.fail(error)
     launch.leave_process_group()
 
 

@@ -204,6 +204,9 @@ class TrainConfig:
     """Recompute each layer in the backward instead of keeping its activations."""
     max_nonfinite_steps: int = 5
     """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
+    stall_seconds: float = 600.0
+    """When no step, chunk of a round or evaluation batch has ended for so long, every rank tells where it is; after
+    twice as long the run ends."""
 
 
 @dataclass(kw_only=True)
@@ -344,6 +347,7 @@ def problems(recipe: Recipe) -> list[str]:
     if (train.epochs is None) == (train.max_steps is None):
         found.append(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     at_least(1, "train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_steps")
+    check(train.stall_seconds > 0, "train.stall_seconds", train.stall_seconds, "more than 0")
     at_least(1, "train.max_nonfinite_steps", "checkpoint.every", "checkpoint.keep")
     at_least(1, "selfgen.epochs_per_round", "selfgen.generation_batch_size", "selfgen.answers_per_prompt")
     at_least(1, "selfgen.max_new_tokens")

@@ -55,11 +55,11 @@ def _check_output(recipe: Recipe, json_config: dict[str, Any], folder: Path) -> 
     try:
         # a setting that an older version did not write was at what is its default now
         unset = Recipe(output_dir="", deepspeed="", data=DataConfig(train=""))
-        defaults = _flat(yaml.safe_load(to_yaml(unset)))
+        defaults = flat(unset)
         before = defaults | _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError) as error:
         raise InputError(f"{written}: not a run's recipe") from error
-    now = _flat(yaml.safe_load(to_yaml(recipe)))
+    now = flat(recipe)
     changed = [
         f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
         for setting in sorted(before.keys() | now.keys())
@@ -74,6 +74,11 @@ def _check_output(recipe: Recipe, json_config: dict[str, Any], folder: Path) -> 
     stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
     if stage_before != stage:
         raise InputError(f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}")
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its name, such as `train.max_steps`, as `config.yaml` has it."""
+    return _flat(yaml.safe_load(to_yaml(recipe)))
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from selfgen_ds.data.batches import Windows
 from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
+from selfgen_ds.engine.agreement import check_ranks
 from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.head import LogitsForm
@@ -51,8 +52,9 @@ from selfgen_ds.inputs import (
     sampling,
 )
 from selfgen_ds.methods.method import Method, RoundMethod
-from selfgen_ds.output import open_output
+from selfgen_ds.output import flat, open_output
 from selfgen_ds.rounds import Fingerprint, Rounds
+from selfgen_ds.versions import versions
 
 log = logging.getLogger("selfgen_ds")
 
@@ -80,23 +82,27 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this start."""
+    resumed: checkpoint.Checkpoint | None
+    """What they were read from."""
     lock: IO[str] | None
     """Held on ranks that keep a folder, so that no other run writes to it."""
     hf_config: HfDeepSpeedConfig
     """Transformers looks at it, through a weak reference, to know that the model is sharded."""
 
 
-def prepare(recipe: Recipe, overrides: set[str]) -> Run:
+def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
     """Check the recipe and everything it names, then build the run. Collective.
 
     Args:
         overrides: Settings that were given on the command line.
+        poll: Called after every chunk that a round draws, on all ranks.
 
     Raises:
         InputError: Bad input or configuration, the same on every rank.
     """
     json_config = check_settings(recipe, overrides)
     launch.init_process_group()
+    check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
     folder, rank, world_size = Path(recipe.output_dir), dist.get_rank(), dist.get_world_size()
     with together():
         folder_lock = open_output(recipe, json_config) if rank == 0 else None
@@ -194,6 +200,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
                     "max_length": recipe.data.max_length,
                 },
                 step=resumed.step if resumed else 0,
+                poll=poll,
             )
     if storage.keeps:  # nothing is refused from here on
         resolved = {key: value for key, value in hf_config.config.items() if key != "checkpoint"}
@@ -212,6 +219,7 @@ def prepare(recipe: Recipe, overrides: set[str]) -> Run:
         storage=storage,
         total_steps=total_steps,
         first_step=resumed.step if resumed else 0,
+        resumed=resumed,
         lock=folder_lock,
         hf_config=hf_config,
     )

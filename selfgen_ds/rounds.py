@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +62,7 @@ class Rounds:
         shared: `rollouts/` of another run, whose rounds are read instead of drawn.
         settings: Those that the method reads, for the record.
         step: That the run stands at; rounds before it are not looked at.
+        poll: Called after every chunk, on all ranks; what it raises leaves the chunks for the next start.
 
     Raises:
         InputError: A complete round was drawn from something else, is damaged, or has rows that are too long.
@@ -80,11 +81,13 @@ class Rounds:
         fingerprint: Fingerprint,
         settings: dict[str, Any],
         step: int,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._policy, self._method = engine, policy, method
         self._samples, self._plain = samples, windows
         self._folder, self._shared = folder, shared
         self._fingerprint, self._settings = fingerprint, settings
+        self._poll = poll
         self._ends = np.cumsum([len(source) for source in samples])
         self._windows = windows
         self.number = -1
@@ -217,6 +220,7 @@ class Rounds:
                 for chunk in mine:
                     writer.write(chunk, rows, counts)
                 bar.update(min(world_size, len(missing) - first))
+                self._poll()
         dist.barrier()
         if rank == 0:
             seconds = time.perf_counter() - began

@@ -14,6 +14,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine import checkpoint
 from selfgen_ds.engine.export import export_engine
 from selfgen_ds.engine.trainer import StepResult, train_step
+from selfgen_ds.engine.watch import Stopped, Watch
 from selfgen_ds.evaluation.scores import aggregate, evaluate
 from selfgen_ds.journal import Journal
 from selfgen_ds.prepare import Run, prepare
@@ -31,44 +32,37 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
 
     Raises:
         InputError: Bad input or configuration, before the first step.
+        Stopped: A signal came before the last step; everything is saved.
         RuntimeError: `train.max_nonfinite_steps` steps in a row had no finite loss or gradient.
     """
-    run = prepare(recipe, overrides)
-    folder = Path(recipe.output_dir)
-    journal = Journal(folder / "metrics.jsonl", run.engine.monitor, run.first_step, run.total_steps)
-    dropped = 0  # steps in a row
-    gc.disable()
-    for step in range(run.first_step, run.total_steps):
-        round_started = time.perf_counter()
-        windows = run.windows if run.rounds is None else run.rounds.windows(step)
-        started = time.perf_counter()
-        get_accelerator().reset_peak_memory_stats()
-        window = [batch.to(run.engine.device) for batch in windows.window(step)]
-        pass_started = time.perf_counter()
-        window = run.method.contexts(window, run.policy, step)
-        get_accelerator().synchronize()
-        pass_time = time.perf_counter() - pass_started
-        result = train_step(run.engine, window, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
-        metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
-
-        last = step + 1 == run.total_steps
-        scores: dict[str, float] = {}
-        if run.eval_samples is not None and (last or _due(step + 1, recipe.eval.every)):
-            scores = aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, recipe.eval.batch_size))
-        journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
-        dropped = 0 if result.applied else dropped + 1
-        _check_dropped(step + 1, dropped, recipe.train.max_nonfinite_steps, result.suspects)
-        due = (
-            last or _due(step + 1, recipe.checkpoint.every) or (run.rounds is not None and run.rounds.starts(step + 1))
-        )
-        if due or _is_best(folder, scores, recipe.eval.best):
-            _save(run, folder, step + 1, scores, recipe)
-        if _due(step + 1, _COLLECT_EVERY):
-            gc.collect()
-    gc.enable()
-    journal.close()
-    export_engine(run.engine, folder / "model", run.tokenizer, recipe.model.lora)
-    log.info("done; the model is in %s", folder / "model")
+    with Watch(recipe.train.stall_seconds) as watch:
+        run = prepare(recipe, overrides, watch.poll)
+        end = _StepEnd(run, recipe, watch)
+        watch.begin(run.engine.module)
+        gc.disable()
+        if run.resumed is not None and run.resumed.unevaluated is not None:
+            end(run.first_step, run.resumed.unevaluated)
+        for step in range(run.first_step, run.total_steps):
+            round_started = time.perf_counter()
+            windows = run.windows if run.rounds is None else run.rounds.windows(step)
+            started, forwards = time.perf_counter(), watch.forwards
+            get_accelerator().reset_peak_memory_stats()
+            window = [batch.to(run.engine.device) for batch in windows.window(step)]
+            pass_started = time.perf_counter()
+            window = run.method.contexts(window, run.policy, step)
+            get_accelerator().synchronize()
+            pass_time = time.perf_counter() - pass_started
+            result = train_step(run.engine, window, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
+            metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
+            end(step + 1, metrics, result, watch.forwards - forwards)
+            if _due(step + 1, _COLLECT_EVERY):
+                gc.collect()
+        gc.enable()
+        watch.pause()
+        end.journal.close()
+        folder = Path(recipe.output_dir) / "model"
+        export_engine(run.engine, folder, run.tokenizer, recipe.model.lora)
+        log.info("done; the model is in %s", folder)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -108,37 +102,94 @@ def _metrics(
     }
 
 
+class _StepEnd:
+    """What follows on a step: evaluation, the record, a checkpoint, and the question whether to go on."""
+
+    def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
+        self._run, self._recipe, self._watch = run, recipe, watch
+        folder = Path(recipe.output_dir)
+        self.journal = Journal(folder / "metrics.jsonl", run.engine.monitor, run.first_step, run.total_steps)
+        self._checkpoints = folder / "checkpoints"
+        self._dropped = 0  # steps in a row
+
+    def __call__(
+        self, step: int, metrics: dict[str, float], result: StepResult | None = None, forwards: int = 0
+    ) -> None:
+        """Collective.
+
+        Args:
+            step: Steps done.
+            result: None where the step was saved before a signal cut its evaluation short.
+            forwards: That the step took.
+
+        Raises:
+            Stopped: A signal came before the last step; the step is saved.
+        """
+        run, recipe = self._run, self._recipe
+        last = step == run.total_steps
+        try:
+            scores = self._evaluate() if last or _due(step, recipe.eval.every) else {}
+        except Stopped:
+            if result is not None:
+                self._save(step, {}, unevaluated=metrics)
+            raise
+        self.journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
+        saved = result is None
+        if result is None:
+            assert run.resumed is not None
+            checkpoint.record_evaluation(run.resumed, scores, run.storage)
+        else:
+            self._dropped = 0 if result.applied else self._dropped + 1
+            _check_dropped(step, self._dropped, recipe.train.max_nonfinite_steps, result.suspects)
+            round_starts = run.rounds is not None and run.rounds.starts(step)
+            if last or round_starts or _due(step, recipe.checkpoint.every) or self._is_best(scores):
+                self._save(step, scores)
+                saved = True
+        if not last and self._watch.requested(forwards if run.policy.sharded else 0):
+            if not saved:
+                self._save(step, scores)
+            raise Stopped
+
+    def _evaluate(self) -> dict[str, float]:
+        """Empty without `data.eval`."""
+        run = self._run
+        if run.eval_samples is None:
+            return {}
+        size = self._recipe.eval.batch_size
+        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, poll=self._watch.poll))
+
+    def _is_best(self, scores: dict[str, float]) -> bool:
+        """Whether an evaluation beats those of all checkpoints; rank 0 looks, all ranks agree."""
+        if not scores:
+            return False
+        verdict, metric = [False], self._recipe.eval.best
+        if dist.get_rank() == 0:
+            best = checkpoint.best_of(checkpoint.complete_checkpoints(self._checkpoints), metric)
+            verdict = [best is None or checkpoint.better(scores[metric], best.metrics[metric], metric)]
+        dist.broadcast_object_list(verdict, src=0)
+        return verdict[0]
+
+    def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
+        self._watch.pause()
+        run, recipe = self._run, self._recipe
+        checkpoint.save(
+            run.engine,
+            self._checkpoints,
+            step,
+            run.data,
+            scores,
+            run.tokenizer,
+            recipe.model,
+            step_size=run.windows.step_size,
+            storage=run.storage,
+            unevaluated=unevaluated,
+        )
+        checkpoint.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, run.storage)
+
+
 def _check_dropped(step: int, dropped: int, limit: int, suspects: list[int]) -> None:
     if dropped:
         samples = f"sample ids {suspects}" if suspects else "the loss was finite, the gradient not"
         log.warning("step %d was dropped, %d in a row: not finite (%s)", step, dropped, samples)
     if dropped >= limit:
         raise RuntimeError(f"{dropped} steps in a row were dropped (train.max_nonfinite_steps)")
-
-
-def _is_best(folder: Path, scores: dict[str, float], metric: str) -> bool:
-    """Whether an evaluation beats those of all checkpoints; rank 0 looks, all ranks agree."""
-    if not scores:
-        return False
-    verdict = [False]
-    if dist.get_rank() == 0:
-        best = checkpoint.best_of(checkpoint.complete_checkpoints(folder / "checkpoints"), metric)
-        verdict = [best is None or checkpoint.better(scores[metric], best.metrics[metric], metric)]
-    dist.broadcast_object_list(verdict, src=0)
-    return verdict[0]
-
-
-def _save(run: Run, folder: Path, step: int, scores: dict[str, float], recipe: Recipe) -> None:
-    checkpoints = folder / "checkpoints"
-    checkpoint.save(
-        run.engine,
-        checkpoints,
-        step,
-        run.data,
-        scores,
-        run.tokenizer,
-        recipe.model,
-        step_size=run.windows.step_size,
-        storage=run.storage,
-    )
-    checkpoint.retain(checkpoints, recipe.checkpoint.keep, recipe.eval.best, run.storage)

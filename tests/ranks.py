@@ -84,7 +84,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context, port = _forks(), free_port()
+        context, port = forks(), free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)
@@ -93,7 +93,7 @@ class Ranks:
             self._pipes.append(ours)
 
 
-def _forks() -> ForkServerContext:
+def forks() -> ForkServerContext:
     """New processes that start with their imports done."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
@@ -136,7 +136,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
 def command(arguments: list[str], log: Path, timeout: float = 60.0) -> int:
     """`selfgen-ds ARGUMENTS` in one process that need not import everything first; the exit code."""
-    process = _forks().Process(target=_command, args=(arguments, log), daemon=True)
+    process = forks().Process(target=_command, args=(arguments, log), daemon=True)
     process.start()
     process.join(timeout)
     if process.exitcode is None:

@@ -62,6 +62,8 @@ class Checkpoint:
     """Evaluation metrics after that step; empty if none were taken."""
     files: list[dict[str, list[int]]]
     """By rank: file name -> [bytes, CRC-32] of what it wrote."""
+    unevaluated: dict[str, float] | None = None
+    """The step's metrics, where a signal came in its evaluation: that is still to be made."""
 
     @property
     def world_size(self) -> int:
@@ -125,28 +127,24 @@ def save(
     *,
     step_size: int,
     storage: Storage,
+    unevaluated: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint. Collective, at an optimizer step's boundary. A crash leaves older ones untouched.
 
     One of this step that is complete is left as it is: this run has written or loaded it. Of a model with adapters a
     checkpoint holds the adapters, and where the model is.
     """
-    rank, path = dist.get_rank(), folder / f"step-{step:06d}"
+    path = folder / f"step-{step:06d}"
     if any(checkpoint.step == step for checkpoint in _complete_everywhere(folder, storage)):
         return
     if storage.keeps and path.exists():
         _remove(path)  # left half-written by a run that was killed
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_generator_states(engine.device), path / f"generators_rank_{rank}.pt")
-    if storage.keeps:
-        engine.module.config.save_pretrained(path / HF_FOLDER)
-        engine.module.generation_config.save_pretrained(path / HF_FOLDER)
-        tokenizer.save_pretrained(path / HF_FOLDER)
-        Content.of(engine.module).write(path)
-        if model.lora is not None and model.name_or_path is not None:
-            located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
-            (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
+    try:
+        _write(engine, path, tokenizer, model, storage)
+    except (OSError, RuntimeError) as error:  # torch says of a full disk that a position is not as expected
+        free = shutil.disk_usage(folder).free
+        raise RuntimeError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {error}") from error
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _is_written_here(f.name, storage)]
@@ -155,8 +153,35 @@ def save(
     if storage.keeps:
         for made in (path / HF_FOLDER, folder, folder.parent):
             sync_folder(made)
-        write_marker(path, {"step": step, "step_size": step_size, "data": data, "metrics": metrics, "files": files})
+        content = {"step": step, "step_size": step_size, "data": data, "metrics": metrics, "files": files}
+        write_marker(path, content | {"unevaluated": unevaluated})
     dist.barrier()
+
+
+def _write(
+    engine: deepspeed.DeepSpeedEngine,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    storage: Storage,
+) -> None:
+    engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
+    torch.save(_generator_states(engine.device), path / f"generators_rank_{dist.get_rank()}.pt")
+    if storage.keeps:
+        engine.module.config.save_pretrained(path / HF_FOLDER)
+        engine.module.generation_config.save_pretrained(path / HF_FOLDER)
+        tokenizer.save_pretrained(path / HF_FOLDER)
+        Content.of(engine.module).write(path)
+        if model.lora is not None and model.name_or_path is not None:
+            located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
+            (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
+
+
+def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage: Storage) -> None:
+    """What a checkpoint still lacks that was saved in the step's evaluation."""
+    if storage.keeps:
+        content = {name: value for name, value in vars(checkpoint).items() if name != "path"}
+        write_marker(checkpoint.path, content | {"metrics": metrics, "unevaluated": None})
 
 
 def _is_written_here(name: str, storage: Storage) -> bool:
@@ -291,15 +316,20 @@ def best_of(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
 
 
 def _complete_everywhere(folder: Path, storage: Storage) -> list[Checkpoint]:
-    """Checkpoints that are complete on every host, oldest first; of a shared folder rank 0's view. Collective."""
+    """Checkpoints that are complete on every host, oldest first, as rank 0 sees them. Collective."""
     if storage.shared:
         agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(agreed, src=0)
         return agreed[0]
-    mine = {repr(replace(checkpoint, path=Path())): checkpoint for checkpoint in complete_checkpoints(folder)}
     views: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(views, set(mine))
-    return [checkpoint for what, checkpoint in mine.items() if all(what in view for view in views)]
+    dist.all_gather_object(views, complete_checkpoints(folder))
+    common = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
+    return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in common]
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is on every host; its evaluation may be recorded later, and on one host only."""
+    return repr((checkpoint.step, checkpoint.step_size, checkpoint.data, checkpoint.files))
 
 
 def _newest_intact(folder: Path, storage: Storage) -> Checkpoint | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import socket
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -11,8 +14,18 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
 from selfgen_ds.config import InputError
+from selfgen_ds.engine.heartbeat import Heartbeat
+
+log = logging.getLogger("selfgen_ds")
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_JOIN_TIMEOUT = timedelta(minutes=15)
+# For what one rank does while the others wait, such as tokenising. DeepSpeed's variable, which holds minutes; a lost
+# rank is noticed long before, by its heartbeat.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
+
+heartbeat: Heartbeat | None = None
+"""Of this process, while it is in a group of several."""
 
 
 def rank() -> int:
@@ -42,31 +55,84 @@ def device() -> torch.device:
 
 
 def init_process_group() -> None:
-    """Join the process group of `deepspeed`, `torchrun` or `mpirun`, or make one of this process alone.
+    """Join the process group of `deepspeed`, `torchrun`, `srun` or `mpirun`, or make one of this process alone.
 
     Raises:
-        InputError: Several tasks were started without rank variables; each would train a model of its own.
+        InputError: Fewer ranks than tasks were started, so that several groups would each train a model of their own;
+            or rank 0 cannot listen on `MASTER_PORT`.
     """
+    if torch.distributed.is_initialized():
+        return
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile this at first use; it serves inference only, training's collectives are gloo's
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ and not all(v in os.environ for v in _LAUNCHER_VARIABLES):
-        # in a step of Slurm's srun, or under an MPI other than Open MPI
-        tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
-        if tasks > 1:
-            raise InputError(
-                f"{tasks} tasks were started, but {', '.join(_LAUNCHER_VARIABLES)} are not all set: "
-                "each task would train a model of its own"
-            )
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
+    mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
+    complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
+    ranks = world_size() if mpi or complete else 1
+    # in a step of Slurm's srun, or under an MPI other than Open MPI
+    tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
+    if tasks > ranks:
+        raise InputError(
+            f"{tasks} tasks were started, but {', '.join(_LAUNCHER_VARIABLES)} say {ranks} "
+            f"rank{'s' * (ranks > 1)}: the tasks would train models of their own"
+        )
+    if mpi and not complete:
+        deepspeed.comm.mpi_discovery(verbose=False)
+    elif not complete:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(_free_port())
     get_accelerator().set_device(local_rank())
-    deepspeed.init_distributed(verbose=False)
+    _join()
+    deepspeed.init_distributed(verbose=False)  # in the group that there is
+
+
+def _join() -> None:
+    """The default process group, over a store that listens on the address of `MASTER_ADDR` alone."""
+    global heartbeat
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    has_store = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listening = _listen(address, port) if has_store else None
+    store = torch.distributed.TCPStore(
+        address,
+        port,
+        world_size(),
+        is_master=has_store,
+        timeout=_JOIN_TIMEOUT,
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+    cuda = get_accelerator().device_name() == "cuda"
+    torch.distributed.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=store,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=_COLLECTIVE_TIMEOUT,
+        device_id=device() if cuda and world_size() > 1 else None,
+    )
+    if world_size() > 1:
+        heartbeat = Heartbeat(store, rank(), world_size(), has_store)
+
+
+def _listen(address: str, port: int) -> socket.socket | None:
+    """A socket for the store, which by itself would listen on all interfaces; None where it has to."""
+    family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    if str(place[0]).startswith("127.") and world_size() > local_world_size():
+        log.warning("MASTER_ADDR %s is %s here: the store listens on all interfaces", address, place[0])
+        return None
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(place)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"MASTER_PORT: {port} is taken on {address}, by another run perhaps") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            log.warning("MASTER_ADDR %s is no address of this host: the store listens on all interfaces", address)
+            return None
+        raise
+    listening.listen(socket.SOMAXCONN)
+    return listening
 
 
 def leave_node_group() -> None:
@@ -77,6 +143,10 @@ def leave_node_group() -> None:
 
 def leave_process_group() -> None:
     """Left to the interpreter's end, gloo's threads can bring it down with an abort."""
+    global heartbeat
+    if heartbeat is not None:
+        heartbeat.leave()
+        heartbeat = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

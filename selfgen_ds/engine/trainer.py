@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from selfgen_ds.config import OptimConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.engine import head
+from selfgen_ds.engine import extensions, head
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -23,7 +23,11 @@ _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 def initialize(
     model: PreTrainedModel, ds_config: dict[str, Any], optim: OptimConfig, total_steps: int
 ) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine, with AdamW that does not decay norms and biases (the one-dimensional parameters)."""
+    """The DeepSpeed engine, with AdamW that does not decay norms and biases (the one-dimensional parameters).
+
+    Collective.
+    """
+    extensions.clear_stale_locks()
     parameters = [p for p in model.parameters() if p.requires_grad]
     # a partitioned parameter is empty; `ds_shape` is its real shape
     matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]

@@ -11,11 +11,10 @@ import shutil
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import deepspeed
@@ -29,8 +28,6 @@ from selfgen_ds.engine import unpickling
 log = logging.getLogger("selfgen_ds")
 
 FOLDER = "universal.partial"  # beside the checkpoints, and never taken for one
-
-_HEARTBEAT = 10.0  # seconds between collective calls while rank 0 works: ranks that only waited would time out
 
 
 @contextmanager
@@ -50,7 +47,9 @@ def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
         raise InputError(problem)
     log.info("converting %s for %d ranks, in %.1f MB of disk", path, dist.get_world_size(), _needed(path) / 1e6)
     started = time.perf_counter()
-    _on_rank_0(lambda: _convert(path, folder))
+    if dist.get_rank() == 0:
+        _convert(path, folder)
+    dist.barrier()
     log.info("converted in %.1f s", time.perf_counter() - started)
     yield folder
     dist.barrier()  # everybody has read it
@@ -116,30 +115,3 @@ def _without_tensors(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return [_without_tensors(value) for value in state]
     return None if isinstance(state, torch.Tensor) and state.numel() != 1 else state
-
-
-def _on_rank_0(work: Callable[[], None]) -> None:
-    """The other ranks keep in touch meanwhile. Collective.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    failures: list[Exception] = []
-
-    def attempt() -> None:
-        try:
-            work()
-        except Exception as error:  # told to all ranks
-            failures.append(error)
-
-    thread = Thread(target=attempt, daemon=True)
-    if dist.get_rank() == 0:
-        thread.start()
-    state: list[Any] = [False, None]
-    while not state[0]:
-        if dist.get_rank() == 0:
-            thread.join(_HEARTBEAT)
-            state = [not thread.is_alive(), repr(failures[0]) if failures else None]
-        dist.broadcast_object_list(state, src=0)
-    if state[1]:
-        raise RuntimeError(f"rank 0: {state[1]}") from (failures[0] if failures else None)

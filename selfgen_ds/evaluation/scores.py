@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -104,6 +104,7 @@ def evaluate(
     seed: int = 0,
     correction: Correction | None = None,
     correction_rounds: int = 0,
+    poll: Callable[[], None] | None = None,
 ) -> list[SampleScore]:
     """Score every row. Collective; all ranks get all rows, in the order of their sample ids.
 
@@ -113,6 +114,7 @@ def evaluate(
         seed: Of the sampled answers.
         correction: How the model is asked to correct its answers, `correction_rounds` times. Answers are then cut where
             the longest reference of all rows ends, so that what is corrected does not depend on the batch.
+        poll: Called after every batch, on all ranks.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine: list[SampleScore] = []
@@ -125,6 +127,8 @@ def evaluate(
     with policy.gathered(longest):
         for shares in tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(rounds) == 1):
             mine += _score(policy, shares, rank, tokenizer, sample_temperature, seed, corrections)
+            if poll is not None:
+                poll()
     everyone: list[list[SampleScore]] = [[] for _ in range(world_size)]
     if dist.is_initialized():
         dist.all_gather_object(everyone, mine)

@@ -84,6 +84,14 @@ def write_limited_json(folder: Path, persistent: int = 0) -> str:
     return str(folder / "limited.json")
 
 
+def write_whole_json(folder: Path) -> str:
+    """A JSON whose limits never release parameters."""
+    (folder / "whole.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**9}})
+    )
+    return str(folder / "whole.json")
+
+
 def write_model(folder: Path, **changes: Any) -> str:
     """A saved Llama with random weights, for runs that start from the same ones."""
     return write_model_of(folder, PRESET | changes)

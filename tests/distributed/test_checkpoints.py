@@ -478,13 +478,12 @@ def test_code_in_a_checkpoint_is_refused_in_one_clear_line(
     assert not made.exists()
 
 
-def test_code_in_a_checkpoint_is_not_run_by_a_conversion_either_which_fails_on_all_ranks(
-    two_ranks: Ranks, infected: tuple[Recipe, Path, Path]
+def test_code_in_a_checkpoint_is_not_run_by_a_conversion_either(
+    one_rank: Ranks, infected: tuple[Recipe, Path, Path]
 ) -> None:
     settings, _, made = infected
-    with pytest.raises(AssertionError) as caught:
-        two_ranks.run(converted, settings)
-    assert str(caught.value).count("RuntimeError: rank 0: UnpicklingError(") == 2
+    with pytest.raises(AssertionError, match="UnpicklingError: Weights only load failed"):
+        one_rank.run(converted, settings)
     assert not made.exists()
 
 

@@ -82,7 +82,7 @@ def test_tasks_without_rank_variables_do_not_train_models_of_their_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "2")
-    assert "each task would train a model of its own" in refused(folder)
+    assert "say 1 rank: the tasks would train models of their own" in refused(folder)
 
 
 def refused(folder: Path, *overrides: str) -> str:

@@ -10,13 +10,11 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
 from selfgen_ds.config import CheckpointConfig, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
@@ -338,27 +336,6 @@ def test_ranks_load_no_more_of_a_checkpoint_than_their_share(
     assert ranks[3].run(bytes_of_common_state, part)[0] < 20_000
     shard = Path(part.output_dir) / "checkpoints" / "step-000003" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     assert shard.stat().st_size > 200_000
-
-
-def slow_work(heartbeat: float) -> None:
-    """Rank 0 works for longer than the others would wait."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(universal, "_HEARTBEAT", heartbeat)
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
-        try:
-            universal._on_rank_0(lambda: time.sleep(5))
-        finally:
-            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=10))
-
-
-def test_ranks_that_wait_for_a_conversion_do_not_time_out() -> None:
-    group = Ranks(2)
-    try:
-        group.run(slow_work, 0.5)
-        with pytest.raises(AssertionError, match=r"(?i)timed out"):
-            group.run(slow_work, 9.0)
-    finally:
-        group.stop()
 
 
 def with_free(settings: Recipe, free: int) -> None:

@@ -1,0 +1,32 @@
+"""Whether all ranks run the same: others train what nobody asked for, or wait for each other for ever."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch.distributed as dist
+
+from selfgen_ds.config import InputError
+
+
+def check_ranks(facts: dict[str, Any]) -> None:
+    """Collective.
+
+    Args:
+        facts: What has to be the same on all ranks.
+
+    Raises:
+        InputError: Something is not, with a rank and its host: on all ranks.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    first_host, first = everyone[0]
+    lines: dict[str, str] = {}
+    for rank, (host, theirs) in enumerate(everyone[1:], start=1):
+        for name in sorted(first.keys() | theirs.keys()):
+            if theirs.get(name) != first.get(name):
+                ours = f"{first.get(name)!r} on rank 0 on {first_host}"
+                lines.setdefault(name, f"{name}: {theirs.get(name)!r} on rank {rank} on {host}, {ours}")
+    if lines:
+        raise InputError("\n".join(lines.values()))

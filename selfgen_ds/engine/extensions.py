@@ -1,0 +1,29 @@
+"""What DeepSpeed compiles at first use (CPUAdam, asynchronous I/O), under a lock that outlives a killed compiler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
+
+from selfgen_ds.engine import launch
+
+log = logging.getLogger("selfgen_ds")
+
+
+def clear_stale_locks() -> None:
+    """Remove locks that no process of this host holds open: torch would wait for them for ever. Collective."""
+    if launch.local_rank() == 0:
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
+        if locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+            processes = psutil.process_iter(["open_files"])
+            held = {file.path for process in processes for file in process.info["open_files"] or []}
+            for lock in locks:
+                if str(lock.resolve()) not in held:
+                    log.warning("%s was left by a build that was killed: removed", lock)
+                    lock.unlink(missing_ok=True)
+    dist.barrier()  # no rank builds before

@@ -1,0 +1,137 @@
+"""A run that loses a rank, at whatever point, ends soon, says which, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds.engine import checkpoint
+from tests import faults
+from tests.distributed import runs
+from tests.faults import Point
+
+Unbroken = Callable[[str], faults.Whole]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """By method: a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    runs.write_rows(folder)
+    found: dict[str, faults.Whole] = {}
+
+    def get(method: str) -> faults.Whole:
+        if method not in found:
+            found[method] = faults.whole(folder, method)
+        return found[method]
+
+    return get
+
+
+WORK = {
+    "a step": (
+        "scheduled_sampling",
+        1,
+        Point(function="selfgen_ds.train:train_step", call=8, when="during", delay=0.03),
+    ),
+    "a pass": ("scheduled_sampling", 0, Point(function="selfgen_ds.engine.policy:EnginePolicy.draw", call=8)),
+    "a drawn round": ("bash", 1, Point(function="selfgen_ds.data.store:Writer.write", call=5, when="after")),
+    "a rollout": ("rac", 0, Point(function="selfgen_ds.engine.policy:EnginePolicy.complete", call=6)),
+    "an evaluation": (
+        "scheduled_sampling",
+        1,
+        Point(function="selfgen_ds.evaluation.scores:_score", call=4, when="during", delay=0.02),
+    ),
+}
+STAGES = {
+    "before anything is written": (1, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2)),
+    "half a file of DeepSpeed's": (0, Point(function="torch:save", call=4, when="during")),
+    "DeepSpeed's files alone": (0, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2, when="after")),
+    "half of the generators' states": (1, Point(function="torch:save", call=6, when="during")),
+    "a part of the sums": (1, Point(function="selfgen_ds.engine.checkpoint:sync_and_sum", call=5)),
+    "all but the marker": (0, Point(function="selfgen_ds.engine.checkpoint:write_marker", call=2)),
+    "the marker, other ranks not knowing": (
+        0,
+        Point(function="selfgen_ds.engine.checkpoint:write_marker", call=2, when="after"),
+    ),
+    "the marker, nothing removed": (0, Point(function="selfgen_ds.engine.checkpoint:retain", call=3)),
+    "a marker removed": (0, Point(function="shutil:rmtree", inside="selfgen_ds.engine.checkpoint:_remove")),
+    "files half removed": (0, Point(function="os:unlink", call=5, inside="selfgen_ds.engine.checkpoint:_remove")),
+}
+
+
+@pytest.mark.parametrize("where", WORK)
+def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
+    method, rank, point = WORK[where]
+    outcome = faults.break_and_resume(unbroken(method), tmp_path, rank, point)
+    assert outcome.reached
+    assert outcome.line
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_killed_when_a_checkpoint_has(unbroken: Unbroken, tmp_path: Path, stage: str) -> None:
+    rank, point = STAGES[stage]
+    outcome = faults.break_and_resume(unbroken("scheduled_sampling"), tmp_path, rank, point)
+    assert outcome.reached
+    assert outcome.line
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rank_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, seed: int) -> None:
+    choice = random.Random(seed)
+    against = unbroken(choice.choice(list(faults.METHODS)))
+    faults.break_and_resume(against, tmp_path, *faults.random_point(against, choice))
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(unbroken: Unbroken, tmp_path: Path, tmpfs: Path) -> None:
+    against = unbroken("scheduled_sampling")
+    settings = replace(against.settings, output_dir=str(tmpfs / "run"))
+    run = faults.start(settings, tmp_path / "full")
+    assert run.wait() == [1, 1]
+    line = (
+        r"selfgen-ds: error: rank \d on \S+ failed: RuntimeError: \S+/step-\d+ could not be written, with 0\.\d MB free"
+    )
+    for rank in range(2):
+        assert re.search(line, run.output(rank)), run.output(rank)[-3000:]
+    complete = checkpoint.complete_checkpoints(tmpfs / "run" / "checkpoints")
+    assert complete
+    assert not faults.broken_files(complete[-1])
+    subprocess.run(["mount", "-o", "remount,size=50m", str(tmpfs)], check=True)
+    again = faults.start(settings, tmp_path / "resumed")
+    assert again.wait() == [0, 0], again.output(0)[-3000:]
+    assert f"resumed from {complete[-1].path}" in again.output(0)
+    faults.check_equal(settings, against)
+
+
+def test_every_file_of_a_checkpoint_is_verified(unbroken: Unbroken, tmp_path: Path) -> None:
+    folder = Path(unbroken("scheduled_sampling").settings.output_dir) / "checkpoints"
+    newest = checkpoint.complete_checkpoints(folder)[-1]
+    files = [path for path in newest.path.rglob("*") if path.is_file() and path.name != checkpoint.MARKER]
+    assert len(files) > 8
+    for path in files:
+        name, content = str(path.relative_to(newest.path)), path.read_bytes()
+        for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), None):
+            if damaged is None:
+                path.unlink()
+            else:
+                path.write_bytes(damaged)
+            assert faults.broken_files(newest) == [name]
+            path.write_bytes(content)

@@ -1,0 +1,126 @@
+"""What ranks must have in common is checked before the first step, and the group they form is theirs alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from selfgen_ds.config import InputError, Recipe
+from selfgen_ds.engine import extensions, launch
+from selfgen_ds.engine.agreement import check_ranks
+from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
+from selfgen_ds.train import train
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs.write_rows(tmp_path)
+    return tmp_path
+
+
+def check(facts: list[dict[str, Any]]) -> str:
+    try:
+        check_ranks(facts[dist.get_rank()])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_the_same_facts_agree(two_ranks: Ranks) -> None:
+    assert two_ranks.run(check, [{"seed": 1}, {"seed": 1}]) == ["", ""]
+
+
+def test_what_differs_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
+    host = socket.gethostname()
+    expected = [
+        f"seed: 2 on rank 1 on {host}, 1 on rank 0 on {host}",
+        f"torch: None on rank 1 on {host}, '2' on rank 0 on {host}",
+    ]
+    found = two_ranks.run(check, [{"seed": 1, "torch": "2"}, {"seed": 2}])
+    assert [sorted(lines.splitlines()) for lines in found] == [expected, expected]
+
+
+def train_with_another_seed_on_rank_1(settings: Recipe) -> None:
+    settings.seed += dist.get_rank()
+    train(settings, set())
+
+
+def test_a_rank_with_another_recipe_is_refused_before_anything_is_read(two_ranks: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder)
+    with pytest.raises(AssertionError, match="InputError: seed: 4 on rank 1"):
+        two_ranks.run(train_with_another_seed_on_rank_1, settings)
+    assert not Path(settings.output_dir).exists()
+
+
+class OneForwardMore(ScheduledSampling):
+    """On rank 1, in the third step."""
+
+    def contexts(self, window: Any, policy: Any, step: int) -> Any:
+        if step == 2 and dist.get_rank() == 1:
+            policy.predict(window[0])
+        return super().contexts(window, policy, step)
+
+
+def test_a_rank_that_makes_another_number_of_forwards_is_named(two_ranks: Ranks, folder: Path) -> None:
+    # weights that are never released: the ranks wait for each other later, or never
+    method = replace(runs.MIXING, method=f"{__name__}:OneForwardMore")
+    settings = runs.recipe(folder, deepspeed=runs.write_whole_json(folder), selfgen=method)
+    with pytest.raises(AssertionError, match=r"rank 1 made (\d) forwards in a step, rank 0 made \d"):
+        two_ranks.run(runs.run_training, settings)
+
+
+def listening() -> list[str]:
+    """Addresses that this rank listens on."""
+    connections = psutil.Process().net_connections(kind="inet")
+    return [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
+
+
+def test_no_rank_listens_on_all_interfaces(two_ranks: Ranks) -> None:
+    for addresses in two_ranks.run(listening):
+        assert addresses, "gloo and the store of rank 0 listen somewhere"
+        assert set(addresses).isdisjoint({"0.0.0.0", "::"})
+    assert "127.0.0.1" in two_ranks.run(listening)[0]
+
+
+def join(port: int) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    launch._listen("127.0.0.1", port)
+
+
+def test_a_port_that_is_taken_is_one_clear_line(one_rank: Ranks) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(AssertionError, match=f"InputError: MASTER_PORT: {port} is taken on 127.0.0.1"):
+            one_rank.run(join, port)
+    one_rank.stop()
+
+
+def clear(root: str) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = root
+    try:
+        extensions.clear_stale_locks()
+    finally:
+        del os.environ["TORCH_EXTENSIONS_DIR"]
+
+
+def test_a_lock_that_a_killed_build_left_is_removed_and_one_in_use_is_not(two_ranks: Ranks, tmp_path: Path) -> None:
+    stale, held = tmp_path / "py311_cpu" / "cpu_adam" / "lock", tmp_path / "async_io" / "lock"
+    for lock in (stale, held):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with open(held):
+        two_ranks.run(clear, str(tmp_path))
+    assert (stale.exists(), held.exists()) == (False, True)
+    two_ranks.run(clear, str(tmp_path))
+    assert not held.exists()

@@ -1,0 +1,98 @@
+"""A signal to one rank ends all of them after a checkpoint, with exit code 3; a stall ends with every rank's stack."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds.engine import checkpoint
+from tests import faults
+from tests.distributed import runs
+from tests.faults import Point
+
+STOPPED = [3, 3]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, faults.Whole]:
+    """By method: a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    runs.write_rows(folder)
+    return {method: faults.whole(folder, method) for method in ("scheduled_sampling", "bash")}
+
+
+STOPS = {
+    # which rank is told, where, by what; the step that is saved
+    "a step": ("scheduled_sampling", 1, "selfgen_ds.train:train_step", 7, signal.SIGUSR1, 7),
+    "a step that is saved anyway": ("scheduled_sampling", 0, "selfgen_ds.train:train_step", 6, signal.SIGTERM, 6),
+    "an evaluation": ("scheduled_sampling", 1, "selfgen_ds.evaluation.scores:_score", 3, signal.SIGUSR1, 8),
+    "a drawn round": ("bash", 0, "selfgen_ds.data.store:Writer.write", 7, signal.SIGTERM, 5),
+    "the first round": ("bash", 1, "selfgen_ds.data.store:Writer.write", 2, signal.SIGUSR1, 0),
+    "a checkpoint": ("scheduled_sampling", 1, "deepspeed:DeepSpeedEngine.save_checkpoint", 3, signal.SIGTERM, 6),
+}
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_a_signal_to_one_rank_stops_all_in(unbroken: dict[str, faults.Whole], tmp_path: Path, where: str) -> None:
+    method, rank, function, call, number, step = STOPS[where]
+    against = unbroken[method]
+    settings = replace(against.settings, output_dir=str(tmp_path / "run"))
+    point = Point(function=function, call=call, signal=number)
+    run = faults.start(settings, tmp_path / "stopped", {rank: point})
+    assert run.wait() == STOPPED, run.output(0)[-3000:]
+    assert "Traceback" not in run.output(0) + run.output(1)
+    assert not (tmp_path / "run" / "model").exists()
+    complete = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert (complete[-1].step if complete else 0) == step
+    again = faults.start(settings, tmp_path / "resumed")
+    assert again.wait() == [0, 0], again.output(0)[-3000:]
+    faults.check_equal(settings, against)
+
+
+def test_a_second_signal_changes_nothing(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
+    against = unbroken["scheduled_sampling"]
+    settings = replace(against.settings, output_dir=str(tmp_path / "run"))
+    first = Point(function="selfgen_ds.train:train_step", call=8, signal=signal.SIGTERM)
+    second = Point(function="selfgen_ds.engine.checkpoint:sync_and_sum", call=11, signal=signal.SIGTERM)
+    run = faults.start(settings, tmp_path / "stopped", {0: first, 1: second})
+    assert run.wait() == STOPPED, run.output(0)[-3000:]
+    assert checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 8
+    assert faults.start(settings, tmp_path / "resumed").wait() == [0, 0]
+    faults.check_equal(settings, against)
+
+
+@pytest.mark.parametrize("function", ["selfgen_ds.prepare:load_tokenizer", "selfgen_ds.prepare:build_model"])
+def test_before_the_first_step_there_is_nothing_to_save(
+    unbroken: dict[str, faults.Whole], tmp_path: Path, function: str
+) -> None:
+    settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
+    run = faults.start(settings, tmp_path, {1: Point(function=function, signal=signal.SIGUSR1)})
+    assert run.wait() == STOPPED, run.output(0)[-3000:]
+    assert "stopped by a signal before the first step" in run.output(0)
+
+
+def test_after_the_last_step_a_run_ends_as_it_would(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
+    settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
+    point = Point(function="selfgen_ds.train:export_engine", signal=signal.SIGTERM)
+    run = faults.start(settings, tmp_path, {0: point, 1: point})
+    assert run.wait() == [0, 0], run.output(0)[-3000:]
+    faults.check_equal(settings, unbroken["scheduled_sampling"])
+
+
+def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
+    settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
+    settings.train = replace(settings.train, stall_seconds=7.0)
+    point = Point(function="selfgen_ds.data.batches:Windows.window", call=3, signal=None)
+    run = faults.start(settings, tmp_path, {1: point})
+    assert run.wait() == [1, 1]
+    for rank, waits in enumerate([r"waits in \w+, from selfgen_ds/\S+:\d+", "is not in a collective"]):
+        told = rf"rank {rank} on \S+: no step, chunk or batch has ended for \d+ s \(train\.stall_seconds\); {waits}"
+        assert re.search(told, run.output(rank)), run.output(rank)[-3000:]
+        assert "train.py" in run.output(rank)
+        assert "nothing has ended for 1" in run.output(rank)
+    assert re.search(r"stalled: rank 1 on \S+: is not in a collective", run.output(0)), run.output(0)[-3000:]
+    assert "stalled: rank 0" in run.output(0)
