@@ -107,6 +107,8 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     with together():
         folder_lock = open_output(recipe, json_config) if rank == 0 else None
     storage = find_out(folder)
+    if not storage.shared:
+        log.info("hosts do not share %s: each keeps its ranks' part of the checkpoints", folder)
     with together():
         if storage.keeps and rank != 0:
             folder_lock = open_output(recipe, json_config)

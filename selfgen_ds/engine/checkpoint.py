@@ -316,15 +316,20 @@ def best_of(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
 
 
 def _complete_everywhere(folder: Path, storage: Storage) -> list[Checkpoint]:
-    """Checkpoints that are complete on every host, oldest first; of a shared folder rank 0's view. Collective."""
+    """Checkpoints that are complete on every host, oldest first, as rank 0 sees them. Collective."""
     if storage.shared:
         agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(agreed, src=0)
         return agreed[0]
-    mine = {repr(replace(checkpoint, path=Path())): checkpoint for checkpoint in complete_checkpoints(folder)}
     views: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(views, set(mine))
-    return [checkpoint for what, checkpoint in mine.items() if all(what in view for view in views)]
+    dist.all_gather_object(views, complete_checkpoints(folder))
+    common = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
+    return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in common]
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is on every host; its evaluation may be recorded later, and on one host only."""
+    return repr((checkpoint.step, checkpoint.step_size, checkpoint.data, checkpoint.files))
 
 
 def _newest_intact(folder: Path, storage: Storage) -> Checkpoint | None:

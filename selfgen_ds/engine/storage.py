@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def find_out(folder: Path) -> Storage:
     if rank == 0:
         probe.touch()
     dist.barrier()
+    with suppress(OSError):  # a host without the folder is one that does not share it
+        folder.mkdir(parents=True, exist_ok=True)  # asks a server whose folder was not there a moment ago
     seen = [False] * dist.get_world_size()
     dist.all_gather_object(seen, probe.exists())
     if rank == 0:

@@ -322,6 +322,22 @@ def test_a_killed_conversion_is_never_taken_for_a_checkpoint_and_is_removed(
         assert names == {f"step-{SAVED:06d}"}
 
 
+def bytes_of_common_state(settings: Recipe) -> int:
+    """Of the file that every rank loads whole."""
+    engine = prepare(replace(settings, resume=None, output_dir=settings.output_dir + "-new"), set()).engine
+    with universal.converted(engine, Path(settings.output_dir) / "checkpoints" / f"step-{SAVED:06d}") as folder:
+        return (folder / f"step-{SAVED:06d}" / "zero" / "optimizer_state.pt").stat().st_size
+
+
+def test_ranks_load_no_more_of_a_checkpoint_than_their_share(
+    ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
+) -> None:
+    part = replace(resumed(two[0], "sizes"), deepspeed=CPU)
+    assert ranks[3].run(bytes_of_common_state, part)[0] < 20_000
+    shard = Path(part.output_dir) / "checkpoints" / "step-000003" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    assert shard.stat().st_size > 200_000
+
+
 def with_free(settings: Recipe, free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         usage = shutil.disk_usage(settings.output_dir)

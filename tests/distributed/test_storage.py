@@ -152,6 +152,23 @@ def test_a_checkpoint_that_a_host_has_not_whole_is_passed_over_by_all(
     assert (folder / "host-0" / RUN / "checkpoints" / "step-000006" / checkpoint.BROKEN).exists()
 
 
+def resumed(settings: Recipe) -> dict[str, float]:
+    found = prepare(replace(settings, resume="auto"), set()).resumed
+    assert found is not None
+    return found.metrics
+
+
+def test_an_evaluation_that_only_some_hosts_have_recorded_is_rank_0s(
+    two_ranks: Ranks, folder: Path, saved: Recipe
+) -> None:
+    for host, loss in ((0, 1.5), (1, float("nan"))):
+        path = folder / f"host-{host}" / RUN / "checkpoints" / "step-000006"
+        found = checkpoint.complete_checkpoints(path.parent)[-1]
+        content = {name: value for name, value in vars(found).items() if name != "path"}
+        checkpoint.write_marker(path, content | {"metrics": {"loss": loss}})
+    assert two_ranks.run(on_hosts, folder, 1, resumed, saved) == [{"loss": 1.5}] * 2
+
+
 def test_where_no_checkpoint_is_whole_on_all_hosts_the_run_stops_and_loses_none(
     two_ranks: Ranks, folder: Path, saved: Recipe
 ) -> None:
