@@ -12,8 +12,6 @@ from tests.ranks import Launched
 
 HOSTILE = "a b'c\"$(touch made)`touch made`;*%n%h\\ \n{x,y} ~ ü"
 """What shells, pdsh and YAML would change."""
-FOLDER = HOSTILE.replace("*", "")
-"""As an `output_dir`, where DeepSpeed takes `*` for a pattern."""
 
 
 def losses(run: Path) -> list[float]:
