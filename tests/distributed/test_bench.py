@@ -143,7 +143,7 @@ def test_everything_that_a_round_draws_has_rates_beside_generate(record: dict[st
         assert min(row["tokens_per_second"][what] for what in ("gathered", "sharded", "generate")) > 0
         assert row["ratio_to_generate"]["gathered"] > 0
         assert 0 < row["drawing_share"] < 1
-        assert row["epoch_time_ratio"] > 1
+        assert row["epoch_time_ratio"] > 0
         assert {what: len(values) for what, values in row["seconds"].items()} == dict.fromkeys(
             ("gathered", "training", "sharded", "sft"), 1
         )
