@@ -49,18 +49,21 @@ def main() -> None:
     try:
         _run(parsed, overrides)
     except InputError as error:
+        watch.ignore_signals()
         launch.leave_process_group()
         _fail(str(error))
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
     except watch.Stopped:
+        watch.ignore_signals()
         launch.leave_process_group()
         log.warning("stopped by a signal; --resume auto goes on from what is saved")
         sys.exit(watch.STOPPED)
     except Exception as error:
         if launch.heartbeat is None:
             raise
+        watch.ignore_signals()
         launch.heartbeat.fail(error)
     launch.leave_process_group()
 

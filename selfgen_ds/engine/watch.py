@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import deepspeed
 import torch
@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 
 class Watch:
-    """Signals are noticed from entering it to leaving it; what stalls, from `begin` to `end`.
+    """Signals are noticed from entering it to leaving it; what stalls, from `begin` to `pause`.
 
     A signal before `begin` ends all ranks at once: there is nothing to save.
 
@@ -74,14 +74,13 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over = True
         os.write(self._pipe[1], b"\0")
         self._thread.join()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            # launchers send SIGTERM to the ranks that are left, which still have to say why they end
-            signal.signal(number, handler if kind is None else signal.SIG_IGN)
+            signal.signal(number, handler)
         for end in self._pipe:
             os.close(end)
 
@@ -169,6 +168,12 @@ class Watch:
         place = "this process" if launch.heartbeat is None else launch.heartbeat.place
         sys.stderr.write(f"selfgen-ds: {place}: {text}\n")
         sys.stderr.flush()
+
+
+def ignore_signals() -> None:
+    """For a rank that ends: launchers send SIGTERM to those that are left, which still have to say why they do."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stacks() -> tuple[str, str]:
