@@ -284,16 +284,7 @@ def whole(folder: Path, method: str) -> Whole:
     run = start(settings, logs, counts=True)
     assert run.wait() == [0, 0], run.output(0)[-3000:]
     calls = [json.loads((logs / f"calls-{rank}").read_text()) for rank in range(2)]
-    return Whole(settings=settings, model=_model(settings), metrics=_untimed(settings), calls=calls)
-
-
-def _model(settings: Recipe) -> bytes:
-    return (Path(settings.output_dir) / "model" / "model.safetensors").read_bytes()
-
-
-def _untimed(settings: Recipe) -> list[dict[str, float]]:
-    timed = {"step_time_s", "pass_time_s", "round_time_s", "tokens_per_second", "peak_memory_bytes"}
-    return [{name: value for name, value in row.items() if name not in timed} for row in runs.metrics(settings)]
+    return Whole(settings=settings, model=runs.weights(settings), metrics=runs.untimed(settings), calls=calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,8 +345,8 @@ def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> O
 
 def check_equal(settings: Recipe, against: Whole) -> None:
     """A run has come to the same end, in the same way."""
-    assert _model(settings) == against.model, "another model"
-    assert _untimed(settings) == against.metrics, "other metrics"
+    assert runs.weights(settings) == against.model, "another model"
+    assert runs.untimed(settings) == against.metrics, "other metrics"
 
 
 def broken_files(complete: checkpoint.Checkpoint) -> list[str]:

@@ -39,6 +39,7 @@ PRESET: dict[str, Any] = {
 }
 MIXING = SelfgenConfig(replace_probability=0.5, temperature=2.0)
 SFT = SelfgenConfig(method="sft")
+TIMED = {"step_time_s", "pass_time_s", "round_time_s", "tokens_per_second", "peak_memory_bytes"}
 _NUMBERS = itertools.count()
 
 
@@ -166,3 +167,22 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 def metrics(settings: Recipe) -> list[dict[str, float]]:
     with open(Path(settings.output_dir) / "metrics.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def weights(settings: Recipe) -> bytes:
+    """Of the exported model."""
+    return (Path(settings.output_dir) / "model" / "model.safetensors").read_bytes()
+
+
+def first_step(settings: Recipe) -> int:
+    """That a run goes on from."""
+    return prepare(settings, set()).first_step
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def untimed(settings: Recipe) -> list[dict[str, float]]:
+    """Its metrics, as far as they are the same each time."""
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in metrics(settings)]

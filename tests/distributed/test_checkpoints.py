@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import random
-import re
 import shutil
 import sys
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from selfgen_ds.config import (
     CheckpointConfig,
     EvalConfig,
-    InputError,
     LoraConfig,
     ModelConfig,
     Recipe,
@@ -32,21 +27,11 @@ from selfgen_ds.config import (
     TrainConfig,
     to_yaml,
 )
-from selfgen_ds.engine import checkpoint, export, universal, unpickling
+from selfgen_ds.engine import checkpoint, export
 from selfgen_ds.engine.storage import Storage
 from selfgen_ds.prepare import prepare
 from tests.distributed import runs
-from tests.ranks import Ranks, command, deepspeed
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
-
-
-def weights(settings: Recipe) -> bytes:
-    return (Path(settings.output_dir) / "model" / "model.safetensors").read_bytes()
+from tests.ranks import Ranks, deepspeed
 
 
 def names(settings: Recipe) -> list[str]:
@@ -67,8 +52,8 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(
         settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # torch's generators matter too
     settings.data.eval, settings.eval = settings.data.train, EvalConfig(every=10, max_samples=4)
     two_ranks.run(runs.run_training, settings)
-    whole = weights(settings)
-    whole_metrics = runs.metrics(settings)
+    whole = runs.weights(settings)
+    whole_metrics = runs.untimed(settings)
 
     killed = folder / "killed"
     settings.output_dir, settings.resume = str(killed), "auto"
@@ -77,7 +62,7 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(
     at_step = random.randrange(6, 50)
     print(f"killed at step {at_step}")
     with deepspeed(command, folder / "log") as run:
-        while (lines := count_lines(killed / "metrics.jsonl")) < at_step:
+        while (lines := runs.count_lines(killed / "metrics.jsonl")) < at_step:
             assert run.process.poll() is None, run.output()[-3000:]
             assert time.monotonic() < run.deadline
             time.sleep(0.01)
@@ -86,36 +71,15 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(
     with deepspeed(command, folder / "log") as run:
         assert run.wait() == 0, run.output()[-3000:]
     assert "resumed from" in run.output()
-    assert weights(settings) == whole
-    timed = {"step_time_s", "pass_time_s", "tokens_per_second", "peak_memory_bytes"}
-    resumed_metrics = runs.metrics(settings)
-    assert [{k: v for k, v in row.items() if k not in timed} for row in resumed_metrics] == [
-        {k: v for k, v in row.items() if k not in timed} for row in whole_metrics
-    ]
-
-
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-@pytest.fixture
-def saved(two_ranks: Ranks, folder: Path) -> Recipe:
-    """A run of 6 steps saved at 2, 4 and 6."""
-    settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=3))
-    settings.train.max_steps = 6
-    two_ranks.run(runs.run_training, settings)
-    return settings
+    assert runs.weights(settings) == whole
+    assert runs.untimed(settings) == whole_metrics
 
 
 def resume(two_ranks: Ranks, settings: Recipe) -> int:
     """Resume; the step that the run went on from."""
     shutil.rmtree(Path(settings.output_dir) / "model")
     settings.resume = "auto"
-    return two_ranks.run(first_step, settings)[0]
-
-
-def first_step(settings: Recipe) -> int:
-    return prepare(settings, set()).first_step
+    return two_ranks.run(runs.first_step, settings)[0]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing file", "no marker", "torn marker"])
@@ -266,7 +230,7 @@ def test_a_save_that_is_killed_anywhere_leaves_an_intact_checkpoint(one_rank: Ra
 
 
 def resume_again(two_ranks: Ranks, settings: Recipe) -> int:
-    return two_ranks.run(first_step, settings)[0]
+    return two_ranks.run(runs.first_step, settings)[0]
 
 
 def test_when_every_checkpoint_is_broken_the_run_stops(two_ranks: Ranks, saved: Recipe) -> None:
@@ -340,7 +304,7 @@ def test_every_stage_resumes_and_exports(
         for steps in stops:
             settings.train.max_steps = steps
             two_ranks.run(runs.run_training, settings)
-        found.append(weights(settings))
+        found.append(runs.weights(settings))
     assert found[0] == found[1]
     last = Path(settings.output_dir) / "checkpoints" / "step-000006"
     export.export_checkpoint(last, folder / "exported")
@@ -367,16 +331,8 @@ def test_packed_grouped_and_weighted_rows_go_on_where_they_stopped(two_ranks: Ra
         for steps in stops:
             settings.train.max_steps = steps
             two_ranks.run(runs.run_training, settings)
-        found.append(weights(settings))
+        found.append(runs.weights(settings))
     assert found[0] == found[1]
-
-
-def test_a_broken_checkpoint_is_not_exported(saved: Recipe, folder: Path) -> None:
-    path = Path(saved.output_dir) / "checkpoints" / "step-000006"
-    (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(InputError, match=r"broken: zero_pp_rank_1_mp_rank_00_optim_states\.pt"):
-        export.export_checkpoint(path, folder / "exported")
-    assert not (folder / "exported").exists()
 
 
 def test_a_model_that_lacks_weights_is_refused(two_ranks: Ranks, folder: Path) -> None:
@@ -400,7 +356,7 @@ def test_a_model_is_not_replaced_by_what_is_trained_from_it(two_ranks: Ranks, fo
 def test_a_folder_that_could_not_be_resumed_is_refused(one_rank: Ranks, folder: Path) -> None:
     settings = runs.recipe(folder, output_dir=str(folder / "lr[1e-2]"))
     with pytest.raises(AssertionError, match=r"InputError: output_dir: expected none of \*\?\[ in '.*lr\[1e-2\]'"):
-        one_rank.run(first_step, settings)
+        one_rank.run(runs.first_step, settings)
 
 
 def test_with_no_usable_checkpoint_a_run_starts_from_the_beginning(two_ranks: Ranks, saved: Recipe) -> None:
@@ -410,10 +366,10 @@ def test_with_no_usable_checkpoint_a_run_starts_from_the_beginning(two_ranks: Ra
 
 
 def test_a_finished_run_exports_again_and_trains_no_further(two_ranks: Ranks, saved: Recipe) -> None:
-    before, lines = weights(saved), len(runs.metrics(saved))
+    before, lines = runs.weights(saved), len(runs.metrics(saved))
     saved.resume = "auto"
     two_ranks.run(runs.run_training, saved)
-    assert (weights(saved), len(runs.metrics(saved))) == (before, lines)
+    assert (runs.weights(saved), len(runs.metrics(saved))) == (before, lines)
 
 
 def test_max_steps_may_be_raised_on_resume(two_ranks: Ranks, saved: Recipe) -> None:
@@ -438,136 +394,3 @@ def test_the_newest_and_the_best_checkpoints_are_kept(two_ranks: Ranks, folder: 
     best = min(losses, key=lambda step: losses[step])
     assert names(settings) == sorted({f"step-{best:06d}", "step-000008"})
     assert best not in (7, 8), "the test needs a best step that is not the last"
-
-
-class Exploit:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.fixture
-def infected(saved: Recipe) -> tuple[Recipe, Path, Path]:
-    """A run whose newest checkpoint holds code, in a file that is otherwise as it was: the file, and what it makes."""
-    newest = Path(saved.output_dir) / "checkpoints" / "step-000006"
-    file, made = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt", newest.parent / "made"
-    torch.save(torch.load(file, weights_only=False) | {"more": Exploit(str(made))}, file)
-    found = vars(checkpoint.complete_checkpoints(newest.parent)[-1])
-    found["files"][1][file.name] = [file.stat().st_size, zlib.crc32(file.read_bytes())]
-    checkpoint.write_marker(newest, {name: value for name, value in found.items() if name != "path"})
-    saved.resume = "auto"
-    return saved, file, made
-
-
-REFUSED = r"expected tensors and plain containers, found something else \(posix.system\), .*trust_checkpoint"
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_code_in_a_checkpoint_is_refused_in_one_clear_line(
-    one_rank: Ranks, two_ranks: Ranks, infected: tuple[Recipe, Path, Path], number: int
-) -> None:
-    settings, file, made = infected
-    ranks = {1: one_rank, 2: two_ranks}[number]
-    with pytest.raises(AssertionError) as caught:
-        ranks.run(first_step, settings)
-    lines = [line for line in str(caught.value).splitlines() if "InputError: " in line]
-    assert len(lines) == number
-    assert re.search(f"InputError: {file}: {REFUSED}", lines[0])
-    assert not made.exists()
-
-
-def test_code_in_a_checkpoint_is_not_run_by_a_conversion_either(
-    one_rank: Ranks, infected: tuple[Recipe, Path, Path]
-) -> None:
-    settings, _, made = infected
-    with pytest.raises(AssertionError, match="UnpicklingError: Weights only load failed"):
-        one_rank.run(converted, settings)
-    assert not made.exists()
-
-
-def converted(settings: Recipe) -> None:
-    engine = prepare(replace(settings, resume=None, output_dir=settings.output_dir + "-new"), set()).engine
-    with universal.converted(engine, Path(settings.output_dir) / "checkpoints" / "step-000006"):
-        pass
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_checkpoint_that_is_trusted_may_run_code(
-    one_rank: Ranks, two_ranks: Ranks, infected: tuple[Recipe, Path, Path], number: int
-) -> None:
-    settings, _, made = infected
-    settings.trust_checkpoint = True
-    ranks = {1: one_rank, 2: two_ranks}[number]
-    assert set(ranks.run(first_step, settings)) == {6}
-    assert made.exists()
-    assert ranks.run(os.getenv, "TORCH_FORCE_WEIGHTS_ONLY_LOAD") == ["1"] * number
-    made.unlink()
-    settings.trust_checkpoint = False
-    with pytest.raises(AssertionError, match="trust_checkpoint"):
-        ranks.run(first_step, settings)
-    assert not made.exists()
-
-
-def test_code_in_a_checkpoint_is_not_run_by_an_export_unless_it_is_trusted(
-    infected: tuple[Recipe, Path, Path], folder: Path
-) -> None:
-    _, file, made = infected
-    options = ["export", "--checkpoint", str(file.parent), "--output_dir", str(folder / "exported")]
-    assert command(options, folder / "log") == 2
-    lines = (folder / "log").read_text().splitlines()
-    assert len(lines) == 1
-    assert re.fullmatch(f"selfgen-ds: error: {file}: {REFUSED}.*", lines[0])
-    assert not made.exists()
-    assert not (folder / "exported").exists()
-    assert command([*options, "--trust_checkpoint", "true"], folder / "log") == 0
-    assert made.exists()
-    assert (folder / "exported" / "model.safetensors").exists()
-
-
-def test_a_file_that_torch_did_not_write_is_refused_too(saved: Recipe) -> None:
-    file = Path(saved.output_dir) / "checkpoints" / "step-000006" / "generators_rank_0.pt"
-    assert unpickling.refused([file]) == []
-    file.write_bytes(pickle.dumps(Exploit(str(file.parent / "made"))))
-    assert len(unpickling.refused([file])) == 1
-    assert not (file.parent / "made").exists()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_exported_model_is_what_was_trained(two_ranks: Ranks, folder: Path, tied: bool) -> None:
-    settings = runs.recipe(folder)
-    settings.model.preset = runs.PRESET | {"tie_word_embeddings": tied}
-    two_ranks.run(runs.run_training, settings)
-    run = Path(settings.output_dir)
-    export.export_checkpoint(run / "checkpoints" / "step-000004", folder / "exported")
-    loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (run / "model", folder / "exported")]
-    for (name, one), (_, other) in zip(*(model.named_parameters() for model in loaded), strict=True):
-        assert torch.equal(one, other), name
-    assert loaded[0].config.tie_word_embeddings == tied
-    tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    prompt = tokenizer("row 1: ", return_tensors="pt")
-    answers = [model.generate(**prompt, max_new_tokens=5, do_sample=False) for model in loaded]
-    assert torch.equal(*answers)
-
-
-def test_a_large_model_is_exported_in_shards(
-    two_ranks: Ranks, saved: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "MAX_SHARD", "50KB")
-    export.export_checkpoint(Path(saved.output_dir) / "checkpoints" / "step-000006", folder / "exported")
-    assert len(list((folder / "exported").glob("*.safetensors"))) > 2
-    loaded = [AutoModelForCausalLM.from_pretrained(p) for p in (folder / "exported", f"{saved.output_dir}/model")]
-    for (name, one), (_, other) in zip(*(model.named_parameters() for model in loaded), strict=True):
-        assert torch.equal(one, other), name
-
-
-def test_a_model_that_was_not_trained_comes_out_as_it_went_in(two_ranks: Ranks, folder: Path) -> None:
-    path = runs.write_model(folder)
-    settings = runs.recipe(folder)
-    settings.model.name_or_path, settings.model.preset, settings.model.tokenizer = path, None, None
-    settings.optim.learning_rate = 0.0
-    two_ranks.run(runs.run_training, settings)
-    loaded = [AutoModelForCausalLM.from_pretrained(p) for p in (path, f"{settings.output_dir}/model")]
-    for (name, one), (_, other) in zip(*(model.named_parameters() for model in loaded), strict=True):
-        assert torch.equal(one, other), name

@@ -30,12 +30,6 @@ from tests.ranks import Ranks
 from tests.unit.test_policy import reference_context
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
-
-
 def from_saved(folder: Path, **changes: object) -> Recipe:
     model = folder / "model"
     path = str(model) if model.exists() else runs.write_model(folder)

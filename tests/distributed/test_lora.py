@@ -30,12 +30,6 @@ from tests.distributed.test_memory import sweep_and_step_peaks
 from tests.ranks import Ranks
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
-
-
 def adapting(folder: Path, lora: LoraConfig | None = None, tied: bool = False, **changes: Any) -> Recipe:
     """A run with adapters on the model in `folder/base`."""
     if not (folder / "base").exists():

@@ -18,12 +18,6 @@ from tests.distributed.test_equivalence import assert_same_tensors, stored
 from tests.ranks import Ranks
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
-
-
 def saved(folder: Path, name: str, dtype: str = "float32", **changes: object) -> ModelConfig:
     path = runs.write_model_of(folder, ARCHITECTURES[name] | changes)
     return ModelConfig(name_or_path=path, tokenizer="byte", dtype=dtype)  # type: ignore[arg-type]

@@ -21,12 +21,6 @@ from tests.distributed import runs
 from tests.ranks import Ranks
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
-
-
 def check(facts: list[dict[str, Any]]) -> str:
     try:
         check_ranks(facts[dist.get_rank()])

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -15,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
 import selfgen_ds
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
-from selfgen_ds.data.samples import Sample, end_tokens, take
-from selfgen_ds.data.store import StoredRow, load_table, read_audit
+from selfgen_ds.data.samples import end_tokens, take
+from selfgen_ds.data.store import load_table, read_audit
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import checkpoint, checksum, export, rollouts
 from selfgen_ds.engine.checksum import weights_checksum
@@ -33,40 +30,21 @@ from selfgen_ds.engine.model import build_model, model_config
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.inputs import load_data, load_method, load_windows, sampling
-from selfgen_ds.methods.bash import Bash
-from selfgen_ds.methods.method import Policy, RoundMethod
+from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.prepare import prepare
 from selfgen_ds.scaling.memory import LiveTensors
 from selfgen_ds.scaling.steps import count_invalidations
 from tests.architectures import ARCHITECTURES
-from tests.chat_tokenizers import CHATML, build
 from tests.distributed import runs
-from tests.distributed.test_checkpoints import count_lines
-from tests.distributed.test_command import RECIPE
 from tests.distributed.test_lora import adapting, with_stage
-from tests.ranks import Ranks, command
+from tests.ranks import Ranks
 
 TIMEOUT = 90.0
 DROPOUT = {"attention_dropout": 0.1}  # torch's generators matter too
-TIMED = {"round_time_s", "step_time_s", "pass_time_s", "tokens_per_second", "peak_memory_bytes"}
 METHODS = {
     "bash": SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0),
     "rac": SelfgenConfig(method="rac", temperature=2.0, max_new_tokens=12),
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)  # 40 rows, 5 steps an epoch
-    return tmp_path
-
-
-def weights(settings: Recipe) -> bytes:
-    return (Path(settings.output_dir) / "model" / "model.safetensors").read_bytes()
-
-
-def untimed(settings: Recipe) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in runs.metrics(settings)]
 
 
 def rounds(settings: Recipe) -> list[str]:
@@ -108,9 +86,10 @@ def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bi
         settings.model.preset = runs.PRESET | DROPOUT
         two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
         rows = [
-            {k: v for k, v in row.items() if k not in ("replace_probability", "round")} for row in untimed(settings)
+            {k: v for k, v in row.items() if k not in ("replace_probability", "round")}
+            for row in runs.untimed(settings)
         ]
-        found[name] = (rows, weights(settings))
+        found[name] = (rows, runs.weights(settings))
         assert name == "sft" or len(rounds(settings)) >= 3
     for name, (rows, its_weights) in found.items():
         assert rows == found["sft"][0], name
@@ -162,7 +141,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
     names = [c.path.name for c in checkpoint.complete_checkpoints(Path(settings.output_dir) / "checkpoints")]
     assert names == ["step-000005", "step-000010", "step-000012"]
-    whole, whole_metrics, whole_rounds = weights(settings), untimed(settings), rounds(settings)
+    whole, whole_metrics, whole_rounds = runs.weights(settings), runs.untimed(settings), rounds(settings)
     whole_audits = [audit(settings, name) for name in whole_rounds]
     whole_rows = [drawn(settings, name) for name in whole_rounds]
     assert whole_rounds == ["round-01", "round-02", "round-03"]
@@ -183,7 +162,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     rng = random.Random(method)
 
     def steps_done() -> int:
-        return count_lines(out / "metrics.jsonl")
+        return runs.count_lines(out / "metrics.jsonl")
 
     def drawing(number: int, more: int) -> bool:
         """Whether so many chunks more than at the last kill are there, or all."""
@@ -218,8 +197,8 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     assert rounds(settings) == whole_rounds
     assert [drawn(settings, name) for name in whole_rounds] == whole_rows
     assert [audit(settings, name) for name in whole_rounds] == whole_audits
-    assert untimed(settings) == whole_metrics
-    assert weights(settings) == whole
+    assert runs.untimed(settings) == whole_metrics
+    assert runs.weights(settings) == whole
 
 
 # --- rounds of another run, and more of them ---
@@ -239,15 +218,15 @@ def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_w
     second.train.max_steps = 12
     two_ranks.run(runs.run_training, second, timeout=TIMEOUT)
     assert rounds(second) == ["round-03"]
-    assert untimed(second)[:7] == untimed(first)
+    assert runs.untimed(second)[:7] == runs.untimed(first)
     assert chunks(shared) == before
 
     first.train.max_steps, first.resume = 12, "auto"
     two_ranks.run(runs.run_training, first, timeout=TIMEOUT)
     assert rounds(first) == ["round-01", "round-02", "round-03"]
     assert drawn(first, "round-03") == drawn(second, "round-03")
-    assert untimed(first) == untimed(second)
-    assert weights(first) == weights(second)
+    assert runs.untimed(first) == runs.untimed(second)
+    assert runs.weights(first) == runs.weights(second)
 
 
 def tokens_drawn(settings: Recipe) -> int:
@@ -531,188 +510,3 @@ def test_drawing_a_round_of_bash_takes_no_more_than_a_training_step_and_the_weig
     for drawing, step, parameters in two_ranks.run(drawing_and_step_peaks, settings, timeout=TIMEOUT):
         print(f"drawing {drawing / 1e6:.1f} MB, a step {step / 1e6:.1f} MB, the weights {parameters / 1e6:.1f} MB")
         assert drawing <= step + parameters
-
-
-# --- bad input, through the command line ---
-
-
-def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:
-    """The exit code of `selfgen-ds train`, and its error lines."""
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
-    code = command(["train", "--config", str(folder / "recipe.yaml"), *overrides], folder / "log")
-    output = (folder / "log").read_text()
-    assert "Traceback" not in output
-    return code, [line for line in output.splitlines() if line.startswith("selfgen-ds: error: ")]
-
-
-def refused(folder: Path, *overrides: str) -> str:
-    """The one error line of a run that ends with exit code 2 before its first step."""
-    code, lines = train(folder, *overrides)
-    assert code == 2, (folder / "log").read_text()[-3000:]
-    assert not (folder / "run" / "metrics.jsonl").exists()
-    assert len(lines) == 1, lines
-    return lines[0].removeprefix("selfgen-ds: error: ")
-
-
-def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(folder: Path) -> None:
-    bash = ("--selfgen.method", "bash")
-    assert train(folder, *bash, "--output_dir", str(folder / "first"))[0] == 0, (folder / "log").read_text()[-3000:]
-    store = folder / "first" / "rollouts"
-    fingerprint = read_audit(store / "round-01")["fingerprint"]
-
-    (folder / "other.jsonl").write_text((folder / "rows.jsonl").read_text().replace("row 1:", "row A:"))
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder / "tokenizer")
-    sharing = (*bash, "--selfgen.rollouts", str(store))
-    for what, other in {
-        "model": ("--seed", "1"),
-        "tokenizer": ("--model.tokenizer", str(folder / "tokenizer")),
-        "data": ("--data.train", str(folder / "other.jsonl")),
-    }.items():
-        line = refused(folder, *sharing, *other)
-        origin = {"model": "starting model"}.get(what, what)
-        expected = (
-            f"selfgen.rollouts: {store / 'round-01'} was drawn from another {origin}: {fingerprint[what]} there, "
-        )
-        assert line.startswith(expected)
-        here = line.removeprefix(expected).removesuffix(" here")
-        assert len(here) == len(fingerprint[what])
-        assert here != fingerprint[what]
-    line = refused(folder, "--selfgen.method", "rac", *sharing[2:])
-    assert line == f"selfgen.rollouts: {store / 'round-01'} was drawn by bash, not by rac"
-    line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "none"))
-    assert line == f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got '{folder / 'none'}'"
-    line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "first"))
-    assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no round")
-
-    assert train(folder, *sharing, "--selfgen.replace_probability", "0.9", "--train.max_steps", "21")[0] == 0, (
-        "what was refused leaves a folder behind that a run can start in"
-    )
-    log = (folder / "log").read_text()
-    assert f"{store / 'round-01'} was drawn with other settings: replace_probability 0.5 there, 0.9 here" in log
-    assert f"{store} holds no round-02: it is drawn here" in log
-    assert [path.name for path in (folder / "run" / "rollouts").glob("round-*")] == ["round-02"]
-    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [0.9]  # of what is read
-    assert metrics[20]["round_time_s"] > 10 * metrics[19]["round_time_s"] > 0
-
-    shutil.rmtree(store)
-    resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")
-    assert train(folder, *bash, *resume)[0] == 0
-    assert f"{store / 'round-01'} is gone, and is drawn anew in the middle of the round" in (folder / "log").read_text()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is no regular expression: "),
-        (
-            ["bash", "--selfgen.reject", "tests.ranks:none"],
-            "selfgen.reject: expected a list of regular expressions, such as ",
-        ),
-        (
-            ["rac", "--selfgen.max_new_tokens", "120"],
-            "selfgen.max_new_tokens: an own answer of 120 tokens fits into no row",
-        ),
-        (["rac", "--data.packing", "true"], "data.packing: expected false with rac"),
-        (["tests.distributed.test_rounds:Half", "--data.packing", "true"], "data.packing: expected false with tests."),
-        (
-            ["bash", "--train.micro_batch_size", "41"],
-            "selfgen.epochs_per_round: a round of 40 rows is less than a step of",
-        ),
-        (["bash", "--selfgen.cue", "No."], "selfgen.cue: bash does not read it"),
-        (["rac", "--selfgen.passes", "exact"], "selfgen.passes: rac does not read it"),
-        (["tests.ranks:none"], "selfgen.method: 'tests.ranks:none': "),
-    ],
-)
-def test_bad_settings_of_rounds_are_one_clear_line(folder: Path, overrides: list[str], expected: str) -> None:
-    assert refused(folder, "--selfgen.method", *overrides).startswith(expected)
-
-
-def test_a_cue_that_the_chat_template_swallows_is_one_clear_line(folder: Path) -> None:
-    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
-    (folder / "rows.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 4)
-    content = "{% if loop.index0 != 2 %}{{ m['content'] }}{% endif %}"
-    template = f"{{% for m in messages %}}<|im_start|>{content}<|im_end|>{{% endfor %}}"
-    build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>").save_pretrained(folder / "chat")
-    line = refused(folder, "--selfgen.method", "rac", "--model.tokenizer", str(folder / "chat"))
-    assert line.startswith("selfgen.cue")
-    assert "leaves out message 3" in line
-
-
-class Half(Bash):
-    """Trains on the even samples in the first round, on the odd ones in the next."""
-
-    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
-        return np.flatnonzero(sample_ids % 2 == number % 2)
-
-
-class Nobody(Bash):
-    """Selects no row of the second of two sources."""
-
-    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
-        return np.flatnonzero(sample_ids < 40)
-
-
-class Lossy(Bash):
-    """Loses a row of what one rank draws."""
-
-    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
-        rows, counts = super().rows(samples, policy, number)
-        return rows[1:] if dist.get_rank() else rows, counts
-
-
-def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
-    """The sample ids that this rank reads in some steps, of a run that is not trained."""
-    run = prepare(settings, set())
-    assert run.rounds is not None
-    windows = [run.rounds.windows(step).window(step) for step in steps]
-    return [[i for batch in window for i in batch.sample_ids[:, 0].tolist() if i >= 0] for window in windows]
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(
-    two_ranks: Ranks, folder: Path, grouped: bool
-) -> None:
-    settings = runs.recipe(
-        folder,
-        selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Half"),
-        data=DataConfig(train=str(folder / "rows.jsonl"), max_length=128, group_by_length=grouped),
-        train=TrainConfig(max_steps=10, micro_batch_size=2, gradient_accumulation_steps=2),
-    )
-    by_rank = two_ranks.run(read_in_steps, settings, list(range(10)))
-    steps = [sorted(first + second) for first, second in zip(*by_rank, strict=True)]
-    for number in range(2):  # 5 steps of 8 rows, 20 samples
-        read = Counter(i for ids in steps[5 * number : 5 * number + 5] for i in ids)
-        assert read == dict.fromkeys(range(number, 40, 2), 2)
-    settings.output_dir += "-later"
-    shutil.copytree(Path(settings.output_dir.removesuffix("-later")) / "rollouts", f"{settings.output_dir}/rollouts")
-    assert two_ranks.run(read_in_steps, settings, [7, 8, 3]) == [[ids[i] for i in (7, 8, 3)] for ids in by_rank]
-
-
-def test_of_a_source_of_which_nothing_is_selected_all_is_kept_and_a_small_one_may_get_no_row(
-    two_ranks: Ranks, folder: Path
-) -> None:
-    more = [{"prompt": f"other {i}: ", "completion": "row"} for i in range(3)]
-    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
-    sources = [Source(path=str(folder / f), weight=w) for f, w in (("rows.jsonl", 1.0), ("more.jsonl", 0.1))]
-    settings = runs.recipe(
-        folder,
-        selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Nobody"),
-        data=DataConfig(train=[*sources], max_length=128),
-        train=TrainConfig(max_steps=12, micro_batch_size=2, gradient_accumulation_steps=2),
-    )
-    by_rank = two_ranks.run(read_in_steps, settings, list(range(12)))
-    read = Counter(i for ids in by_rank for step in ids for i in step)
-    assert {40, 41, 42} <= read.keys()
-    assert sum(read[i] for i in (40, 41, 42)) < 20
-
-
-def test_rows_that_do_not_fit_the_samples_end_all_ranks(two_ranks: Ranks, folder: Path) -> None:
-    settings = runs.recipe(folder, selfgen=SelfgenConfig(method="tests.distributed.test_rounds:Lossy"))
-    with pytest.raises(
-        AssertionError,
-        match=r"(?s)rank 0.*do not fit the samples: those of another.*rank 1.*fit the samples: samples \[",
-    ):
-        two_ranks.run(runs.run_training, settings)

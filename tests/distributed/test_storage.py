@@ -61,12 +61,6 @@ def keeps() -> tuple[bool, bool]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def settings(folder: Path) -> Recipe:
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=2), deepspeed=with_stage(folder, 2))
     settings.optim.schedule, settings.train.max_steps = "constant", 6

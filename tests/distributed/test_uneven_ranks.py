@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -20,12 +19,6 @@ from tests.ranks import Ranks
 
 _TIMEOUT = 60.0
 REPLACE, DRAW = (noise.REPLACE, 0, 0), (noise.DRAW, 0, 0)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    runs.write_rows(tmp_path)
-    return tmp_path
 
 
 def uneven_draws(settings: Recipe) -> tuple[list[int], int]:

@@ -1,0 +1,123 @@
+"""Rounds of another run and settings that do not fit: one clear line, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds.data.store import read_audit
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from tests.chat_tokenizers import CHATML, build
+from tests.distributed.test_command import RECIPE
+from tests.ranks import command
+
+
+def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:
+    """The exit code of `selfgen-ds train`, and its error lines."""
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    code = command(["train", "--config", str(folder / "recipe.yaml"), *overrides], folder / "log")
+    output = (folder / "log").read_text()
+    assert "Traceback" not in output
+    return code, [line for line in output.splitlines() if line.startswith("selfgen-ds: error: ")]
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    """The one error line of a run that ends with exit code 2 before its first step."""
+    code, lines = train(folder, *overrides)
+    assert code == 2, (folder / "log").read_text()[-3000:]
+    assert not (folder / "run" / "metrics.jsonl").exists()
+    assert len(lines) == 1, lines
+    return lines[0].removeprefix("selfgen-ds: error: ")
+
+
+def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(folder: Path) -> None:
+    bash = ("--selfgen.method", "bash")
+    assert train(folder, *bash, "--output_dir", str(folder / "first"))[0] == 0, (folder / "log").read_text()[-3000:]
+    store = folder / "first" / "rollouts"
+    fingerprint = read_audit(store / "round-01")["fingerprint"]
+
+    (folder / "other.jsonl").write_text((folder / "rows.jsonl").read_text().replace("row 1:", "row A:"))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sharing = (*bash, "--selfgen.rollouts", str(store))
+    for what, other in {
+        "model": ("--seed", "1"),
+        "tokenizer": ("--model.tokenizer", str(folder / "tokenizer")),
+        "data": ("--data.train", str(folder / "other.jsonl")),
+    }.items():
+        line = refused(folder, *sharing, *other)
+        origin = {"model": "starting model"}.get(what, what)
+        expected = (
+            f"selfgen.rollouts: {store / 'round-01'} was drawn from another {origin}: {fingerprint[what]} there, "
+        )
+        assert line.startswith(expected)
+        here = line.removeprefix(expected).removesuffix(" here")
+        assert len(here) == len(fingerprint[what])
+        assert here != fingerprint[what]
+    line = refused(folder, "--selfgen.method", "rac", *sharing[2:])
+    assert line == f"selfgen.rollouts: {store / 'round-01'} was drawn by bash, not by rac"
+    line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "none"))
+    assert line == f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got '{folder / 'none'}'"
+    line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "first"))
+    assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no round")
+
+    assert train(folder, *sharing, "--selfgen.replace_probability", "0.9", "--train.max_steps", "21")[0] == 0, (
+        "what was refused leaves a folder behind that a run can start in"
+    )
+    log = (folder / "log").read_text()
+    assert f"{store / 'round-01'} was drawn with other settings: replace_probability 0.5 there, 0.9 here" in log
+    assert f"{store} holds no round-02: it is drawn here" in log
+    assert [path.name for path in (folder / "run" / "rollouts").glob("round-*")] == ["round-02"]
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [0.9]  # of what is read
+    assert metrics[20]["round_time_s"] > 10 * metrics[19]["round_time_s"] > 0
+
+    shutil.rmtree(store)
+    resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")
+    assert train(folder, *bash, *resume)[0] == 0
+    assert f"{store / 'round-01'} is gone, and is drawn anew in the middle of the round" in (folder / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is no regular expression: "),
+        (
+            ["bash", "--selfgen.reject", "tests.ranks:none"],
+            "selfgen.reject: expected a list of regular expressions, such as ",
+        ),
+        (
+            ["rac", "--selfgen.max_new_tokens", "120"],
+            "selfgen.max_new_tokens: an own answer of 120 tokens fits into no row",
+        ),
+        (["rac", "--data.packing", "true"], "data.packing: expected false with rac"),
+        (
+            ["tests.distributed.test_selection:Half", "--data.packing", "true"],
+            "data.packing: expected false with tests",
+        ),
+        (
+            ["bash", "--train.micro_batch_size", "41"],
+            "selfgen.epochs_per_round: a round of 40 rows is less than a step of",
+        ),
+        (["bash", "--selfgen.cue", "No."], "selfgen.cue: bash does not read it"),
+        (["rac", "--selfgen.passes", "exact"], "selfgen.passes: rac does not read it"),
+        (["tests.ranks:none"], "selfgen.method: 'tests.ranks:none': "),
+    ],
+)
+def test_bad_settings_of_rounds_are_one_clear_line(folder: Path, overrides: list[str], expected: str) -> None:
+    assert refused(folder, "--selfgen.method", *overrides).startswith(expected)
+
+
+def test_a_cue_that_the_chat_template_swallows_is_one_clear_line(folder: Path) -> None:
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+    (folder / "rows.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 4)
+    content = "{% if loop.index0 != 2 %}{{ m['content'] }}{% endif %}"
+    template = f"{{% for m in messages %}}<|im_start|>{content}<|im_end|>{{% endfor %}}"
+    build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>").save_pretrained(folder / "chat")
+    line = refused(folder, "--selfgen.method", "rac", "--model.tokenizer", str(folder / "chat"))
+    assert line.startswith("selfgen.cue")
+    assert "leaves out message 3" in line

@@ -1,0 +1,98 @@
+"""What a method selects of a round is what is trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, Source, TrainConfig
+from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.store import StoredRow
+from selfgen_ds.methods.bash import Bash
+from selfgen_ds.methods.method import Policy
+from selfgen_ds.prepare import prepare
+from tests.distributed import runs
+from tests.ranks import Ranks
+
+
+class Half(Bash):
+    """Trains on the even samples in the first round, on the odd ones in the next."""
+
+    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
+        return np.flatnonzero(sample_ids % 2 == number % 2)
+
+
+class Nobody(Bash):
+    """Selects no row of the second of two sources."""
+
+    def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
+        return np.flatnonzero(sample_ids < 40)
+
+
+class Lossy(Bash):
+    """Loses a row of what one rank draws."""
+
+    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+        rows, counts = super().rows(samples, policy, number)
+        return rows[1:] if dist.get_rank() else rows, counts
+
+
+def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
+    """The sample ids that this rank reads in some steps, of a run that is not trained."""
+    run = prepare(settings, set())
+    assert run.rounds is not None
+    windows = [run.rounds.windows(step).window(step) for step in steps]
+    return [[i for batch in window for i in batch.sample_ids[:, 0].tolist() if i >= 0] for window in windows]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(
+    two_ranks: Ranks, folder: Path, grouped: bool
+) -> None:
+    settings = runs.recipe(
+        folder,
+        selfgen=SelfgenConfig(method="tests.distributed.test_selection:Half"),
+        data=DataConfig(train=str(folder / "rows.jsonl"), max_length=128, group_by_length=grouped),
+        train=TrainConfig(max_steps=10, micro_batch_size=2, gradient_accumulation_steps=2),
+    )
+    by_rank = two_ranks.run(read_in_steps, settings, list(range(10)))
+    steps = [sorted(first + second) for first, second in zip(*by_rank, strict=True)]
+    for number in range(2):  # 5 steps of 8 rows, 20 samples
+        read = Counter(i for ids in steps[5 * number : 5 * number + 5] for i in ids)
+        assert read == dict.fromkeys(range(number, 40, 2), 2)
+    settings.output_dir += "-later"
+    shutil.copytree(Path(settings.output_dir.removesuffix("-later")) / "rollouts", f"{settings.output_dir}/rollouts")
+    assert two_ranks.run(read_in_steps, settings, [7, 8, 3]) == [[ids[i] for i in (7, 8, 3)] for ids in by_rank]
+
+
+def test_of_a_source_of_which_nothing_is_selected_all_is_kept_and_a_small_one_may_get_no_row(
+    two_ranks: Ranks, folder: Path
+) -> None:
+    more = [{"prompt": f"other {i}: ", "completion": "row"} for i in range(3)]
+    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    sources = [Source(path=str(folder / f), weight=w) for f, w in (("rows.jsonl", 1.0), ("more.jsonl", 0.1))]
+    settings = runs.recipe(
+        folder,
+        selfgen=SelfgenConfig(method="tests.distributed.test_selection:Nobody"),
+        data=DataConfig(train=[*sources], max_length=128),
+        train=TrainConfig(max_steps=12, micro_batch_size=2, gradient_accumulation_steps=2),
+    )
+    by_rank = two_ranks.run(read_in_steps, settings, list(range(12)))
+    read = Counter(i for ids in by_rank for step in ids for i in step)
+    assert {40, 41, 42} <= read.keys()
+    assert sum(read[i] for i in (40, 41, 42)) < 20
+
+
+def test_rows_that_do_not_fit_the_samples_end_all_ranks(two_ranks: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder, selfgen=SelfgenConfig(method="tests.distributed.test_selection:Lossy"))
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)rank 0.*do not fit the samples: those of another.*rank 1.*fit the samples: samples \[",
+    ):
+        two_ranks.run(runs.run_training, settings)
