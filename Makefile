@@ -44,8 +44,9 @@ lint: install
 	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch; \
 	else echo "launch/ was not checked: shellcheck is missing (Debian: apt-get install shellcheck)"; fi
 
+# Two modules at a time, each with ranks of its own.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # Several hosts and a Slurm, as namespaces of this machine. `make test` runs these too where the packages are there.
 test-cluster: install cluster-packages

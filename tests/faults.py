@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import io
@@ -310,7 +311,7 @@ def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> O
         AssertionError: Something that is promised does not hold.
     """
     settings = replace(against.settings, output_dir=str(folder / "run"))
-    before = _shared_memory()
+    before = _shared_memory_left()
     run = start(settings, folder / "broken", {rank: point})
     codes = run.wait()
     other = 1 - rank
@@ -354,8 +355,13 @@ def broken_files(complete: checkpoint.Checkpoint) -> list[str]:
     return [name for files in complete.files for name in checkpoint.broken_files(complete, files)]
 
 
-def _shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir()}
+def _shared_memory_left() -> set[str]:
+    """Segments that no process has mapped."""
+    segments = {str(path) for path in Path("/dev/shm").iterdir()}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            segments -= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+    return segments
 
 
 def _check_nothing_left(run: Run, output: Path, shared_memory: set[str]) -> None:
@@ -368,7 +374,10 @@ def _check_nothing_left(run: Run, output: Path, shared_memory: set[str]) -> None
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", run.port))
-    assert _shared_memory() <= shared_memory
+    deadline = time.monotonic() + 5.0
+    while left := _shared_memory_left() - shared_memory:  # others make theirs before they map them
+        assert time.monotonic() < deadline, f"shared memory is left: {left}"
+        time.sleep(0.1)
     if output.exists():
         lock(output, "output_dir").close()
 

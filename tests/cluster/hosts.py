@@ -56,7 +56,9 @@ class Host:
         kept = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
         settings = [f"{name}={value}" for name, value in (kept | mine | variables).items()]
         namespaces = ["nsenter", f"--target={self.init}", "--net", "--uts", "--mount", "--pid"]
-        return [*namespaces, "env", "--ignore-environment", f"--chdir={ROOT}", *settings, *map(str, command)]
+        # a suite in the background may ignore Ctrl-C's signal, which shells inherit and cannot trap then
+        clean = ["env", "--ignore-environment", "--default-signal=INT", f"--chdir={ROOT}"]
+        return [*namespaces, *clean, *settings, *map(str, command)]
 
     def run(self, *command: object, **variables: str) -> str:
         """What it prints."""
