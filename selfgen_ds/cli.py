@@ -18,6 +18,7 @@ from jsonargparse.typing import PositiveInt
 
 from selfgen_ds import __version__
 from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, InputError, Recipe
+from selfgen_ds.engine import signals
 
 log = logging.getLogger("selfgen_ds")
 
@@ -38,6 +39,8 @@ def main() -> None:
         _fail(" ".join(str(error).split()))
     overrides = _overrides(arguments)
 
+    if parsed.command == "train":
+        signals.stop_at_once()
     # torch's stack traces of a broken connection would bury the line that names the lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from selfgen_ds.engine import launch, watch  # slow imports, for which `--help` need not wait
@@ -49,22 +52,23 @@ def main() -> None:
     try:
         _run(parsed, overrides)
     except InputError as error:
-        watch.ignore_signals()
+        signals.ignore()
         launch.leave_process_group()
         _fail(str(error))
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
     except watch.Stopped:
-        watch.ignore_signals()
+        signals.ignore()
         launch.leave_process_group()
         log.warning("stopped by a signal; --resume auto goes on from what is saved")
-        sys.exit(watch.STOPPED)
+        sys.exit(signals.STOPPED)
     except Exception as error:
         if launch.heartbeat is None:
             raise
-        watch.ignore_signals()
+        signals.ignore()
         launch.heartbeat.fail(error)
+    signals.ignore()
     launch.leave_process_group()
 
 

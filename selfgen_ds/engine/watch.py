@@ -23,12 +23,9 @@ import torch.distributed as dist
 
 import selfgen_ds
 from selfgen_ds.engine import launch
+from selfgen_ds.engine.signals import SIGNALS, STOPPED
 
 log = logging.getLogger("selfgen_ds")
-
-STOPPED = 3
-"""Exit code: stopped by a signal; everything is saved, start me again."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 HELPERS = ("watch", "heartbeat", "heartbeat guard")
 """Threads that only watch."""
@@ -168,12 +165,6 @@ class Watch:
         place = "this process" if launch.heartbeat is None else launch.heartbeat.place
         sys.stderr.write(f"selfgen-ds: {place}: {text}\n")
         sys.stderr.flush()
-
-
-def ignore_signals() -> None:
-    """For a rank that ends: launchers send SIGTERM to those that are left, which still have to say why they do."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _stacks() -> tuple[str, str]:

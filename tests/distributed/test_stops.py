@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from selfgen_ds.config import to_yaml
 from selfgen_ds.engine import checkpoint
 from tests import faults
 from tests.distributed import runs
 from tests.faults import Point
+from tests.ranks import Launched
 
 STOPPED = [3, 3]
 
@@ -63,6 +67,18 @@ def test_a_second_signal_changes_nothing(unbroken: dict[str, faults.Whole], tmp_
     assert checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 8
     assert faults.start(settings, tmp_path / "resumed").wait() == [0, 0]
     faults.check_equal(settings, against)
+
+
+def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(to_yaml(unbroken["bash"].settings))
+    command = [sys.executable, "-m", "selfgen_ds", "train", "--config", str(tmp_path / "recipe.yaml")]
+    with Launched(command, tmp_path / "log") as run:
+        while "libtorch" not in Path(f"/proc/{run.process.pid}/maps").read_text():
+            assert run.process.poll() is None
+            time.sleep(0.01)
+        run.process.send_signal(signal.SIGUSR1)
+        assert run.wait() == STOPPED[0]
+    assert run.output() == ""
 
 
 @pytest.mark.parametrize("function", ["selfgen_ds.prepare:load_tokenizer", "selfgen_ds.prepare:build_model"])
