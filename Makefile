@@ -52,7 +52,7 @@ test: lint
 test-cluster: install cluster-packages
 	$(BIN)/python -m pytest tests/cluster
 
-CLUSTER_PACKAGES := iproute2 munge openssh-client openssh-server pdsh shellcheck slurm-wlm
+CLUSTER_PACKAGES := ethtool iproute2 munge openssh-client openssh-server pdsh shellcheck slurm-wlm
 
 cluster-packages:
 	@missing=$$(for p in $(CLUSTER_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done | xargs); \

@@ -13,12 +13,10 @@ os.environ.update(HF_DATASETS_CACHE=_cache.name, HF_HUB_OFFLINE="1")
 from tests.ranks import Ranks  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """For `--dist loadgroup`: the tests of a module share fixtures, those of tests/cluster the hosts."""
-    for item in items:
-        group = "cluster" if item.path.parent.name == "cluster" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    group = "cluster" if item.path.parent.name == "cluster" else item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

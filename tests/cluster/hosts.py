@@ -21,6 +21,7 @@ from tests.ranks import ENVIRONMENT, ROOT, Launched
 
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2", "tc": "iproute2"}
+_PACKAGES["ethtool"] = "ethtool"
 _SLURM_PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge"}
 
 
@@ -41,12 +42,13 @@ def why_not(slurm: bool = False) -> str | None:
 class Host:
     """Of its own it has processes, a network interface `eth0`, a home, `/run`, and a disk, `local`."""
 
-    def __init__(self, name: str, address: str, folder: Path, init: int) -> None:
+    def __init__(self, name: str, address: str, folder: Path, init: int, switch: int) -> None:
         self.name = name
         self.address = address
         self.home = folder / name
         self.local = folder / "local"
         self.init = init
+        self.switch = switch
         self.daemons: set[int] = set()
         """Processes that stay between tests."""
 
@@ -95,12 +97,6 @@ class Host:
         """Take its network `down` or `up`."""
         self.run("ip", "link", "set", "eth0", state)
 
-    def shape(self, rate: str, delay: str) -> None:
-        """Limit what it sends, until the test is over. A kernel without delays (netem) lets packets queue that long."""
-        netem = f"tc qdisc add dev eth0 root netem rate {rate} delay {delay}"
-        queue = f"tc qdisc add dev eth0 root tbf rate {rate} burst 32kb latency {delay}"
-        self.run("sh", "-c", f"{netem} 2>/dev/null || {queue}")
-
     @contextmanager
     def replaced(self, file: Path, content: str) -> Iterator[None]:
         """Another content of a file, on this host alone."""
@@ -113,12 +109,36 @@ class Host:
             self.run("umount", file)
 
     def reset(self) -> None:
-        """End what a test left running; the network is up, and as fast as it can be."""
+        """End what a test left running; the network is up."""
         for pid in self.processes().keys() - self.daemons:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.link("up")
-        self.run("sh", "-c", "tc qdisc del dev eth0 root 2>/dev/null || true")
+
+
+@contextmanager
+def far_apart(hosts: list[Host], rate: str, delay: float) -> Iterator[None]:
+    """Two hosts with a line of a limited rate between them, on which everything takes `delay` seconds."""
+    names, at_the_switch = [host.name for host in hosts], ["nsenter", f"--target={hosts[0].switch}", "--net"]
+    plug = "; ".join(f"ip link set {name} {{0}}" for name in names)
+    for host in hosts:
+        # frames as they would be on a wire: whole, with their checksums
+        host.run(
+            "sh", "-ec", f"ethtool -K eth0 tx off; tc qdisc add dev eth0 root tbf rate {rate} burst 32kb latency 1s"
+        )
+    subprocess.run([*at_the_switch, "sh", "-ec", plug.format("nomaster")], check=True)
+    relay = [*at_the_switch, sys.executable, str(Path(__file__).with_name("relay.py")), *names, str(delay)]
+    cable = subprocess.Popen(["setpriv", "--pdeathsig=KILL", *relay], stdout=subprocess.PIPE)
+    try:
+        assert cable.stdout is not None
+        assert cable.stdout.readline() == b"ready\n"
+        yield
+    finally:
+        cable.kill()
+        cable.wait()
+        subprocess.run([*at_the_switch, "sh", "-ec", plug.format("master bridge")], check=True)
+        for host in hosts:
+            host.run("sh", "-ec", "tc qdisc del dev eth0 root; ethtool -K eth0 tx on")
 
 
 @contextmanager
@@ -131,7 +151,8 @@ def hosts(folder: Path, number: int) -> Iterator[list[Host]]:
         switch = stack.enter_context(_namespaces("ip link add bridge type bridge && ip link set bridge up"))
         found = []
         for name, address in names.items():
-            host = Host(name, address, folder, stack.enter_context(_namespaces(_boot(name, names, folder))))
+            init = stack.enter_context(_namespaces(_boot(name, names, folder)))
+            host = Host(name, address, folder, init, switch)
             port = f"{name} type veth peer name eth0 netns {host.init}"
             connect = f"ip link add {port} && ip link set {name} master bridge up"
             subprocess.run(["nsenter", f"--target={switch}", "--net", "sh", "-ec", connect], check=True)
