@@ -46,7 +46,7 @@ lint: install
 
 # Two modules at a time, each with ranks of its own.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
 # Several hosts and a Slurm, as namespaces of this machine. `make test` runs these too where the packages are there.
 test-cluster: install cluster-packages

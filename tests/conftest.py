@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # read when `datasets` and `huggingface_hub` are imported; ranks and commands that tests start inherit them
 _cache = tempfile.TemporaryDirectory(prefix="selfgen-ds-tests-")
@@ -13,10 +15,16 @@ os.environ.update(HF_DATASETS_CACHE=_cache.name, HF_HUB_OFFLINE="1")
 from tests.ranks import Ranks  # noqa: E402
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For `--dist loadgroup`: the tests of a module share fixtures, those of tests/cluster the hosts."""
-    group = "cluster" if item.path.parent.name == "cluster" else item.path.stem
-    item.add_marker(pytest.mark.xdist_group(group))
+class ByModule(LoadScopeScheduling):
+    """Of xdist: the tests of a module share fixtures, those of tests/cluster the hosts."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return "cluster" if "/cluster/" in module else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByModule:
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session")
