@@ -18,6 +18,8 @@ _MAY_CHANGE = (
     "resume",
     "trust_checkpoint",
     "train.max_steps",
+    "train.max_nonfinite_steps",
+    "train.stall_seconds",
     "checkpoint.",
     "eval.",
     "selfgen.generation_batch_size",

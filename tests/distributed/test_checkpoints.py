@@ -372,8 +372,9 @@ def test_a_finished_run_exports_again_and_trains_no_further(two_ranks: Ranks, sa
     assert (runs.weights(saved), len(runs.metrics(saved))) == (before, lines)
 
 
-def test_max_steps_may_be_raised_on_resume(two_ranks: Ranks, saved: Recipe) -> None:
+def test_max_steps_and_the_limits_may_be_raised_on_resume(two_ranks: Ranks, saved: Recipe) -> None:
     saved.train.max_steps, saved.resume = 8, "auto"
+    saved.train.max_nonfinite_steps, saved.train.stall_seconds = 9, 900.0
     two_ranks.run(runs.run_training, saved)
     assert [row["step"] for row in runs.metrics(saved)] == list(range(1, 9))
 
