@@ -35,7 +35,8 @@ import torch.distributed as dist
 from selfgen_ds.config import CheckpointConfig, EvalConfig, Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.engine import checkpoint
 from selfgen_ds.files import lock, write_atomically
-from selfgen_ds.scaling.report import environment
+from selfgen_ds.scaling.report import commit
+from selfgen_ds.versions import versions
 from tests.distributed import runs
 from tests.ranks import ENVIRONMENT, ROOT, forks, free_port
 
@@ -393,7 +394,8 @@ def random_point(against: Whole, choice: random.Random) -> tuple[int, Point]:
 
 def soak(number: int, seed: int, output: Path) -> int:
     """Break runs at random points; the number of those that did not hold."""
-    failures, found, made_in = 0, [], environment()
+    failures, found = 0, []
+    made_with = {"commit": commit(), "cores": os.cpu_count()} | versions()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     runs.write_rows(folder)
     unbroken = {method: whole(folder, method) for method in METHODS}
@@ -412,7 +414,7 @@ def soak(number: int, seed: int, output: Path) -> int:
         what["seconds"] = round(time.monotonic() - started, 1)
         found.append(what)
         print(json.dumps(what), flush=True)
-        result = {"environment": made_in, "seed": seed, "failures": failures, "trials": found}
+        result = {"made_with": made_with, "seed": seed, "failures": failures, "trials": found}
         write_atomically(output, json.dumps(result, indent=1) + "\n")
     print(f"{number} runs broken, {failures} of them did not hold", flush=True)
     return failures
