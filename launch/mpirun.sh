@@ -13,8 +13,9 @@ usage: launch/mpirun.sh [--dry-run] NUMBER|HOSTFILE RECIPE [overrides...]
 
 Run it in the project's folder (or your own) with the environment active; both must be on every host under the same
 path. Each rank is bound to its share of this machine's cores, if there are enough. The variables that
-launch/common.sh lists reach all ranks, and so do OMPI_MCA_*, with which Open MPI is configured. On several hosts
-set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) where the interface is not the one that a host's name leads to.
+launch/common.sh lists reach all ranks, and so do MASTER_PORT (29500), at which rank 0 listens, and OMPI_MCA_*, with
+which Open MPI is configured. On several hosts set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) where the
+interface is not the one that a host's name leads to.
 SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. The exit code is
 that of the ranks: 0 done, 2 bad input, 3 stopped by a signal after saving, 1 anything else.
 USAGE
@@ -50,7 +51,7 @@ else
     binding=(--oversubscribe --bind-to none)
 fi
 ((EUID)) || binding+=(--allow-run-as-root) # as in containers
-for name in $(passed_on); do
+for name in $(passed_on) ${MASTER_PORT:+MASTER_PORT}; do
     binding+=(-x "$name")
 done
 command=("$mpirun" "${where[@]}" "${binding[@]}" "$python" -u -m selfgen_ds train --config "$2" --resume auto "${@:3}")

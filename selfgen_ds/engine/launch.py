@@ -11,6 +11,7 @@ from datetime import timedelta
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import groups
 
 from selfgen_ds.config import InputError
@@ -77,7 +78,8 @@ def init_process_group() -> None:
             f"rank{'s' * (ranks > 1)}: the tasks would train models of their own"
         )
     if mpi and not complete:
-        deepspeed.comm.mpi_discovery(verbose=False)
+        port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
+        deepspeed.comm.mpi_discovery(port, verbose=False)
     elif not complete:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())

@@ -34,9 +34,10 @@ def test_arguments_arrive_byte_for_byte_and_a_signal_stops_the_ranks(
 ) -> None:
     out = recipe.parent / HOSTILE.replace("*", "")  # which no output folder may have
     command = ["launch/mpirun.sh", hostfile, recipe, "--output_dir", out, "--train.max_steps", "100000"]
-    variables = {"GLOO_SOCKET_IFNAME": "eth0", "HF_X": HOSTILE}
+    variables = {"GLOO_SOCKET_IFNAME": "eth0", "HF_X": HOSTILE, "MASTER_PORT": "29600"}
     with nodes[0].launch(*command, log=recipe.with_name("log"), **variables) as run:
         wait_until(lambda: len(losses(out)) >= 2, run)
+        assert "10.77.0.1:29600" in nodes[0].run("ss", "--numeric", "--tcp", "--listening")
         for host in nodes:
             (rank,) = host.ranks()
             assert str(out) in Path(f"/proc/{rank}/cmdline").read_bytes().decode().split("\0")

@@ -49,7 +49,7 @@ LAUNCHERS = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--module", "selfgen_ds"],
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "selfgen_ds"],
     "mpirun": [
-        *(str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2"),
+        *(str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", "-x", "MASTER_PORT"),
         *(sys.executable, "-m", "selfgen_ds"),
     ],
     "one process": [sys.executable, "-m", "selfgen_ds"],
@@ -57,8 +57,9 @@ LAUNCHERS = {
 }
 
 
-def test_every_launcher_trains_the_same(folder: Path) -> None:
+def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # mpirun's alone
     for name, command in LAUNCHERS.items():
         if not Path(command[0]).exists():
             continue  # mpirun is optional
