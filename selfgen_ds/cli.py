@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
@@ -36,7 +36,8 @@ def main() -> None:
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, UnicodeDecodeError) as error:
-        _fail(" ".join(str(error).split()))
+        _tell(" ".join(str(error).split()))
+        sys.exit(2)
     overrides = _overrides(arguments)
 
     if parsed.command == "train":
@@ -53,8 +54,9 @@ def main() -> None:
         _run(parsed, overrides)
     except InputError as error:
         signals.ignore()
-        launch.leave_process_group()
-        _fail(str(error))
+        _tell(str(error))
+        launch.leave_process_group(f"error: {error}")
+        sys.exit(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
@@ -72,11 +74,10 @@ def main() -> None:
     launch.leave_process_group()
 
 
-def _fail(problems: str) -> NoReturn:
+def _tell(problems: str) -> None:
     """Bad input: one line a problem, once a host."""
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
         print(*(f"selfgen-ds: error: {line}" for line in problems.splitlines()), sep="\n", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def _parser() -> ArgumentParser:

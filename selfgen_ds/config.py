@@ -205,8 +205,7 @@ class TrainConfig:
     max_nonfinite_steps: int = 5
     """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
     stall_seconds: float = 600.0
-    """When no step, chunk of a round or evaluation batch has ended for so long, every rank tells where it is; after
-    twice as long the run ends."""
+    """When no rank has made a forward for so long, every rank tells where it is; after twice as long the run ends."""
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections import deque
 from pathlib import Path
 
@@ -58,6 +59,12 @@ class Journal:
         if evaluated:
             log.info("step %d: %s", step, ", ".join(evaluated))
         self._watch_draws(step, metrics)
+
+    def sync(self) -> None:
+        """To the disk, before a checkpoint says that its steps are done."""
+        if self._writes:
+            with open(self._path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         self._bar.close()

@@ -9,8 +9,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +25,7 @@ from selfgen_ds.data.batches import Windows
 from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
-from selfgen_ds.engine.agreement import check_ranks
+from selfgen_ds.engine.agreement import check_ranks, together
 from selfgen_ds.engine.budget import sweep_budget
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.head import LogitsForm
@@ -120,7 +119,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         check_positions(recipe, config)
-        _check_model(recipe, config)
+        _check_model(recipe, config, storage)
         form = probe.check(recipe.model, config, recipe.data.packing)
         samples = load_data(recipe, tokenizer)
         check_shares(recipe, samples)
@@ -300,20 +299,6 @@ def _prefetched(engine: DeepSpeedEngine) -> int:
     return min(int(engine.zero_prefetch_bucket_size()), sum(p.ds_numel for p in engine.module.parameters()))
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """Bad input on one rank is bad input on all of them."""
-    mine = None
-    try:
-        yield
-    except InputError as error:
-        mine = str(error)
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if lines := dict.fromkeys(line for line in everyone if line):
-        raise InputError("\n".join(lines))
-
-
 def _checksum(samples: list[Samples]) -> int:
     """Of the training data, the same on all ranks: hosts may have files of their own. Collective."""
     mine = zlib.crc32(repr([source.checksum for source in samples]).encode())
@@ -325,12 +310,14 @@ def _checksum(samples: list[Samples]) -> int:
     return mine
 
 
-def _check_model(recipe: Recipe, config: PretrainedConfig) -> None:
+def _check_model(recipe: Recipe, config: PretrainedConfig, storage: Storage) -> None:
     if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     need = checkpoint.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)
+    if not storage.shared:  # every host keeps its ranks' part
+        need = need * launch.local_world_size() // dist.get_world_size()
     room = f"a checkpoint takes {need / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free"
     if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
         raise InputError(f"output_dir: {room}")

@@ -29,6 +29,7 @@ from selfgen_ds.data.batches import Rows, Windows
 from selfgen_ds.data.samples import Sample, Samples
 from selfgen_ds.data.store import StoredRow, StoredRows, Writer, broken_files, load_table, read_audit
 from selfgen_ds.engine import launch
+from selfgen_ds.engine.agreement import together
 from selfgen_ds.engine.checksum import weights_checksum
 from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.files import write_atomically
@@ -135,8 +136,10 @@ class Rounds:
         if self.number != number:
             folder = self._find(number, step) or self._draw(number, step)
             steps = range(self._method.first_step(number), self._method.first_step(number + 1))
-            self._windows = self._plain.over(self._rows(load_table(folder), number), steps)
-            self.number, self.replace_probability = number, read_audit(folder)["replace_probability"]
+            with together():
+                table, probability = load_table(folder), read_audit(folder)["replace_probability"]
+            self._windows = self._plain.over(self._rows(table, number), steps)
+            self.number, self.replace_probability = number, probability
         return self._windows
 
     def _find(self, number: int, step: int) -> Path | None:
@@ -150,7 +153,9 @@ class Rounds:
         is_own = found[0] is not None and found[0].parent == self._folder
         if is_own and step == self._method.first_step(number):
             weights = weights_checksum(self._engine)
-            if read_audit(self._folder / _name(number))["fingerprint"]["weights"] != weights:
+            with together():
+                there = read_audit(self._folder / _name(number))["fingerprint"]["weights"]
+            if there != weights:
                 log.warning("%s was drawn by other weights than now", found[0])
         return found[0]
 

@@ -171,6 +171,7 @@ class _StepEnd:
 
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
         self._watch.pause()
+        self.journal.sync()
         run, recipe = self._run, self._recipe
         checkpoint.save(
             run.engine,

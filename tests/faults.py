@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -393,13 +394,15 @@ def random_point(against: Whole, choice: random.Random) -> tuple[int, Point]:
 
 
 def soak(number: int, seed: int, output: Path) -> int:
-    """Break runs at random points; the number of those that did not hold."""
-    failures, found = 0, []
+    """Break runs at random points until `number` have been broken; the number of those that did not hold."""
+    failures, found = 0, list[dict[str, Any]]()
     made_with = {"commit": commit(), "cores": os.cpu_count()} | versions()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     runs.write_rows(folder)
     unbroken = {method: whole(folder, method) for method in METHODS}
-    for trial in range(number):
+    for trial in itertools.count():
+        if sum(what.get("reached", True) for what in found) == number:
+            break
         choice = random.Random(f"{seed}-{trial}")
         method = choice.choice(list(METHODS))
         rank, point = random_point(unbroken[method], choice)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -30,3 +32,17 @@ def check_ranks(facts: dict[str, Any]) -> None:
                 lines.setdefault(name, f"{name}: {theirs.get(name)!r} on rank {rank} on {host}, {ours}")
     if lines:
         raise InputError("\n".join(lines.values()))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Bad input on one rank is bad input on all of them."""
+    mine = None
+    try:
+        yield
+    except InputError as error:
+        mine = str(error)
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if lines := dict.fromkeys(line for line in everyone if line):
+        raise InputError("\n".join(lines))

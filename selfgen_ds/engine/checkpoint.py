@@ -142,6 +142,8 @@ def save(
     dist.barrier()
     try:
         _write(engine, path, tokenizer, model, storage)
+    except dist.DistError:  # a rank is missing
+        raise
     except (OSError, RuntimeError) as error:  # torch says of a full disk that a position is not as expected
         free = shutil.disk_usage(folder).free
         raise RuntimeError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {error}") from error
@@ -282,10 +284,13 @@ def retain(folder: Path, keep: int, metric: str, storage: Storage) -> None:
     Nothing is removed before the newest is read back, and found as it was written. Folders that a killed run left
     half-written go too; damaged ones stay, for somebody to look at.
     """
-    if _superfluous(_complete_everywhere(folder, storage), keep, metric) and _newest_intact(folder, storage) is None:
-        return
+    complete = _complete_everywhere(folder, storage)
+    if _superfluous(complete, keep, metric):
+        if _newest_intact(folder, storage) is None:
+            return
+        complete = _complete_everywhere(folder, storage)
     if storage.keeps:
-        _clean(_superfluous(complete_checkpoints(folder), keep, metric) + _half_written(folder))
+        _clean(_superfluous(complete, keep, metric) + _half_written(folder))
 
 
 def _superfluous(complete: list[Checkpoint], keep: int, metric: str) -> list[Path]:

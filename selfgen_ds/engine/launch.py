@@ -9,6 +9,7 @@ import socket
 from datetime import timedelta
 
 import deepspeed
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
@@ -94,6 +95,8 @@ def _join() -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_store = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listening = _listen(address, port) if has_store else None
+    if listening is not None:
+        address = listening.getsockname()[0]
     store = torch.distributed.TCPStore(
         address,
         port,
@@ -102,25 +105,33 @@ def _join() -> None:
         timeout=_JOIN_TIMEOUT,
         master_listen_fd=None if listening is None else listening.detach(),
     )
+    # torchrun's store outlives the ranks that it starts again
+    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     cuda = get_accelerator().device_name() == "cuda"
     torch.distributed.init_process_group(
         get_accelerator().communication_backend_name(),
-        store=store,
+        store=torch.distributed.PrefixStore(attempt, store),
         rank=rank(),
         world_size=world_size(),
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device() if cuda and world_size() > 1 else None,
     )
     if world_size() > 1:
-        heartbeat = Heartbeat(store, rank(), world_size(), has_store)
+        heartbeat = Heartbeat(store, f"{attempt}/selfgen_ds", rank(), world_size(), has_store)
 
 
 def _listen(address: str, port: int) -> socket.socket | None:
     """A socket for the store, which by itself would listen on all interfaces; None where it has to."""
-    family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    if str(place[0]).startswith("127.") and world_size() > local_world_size():
-        log.warning("MASTER_ADDR %s is %s here: the store listens on all interfaces", address, place[0])
-        return None
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise InputError(f"MASTER_ADDR: {address}: {error.strerror}") from error
+    if str(place[0]).startswith("127.") and world_size() > local_world_size():  # as many hosts know their own name
+        own = _addresses()
+        if len(own) != 1:
+            log.warning("MASTER_ADDR %s is %s here: the store listens on all interfaces", address, place[0])
+            return None
+        place = own[0], port
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -137,17 +148,29 @@ def _listen(address: str, port: int) -> socket.socket | None:
     return listening
 
 
+def _addresses() -> list[str]:
+    """Of this host's interfaces, or of the one that `GLOO_SOCKET_IFNAME` names, without the loopback."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    interfaces = {name: addresses for name, addresses in psutil.net_if_addrs().items() if chosen in (None, name)}
+    found = [a.address for addresses in interfaces.values() for a in addresses if a.family == socket.AF_INET]
+    return [address for address in found if not address.startswith("127.")]
+
+
 def leave_node_group() -> None:
     """Of `zero_hpz_partition_size`: DeepSpeed makes it with an engine and refuses to make it twice."""
     if (group := groups._get_zero_param_intra_parallel_group()) is not None:
         deepspeed.comm.destroy_process_group(group)
 
 
-def leave_process_group() -> None:
-    """Left to the interpreter's end, gloo's threads can bring it down with an abort."""
+def leave_process_group(why: str = "it was done") -> None:
+    """Left to the interpreter's end, gloo's threads can bring it down with an abort.
+
+    Args:
+        why: For others that do not.
+    """
     global heartbeat
     if heartbeat is not None:
-        heartbeat.leave()
+        heartbeat.leave(why)
         heartbeat = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -39,21 +39,23 @@ class Stopped(Exception):
 
 
 class Watch:
-    """Signals are noticed from entering it to leaving it; what stalls, from `begin` to `pause`.
+    """Signals are noticed from entering it to leaving it; what stalls, from `begin` to `pause`, and on when asked.
 
     A signal before `begin` ends all ranks at once: there is nothing to save.
 
     Args:
-        stall_seconds: Every rank tells where it is when no step, chunk or batch has ended for so long, and the run ends
-            after twice as long.
+        stall_seconds: Every rank tells where it is when none has made a forward for so long, and the run ends after
+            twice as long.
     """
 
     def __init__(self, stall_seconds: float) -> None:
         self._stall_seconds = stall_seconds
         self._signal: int | None = None
         self._agreed = False
-        self._progress: float | None = None
-        """When something last ended; None while nothing has to."""
+        self._paused = True
+        self._progress = 0.0
+        """When a rank last made a forward, or all asked whether to go on."""
+        self._of_all = 0
         self._told = False
         self._starting = True
         self.forwards = 0
@@ -84,14 +86,17 @@ class Watch:
     def begin(self, module: torch.nn.Module) -> None:
         """Steps begin: from here on signals wait to be asked for, stalls are noticed, the model's forwards counted."""
         self._starting = False
-        self._progress = time.monotonic()
+        self._resume()
         module.register_forward_pre_hook(self._count)
         if self._signal is not None:  # it came at the last moment
             self._end_all()
 
     def pause(self) -> None:
         """What comes now may take long: nothing is a stall until the ranks ask again."""
-        self._progress = None
+        self._paused = True
+
+    def _resume(self) -> None:
+        self._progress, self._told, self._paused = time.monotonic(), False, False
 
     def requested(self, forwards: int = 0) -> bool:
         """Whether a signal has come to any rank. Collective; something has ended.
@@ -102,7 +107,7 @@ class Watch:
         Raises:
             RuntimeError: They did not: sooner or later they would wait for each other in vain.
         """
-        self._progress, self._told = time.monotonic(), False
+        self._resume()
         asked = int(self._signal is not None)
         found = torch.tensor([asked, forwards, -forwards], device=launch.device())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -132,7 +137,10 @@ class Watch:
                 for number in os.read(self._pipe[0], 64):
                     if number in SIGNALS:
                         self._notice(number)
-            if self._progress is not None:
+            of_all = self.forwards if launch.heartbeat is None else launch.heartbeat.forwards_of_all(self.forwards)
+            if of_all != self._of_all:
+                self._of_all, self._progress, self._told = of_all, time.monotonic(), False
+            if not self._paused:
                 self._look(time.monotonic() - self._progress)
 
     def _notice(self, number: int) -> None:
@@ -152,12 +160,15 @@ class Watch:
 
     def _look(self, waited: float) -> None:
         if waited > 2 * self._stall_seconds:
-            self._say(f"error: nothing has ended for {waited:.0f} s (train.stall_seconds); the run ends")
+            line = f"no rank has made a forward for {waited:.0f} s (train.stall_seconds)"
+            self._say(f"error: {line}; the run ends")
+            if launch.heartbeat is not None:
+                launch.heartbeat.end_all(line)
             os._exit(1)
         if waited > self._stall_seconds and not self._told:
             self._told = True
             where, stacks = _stacks()
-            self._say(f"no step, chunk or batch has ended for {waited:.0f} s (train.stall_seconds); {where}\n{stacks}")
+            self._say(f"no rank has made a forward for {waited:.0f} s (train.stall_seconds); {where}\n{stacks}")
             if launch.heartbeat is not None:
                 launch.heartbeat.stalled(where)
 

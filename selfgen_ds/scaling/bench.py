@@ -14,10 +14,10 @@ import torch.distributed as dist
 from selfgen_ds.config import InputError, Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch
+from selfgen_ds.engine.agreement import together
 from selfgen_ds.engine.model import model_config, parameter_count
 from selfgen_ds.files import make_folder
 from selfgen_ds.inputs import check_positions, check_settings
-from selfgen_ds.prepare import together
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.steps import BUDGET, FULL, Engine
 

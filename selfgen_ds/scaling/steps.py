@@ -28,11 +28,12 @@ from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine import launch, probe
+from selfgen_ds.engine.agreement import together
 from selfgen_ds.engine.model import model_config
 from selfgen_ds.engine.trainer import train_step
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
-from selfgen_ds.prepare import build_engine, engine_policy, together
+from selfgen_ds.prepare import build_engine, engine_policy
 from selfgen_ds.scaling import report
 from selfgen_ds.scaling.memory import PeakMemory
 

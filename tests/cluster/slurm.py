@@ -29,6 +29,11 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 NodeName={names} CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES State=UP
+PartitionName=low Nodes=ALL State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=ALL State=UP PriorityTier=9
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=0
 """
 
 
@@ -67,9 +72,10 @@ class Slurm:
         return job
 
     def log(self, job: str, rank: int | None = None) -> str:
-        """The job's, or a rank's."""
+        """The job's, or a rank's; empty before there is one."""
         file = f"selfgen-ds-{job}.log" if rank is None else f"selfgen-ds-{job}/rank-{rank}.log"
-        return (self._folders[job] / file).read_text()
+        path = self._folders[job] / file
+        return path.read_text() if path.exists() else ""
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""

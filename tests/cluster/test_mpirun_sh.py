@@ -19,6 +19,13 @@ def test_what_is_no_number_and_no_hostfile_is_one_clear_line(nodes: list[Host], 
     assert run.output() == f"mpirun.sh: error: {where}: expected a number of ranks or a hostfile that can be read\n"
 
 
+def test_bad_input_is_one_clear_line_and_exit_code_2(nodes: list[Host], recipe: Path) -> None:
+    command = ["launch/mpirun.sh", "2", recipe, "--train.max_steps", "0"]
+    with nodes[0].launch(*command, log=recipe.with_name("log")) as run:
+        assert run.wait() == 2, run.output()
+    assert "selfgen-ds: error: train.max_steps: expected 1 or more, got 0" in run.output()
+
+
 def test_ranks_share_the_cores(nodes: list[Host], recipe: Path) -> None:
     alone = nodes[0].run("launch/mpirun.sh", "--dry-run", "1", recipe)
     cores = int(alone.split("--map-by slot:PE=")[1].split()[0])

@@ -18,6 +18,8 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe
     run = recipe.with_name("run")
     job = slurm.submit(recipe, *ENDLESS)
     slurm.until(job, lambda: len(losses(run)) >= 2)
+    port = f"10.77.0.1:{10000 + int(job)}"
+    assert port in slurm.first.run("ss", "--numeric", "--tcp", "--listening"), "of the cluster's interface alone"
     slurm.first.run("scancel", "--batch", "--signal=USR1", job)
     slurm.until(job, lambda: "requeued" in slurm.log(job))
     steps = len(losses(run))
@@ -27,6 +29,31 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe
     assert f"step-{steps:06d}" in slurm.log(job, 0)
     assert "start 1 of" in slurm.log(job)
     assert "start 2 of" in slurm.log(job)
+
+
+def test_a_job_is_stopped_and_requeued_before_its_time_limit(slurm: Slurm, recipe: Path) -> None:
+    run = recipe.with_name("run")
+    # the script's five minutes before the limit, and up to one more of Slurm's
+    job = slurm.submit(recipe, *ENDLESS, options=("--time=6",))
+    slurm.until(job, lambda: "requeued" in slurm.log(job))
+    assert "a signal: the ranks save and stop" in slurm.log(job)
+    if steps := len(losses(run)):  # the signal may come before the first one
+        assert (run / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
+    slurm.until(job, lambda: slurm.job(job)["JobState"] == "PENDING")
+    assert slurm.job(job)["Restarts"] == "1"
+
+
+def test_a_job_that_is_preempted_saves_and_goes_on_later(slurm: Slurm, recipe: Path) -> None:
+    run = recipe.with_name("run")
+    job = slurm.submit(recipe, *ENDLESS, options=("--partition=low",))
+    slurm.until(job, lambda: len(losses(run)) >= 2)
+    other = slurm.first.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    slurm.until(job, lambda: "stopped after saving" in slurm.log(job))
+    steps = len(losses(run))
+    assert (run / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
+    slurm.until(job, lambda: slurm.job(other.strip())["JobState"] == "COMPLETED")
+    slurm.start_again(job)
+    slurm.until(job, lambda: len(losses(run)) > steps)
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, recipe: Path) -> None:

@@ -12,11 +12,13 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from selfgen_ds import prepare, rounds
 from selfgen_ds.config import InputError, Recipe
 from selfgen_ds.engine import extensions, launch
 from selfgen_ds.engine.agreement import check_ranks
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.train import train
+from selfgen_ds.versions import versions
 from tests.distributed import runs
 from tests.ranks import Ranks
 
@@ -53,6 +55,34 @@ def test_a_rank_with_another_recipe_is_refused_before_anything_is_read(two_ranks
     with pytest.raises(AssertionError, match="InputError: seed: 4 on rank 1"):
         two_ranks.run(train_with_another_seed_on_rank_1, settings)
     assert not Path(settings.output_dir).exists()
+
+
+def train_with_another_torch_on_rank_1(settings: Recipe) -> None:
+    found = versions() | ({"torch": "2.12"} if dist.get_rank() else {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "versions", lambda: found)
+        train(settings, set())
+
+
+def test_a_rank_with_other_versions_is_refused(two_ranks: Ranks, folder: Path) -> None:
+    with pytest.raises(AssertionError, match=r"InputError: torch: '2\.12' on rank 1 on \S+, '2\.13\.0"):
+        two_ranks.run(train_with_another_torch_on_rank_1, runs.recipe(folder))
+
+
+def train_with_a_round_that_rank_1_cannot_read(settings: Recipe) -> None:
+    def unreadable(path: Path) -> None:
+        raise InputError(f"{path}: cannot be read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank():
+            patch.setattr(rounds, "load_table", unreadable)
+        train(settings, set())
+
+
+def test_a_round_that_one_rank_cannot_read_ends_all(two_ranks: Ranks, folder: Path) -> None:
+    settings = runs.recipe(folder, selfgen=replace(runs.MIXING, method="bash"))
+    with pytest.raises(AssertionError, match=r"(?s)rank 0.*round-01: cannot be read.*rank 1.*round-01: cannot be read"):
+        two_ranks.run(train_with_a_round_that_rank_1_cannot_read, settings)
 
 
 class OneForwardMore(ScheduledSampling):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from selfgen_ds.config import to_yaml
+from selfgen_ds.config import Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.engine import checkpoint
+from selfgen_ds.engine.watch import Watch
 from tests import faults
 from tests.distributed import runs
 from tests.faults import Point
-from tests.ranks import Launched
+from tests.ranks import Launched, Ranks, free_port
 
 STOPPED = [3, 3]
 
@@ -52,9 +55,13 @@ def test_a_signal_to_one_rank_stops_all_in(unbroken: dict[str, faults.Whole], tm
     assert not (tmp_path / "run" / "model").exists()
     complete = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert (complete[-1].step if complete else 0) == step
+    settings.checkpoint = replace(settings.checkpoint, keep=9)
     again = faults.start(settings, tmp_path / "resumed")
     assert again.wait() == [0, 0], again.output(0)[-3000:]
     faults.check_equal(settings, against)
+    found = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert not any(c.unevaluated for c in found)
+    assert {c.step for c in found if c.metrics} >= {8, 12} if where == "an evaluation" else {12}
 
 
 def test_a_second_signal_changes_nothing(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
@@ -99,6 +106,54 @@ def test_after_the_last_step_a_run_ends_as_it_would(unbroken: dict[str, faults.W
     faults.check_equal(settings, unbroken["scheduled_sampling"])
 
 
+def train_slowly(settings: Recipe) -> None:
+    """Half a second a forward."""
+    begin = Watch.begin
+
+    def slowed(watch: Watch, module: torch.nn.Module) -> None:
+        begin(watch, module)
+        module.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "begin", slowed)
+        runs.run_training(settings)
+
+
+def test_a_chunk_of_a_round_that_takes_long_is_no_stall(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path, 8)  # a chunk: the other rank waits for it
+    rac = SelfgenConfig(method="rac", max_new_tokens=24)
+    settings = runs.recipe(tmp_path, selfgen=rac, train=TrainConfig(max_steps=1, stall_seconds=3.0))
+    two_ranks.run(train_slowly, settings)
+    assert runs.metrics(settings)[0]["round_time_s"] > 4 * settings.train.stall_seconds
+
+
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_accelerators=2", "--module", "selfgen_ds"],
+    "torchrun": ["torchrun", "--nproc_per_node=2", "-m", "selfgen_ds"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher: str) -> None:
+    runs.write_rows(tmp_path)
+    settings = runs.recipe(tmp_path)
+    settings.train.max_steps = 100_000
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(settings))
+    binary, *options = LAUNCHERS[launcher]
+    command = [str(Path(sys.executable).with_name(binary)), f"--master_port={free_port()}", *options]
+    output = Path(settings.output_dir)
+    with Launched([*command, "train", "--config", str(recipe)], tmp_path / "log") as run:
+        while not runs.count_lines(output / "metrics.jsonl"):
+            assert run.process.poll() is None, run.output()[-3000:]
+            time.sleep(0.05)
+        subprocess.run(["pkill", "-USR1", "-f", "--", f"-u -m selfgen_ds .*{recipe}"], check=True)
+        assert run.wait() == {"deepspeed": 3, "torchrun": 1}[launcher], run.output()[-3000:]
+    assert "a signal asks for the end" in run.output()
+    steps = runs.count_lines(output / "metrics.jsonl")
+    assert [c.step for c in checkpoint.complete_checkpoints(output / "checkpoints")] == [steps]
+
+
 def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
     settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
     settings.train = replace(settings.train, stall_seconds=7.0)
@@ -106,9 +161,9 @@ def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: dict[str, 
     run = faults.start(settings, tmp_path, {1: point})
     assert run.wait() == [1, 1]
     for rank, waits in enumerate([r"waits in \w+, from selfgen_ds/\S+:\d+", "is not in a collective"]):
-        told = rf"rank {rank} on \S+: no step, chunk or batch has ended for \d+ s \(train\.stall_seconds\); {waits}"
+        told = rf"rank {rank} on \S+: no rank has made a forward for \d+ s \(train\.stall_seconds\); {waits}"
         assert re.search(told, run.output(rank)), run.output(rank)[-3000:]
         assert "train.py" in run.output(rank)
-        assert "nothing has ended for 1" in run.output(rank)
+        assert "no rank has made a forward for 1" in run.output(rank)
     assert re.search(r"stalled: rank 1 on \S+: is not in a collective", run.output(0)), run.output(0)[-3000:]
     assert "stalled: rank 0" in run.output(0)

@@ -1,0 +1,114 @@
+"""What ranks make of each other: of one that was killed, that ended alone, or that was stopped along with all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from selfgen_ds.config import InputError, SelfgenConfig, to_yaml
+from selfgen_ds.engine import heartbeat
+from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
+from tests import faults
+from tests.distributed import runs
+from tests.faults import Point
+from tests.ranks import Launched, Ranks, free_port
+
+HOST = socket.gethostname()
+
+
+def start(folder: Path, ranks: int, broken: dict[int, Point] | None = None, **changes: Any) -> faults.Run:
+    settings = runs.recipe(folder, **changes)
+    (folder / "recipe.yaml").write_text(to_yaml(settings))
+    return faults.Run(["train", "--config", str(folder / "recipe.yaml")], folder, ranks=ranks, broken=broken)
+
+
+def test_all_other_ranks_name_the_one_that_was_killed(folder: Path) -> None:
+    run = start(folder, 3, {2: Point(function="selfgen_ds.train:train_step", call=2)})
+    assert run.wait() == [1, 1, -signal.SIGKILL]
+    for rank in range(2):
+        assert f"rank 2 on {HOST} is gone: its process died; rank {rank} on {HOST} ends" in run.output(rank)
+
+
+class EndsAlone(ScheduledSampling):
+    """With bad input that only the rank has that is the run's seed, in the third step."""
+
+    def contexts(self, window: Any, policy: Any, step: int) -> Any:
+        if step == 2 and dist.get_rank() == self.plan.seed:
+            raise InputError("no such row")
+        return super().contexts(window, policy, step)
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_rank_that_ends_without_the_others_is_named_with_its_reason(folder: Path, alone: int) -> None:
+    run = start(folder, 2, selfgen=SelfgenConfig(method=f"{__name__}:EndsAlone"), seed=alone)
+    codes = run.wait()
+    assert (codes[alone], codes[1 - alone]) == (2, 1)
+    assert abs(run.ended[0] - run.ended[1]) < faults.NOTICED_WITHIN
+    assert f"rank {alone} on {HOST} has ended without the others: error: no such row" in run.output(1 - alone)
+
+
+def shorten_silence() -> int:
+    heartbeat._SILENCE, heartbeat._AWAY = 3.0, 2.0
+    return os.getpid()
+
+
+def sum_of_ranks() -> int:
+    total = torch.tensor(dist.get_rank())
+    dist.all_reduce(total)
+    return int(total)
+
+
+def test_ranks_that_were_stopped_together_go_on() -> None:
+    ranks = Ranks(2)
+    try:
+        processes = ranks.run(shorten_silence)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in processes:
+                os.kill(process, number)
+            time.sleep(8)  # stopped; then time for a wrong verdict
+        assert ranks.run(sum_of_ranks) == [1, 1]
+    finally:
+        ranks.stop()
+
+
+def test_a_rank_that_is_stopped_alone_is_given_up() -> None:
+    ranks = Ranks(2)
+    try:
+        _, second = ranks.run(shorten_silence)
+        os.kill(second, signal.SIGSTOP)
+        ranks.begin(sum_of_ranks)
+        deadline = time.monotonic() + 30
+        while ranks.busy():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        ranks.stop()
+
+
+def test_torchrun_starts_lost_ranks_again(folder: Path) -> None:
+    settings = runs.recipe(folder, resume="auto")
+    settings.train.max_steps, settings.checkpoint.every = 300, 10
+    (folder / "recipe.yaml").write_text(to_yaml(settings))
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2", "--max_restarts=1"]
+    command = [*torchrun, f"--master_port={free_port()}", "-m", "selfgen_ds", "train", "--config"]
+    metrics = Path(settings.output_dir) / "metrics.jsonl"
+    with Launched([*command, str(folder / "recipe.yaml")], folder / "log") as run:
+        while runs.count_lines(metrics) < 12:
+            assert run.process.poll() is None, run.output()[-3000:]
+            time.sleep(0.05)
+        ranks = psutil.Process(run.process.pid).children()
+        assert len(ranks) == 2
+        ranks[1].kill()
+        assert run.wait() == 0, run.output()[-3000:]
+    assert "resumed from" in run.output()
+    assert runs.count_lines(metrics) == 300
