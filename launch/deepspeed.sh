@@ -17,7 +17,8 @@ usage: launch/deepspeed.sh [--dry-run] [--master_port PORT] HOSTFILE RECIPE [ove
 Run it in the project's folder (or your own) with the environment active. Folder, environment, recipe and DeepSpeed JSON
 must be on every host under the same path, and every host must answer to `ssh NAME` without a question: that is checked
 before anything starts. The variables that launch/common.sh lists reach all ranks, over ssh's standard input, where
-neither `ps` nor a log shows them; DeepSpeed's .deepspeed_env (in ~ or in this folder) adds others.
+neither `ps` nor a log shows them; DeepSpeed's .deepspeed_env (in ~ or in this folder) adds others. The ranks of a host
+take its GPUs from 0 on; CUDA_VISIBLE_DEVICES is not read.
 
 Ranks talk over the interface that leads to the first host; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose another.
 SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. When one host fails,
@@ -101,7 +102,7 @@ deepspeed_env() { # DeepSpeed's files of further variables, expanded on the host
             number=$((number + 1))
             [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
             [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || fail "$file, line $number: expected NAME=VALUE"
-            printf 'export %s="%s"\n' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
+            printf 'export %s="%s"\n' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]//\"/\\\"}"
         done <"$file"
     done
 }

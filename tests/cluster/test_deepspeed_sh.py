@@ -113,7 +113,7 @@ def test_a_dry_run_shows_what_would_run_and_starts_nothing(nodes: list[Host], re
 
 def test_arguments_and_variables_arrive_byte_for_byte(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     out = str(recipe.parent / HOSTILE)
-    (nodes[0].home / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG=$HF_X\n")
+    (nodes[0].home / ".deepspeed_env").write_text('# ours\n\nNCCL_DEBUG=$HF_X\nNCCL_A=b"c d\n')
     command = ["launch/deepspeed.sh", hostfile, recipe, "--output_dir", out, "--model.tokenizer", ""]
     variables = {"HF_X": HOSTILE, "HF_TOKEN": "a secret", "EDITOR": "vi"}
     with nodes[0].launch(*command, log=recipe.with_name("log"), **variables) as run:
@@ -125,6 +125,7 @@ def test_arguments_and_variables_arrive_byte_for_byte(nodes: list[Host], recipe:
             there = environment(rank)
             assert there["RANK"] == str(number)
             assert there["HF_X"] == there["NCCL_DEBUG"] == HOSTILE
+            assert there["NCCL_A"] == 'b"c d'
             assert there["HF_TOKEN"] == "a secret"
             assert "EDITOR" not in there
             assert not any("a secret" in word for words in host.processes().values() for word in words)
