@@ -38,7 +38,7 @@ while [[ ${1-} == -* ]]; do
         --dry-run) dry_run=yes ;;
         --master_port)
             port=${2-}
-            [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "--master_port: expected a port, got '$port'"
+            [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--master_port: expected a port, got '$port'"
             shift
             ;;
         -h | --help) usage && exit ;;
@@ -90,6 +90,8 @@ on() {
         wait "${processes[n]}" && codes[n]=0 || codes[n]=$?
     done
 }
+
+last() { tail -n 1 "$1" | tr -d '\r'; } # line of a file; ssh's end with a return
 
 # --- What every process starts with
 
@@ -178,12 +180,12 @@ for argument in "${arguments[@]}"; do
 done
 all=${!hosts[*]}
 
-check - same "${quoted[@]}" | sh >"$work/here" 2>"$work/err" || fail "$(tail -n 1 "$work/err")"
+check - same "${quoted[@]}" | sh >"$work/here" 2>"$work/err" || fail "$(last "$work/err")"
 on "$all" check same "${quoted[@]}"
 differences=0
 for n in $all; do
     if ((codes[n])); then
-        say "error: host ${hosts[n]}: $(tail -n 1 "$work/$n.err")"
+        say "error: host ${hosts[n]}: $(last "$work/$n.err")"
         differences=1
         continue
     fi
@@ -203,7 +205,7 @@ interfaces=()
 for numbers in 0 "${all#0}"; do
     on "$numbers" check route "$(quote "$address")"
     for n in $numbers; do
-        ((!codes[n])) || fail "host ${hosts[n]}: $(tail -n 1 "$work/$n.err")"
+        ((!codes[n])) || fail "host ${hosts[n]}: $(last "$work/$n.err")"
         interfaces[n]=$(told "$n" interface)
     done
     address=$(told 0 address)
@@ -265,6 +267,6 @@ on "$all" end "$patience"
 for n in $all; do
     ((!codes[n])) || say "host ${hosts[n]}: processes with SELFGEN_DS_RUN=$run may be left: $(cat "$work/$n".{out,err} | tail -n 1)"
 done
-((!running)) || cat "$work"/*.ssh | xargs kill -KILL || : # they wait for hosts that are gone
+((!running)) || cat "$work"/*.ssh | xargs kill -KILL 2>/dev/null || : # they wait for hosts that are gone
 ((code == 0 || code == 2 || code == 3)) || code=1
 exit "$code"

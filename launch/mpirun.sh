@@ -51,6 +51,8 @@ else
     binding=(--oversubscribe --bind-to none)
 fi
 ((EUID)) || binding+=(--allow-run-as-root) # as in containers
+SELFGEN_DS_RUN=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # which tells this run's ranks from others'
+export SELFGEN_DS_RUN
 for name in $(passed_on) ${MASTER_PORT:+MASTER_PORT}; do
     binding+=(-x "$name")
 done

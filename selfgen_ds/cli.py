@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -56,6 +57,8 @@ def main() -> None:
         signals.ignore()
         _tell(str(error))
         launch.leave_process_group(f"error: {error}")
+        if "OMPI_COMM_WORLD_SIZE" in os.environ:
+            os._exit(2)  # MPI's end would wait for ranks that have not been refused
         sys.exit(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
@@ -77,7 +80,10 @@ def main() -> None:
 def _tell(problems: str) -> None:
     """Bad input: one line a problem, once a host."""
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
-        print(*(f"selfgen-ds: error: {line}" for line in problems.splitlines()), sep="\n", file=sys.stderr, flush=True)
+        sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
+        sys.stderr.flush()
+    else:
+        time.sleep(2)  # launchers end all ranks with the first: that is to be the one that tells
 
 
 def _parser() -> ArgumentParser:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -302,11 +303,11 @@ def _prefetched(engine: DeepSpeedEngine) -> int:
 def _checksum(samples: list[Samples]) -> int:
     """Of the training data, the same on all ranks: hosts may have files of their own. Collective."""
     mine = zlib.crc32(repr([source.checksum for source in samples]).encode())
-    everyone = [0] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if len(set(everyone)) > 1:
-        other = next(rank for rank, value in enumerate(everyone) if value != everyone[0])
-        raise InputError(f"data.train: rank {other} has other rows than rank 0")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    for rank, (host, theirs) in enumerate(everyone):
+        if theirs != everyone[0][1]:
+            raise InputError(f"data.train: rank {rank} on {host} has other rows than rank 0 on {everyone[0][0]}")
     return mine
 
 

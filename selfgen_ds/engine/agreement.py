@@ -36,13 +36,20 @@ def check_ranks(facts: dict[str, Any]) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Bad input on one rank is bad input on all of them."""
+    """Bad input on one rank is bad input on all of them, which say whose it is."""
     mine = None
     try:
         yield
     except InputError as error:
         mine = str(error)
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if lines := dict.fromkeys(line for line in everyone if line):
-        raise InputError("\n".join(lines))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    if all(problem == everyone[0][1] for _, problem in everyone):
+        if everyone[0][1] is not None:
+            raise InputError(everyone[0][1])
+        return
+    told: dict[str, str] = {}
+    for rank, (host, problem) in enumerate(everyone):
+        for line in (problem or "").splitlines():
+            told.setdefault(line, f"{line} (rank {rank} on {host})")
+    raise InputError("\n".join(told.values()))

@@ -62,6 +62,8 @@ class Checkpoint:
     """Evaluation metrics after that step; empty if none were taken."""
     files: list[dict[str, list[int]]]
     """By rank: file name -> [bytes, CRC-32] of what it wrote."""
+    shared: bool = True
+    """Whether the hosts that wrote it shared its folder: else each has a part."""
     unevaluated: dict[str, float] | None = None
     """The step's metrics, where a signal came in its evaluation: that is still to be made."""
 
@@ -156,7 +158,7 @@ def save(
         for made in (path / HF_FOLDER, folder, folder.parent):
             sync_folder(made)
         content = {"step": step, "step_size": step_size, "data": data, "metrics": metrics, "files": files}
-        write_marker(path, content | {"unevaluated": unevaluated})
+        write_marker(path, content | {"shared": storage.shared, "unevaluated": unevaluated})
     dist.barrier()
 
 
@@ -206,10 +208,16 @@ def find(folder: Path, storage: Storage, trust: bool = False) -> Checkpoint | No
     Raises:
         InputError: All checkpoints are broken, a file may run code, or hosts have parts of it for other ranks.
     """
-    for newest in _complete_everywhere(folder, storage)[-1:]:
+    newest = next(reversed(_complete_everywhere(folder, storage)), None)
+    if newest is not None:
         _check_ranks(newest, storage)
     found = _newest_intact(folder, storage)
     if found is None:
+        if newest is not None and not newest.shared and newest.world_size != dist.get_world_size():
+            raise InputError(
+                f"resume: {newest.path} was written by {newest.world_size} ranks, on hosts that share no folder; not "
+                "all of its parts are here"
+            )
         if damaged := _gathered([str(marker.parent) for marker in _named(folder, MARKER, BROKEN)]):
             what = "is broken" if storage.shared else "is broken, or not whole on hosts that share none"
             raise InputError(f"resume: every checkpoint {what}, the newest is {damaged[-1]}")

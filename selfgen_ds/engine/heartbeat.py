@@ -212,7 +212,7 @@ class Heartbeat:
         self._stall = None
         if self.place.rank == 0:
             keys = [f"stall/{place.rank}" for place in self.places]
-            there = [self._store.get(key).decode() if self._store.check([key]) else "goes on" for key in keys]
+            there = [self._store.get(key).decode() if self._store.check([key]) else "tells nothing" for key in keys]
             for key in keys:  # another stall is another story
                 self._store.delete_key(key)
             for what, count in Counter(there).most_common():

@@ -79,8 +79,7 @@ def init_process_group() -> None:
             f"rank{'s' * (ranks > 1)}: the tasks would train models of their own"
         )
     if mpi and not complete:
-        port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
-        deepspeed.comm.mpi_discovery(port, verbose=False)
+        deepspeed.comm.mpi_discovery(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT), verbose=False)
     elif not complete:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -92,7 +91,7 @@ def init_process_group() -> None:
 def _join() -> None:
     """The default process group, over a store that listens on the address of `MASTER_ADDR` alone."""
     global heartbeat
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
     has_store = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listening = _listen(address, port) if has_store else None
     if listening is not None:
@@ -105,19 +104,33 @@ def _join() -> None:
         timeout=_JOIN_TIMEOUT,
         master_listen_fd=None if listening is None else listening.detach(),
     )
-    # torchrun's store outlives the ranks that it starts again
-    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    # torchrun's store outlives the ranks that it starts again, and a rank of a run whose port was taken is in another's
+    prefix = f"{_run()}/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     cuda = get_accelerator().device_name() == "cuda"
     torch.distributed.init_process_group(
         get_accelerator().communication_backend_name(),
-        store=torch.distributed.PrefixStore(attempt, store),
+        store=torch.distributed.PrefixStore(prefix, store),
         rank=rank(),
         world_size=world_size(),
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device() if cuda and world_size() > 1 else None,
     )
     if world_size() > 1:
-        heartbeat = Heartbeat(store, f"{attempt}/selfgen_ds", rank(), world_size(), has_store)
+        heartbeat = Heartbeat(store, f"{prefix}/selfgen_ds", rank(), world_size(), has_store)
+
+
+def _run() -> str:
+    """The same for all ranks of a run, and another for other runs, as far as launchers say."""
+    for name in ("SELFGEN_DS_RUN", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PMIX_NAMESPACE"):
+        if name in os.environ:
+            return os.environ[name]
+    return str(os.getppid()) if local_world_size() == world_size() else ""  # the launcher of this host
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 1 << 16):
+        raise InputError(f"MASTER_PORT: expected a port, got {text!r}")
+    return int(text)
 
 
 def _listen(address: str, port: int) -> socket.socket | None:

@@ -161,7 +161,8 @@ class Watch:
     def _look(self, waited: float) -> None:
         if waited > 2 * self._stall_seconds:
             line = f"no rank has made a forward for {waited:.0f} s (train.stall_seconds)"
-            self._say(f"error: {line}; the run ends")
+            sys.stderr.write(f"selfgen-ds: error: {line}; the run ends\n")
+            sys.stderr.flush()
             if launch.heartbeat is not None:
                 launch.heartbeat.end_all(line)
             os._exit(1)

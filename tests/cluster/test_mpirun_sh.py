@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(nodes: list[Host], recipe: 
     with nodes[0].launch(*command, log=recipe.with_name("log")) as run:
         assert run.wait() == 2, run.output()
     assert "selfgen-ds: error: train.max_steps: expected 1 or more, got 0" in run.output()
+
+
+@pytest.mark.parametrize(("port", "problem"), [("22", "22 is taken on 10.77.0.1"), ("x", "expected a port, got 'x'")])
+def test_a_port_that_is_taken_or_is_none_ends_all_ranks(
+    nodes: list[Host], recipe: Path, hostfile: Path, port: str, problem: str
+) -> None:
+    command = ["launch/mpirun.sh", hostfile, recipe]
+    started = time.monotonic()
+    with nodes[0].launch(*command, log=recipe.with_name("log"), GLOO_SOCKET_IFNAME="eth0", MASTER_PORT=port) as run:
+        assert run.wait() == 2, run.output()[-3000:]
+    assert f"selfgen-ds: error: MASTER_PORT: {problem}" in run.output()
+    assert time.monotonic() - started < 60
 
 
 def test_ranks_share_the_cores(nodes: list[Host], recipe: Path) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from selfgen_ds import prepare, rounds
 from selfgen_ds.config import InputError, Recipe
 from selfgen_ds.engine import extensions, launch
-from selfgen_ds.engine.agreement import check_ranks
+from selfgen_ds.engine.agreement import check_ranks, together
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.train import train
 from selfgen_ds.versions import versions
@@ -43,6 +43,20 @@ def test_what_differs_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
     ]
     found = two_ranks.run(check, [{"seed": 1, "torch": "2"}, {"seed": 2}])
     assert [sorted(lines.splitlines()) for lines in found] == [expected, expected]
+
+
+def bad_input_of(problems: list[str | None]) -> None:
+    with together():
+        if (problem := problems[dist.get_rank()]) is not None:
+            raise InputError(problem)
+
+
+def test_bad_input_that_not_all_ranks_have_names_rank_and_host(two_ranks: Ranks) -> None:
+    two_ranks.run(bad_input_of, [None, None])
+    with pytest.raises(AssertionError, match=rf"InputError: no such file \(rank 1 on {socket.gethostname()}\)\n"):
+        two_ranks.run(bad_input_of, [None, "no such file"])
+    with pytest.raises(AssertionError, match=r"InputError: no such file\n"):
+        two_ranks.run(bad_input_of, ["no such file"] * 2)
 
 
 def train_with_another_seed_on_rank_1(settings: Recipe) -> None:

@@ -183,6 +183,12 @@ def test_another_number_of_ranks_needs_a_shared_folder(four_ranks: Ranks, folder
         four_ranks.run(on_hosts, folder, 2, first_step, saved)
 
 
+def test_a_host_without_the_other_ones_parts_says_so(one_rank: Ranks, folder: Path, saved: Recipe) -> None:
+    line = "run/checkpoints/step-000006 was written by 2 ranks, on hosts that share no folder; not all of its parts are"
+    with pytest.raises(AssertionError, match=line):
+        one_rank.run(on_hosts, folder, 1, first_step, saved)
+
+
 def test_rounds_need_a_shared_folder(two_ranks: Ranks, folder: Path, settings: Recipe) -> None:
     settings.selfgen = SelfgenConfig(method="bash")
     with pytest.raises(AssertionError, match="output_dir: hosts do not share run; bash draws") as caught:
