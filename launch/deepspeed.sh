@@ -12,7 +12,7 @@ usage: launch/deepspeed.sh [--dry-run] [--master_port PORT] HOSTFILE RECIPE [ove
 
   HOSTFILE   a line a host: NAME slots=NUMBER_OF_RANKS; the first host has rank 0
   RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
-  --dry-run  make all checks, print what would run on each host, start nothing
+  --dry-run  make these checks, print what would run on each host, start nothing (data and values: the ranks check them)
 
 Run it in the project's folder (or your own) with the environment active. Folder, environment, recipe and DeepSpeed JSON
 must be on every host under the same path, and every host must answer to `ssh NAME` without a question: that is checked

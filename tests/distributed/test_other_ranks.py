@@ -328,7 +328,7 @@ def bytes_of_common_state(settings: Recipe) -> int:
         return (folder / f"step-{SAVED:06d}" / "zero" / "optimizer_state.pt").stat().st_size
 
 
-def test_ranks_load_no_more_of_a_checkpoint_than_their_share(
+def test_the_file_that_every_rank_loads_has_no_tensors(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
 ) -> None:
     part = replace(resumed(two[0], "sizes"), deepspeed=CPU)
