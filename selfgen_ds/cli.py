@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 bad input or configuration; 3 stopped by a signal after sa
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
@@ -67,7 +68,7 @@ def main() -> None:
         signals.ignore()
         launch.leave_process_group()
         log.warning("stopped by a signal; --resume auto goes on from what is saved")
-        sys.exit(signals.STOPPED)
+        _end(signals.STOPPED)
     except Exception as error:
         if launch.heartbeat is None:
             raise
@@ -75,6 +76,20 @@ def main() -> None:
         launch.heartbeat.fail(error)
     signals.ignore()
     launch.leave_process_group()
+    _end(0)
+
+
+def _end(code: int) -> NoReturn:
+    """A rank of several ends before the interpreter does: threads of torch's that wait for that one's lock abort it.
+
+    MPI wants to be ended properly.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _tell(problems: str) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import importlib
@@ -210,12 +211,10 @@ def _rank(
     counted = None if calls is None else count(list(POINTS))
     if point is not None:
         arm(point)
+    if calls is not None and counted is not None:
+        atexit.register(lambda: calls.write_text(json.dumps(counted())))
     sys.argv = ["selfgen-ds", *arguments]
-    try:
-        main()
-    finally:
-        if calls is not None and counted is not None:
-            calls.write_text(json.dumps(counted()))
+    main()
 
 
 METHODS = {
