@@ -120,11 +120,8 @@ def _join() -> None:
 
 
 def _run() -> str:
-    """The same for all ranks of a run, and another for other runs, as far as launchers say."""
-    for name in ("SELFGEN_DS_RUN", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PMIX_NAMESPACE"):
-        if name in os.environ:
-            return os.environ[name]
-    return str(os.getppid()) if local_world_size() == world_size() else ""  # the launcher of this host
+    """The same for all ranks of a run, and another for other runs, where the launcher says: launch/'s and torchrun."""
+    return os.environ.get("SELFGEN_DS_RUN", os.environ.get("TORCHELASTIC_RUN_ID", ""))
 
 
 def _port(text: str) -> int:
