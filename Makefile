@@ -70,7 +70,7 @@ async-io: install
 
 # Kills 100 runs at random points and lets them go on: about 20 minutes.
 soak: install
-	$(BIN)/python -m tests.faults --count 100 --output benchmarks/results/soak.json
+	$(BIN)/python -m tests.soak --count 100 --output benchmarks/results/soak.json
 
 clean:
 	rm -rf .venv

@@ -134,28 +134,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         pipe.send(result)
 
 
-def command(arguments: list[str], log: Path, timeout: float = 60.0) -> int:
-    """`selfgen-ds ARGUMENTS` in one process that need not import everything first; the exit code."""
-    process = forks().Process(target=_command, args=(arguments, log), daemon=True)
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError(f"not done in time:\n{log.read_text(encoding='utf-8')[-3000:]}")
-    return process.exitcode
-
-
-def _command(arguments: list[str], log: Path) -> None:
-    from selfgen_ds.cli import main
-
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(ROOT)
-    sys.argv = ["selfgen-ds", *arguments]
-    main()
-
-
 class Launched:
     """A command in a session of its own, with its output in a file; killed with all its children at the end."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import runs
+from tests.forked import Run, command
 from tests.ranks import ROOT, SHARED, Launched, deepspeed, free_port
 
 BIN = Path(sys.executable).parent
@@ -60,16 +60,14 @@ LAUNCHERS = {
 def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     monkeypatch.setenv("MASTER_PORT", str(free_port()))  # mpirun's alone
-    for name, command in LAUNCHERS.items():
-        if not Path(command[0]).exists():
+    for name, launcher in LAUNCHERS.items():
+        if not Path(launcher[0]).exists():
             continue  # mpirun is optional
         ranks = 1 if name in ("one process", "the installed command") else 2
         micro = ["--train.micro_batch_size", str(4 // ranks), "--output_dir", str(folder / name / "run")]
-        if name == "deepspeed":
-            command = [command[0], "--master_port", str(free_port()), *command[1:]]
-        if name == "torchrun":
-            command = [command[0], "--master_port", str(free_port()), *command[1:]]
-        with Launched([*command, *train(folder, *micro)], folder / "log") as run:
+        if name in ("deepspeed", "torchrun"):
+            launcher = [launcher[0], "--master_port", str(free_port()), *launcher[1:]]
+        with Launched([*launcher, *train(folder, *micro)], folder / "log") as run:
             assert run.wait() == 0, run.output()[-3000:]
         found[name] = losses(folder / name)
         assert f"{ranks} ranks" in run.output()
@@ -79,21 +77,19 @@ def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "PMI_SIZE"])
-def test_tasks_without_rank_variables_do_not_train_models_of_their_own(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    monkeypatch.setenv(variable, "2")
-    assert "say 1 rank: the tasks would train models of their own" in refused(folder)
+def test_tasks_without_rank_variables_do_not_train_models_of_their_own(folder: Path, variable: str) -> None:
+    assert "say 1 rank: the tasks would train models of their own" in refused(folder, **{variable: "2"})
 
 
-def refused(folder: Path, *overrides: str) -> str:
+def refused(folder: Path, *overrides: str, **variables: str) -> str:
     """The error line of a run that ends with exit code 2 before its first step."""
-    with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *overrides)], folder / "log") as run:
-        assert run.wait() == 2, run.output()[-3000:]
+    code = command(train(folder, *overrides), folder / "log", variables)
+    output = (folder / "log").read_text()
+    assert code == 2, output[-3000:]
     assert not (folder / "run" / "metrics.jsonl").exists()
-    assert "Traceback" not in run.output()
-    lines = [line for line in run.output().splitlines() if line.startswith("selfgen-ds: error: ")]
-    assert len(lines) == 1, run.output()[-3000:]
+    assert "Traceback" not in output
+    lines = [line for line in output.splitlines() if line.startswith("selfgen-ds: error: ")]
+    assert len(lines) == 1, output[-3000:]
     return lines[0].removeprefix("selfgen-ds: error: ")
 
 
@@ -147,9 +143,8 @@ def test_all_problems_of_recipe_and_json_are_named_at_once(folder: Path) -> None
     (folder / "ds.json").write_text(json.dumps(sizes))
     overrides = ["--deepspeed", str(folder / "ds.json"), "--selfgen.top_p", "2"]
     overrides += ["--train.epochs", "1", "--train.max_steps", "2"]
-    with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *overrides)], folder / "log") as run:
-        assert run.wait() == 2
-    output = run.output()
+    assert command(train(folder, *overrides), folder / "log") == 2
+    output = (folder / "log").read_text()
     for expected in (
         "ds.json: train_batch_size=3 differs from the recipe: train.micro_batch_size",
         "ds.json: gradient_clipping=7.0 differs from the recipe: optim.max_grad_norm=1.0",
@@ -173,16 +168,14 @@ def test_errors_of_the_command_line_are_not_buried_in_usage(folder: Path) -> Non
 
 
 def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
-    command = [sys.executable, "-m", "selfgen_ds", *train(folder, "--train.max_steps", "100000")]
-    with Launched(command, folder / "first") as first:
-        while not (folder / "run" / "metrics.jsonl").exists():
-            assert first.process.poll() is None, first.output()[-3000:]
-            assert time.monotonic() < first.deadline
-            time.sleep(0.1)
-        with Launched([*command, "--resume", "auto"], folder / "second") as second:
-            assert second.wait() == 2
-        assert "output_dir: another run is writing to" in second.output()
-        assert first.process.poll() is None
+    first = Run(train(folder, "--train.max_steps", "100000"), folder, ranks=1)
+    try:
+        first.until((folder / "run" / "metrics.jsonl").exists)
+        assert command(train(folder, "--resume", "auto"), folder / "second") == 2
+        assert "output_dir: another run is writing to" in (folder / "second").read_text()
+        assert first.processes[0].is_alive()
+    finally:
+        first.kill()
 
 
 def test_an_output_folder_that_cannot_be_is_one_clear_line(folder: Path) -> None:
@@ -212,24 +205,21 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path) -> None:
 @pytest.mark.skipif(not SHARED.exists(), reason="the real GSM8K file is not here (../shared/data)")
 def test_gsm8k_is_trained_on_killed_resumed_exported_and_loaded(folder: Path) -> None:
     out = folder / "gsm8k"
-    command = [
+    arguments = [
         *("train", "--config", "recipes/gsm8k.yaml", "--data.train", str(SHARED / "data" / "gsm8k" / "train.jsonl")),
         *("--output_dir", str(out), "--train.max_steps", "8", "--checkpoint.every", "1", "--checkpoint.keep", "8"),
         *("--train.gradient_accumulation_steps", "1", "--train.micro_batch_size", "2", "--resume", "auto"),
     ]
-    with deepspeed(command, folder / "log") as run:
-        while not (out / "checkpoints" / "step-000002" / "complete.json").exists():
-            assert run.process.poll() is None, run.output()[-3000:]
-            assert time.monotonic() < run.deadline
-            time.sleep(0.01)
-    assert "7473 samples (182 truncated, 0 refused)" in run.output()
+    run = Run(arguments, folder)
+    run.until((out / "checkpoints" / "step-000002" / "complete.json").exists)
+    run.kill()
+    assert "7473 samples (182 truncated, 0 refused)" in run.output(0)
     assert not (out / "model").exists()
-    with deepspeed(command, folder / "log") as run:
-        assert run.wait() == 0, run.output()[-3000:]
-    assert "resumed from" in run.output()
-    export = [str(BIN / "selfgen-ds"), "export", "--checkpoint", str(out / "checkpoints" / "step-000008")]
-    with Launched([*export, "--output_dir", str(out / "exported")], folder / "log") as run:
-        assert run.wait() == 0, run.output()[-3000:]
+    run = Run(arguments, folder)
+    assert run.wait() == [0, 0], run.output(0)[-3000:]
+    assert "resumed from" in run.output(0)
+    export = ["export", "--checkpoint", str(out / "checkpoints" / "step-000008"), "--output_dir", str(out / "exported")]
+    assert command(export, folder / "log") == 0, (folder / "log").read_text()[-3000:]
     tokenizer = AutoTokenizer.from_pretrained(out / "exported")
     prompt = tokenizer("How many apples?", return_tensors="pt")
     models = [AutoModelForCausalLM.from_pretrained(out / name) for name in ("model", "exported")]

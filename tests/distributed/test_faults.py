@@ -16,7 +16,7 @@ from selfgen_ds.config import CheckpointConfig
 from selfgen_ds.engine import checkpoint
 from tests import faults
 from tests.distributed import runs
-from tests.faults import Point
+from tests.points import Point
 from tests.ranks import Ranks
 
 Unbroken = Callable[[str], faults.Whole]

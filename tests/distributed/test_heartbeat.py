@@ -18,18 +18,19 @@ import torch.distributed as dist
 from selfgen_ds.config import InputError, SelfgenConfig, to_yaml
 from selfgen_ds.engine import heartbeat
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
-from tests import faults
 from tests.distributed import runs
-from tests.faults import Point
+from tests.faults import NOTICED_WITHIN
+from tests.forked import Run
+from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
 
 HOST = socket.gethostname()
 
 
-def start(folder: Path, ranks: int, broken: dict[int, Point] | None = None, **changes: Any) -> faults.Run:
+def start(folder: Path, ranks: int, broken: dict[int, Point] | None = None, **changes: Any) -> Run:
     settings = runs.recipe(folder, **changes)
     (folder / "recipe.yaml").write_text(to_yaml(settings))
-    return faults.Run(["train", "--config", str(folder / "recipe.yaml")], folder, ranks=ranks, broken=broken)
+    return Run(["train", "--config", str(folder / "recipe.yaml")], folder, ranks=ranks, broken=broken)
 
 
 def test_all_other_ranks_name_the_one_that_was_killed(folder: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_rank_that_ends_without_the_others_is_named_with_its_reason(folder: Pa
     run = start(folder, 2, selfgen=SelfgenConfig(method=f"{__name__}:EndsAlone"), seed=alone)
     codes = run.wait()
     assert (codes[alone], codes[1 - alone]) == (2, 1)
-    assert abs(run.ended[0] - run.ended[1]) < faults.NOTICED_WITHIN
+    assert abs(run.ended[0] - run.ended[1]) < NOTICED_WITHIN
     assert f"rank {alone} on {HOST} has ended without the others: error: no such row" in run.output(1 - alone)
 
 
@@ -97,7 +98,7 @@ def test_a_rank_that_is_stopped_alone_is_given_up() -> None:
 
 def test_torchrun_starts_lost_ranks_again(folder: Path) -> None:
     settings = runs.recipe(folder, resume="auto")
-    settings.train.max_steps, settings.checkpoint.every = 300, 10
+    settings.train.max_steps, settings.checkpoint.every = 60, 10
     (folder / "recipe.yaml").write_text(to_yaml(settings))
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2", "--max_restarts=1"]
     command = [*torchrun, f"--master_port={free_port()}", "-m", "selfgen_ds", "train", "--config"]
@@ -111,4 +112,4 @@ def test_torchrun_starts_lost_ranks_again(folder: Path) -> None:
         ranks[1].kill()
         assert run.wait() == 0, run.output()[-3000:]
     assert "resumed from" in run.output()
-    assert runs.count_lines(metrics) == 300
+    assert runs.count_lines(metrics) == 60

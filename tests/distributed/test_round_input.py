@@ -12,7 +12,7 @@ from selfgen_ds.data.store import read_audit
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.chat_tokenizers import CHATML, build
 from tests.distributed.test_command import RECIPE
-from tests.ranks import command
+from tests.forked import command
 
 
 def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:

@@ -18,7 +18,7 @@ from selfgen_ds.engine import checkpoint
 from selfgen_ds.engine.watch import Watch
 from tests import faults
 from tests.distributed import runs
-from tests.faults import Point
+from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
 
 STOPPED = [3, 3]

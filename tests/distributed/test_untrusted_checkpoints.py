@@ -16,7 +16,8 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine import checkpoint, universal, unpickling
 from selfgen_ds.prepare import prepare
 from tests.distributed import runs
-from tests.ranks import Ranks, command
+from tests.forked import command
+from tests.ranks import Ranks
 
 
 class Exploit:
