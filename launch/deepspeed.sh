@@ -54,6 +54,7 @@ python=$(python3 -c 'import sys; print(sys.executable)') || fail "no python3 on 
 run=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # what this run's processes have in their environment
 work=$(mktemp -d)                               # mode 700
 trap 'rm -rf "$work"' EXIT
+trap 'exit 3' HUP INT TERM USR1 # nothing has started yet
 
 # --- The hosts
 

@@ -9,7 +9,7 @@ usage: launch/mpirun.sh [--dry-run] NUMBER|HOSTFILE RECIPE [overrides...]
   NUMBER     of ranks on this machine
   HOSTFILE   as mpirun reads it: a line a host, NAME slots=NUMBER_OF_RANKS
   RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
-  --dry-run  print what would run
+  --dry-run  check the recipe, print what would run
 
 Run it in the project's folder (or your own) with the environment active; both must be on every host under the same
 path. Each rank is bound to its share of this machine's cores, if there are enough. The variables that
@@ -21,8 +21,9 @@ that of the ranks: 0 done, 2 bad input, 3 stopped by a signal after saving, 1 an
 USAGE
 }
 
+here=$(dirname "$(readlink -f "$0")")
 # shellcheck source=launch/common.sh
-source "$(dirname "$(readlink -f "$0")")/common.sh"
+source "$here/common.sh"
 
 dry_run=''
 case ${1-} in
@@ -51,12 +52,12 @@ else
     binding=(--oversubscribe --bind-to none)
 fi
 ((EUID)) || binding+=(--allow-run-as-root) # as in containers
-SELFGEN_DS_RUN=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # which tells this run's ranks from others'
-export SELFGEN_DS_RUN
 for name in $(passed_on) ${MASTER_PORT:+MASTER_PORT}; do
     binding+=(-x "$name")
 done
-command=("$mpirun" "${where[@]}" "${binding[@]}" "$python" -u -m selfgen_ds train --config "$2" --resume auto "${@:3}")
+arguments=(--config "$2" --resume auto "${@:3}")
+problem=$("$python" "$here/check_host.py" same "${arguments[@]}" 2>&1 >/dev/null) || fail "${problem##*$'\n'}"
+command=("$mpirun" "${where[@]}" "${binding[@]}" "$python" -u -m selfgen_ds train "${arguments[@]}")
 if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}" && echo
     exit

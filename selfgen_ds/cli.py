@@ -24,9 +24,13 @@ from selfgen_ds.engine import signals
 
 log = logging.getLogger("selfgen_ds")
 
+_code: int | None = None
+"""Of the exit, once torch's threads may be there."""
+
 
 def main() -> None:
     """Entry point of `selfgen-ds` and of `python -m selfgen_ds`."""
+    atexit.register(_skip_interpreter_end)  # before all others, so that it comes after them
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
@@ -60,7 +64,7 @@ def main() -> None:
         launch.leave_process_group(f"error: {error}")
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
             os._exit(2)  # MPI's end would wait for ranks that have not been refused
-        sys.exit(2)
+        _end(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
@@ -80,16 +84,20 @@ def main() -> None:
 
 
 def _end(code: int) -> NoReturn:
-    """A rank of several ends before the interpreter does: threads of torch's that wait for that one's lock abort it.
+    global _code
+    _code = code
+    sys.exit(code)
 
-    MPI wants to be ended properly.
-    """
-    if "OMPI_COMM_WORLD_SIZE" in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(code)
-    atexit._run_exitfuncs()
+
+def _skip_interpreter_end() -> None:
+    """Where all is done but that: gloo's threads, which outlive their group, can abort it."""
+    if _code is None:
+        return
+    if "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(_code)
 
 
 def _tell(problems: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -146,7 +145,8 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
             raise InputError(f"selfgen.epochs_per_round: a round of {size} rows is less than a step of {step_size}")
         if isinstance(method, RoundMethod) and not storage.shared:
             raise InputError(f"output_dir: hosts do not share {folder}; {recipe.selfgen.method} draws rounds into it")
-    data = _checksum(samples)
+    data = zlib.crc32(repr([source.checksum for source in samples]).encode())
+    check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
     if resumed and resumed.data != data:
         raise InputError(f"data.train: not the rows that {resumed.path} was trained on")
     fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=windows.accumulation))
@@ -298,17 +298,6 @@ def _prefetched(engine: DeepSpeedEngine) -> int:
     if engine.zero_optimization_stage() < 3:
         return 0
     return min(int(engine.zero_prefetch_bucket_size()), sum(p.ds_numel for p in engine.module.parameters()))
-
-
-def _checksum(samples: list[Samples]) -> int:
-    """Of the training data, the same on all ranks: hosts may have files of their own. Collective."""
-    mine = zlib.crc32(repr([source.checksum for source in samples]).encode())
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), mine))
-    for rank, (host, theirs) in enumerate(everyone):
-        if theirs != everyone[0][1]:
-            raise InputError(f"data.train: rank {rank} on {host} has other rows than rank 0 on {everyone[0][0]}")
-    return mine
 
 
 def _check_model(recipe: Recipe, config: PretrainedConfig, storage: Storage) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ class Run:
         folder: Of the logs.
         broken: By rank, where something happens to it.
         counts: Functions whose calls are counted, into `calls-RANK` of the same folder.
+        port: Of rank 0; a free one if none is given.
     """
 
     def __init__(
@@ -34,8 +34,9 @@ class Run:
         ranks: int = 2,
         broken: dict[int, Point] | None = None,
         counts: tuple[str, ...] = (),
+        port: int | None = None,
     ) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, port or free_port()
         context = forks()
         self.processes = []
         for rank in range(ranks):
@@ -117,7 +118,9 @@ def _command(
     counted = count(counts)
     if point is not None:
         arm(point)
-    if calls is not None:
-        atexit.register(lambda: calls.write_text(json.dumps(counted())))
     sys.argv = ["selfgen-ds", *arguments]
-    main()
+    try:
+        main()
+    finally:
+        if calls is not None:
+            calls.write_text(json.dumps(counted()))

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-
 from selfgen_ds.config import InputError
+from selfgen_ds.engine import launch
 
 
 def check_ranks(facts: dict[str, Any]) -> None:
@@ -21,8 +20,7 @@ def check_ranks(facts: dict[str, Any]) -> None:
     Raises:
         InputError: Something is not, with a rank and its host: on all ranks.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    everyone = launch.everyone((socket.gethostname(), facts))
     first_host, first = everyone[0]
     lines: dict[str, str] = {}
     for rank, (host, theirs) in enumerate(everyone[1:], start=1):
@@ -42,8 +40,7 @@ def together() -> Iterator[None]:
         yield
     except InputError as error:
         mine = str(error)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    everyone = launch.everyone((socket.gethostname(), mine))
     if all(problem == everyone[0][1] for _, problem in everyone):
         if everyone[0][1] is not None:
             raise InputError(everyone[0][1])

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import InputError, LoraConfig, ModelConfig
-from selfgen_ds.engine import universal, unpickling
+from selfgen_ds.engine import launch, universal, unpickling
 from selfgen_ds.engine.content import Content
 from selfgen_ds.engine.storage import Storage
 from selfgen_ds.files import absolute_folder, intact, sync_and_sum, sync_folder, write_atomically
@@ -152,8 +152,7 @@ def save(
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _is_written_here(f.name, storage)]
-    files: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(files, {str(f.relative_to(path)): sync_and_sum(f) for f in written})
+    files = launch.everyone({str(f.relative_to(path)): sync_and_sum(f) for f in written})
     if storage.keeps:
         for made in (path / HF_FOLDER, folder, folder.parent):
             sync_folder(made)
@@ -334,8 +333,7 @@ def _complete_everywhere(folder: Path, storage: Storage) -> list[Checkpoint]:
         agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(agreed, src=0)
         return agreed[0]
-    views: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(views, complete_checkpoints(folder))
+    views = launch.everyone(complete_checkpoints(folder))
     common = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
     return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in common]
 
@@ -361,9 +359,7 @@ def _newest_intact(folder: Path, storage: Storage) -> Checkpoint | None:
 
 def _gathered(mine: list[str]) -> list[str]:
     """What all ranks have found, sorted, each once. Collective."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return sorted({line for lines in everyone for line in lines})
+    return sorted({line for lines in launch.everyone(mine) for line in lines})
 
 
 def _shares(checkpoint: Checkpoint, storage: Storage) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
 import psutil
@@ -19,6 +20,8 @@ from selfgen_ds.config import InputError
 from selfgen_ds.engine.heartbeat import Heartbeat
 
 log = logging.getLogger("selfgen_ds")
+
+T = TypeVar("T")
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=15)
@@ -104,8 +107,11 @@ def _join() -> None:
         timeout=_JOIN_TIMEOUT,
         master_listen_fd=None if listening is None else listening.detach(),
     )
-    # torchrun's store outlives the ranks that it starts again, and a rank of a run whose port was taken is in another's
-    prefix = f"{_run()}/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    # torchrun's store may be of several runs, and outlives the ranks that it starts again
+    run, attempt = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
+    prefix = f"{run}/{attempt}/{world_size()}"
+    if store.add(f"{prefix}/joined/{rank()}", 1) > 1:  # before anything there is changed
+        raise InputError(f"MASTER_PORT: {port} at {address} is another run's, which has a rank {rank()}")
     cuda = get_accelerator().device_name() == "cuda"
     torch.distributed.init_process_group(
         get_accelerator().communication_backend_name(),
@@ -117,11 +123,6 @@ def _join() -> None:
     )
     if world_size() > 1:
         heartbeat = Heartbeat(store, f"{prefix}/selfgen_ds", rank(), world_size(), has_store)
-
-
-def _run() -> str:
-    """The same for all ranks of a run, and another for other runs, where the launcher says: launch/'s and torchrun."""
-    return os.environ.get("SELFGEN_DS_RUN", os.environ.get("TORCHELASTIC_RUN_ID", ""))
 
 
 def _port(text: str) -> int:
@@ -164,6 +165,13 @@ def _addresses() -> list[str]:
     interfaces = {name: addresses for name, addresses in psutil.net_if_addrs().items() if chosen in (None, name)}
     found = [a.address for addresses in interfaces.values() for a in addresses if a.family == socket.AF_INET]
     return [address for address in found if not address.startswith("127.")]
+
+
+def everyone(mine: T) -> list[T]:
+    """What every rank has, by rank. Collective."""
+    found = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def leave_node_group() -> None:

@@ -32,8 +32,7 @@ def find_out(folder: Path) -> Storage:
     dist.barrier()
     with suppress(OSError):  # a host without the folder is one that does not share it
         folder.mkdir(parents=True, exist_ok=True)  # asks a server whose folder was not there a moment ago
-    seen = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, probe.exists())
+    shared = all(launch.everyone(probe.exists()))
     if rank == 0:
         probe.unlink()
-    return Storage(shared=all(seen), keeps=(rank if all(seen) else launch.local_rank()) == 0)
+    return Storage(shared=shared, keeps=(rank if shared else launch.local_rank()) == 0)

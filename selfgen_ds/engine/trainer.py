@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from selfgen_ds.config import OptimConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.engine import extensions, head
+from selfgen_ds.engine import extensions, head, launch
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -192,6 +192,4 @@ def _suspects(window: list[TokenBatch], losses: list[Tensor]) -> list[int]:
         if not torch.isfinite(loss)
         for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist()
     ]
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    return sorted(sample_id for ids in everyone for sample_id in ids)
+    return sorted(sample_id for ids in launch.everyone(mine) for sample_id in ids)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
 from selfgen_ds.config import InputError
-from selfgen_ds.engine import unpickling
+from selfgen_ds.engine import launch, unpickling
 
 log = logging.getLogger("selfgen_ds")
 
@@ -41,9 +41,7 @@ def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
         InputError: There is no room for it, or the engine cannot load it.
     """
     folder = path.parent / FOLDER
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, _has_no_share(engine, path) or _has_no_room(path))
-    for problem in filter(None, problems):
+    for problem in filter(None, launch.everyone(_has_no_share(engine, path) or _has_no_room(path))):
         raise InputError(problem)
     log.info("converting %s for %d ranks, in %.1f MB of disk", path, dist.get_world_size(), _needed(path) / 1e6)
     started = time.perf_counter()

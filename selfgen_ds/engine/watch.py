@@ -113,8 +113,7 @@ class Watch:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         stop, most, least = found.tolist()
         if most != -least:
-            everyone: list[int] = [0] * dist.get_world_size()
-            dist.all_gather_object(everyone, forwards)
+            everyone = launch.everyone(forwards)
             other = next(rank for rank, made in enumerate(everyone) if made != everyone[0])
             raise RuntimeError(f"rank {other} made {everyone[other]} forwards in a step, rank 0 made {everyone[0]}")
         if stop and not self._agreed:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
+from selfgen_ds.engine import launch
 from selfgen_ds.engine.model import most_positions
 from selfgen_ds.engine.policy import EnginePolicy, Sampling
 from selfgen_ds.methods import noise
@@ -129,11 +130,7 @@ def evaluate(
             mine += _score(policy, shares, rank, tokenizer, sample_temperature, seed, corrections)
             if poll is not None:
                 poll()
-    everyone: list[list[SampleScore]] = [[] for _ in range(world_size)]
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, mine)
-    else:
-        everyone = [mine]
+    everyone = launch.everyone(mine) if dist.is_initialized() else [mine]
     return sorted((score for scores in everyone for score in scores), key=lambda score: score.sample_id)
 
 

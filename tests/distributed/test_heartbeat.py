@@ -58,6 +58,36 @@ def test_a_rank_that_ends_without_the_others_is_named_with_its_reason(folder: Pa
     assert f"rank {alone} on {HOST} has ended without the others: error: no such row" in run.output(1 - alone)
 
 
+def test_a_run_on_the_port_of_another_one_is_refused_and_leaves_that_alone(folder: Path) -> None:
+    settings = runs.recipe(folder)
+    settings.train.max_steps = 100_000
+    (folder / "recipe.yaml").write_text(to_yaml(settings))
+    first = Run(["train", "--config", str(folder / "recipe.yaml")], folder)
+    try:
+        metrics = Path(settings.output_dir) / "metrics.jsonl"
+        first.until(lambda: runs.count_lines(metrics) > 0)
+        (folder / "second").mkdir()
+        options = ["--output_dir", str(folder / "second" / "run")]
+        second = Run(["train", "--config", str(folder / "recipe.yaml"), *options], folder / "second", port=first.port)
+        assert second.wait() == [2, 2], second.output(1)
+        assert f"MASTER_PORT: {first.port} is taken on 127.0.0.1, by another run" in second.output(0)
+        lines = runs.count_lines(metrics)
+        first.until(lambda: runs.count_lines(metrics) > lines + 5)
+    finally:
+        first.kill()
+
+
+def test_rank_0_waits_for_ranks_that_are_slow_to_end(folder: Path) -> None:
+    at_the_end = Point(function="selfgen_ds.engine.launch:leave_process_group", signal=signal.SIGSTOP)
+    run = start(folder, 2, {1: at_the_end})
+    slow = psutil.Process(run.processes[1].pid)
+    run.until(lambda: slow.status() == psutil.STATUS_STOPPED)
+    time.sleep(3)
+    assert run.processes[0].is_alive()
+    slow.resume()
+    assert run.wait() == [0, 0], run.output(0)
+
+
 def shorten_silence() -> int:
     heartbeat._SILENCE, heartbeat._AWAY = 3.0, 2.0
     return os.getpid()
