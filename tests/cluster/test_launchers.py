@@ -13,7 +13,8 @@ from tests.cluster.hosts import Host, far_apart
 from tests.cluster.slurm import Slurm
 from tests.cluster.watching import losses
 from tests.distributed import runs
-from tests.ranks import deepspeed, free_port
+from tests.forked import Run
+from tests.ranks import free_port
 
 STEPS = 4
 ROUND_TRIP = """if True:
@@ -26,13 +27,13 @@ ROUND_TRIP = """if True:
 
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of two ranks of plain `deepspeed` on one host."""
+    """Losses of two ranks on one host."""
     folder = tmp_path_factory.mktemp("one_host")
     runs.write_rows(folder)
     settings = runs.recipe(folder)
     (folder / "recipe.yaml").write_text(to_yaml(settings))
-    with deepspeed(["train", "--config", str(folder / "recipe.yaml")], folder / "log") as run:
-        assert run.wait() == 0, run.output()[-3000:]
+    run = Run(["train", "--config", str(folder / "recipe.yaml")], folder)
+    assert run.wait() == [0, 0], run.output(0)[-3000:]
     found = losses(Path(settings.output_dir))
     assert len(found) == STEPS
     return found
