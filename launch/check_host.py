@@ -1,5 +1,4 @@
-"""What a host has and how it reaches others. deepspeed.sh runs this on every host, from standard
-input; mpirun.sh on its own.
+"""What a host has and how it reaches others. deepspeed.sh runs this on all of them, mpirun.sh here.
 
     check_host.py same --config RECIPE [overrides...]    what has to be the same on all hosts
     check_host.py route ADDRESS                          this host's address and interface on the way there
