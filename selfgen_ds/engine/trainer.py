@@ -48,6 +48,7 @@ def initialize(
         ),
         config=ds_config,
     )
+    engine.monitor.enabled = False  # its own events take samples for steps: W&B would drop what the journal then writes
     return engine
 
 

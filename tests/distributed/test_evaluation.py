@@ -89,6 +89,7 @@ def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path:
     assert [(int(step), float(loss)) for step, loss in rows] == [
         (row["step"], pytest.approx(row["loss"])) for row in runs.metrics(settings)
     ]
+    assert not list((tmp_path / "csv").glob("Train_*")), "DeepSpeed's own, which count samples"
     events = list((Path(settings.output_dir) / "tensorboard").glob("events*"))
     assert len(events) == 1
     assert events[0].stat().st_size > 1000
