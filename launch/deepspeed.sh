@@ -36,10 +36,9 @@ dry_run='' port=29500
 while [[ ${1-} == -* ]]; do
     case $1 in
         --dry-run) dry_run=yes ;;
-        --master_port)
-            port=${2-}
+        --master_port | --master_port=*)
+            if [[ $1 == *=* ]]; then port=${1#*=}; else port=${2-} && shift; fi
             [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--master_port: expected a port, got '$port'"
-            shift
             ;;
         -h | --help) usage && exit ;;
         *) fail "unknown option $1 (overrides stand behind HOSTFILE and RECIPE)" ;;
@@ -53,8 +52,8 @@ arguments=(--config "$2" --resume auto "${@:3}")
 python=$(python3 -c 'import sys; print(sys.executable)') || fail "no python3 on PATH: activate the environment"
 run=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # what this run's processes have in their environment
 work=$(mktemp -d)                               # mode 700
-trap 'rm -rf "$work"' EXIT
-trap 'exit 3' HUP INT TERM USR1 # nothing has started yet
+trap 'rm -rf "$work" || :' EXIT
+trap 'say "stopped before anything was started" && kill $(jobs -p) 2>/dev/null; exit 3' HUP INT TERM USR1
 
 # --- The hosts
 
@@ -231,6 +230,10 @@ fi
 mkfifo "$work/ended"
 exec 4<>"$work/ended"
 say "run $run: $ranks ranks on ${#hosts[@]} hosts, the first at $address ($(printf '%s\n' "${interfaces[@]}" | sort -u | xargs))"
+stop='' sent=0 interrupted='' patience=10
+trap 'stop=TERM' HUP TERM
+trap 'stop=USR1' USR1
+trap 'interrupted+=x stop=TERM' INT
 for n in $all; do
     (
         trap '' HUP INT TERM USR1 # ssh lives on until the ranks are done
@@ -239,20 +242,19 @@ for n in $all; do
     ) &
 done
 
-stop='' sent=0 interrupted='' patience=10
-trap 'stop=TERM' HUP TERM
-trap 'stop=USR1' USR1
-trap 'interrupted+=x stop=TERM' INT
 running=${#hosts[@]} code=0 deadline=''
 while ((running)); do
     if read -r -t 1 -u 4 n ended; then
         running=$((running - 1))
         rm "$work/$n.ssh"
         ((ended != 255)) || say "host ${hosts[n]}: the connection is lost"
+        how="ended with exit code $ended"
+        ((ended <= 240 || ended == 255)) || how="ended, killed by signal $((256 - ended))"
+        [[ ! $stop || $ended != 24[16] ]] || ended=3 # it came before Python could take it
         if ((ended && !code)); then # what this host says is why the others end, if they do
-            code=$ended deadline=$((SECONDS + 20))
+            code=$ended deadline=$((SECONDS + 40)) # a rank that was alone there is missed after 30 s
             ((code != 2)) || deadline=$((SECONDS + 5)) # others may still wait for those that refused
-            ((code == 2 || code == 3)) || say "host ${hosts[n]} ended with exit code $code: the run ends on all hosts"
+            ((code == 2 || code == 3)) || say "host ${hosts[n]} $how: the run ends on all hosts"
         fi
     fi
     if [[ $stop ]] && ((!sent || SECONDS >= sent + 10)); then # again: a rank may not have been there yet

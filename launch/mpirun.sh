@@ -9,7 +9,7 @@ usage: launch/mpirun.sh [--dry-run] NUMBER|HOSTFILE RECIPE [overrides...]
   NUMBER     of ranks on this machine
   HOSTFILE   as mpirun reads it: a line a host, NAME slots=NUMBER_OF_RANKS
   RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
-  --dry-run  check the recipe, print what would run
+  --dry-run  parse the recipe, print what would run
 
 Run it in the project's folder (or your own) with the environment active; both must be on every host under the same
 path. Each rank is bound to its share of this machine's cores, if there are enough. The variables that
@@ -25,6 +25,7 @@ here=$(dirname "$(readlink -f "$0")")
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
+trap 'say "stopped before anything was started" && exit 3' HUP INT TERM USR1
 dry_run=''
 case ${1-} in
     --dry-run) dry_run=yes && shift ;;
@@ -39,7 +40,7 @@ if [[ $1 =~ ^[1-9][0-9]*$ ]]; then
     where=(-n "$1") most=$1
 else
     [[ -f $1 && -r $1 ]] || fail "$1: expected a number of ranks or a hostfile that can be read"
-    most=$(grep -v '^[[:space:]]*#' "$1" | grep -oP 'slots=\K[1-9][0-9]*' | sort -n | tail -n 1) ||
+    most=$(grep -av '^[[:space:]]*#' "$1" | grep -oP 'slots=\K[1-9][0-9]*' | sort -n | tail -n 1) ||
         fail "$1: expected lines NAME slots=NUMBER"
     where=(--hostfile "$1")
 fi
@@ -51,6 +52,8 @@ if ((cores >= most)); then
 else
     binding=(--oversubscribe --bind-to none)
 fi
+SELFGEN_DS_RUN=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # which tells this run's ranks from others'
+export SELFGEN_DS_RUN
 ((EUID)) || binding+=(--allow-run-as-root) # as in containers
 for name in $(passed_on) ${MASTER_PORT:+MASTER_PORT}; do
     binding+=(-x "$name")
@@ -63,13 +66,11 @@ if [[ $dry_run ]]; then
     exit
 fi
 
-setsid "${command[@]}" </dev/null & # out of reach of the terminal's Ctrl-C, on which mpirun kills the ranks
-pid=$!
-signalled=yes interrupted=''
+pid='' signalled=yes interrupted=''
 stop() {
     signalled=yes
     say "a signal: the ranks save and stop"
-    kill -USR1 "$pid" || : # which mpirun hands to the ranks; on SIGTERM it kills them
+    [[ ! $pid ]] || kill -USR1 "$pid" || : # which mpirun hands to the ranks; on SIGTERM it kills them
 }
 interrupt() {
     [[ ! $interrupted ]] || kill "$pid" || :
@@ -78,6 +79,8 @@ interrupt() {
 }
 trap stop HUP TERM USR1
 trap interrupt INT
+setsid "${command[@]}" </dev/null & # out of reach of the terminal's Ctrl-C, on which mpirun kills the ranks
+pid=$!
 while [[ $signalled ]]; do
     signalled='' code=0
     wait "$pid" || code=$? # or the signal's, above 128

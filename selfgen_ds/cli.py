@@ -5,7 +5,6 @@ Exit codes: 0 done; 2 bad input or configuration; 3 stopped by a signal after sa
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
@@ -24,13 +23,13 @@ from selfgen_ds.engine import signals
 
 log = logging.getLogger("selfgen_ds")
 
-_code: int | None = None
-"""Of the exit, once torch's threads may be there."""
-
 
 def main() -> None:
-    """Entry point of `selfgen-ds` and of `python -m selfgen_ds`."""
-    atexit.register(_skip_interpreter_end)  # before all others, so that it comes after them
+    """Run the sub-command that the command line names.
+
+    Raises:
+        SystemExit: With another exit code than 0.
+    """
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
@@ -46,8 +45,6 @@ def main() -> None:
         sys.exit(2)
     overrides = _overrides(arguments)
 
-    if parsed.command == "train":
-        signals.stop_at_once()
     # torch's stack traces of a broken connection would bury the line that names the lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from selfgen_ds.engine import launch, watch  # slow imports, for which `--help` need not wait
@@ -64,7 +61,7 @@ def main() -> None:
         launch.leave_process_group(f"error: {error}")
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
             os._exit(2)  # MPI's end would wait for ranks that have not been refused
-        _end(2)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
@@ -72,7 +69,7 @@ def main() -> None:
         signals.ignore()
         launch.leave_process_group()
         log.warning("stopped by a signal; --resume auto goes on from what is saved")
-        _end(signals.STOPPED)
+        sys.exit(signals.STOPPED)
     except Exception as error:
         if launch.heartbeat is None:
             raise
@@ -80,24 +77,6 @@ def main() -> None:
         launch.heartbeat.fail(error)
     signals.ignore()
     launch.leave_process_group()
-    _end(0)
-
-
-def _end(code: int) -> NoReturn:
-    global _code
-    _code = code
-    sys.exit(code)
-
-
-def _skip_interpreter_end() -> None:
-    """Where all is done but that: gloo's threads, which outlive their group, can abort it."""
-    if _code is None:
-        return
-    if "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(_code)
 
 
 def _tell(problems: str) -> None:

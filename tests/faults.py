@@ -162,7 +162,7 @@ def broken_files(complete: checkpoint.Checkpoint) -> list[str]:
 
 
 def _shared_memory_left() -> set[str]:
-    """Segments that no process has mapped; `_rank` makes no semaphores with names, as other tests' ranks do."""
+    """Segments that no process has mapped; `tests.forked` makes no semaphores with names, as other tests' ranks do."""
     segments = {str(path) for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.mp-")}
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):

@@ -24,7 +24,6 @@ class Run:
         folder: Of the logs.
         broken: By rank, where something happens to it.
         counts: Functions whose calls are counted, into `calls-RANK` of the same folder.
-        port: Of rank 0; a free one if none is given.
     """
 
     def __init__(
@@ -34,9 +33,8 @@ class Run:
         ranks: int = 2,
         broken: dict[int, Point] | None = None,
         counts: tuple[str, ...] = (),
-        port: int | None = None,
     ) -> None:
-        self.folder, self.port = folder, port or free_port()
+        self.folder, self.port = folder, free_port()
         context = forks()
         self.processes = []
         for rank in range(ranks):
@@ -88,7 +86,10 @@ class Run:
 
 
 def command(arguments: list[str], log: Path, variables: dict[str, str] | None = None) -> int:
-    """`selfgen-ds ARGUMENTS` in one process, without a launcher; the exit code."""
+    """`selfgen-ds ARGUMENTS` in one process, without a launcher, with these variables added; the exit code.
+
+    Not the caller's environment: that of the fork server.
+    """
     process = forks().Process(target=_command, args=(arguments, log, variables or {}), daemon=True)
     process.start()
     process.join(60.0)

@@ -64,13 +64,16 @@ def init_process_group() -> None:
 
     Raises:
         InputError: Fewer ranks than tasks were started, so that several groups would each train a model of their own;
-            or rank 0 cannot listen on `MASTER_PORT`.
+            rank 0 cannot listen on `MASTER_PORT`, or another run does; or torchrun restarts ranks on several hosts.
     """
     if torch.distributed.is_initialized():
         return
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile this at first use; it serves inference only, training's collectives are gloo's
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    several_agents = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    if several_agents and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise InputError("torchrun: --max_restarts works on one host: each counts its own, and ranks miss each other")
     mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
     complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
     ranks = world_size() if mpi or complete else 1
@@ -107,9 +110,10 @@ def _join() -> None:
         timeout=_JOIN_TIMEOUT,
         master_listen_fd=None if listening is None else listening.detach(),
     )
-    # torchrun's store may be of several runs, and outlives the ranks that it starts again
-    run, attempt = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
-    prefix = f"{run}/{attempt}/{world_size()}"
+    # This may be the store of a run whose port ours wanted; torchrun's serves several runs, and outlives their ranks.
+    # Only launch/ and torchrun tell runs apart.
+    run = os.environ.get("SELFGEN_DS_RUN", os.environ.get("TORCHELASTIC_RUN_ID", ""))
+    prefix = f"{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
     if store.add(f"{prefix}/joined/{rank()}", 1) > 1:  # before anything there is changed
         raise InputError(f"MASTER_PORT: {port} at {address} is another run's, which has a rank {rank()}")
     cuda = get_accelerator().device_name() == "cuda"

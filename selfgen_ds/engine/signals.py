@@ -8,12 +8,18 @@ import signal
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3
 """Exit code: stopped by a signal; everything is saved, start me again."""
+BEFORE = "stopped by a signal before the first step"
 
 
 def stop_at_once() -> None:
     """On a signal while imports go on: there is nothing to save."""
     for number in SIGNALS:
-        signal.signal(number, lambda *_: os._exit(STOPPED))
+        signal.signal(number, _stop_at_once)
+
+
+def _stop_at_once(*_: object) -> None:
+    os.write(2, f"selfgen-ds: {BEFORE}\n".encode())
+    os._exit(STOPPED)
 
 
 def ignore() -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import selfgen_ds
 from selfgen_ds.engine import launch
-from selfgen_ds.engine.signals import SIGNALS, STOPPED
+from selfgen_ds.engine.signals import BEFORE, SIGNALS, STOPPED
 
 log = logging.getLogger("selfgen_ds")
 
@@ -151,10 +151,9 @@ class Watch:
         self.forwards += 1
 
     def _end_all(self) -> None:
-        line = "stopped by a signal before the first step"
         if launch.heartbeat is not None:
-            launch.heartbeat.end_all(line, STOPPED)
-        print(f"selfgen-ds: {line}", file=sys.stderr, flush=True)
+            launch.heartbeat.end_all(BEFORE, STOPPED)
+        print(f"selfgen-ds: {BEFORE}", file=sys.stderr, flush=True)
         os._exit(STOPPED)
 
     def _look(self, waited: float) -> None:

@@ -197,5 +197,14 @@ def test_a_rank_that_dies_ends_the_run_on_all_hosts(nodes: list[Host], recipe: P
         os.kill(nodes[0].ranks()[0], signal.SIGSTOP)  # even where ranks cannot end by themselves
         os.kill(nodes[1].ranks()[0], signal.SIGKILL)
         assert run.wait() == 1, run.output()[-3000:]
-    assert "deepspeed.sh: host node2 ended with exit code" in run.output()
+    assert "deepspeed.sh: host node2 ended, killed by signal 9: the run ends on all hosts" in run.output()
     assert nothing_is_left(nodes)
+
+
+def test_a_rank_that_was_alone_on_its_host_is_named(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
+    with start(nodes, recipe, hostfile, 2) as run:
+        os.kill(nodes[1].ranks()[0], signal.SIGKILL)
+        killed = time.monotonic()
+        assert run.wait() == 1, run.output()[-3000:]
+    assert time.monotonic() - killed < 60
+    assert "rank 1 on node2 is gone: no sign of life for 30 s; rank 0 on node1 ends" in run.output()

@@ -27,6 +27,26 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(nodes: list[Host], recipe: 
     assert "selfgen-ds: error: train.max_steps: expected 1 or more, got 0" in run.output()
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["none.yaml"], "none.yaml"),
+        (["recipes/demo.yaml", "--train.max_step", "3"], "unrecognized arguments: --train.max_step 3"),
+        (["recipes/demo.yaml", "--deepspeed", "none.json"], "none.json"),
+    ],
+    ids=["recipe", "setting", "JSON"],
+)
+def test_a_recipe_that_cannot_be_parsed_starts_nothing(
+    nodes: list[Host], recipe: Path, options: list[str], arguments: list[str], problem: str
+) -> None:
+    with nodes[0].launch("launch/mpirun.sh", *options, "2", *arguments, log=recipe.with_name("log")) as run:
+        assert run.wait() == 2
+    (line,) = run.output().splitlines()
+    assert line.startswith("mpirun.sh: error: ")
+    assert problem in line
+
+
 @pytest.mark.parametrize(("port", "problem"), [("22", "22 is taken on 10.77.0.1"), ("x", "expected a port, got 'x'")])
 def test_a_port_that_is_taken_or_is_none_ends_all_ranks(
     nodes: list[Host], recipe: Path, hostfile: Path, port: str, problem: str

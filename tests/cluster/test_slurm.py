@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm
 from tests.cluster.watching import HOSTILE, losses
@@ -68,12 +70,20 @@ def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, 
     assert "requeued" not in slurm.log(job)
 
 
-def test_a_job_that_fails_is_not_requeued(slurm: Slurm, recipe: Path) -> None:
-    job = slurm.submit(recipe, "--train.max_steps", "0")
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["--train.max_steps", "0"], "train.max_steps: expected 1 or more, got 0"),
+        (["--data.train", "none.jsonl"], "data.train: expected an existing file"),  # srun stops the other rank early
+        (["--train.max_step", "4"], "unrecognized arguments: --train.max_step 4"),
+    ],
+    ids=["value", "file", "name"],
+)
+def test_a_job_that_fails_is_not_requeued(slurm: Slurm, recipe: Path, overrides: list[str], problem: str) -> None:
+    job = slurm.submit(recipe, *overrides)
     found = slurm.wait(job, "FAILED", "COMPLETED")
-    assert found["JobState"] == "FAILED"
-    assert found["ExitCode"] == "2:0"
-    assert "train.max_steps: expected 1 or more, got 0" in slurm.log(job)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0")
+    assert problem in slurm.log(job)
 
 
 def test_a_rank_that_is_killed_ends_the_job(slurm: Slurm, nodes: list[Host], recipe: Path) -> None:

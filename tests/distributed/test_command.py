@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfgen_ds import __version__
 from tests.distributed import runs
 from tests.forked import Run, command
 from tests.ranks import ROOT, SHARED, Launched, deepspeed, free_port
@@ -79,6 +81,16 @@ def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "PMI_SIZE"])
 def test_tasks_without_rank_variables_do_not_train_models_of_their_own(folder: Path, variable: str) -> None:
     assert "say 1 rank: the tasks would train models of their own" in refused(folder, **{variable: "2"})
+
+
+def test_torchrun_that_restarts_ranks_on_several_hosts_is_refused(folder: Path) -> None:
+    line = refused(folder, GROUP_WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="1")
+    assert line.startswith("torchrun: --max_restarts works on one host")
+
+
+def test_what_a_command_prints_arrives_where_it_is_no_terminal() -> None:
+    done = subprocess.run([BIN / "selfgen-ds", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"selfgen-ds {__version__}\n"
 
 
 def refused(folder: Path, *overrides: str, **variables: str) -> str:

@@ -20,7 +20,7 @@ from selfgen_ds.engine import heartbeat
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from tests.distributed import runs
 from tests.faults import NOTICED_WITHIN
-from tests.forked import Run
+from tests.forked import Run, command
 from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
 
@@ -66,11 +66,11 @@ def test_a_run_on_the_port_of_another_one_is_refused_and_leaves_that_alone(folde
     try:
         metrics = Path(settings.output_dir) / "metrics.jsonl"
         first.until(lambda: runs.count_lines(metrics) > 0)
-        (folder / "second").mkdir()
-        options = ["--output_dir", str(folder / "second" / "run")]
-        second = Run(["train", "--config", str(folder / "recipe.yaml"), *options], folder / "second", port=first.port)
-        assert second.wait() == [2, 2], second.output(1)
-        assert f"MASTER_PORT: {first.port} is taken on 127.0.0.1, by another run" in second.output(0)
+        second = ["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / "second")]
+        for rank, problem in enumerate(["is taken on 127.0.0.1, by another run", "at 127.0.0.1 is another run's"]):
+            of_rank = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            assert command(second, folder / "log", of_rank | {"MASTER_PORT": str(first.port)}) == 2
+            assert f"MASTER_PORT: {first.port} {problem}" in (folder / "log").read_text()
         lines = runs.count_lines(metrics)
         first.until(lambda: runs.count_lines(metrics) > lines + 5)
     finally:
