@@ -26,7 +26,9 @@ def same(arguments: list[str]) -> dict[str, str]:
         recipe, _ = recipe_of(arguments)
         files = {"recipe": arguments[1], "DeepSpeed JSON": recipe.deepspeed}
         hashes = {f"{n} {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for n, file in files.items()}
-    except (ArgumentError, OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
+    except (ArgumentError, UnicodeDecodeError) as error:
         sys.exit(" ".join(str(error).split()))
     connection = os.environ.get("SSH_CONNECTION", "- - 127.0.0.1 -")
     return {"address": connection.split()[2]} | versions() | hashes
