@@ -24,6 +24,8 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
+from selfgen_ds.engine.signals import STOPPED
+
 _BEAT = 1.0  # seconds
 _SILENCE = 30.0  # seconds without a sign of life after which a rank counts as lost
 _AWAY = 5.0  # seconds without a beat of its own after which a process counts as having been stopped
@@ -234,7 +236,7 @@ class Heartbeat:
 
     def _end(self, why: str, code: int = 1) -> NoReturn:
         """Without clean-up: the main thread may wait in a collective."""
-        _say(f"error: {why}; {self.place} ends")
+        _say(f"{'' if code == STOPPED else 'error: '}{why}; {self.place} ends")
         self._let_others_read()
         os._exit(code)
 

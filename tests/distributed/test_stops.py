@@ -95,7 +95,9 @@ def test_before_the_first_step_there_is_nothing_to_save(
     settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
     run = faults.start(settings, tmp_path, {1: Point(function=function, signal=signal.SIGUSR1)})
     assert run.wait() == STOPPED, run.output(0)[-3000:]
-    assert "stopped by a signal before the first step" in run.output(0)
+    for rank in range(2):
+        assert "selfgen-ds: stopped by a signal before the first step" in run.output(rank)
+        assert "error:" not in run.output(rank)
 
 
 def test_after_the_last_step_a_run_ends_as_it_would(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
