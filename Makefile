@@ -68,7 +68,7 @@ cluster-packages:
 async-io: install
 	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
 
-# Kills 100 runs at random points and lets them go on: about 20 minutes.
+# Kills 100 runs at random points and lets them go on: about 12 minutes.
 soak: install
 	$(BIN)/python -m tests.soak --count 100 --output benchmarks/results/soak.json
 
