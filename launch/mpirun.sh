@@ -66,9 +66,9 @@ if [[ $dry_run ]]; then
     exit
 fi
 
-pid='' signalled=yes interrupted=''
+pid='' signalled=yes stopped='' interrupted=''
 stop() {
-    signalled=yes
+    signalled=yes stopped=yes
     say "a signal: the ranks save and stop"
     [[ ! $pid ]] || kill -USR1 "$pid" || : # which mpirun hands to the ranks; on SIGTERM it kills them
 }
@@ -86,5 +86,6 @@ while [[ $signalled ]]; do
     wait "$pid" || code=$? # or the signal's, above 128
     ((code > 128)) || break
 done
+[[ ! $stopped ]] || ((code != 128 + 10)) || code=3 # the signal came before mpirun or Python could take it
 ((code == 0 || code == 2 || code == 3)) || code=1
 exit "$code"
