@@ -81,6 +81,7 @@ trap stop HUP TERM USR1
 trap interrupt INT
 setsid "${command[@]}" </dev/null & # out of reach of the terminal's Ctrl-C, on which mpirun kills the ranks
 pid=$!
+[[ ! $stopped ]] || kill -USR1 "$pid" || :
 while [[ $signalled ]]; do
     signalled='' code=0
     wait "$pid" || code=$? # or the signal's, above 128

@@ -111,7 +111,7 @@ def _join() -> None:
         master_listen_fd=None if listening is None else listening.detach(),
     )
     # This may be the store of a run whose port ours wanted; torchrun's serves several runs, and outlives their ranks.
-    # Only launch/ and torchrun tell runs apart.
+    # Only launch/ and torchrun tell runs of the same size apart.
     run = os.environ.get("SELFGEN_DS_RUN", os.environ.get("TORCHELASTIC_RUN_ID", ""))
     prefix = f"{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
     if store.add(f"{prefix}/joined/{rank()}", 1) > 1:  # before anything there is changed

@@ -180,6 +180,20 @@ def test_a_signal_stops_the_ranks_and_the_same_command_goes_on(nodes: list[Host]
         assert f"resumed from {recipe.parent}/run/checkpoints/step-{steps:06d}" in run.output()
 
 
+def test_a_run_whose_port_another_one_has_is_refused_and_leaves_that_alone(
+    nodes: list[Host], recipe: Path, hostfile: Path
+) -> None:
+    with start(nodes, recipe, hostfile, 2) as run:
+        command = ["launch/deepspeed.sh", hostfile, recipe, "--output_dir", recipe.with_name("other")]
+        with nodes[0].launch(*command, log=recipe.with_name("other-log")) as other:
+            assert other.wait() == 2, other.output()[-3000:]
+        assert "MASTER_PORT: 29500 is taken on 10.77.0.1" in other.output()
+        steps = len(losses(recipe.with_name("run")))
+        wait_until(lambda: len(losses(recipe.with_name("run"))) > steps + 20, run)
+        nodes[0].signal(run, signal.SIGTERM)
+        assert run.wait() == 3, run.output()[-3000:]
+
+
 def test_a_second_interrupt_ends_everything_at_once(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     with start(nodes, recipe, hostfile, 2) as run:
         for host in nodes:  # a rank that does not come to its end
