@@ -59,7 +59,7 @@ def tokenise(path: Path, rows: int) -> None:
 
 
 def train(path: Path, rows: int, **settings: Any) -> None:
-    from selfgen_ds.data.batches import Windows
+    from selfgen_ds.data.batches import StepBatches
     from selfgen_ds.data.packing import load_packs
     from selfgen_ds.data.samples import Format, load
     from selfgen_ds.data.tokenizer import byte_tokenizer
@@ -68,7 +68,7 @@ def train(path: Path, rows: int, **settings: Any) -> None:
     with measured(f"{name}: open"):
         samples = load(str(path), "train", byte_tokenizer(), Format(max_length=64))
         packs = [load_packs(samples[0], 1024)] if settings.pop("packing", False) else None
-        windows = Windows(
+        windows = StepBatches(
             samples,
             packs=packs,
             seed=0,

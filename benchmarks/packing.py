@@ -17,10 +17,10 @@ import numpy as np
 import torch.distributed as dist
 
 from selfgen_ds.cli import recipe_of
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.inputs import load_data, load_windows
-from selfgen_ds.prepare import prepare
+from selfgen_ds.engine.step import train_step
+from selfgen_ds.ranks import process_group
+from selfgen_ds.setup.inputs import load_data, load_step_batches
+from selfgen_ds.setup.prepare import prepare
 
 _STEPS = 8
 
@@ -41,7 +41,7 @@ def main() -> None:
         variants = {}
         for name in ("padded", "group_by_length", "packing"):
             data = replace(recipe.data, packing=name == "packing", group_by_length=name == "group_by_length")
-            variants[name] = load_windows(replace(recipe, data=data), samples, **shape)
+            variants[name] = load_step_batches(replace(recipe, data=data), samples, **shape)
         rates: dict[str, list[float]] = {name: [] for name in variants}
         real: dict[str, list[float]] = {name: [] for name in variants}
         for step in range(_STEPS + 1):
@@ -63,7 +63,7 @@ def main() -> None:
                     f"{np.mean(real[name]):.1%} of the positions real"
                 )
         dist.barrier()
-    launch.leave_process_group()
+    process_group.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -61,10 +61,11 @@ from selfgen_ds.cli import recipe_of
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import ds_config, launch
-from selfgen_ds.engine.model import model_config
-from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.engine import ds_config
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.model.loading import model_config
+from selfgen_ds.ranks import process_group
 from selfgen_ds.scaling import report, steps
 from selfgen_ds.scaling.memory import LiveTensors
 
@@ -126,7 +127,7 @@ class Turns:
         return self._tensors.live if self._tensors is not None else get_accelerator().memory_allocated()
 
     def _body(self, loop: Loop) -> None:
-        get_accelerator().set_device(launch.local_rank())  # a thread begins with the first one
+        get_accelerator().set_device(process_group.local_rank())  # a thread begins with the first one
         try:
             self._watch(True)
             loop(self._hold)
@@ -331,7 +332,7 @@ def main() -> None:
     train = replace(recipe.train, gradient_accumulation_steps=1, activation_checkpointing=True)
     recipe = replace(recipe, train=train)
     make_folder(Path(recipe.output_dir), "output_dir")
-    launch.init_process_group()
+    process_group.init_process_group()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Peers(recipe), folder)
     if dist.get_rank() == 0:
@@ -341,7 +342,7 @@ def main() -> None:
         write_atomically(Path(recipe.output_dir) / "peers.json", json.dumps(record, indent=1) + "\n")
         show(rows)
     dist.barrier()
-    launch.leave_process_group()
+    process_group.leave_process_group()
 
 
 def measure(peers: Peers, folder: str) -> list[dict[str, Any]]:
@@ -415,7 +416,7 @@ def synchronize() -> None:
 
 def largest(value: int) -> int:
     """Of the ranks' values."""
-    result = torch.tensor(value, device=launch.device())
+    result = torch.tensor(value, device=process_group.device())
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return int(result)
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 
-from selfgen_ds.engine import signals
+from selfgen_ds.ranks import signals
 
 
 def main() -> None:

@@ -18,8 +18,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from jsonargparse.typing import PositiveInt
 
 from selfgen_ds import __version__
-from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, InputError, Recipe
-from selfgen_ds.engine import signals
+from selfgen_ds.config import (
+    CompareOptions,
+    EvaluateOptions,
+    ExportOptions,
+    Recipe,
+)
+from selfgen_ds.errors import InputError, Stopped
+from selfgen_ds.ranks import signals
 
 log = logging.getLogger("selfgen_ds")
 
@@ -47,10 +53,10 @@ def main() -> None:
 
     # torch's stack traces of a broken connection would bury the line that names the lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from selfgen_ds.engine import launch, watch  # slow imports, for which `--help` need not wait
+    from selfgen_ds.ranks import process_group  # slow imports, for which `--help` need not wait
 
     logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
-    logging.getLogger("selfgen_ds").setLevel(logging.INFO if launch.rank() == 0 else logging.ERROR)
+    logging.getLogger("selfgen_ds").setLevel(logging.INFO if process_group.rank() == 0 else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
@@ -58,25 +64,25 @@ def main() -> None:
     except InputError as error:
         signals.ignore()
         _tell(str(error))
-        launch.leave_process_group(f"error: {error}")
+        process_group.leave_process_group(f"error: {error}")
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
             os._exit(2)  # MPI's end would wait for ranks that have not been refused
         sys.exit(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
         os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
-    except watch.Stopped:
+    except Stopped:
         signals.ignore()
-        launch.leave_process_group()
+        process_group.leave_process_group()
         log.warning("stopped by a signal; --resume auto goes on from what is saved")
         sys.exit(signals.STOPPED)
     except Exception as error:
-        if launch.heartbeat is None:
+        if process_group.heartbeat is None:
             raise
         signals.ignore()
-        launch.heartbeat.fail(error)
+        process_group.heartbeat.fail(error)
     signals.ignore()
-    launch.leave_process_group()
+    process_group.leave_process_group()
 
 
 def _tell(problems: str) -> None:
@@ -156,7 +162,7 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
 
         compare.run(CompareOptions(**_settings(options)))
     else:
-        from selfgen_ds.engine.export import export_checkpoint
+        from selfgen_ds.checkpoint.export import export_checkpoint
 
         export_checkpoint(Path(options.checkpoint), Path(options.output_dir), options.trust_checkpoint)
         print(f"written to {options.output_dir}")

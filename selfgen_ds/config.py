@@ -15,10 +15,6 @@ import yaml
 _HUB_ID = re.compile(r"(?!.*\.(jsonl|json|csv|parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class InputError(Exception):
-    """Bad input or configuration: one clear line for the user, exit code 2."""
-
-
 @dataclass(kw_only=True)
 class LoraConfig:
     """Train low-rank adapters of a frozen model, through `peft`; the names are `peft`'s."""

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from selfgen_ds.config import InputError
+from selfgen_ds.errors import InputError
 
 log = logging.getLogger("selfgen_ds")
 

@@ -14,24 +14,26 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from selfgen_ds.config import InputError, Recipe
-from selfgen_ds.data.batches import TokenBatch, Windows, collate
+from selfgen_ds.config import Recipe
+from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
 from selfgen_ds.data.samples import Sample, Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch, probe
-from selfgen_ds.engine.model import build_model, model_config, vocabulary
-from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.inputs import (
+from selfgen_ds.errors import InputError
+from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.model import probe
+from selfgen_ds.model.loading import build_model, model_config, vocabulary
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.ranks import process_group
+from selfgen_ds.setup.inputs import (
     check_positions,
     check_settings,
     check_shares,
     load_data,
     load_eval_data,
     load_method,
-    load_windows,
+    load_step_batches,
     sampling,
 )
-from selfgen_ds.methods.method import Method, RoundMethod
 
 _STYLES = {
     "prompt": "dim",
@@ -67,7 +69,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     tokenizer = load_tokenizer(recipe.model)
     check_positions(recipe, model_config(recipe.model, tokenizer))
     samples = load_data(recipe, tokenizer)
-    windows = load_windows(
+    windows = load_step_batches(
         recipe, samples, step_size=max(1, rows), micro_batch_size=max(1, rows), rank=0, world_size=1, epochs=1
     )
     eval_samples = [] if recipe.data.eval is None else load_eval_data(recipe, tokenizer)
@@ -89,12 +91,12 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
 
 
 def _draw(
-    recipe: Recipe, windows: Windows, samples: list[Samples], tokenizer: PreTrainedTokenizerBase, method: Method
+    recipe: Recipe, windows: StepBatches, samples: list[Samples], tokenizer: PreTrainedTokenizerBase, method: Method
 ) -> list[TokenBatch]:
     config = model_config(recipe.model, tokenizer)
     form = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(launch.device())
+    model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(process_group.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
     if isinstance(method, RoundMethod):
         shown = _samples_of(windows.window(0)[0], samples)

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
-from selfgen_ds.engine import checkpoint
-from selfgen_ds.engine.export import export_engine
-from selfgen_ds.engine.trainer import StepResult, train_step
-from selfgen_ds.engine.watch import Stopped, Watch
+from selfgen_ds.engine.step import StepResult, train_step
+from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.scores import aggregate, evaluate
-from selfgen_ds.journal import Journal
-from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.metrics_logger import MetricsLogger
+from selfgen_ds.ranks.watch import Watch
+from selfgen_ds.setup.prepare import Run, prepare
 
 log = logging.getLogger("selfgen_ds")
 
@@ -59,7 +60,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
                 gc.collect()
         gc.enable()
         watch.pause()
-        end.journal.close()
+        end.metrics_logger.close()
         folder = Path(recipe.output_dir) / "model"
         export_engine(run.engine, folder, run.tokenizer, recipe.model.lora)
         log.info("done; the model is in %s", folder)
@@ -108,7 +109,9 @@ class _StepEnd:
     def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
         self._run, self._recipe, self._watch = run, recipe, watch
         folder = Path(recipe.output_dir)
-        self.journal = Journal(folder / "metrics.jsonl", run.engine.monitor, run.first_step, run.total_steps)
+        self.metrics_logger = MetricsLogger(
+            folder / "metrics.jsonl", run.engine.monitor, run.first_step, run.total_steps
+        )
         self._checkpoints = folder / "checkpoints"
         self._dropped = 0  # steps in a row
 
@@ -133,7 +136,7 @@ class _StepEnd:
             if result is not None:
                 self._save(step, {}, unevaluated=metrics)
             raise
-        self.journal.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
+        self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
         saved = result is None
         if result is None:
             assert run.resumed is not None
@@ -171,7 +174,7 @@ class _StepEnd:
 
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
         self._watch.pause()
-        self.journal.sync()
+        self.metrics_logger.sync()
         run, recipe = self._run, self._recipe
         checkpoint.save(
             run.engine,

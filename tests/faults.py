@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from selfgen_ds.checkpoint import checkpoint
 from selfgen_ds.config import CheckpointConfig, EvalConfig, Recipe, SelfgenConfig, TrainConfig, to_yaml
-from selfgen_ds.engine import checkpoint
 from selfgen_ds.files import lock
 from tests.distributed import runs
 from tests.forked import Run
@@ -29,19 +29,19 @@ METHODS = {
 }
 POINTS = (
     "selfgen_ds.train:train_step",
-    "selfgen_ds.engine.policy:EnginePolicy.draw",
-    "selfgen_ds.engine.policy:EnginePolicy.complete",
+    "selfgen_ds.model.policy:EnginePolicy.draw",
+    "selfgen_ds.model.policy:EnginePolicy.complete",
     "selfgen_ds.evaluation.scores:_score",
-    "selfgen_ds.journal:Journal.write",
-    "selfgen_ds.data.store:Writer.start",
-    "selfgen_ds.data.store:Writer.write",
-    "selfgen_ds.data.store:Writer.finish",
+    "selfgen_ds.metrics_logger:MetricsLogger.write",
+    "selfgen_ds.rounds.store:Writer.start",
+    "selfgen_ds.rounds.store:Writer.write",
+    "selfgen_ds.rounds.store:Writer.finish",
     "deepspeed:DeepSpeedEngine.save_checkpoint",
     "torch:save",
-    "selfgen_ds.engine.checkpoint:sync_and_sum",
-    "selfgen_ds.engine.checkpoint:write_marker",
-    "selfgen_ds.engine.checkpoint:retain",
-    "selfgen_ds.engine.checkpoint:_remove",
+    "selfgen_ds.checkpoint.checkpoint:sync_and_sum",
+    "selfgen_ds.checkpoint.checkpoint:write_marker",
+    "selfgen_ds.checkpoint.checkpoint:retain",
+    "selfgen_ds.checkpoint.checkpoint:_remove",
     "os:replace",
     "os:fsync",
     "os:unlink",

@@ -114,13 +114,13 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
     import torch
 
-    from selfgen_ds.engine import launch
+    from selfgen_ds.ranks import process_group
 
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("selfgen_ds").addHandler(logging.NullHandler())
     warnings.filterwarnings("ignore", category=FutureWarning)
-    launch.init_process_group()
+    process_group.init_process_group()
     while True:
         try:
             function, arguments = pipe.recv()

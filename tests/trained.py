@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine.policy import Sampling
-from selfgen_ds.methods import noise
+from selfgen_ds.model.policy import Sampling
 from tests.batches import lengths
 
 _LETTERS = "abcdefghijkl"
@@ -96,7 +96,7 @@ def token_by_token(
 ) -> list[list[int]]:
     """The contexts of a batch with a sample a row, its masked tokens drawn one after the other, by rows."""
     context = batch.target.clone()
-    uniforms = noise.uniform(*keys, batch.sample_ids, batch.position_ids)
+    uniforms = hashing.uniform(*keys, batch.sample_ids, batch.position_ids)
     for t in range(1, context.shape[1]):
         rows = mask[:, t].nonzero().flatten()
         if len(rows):

@@ -103,7 +103,7 @@ class Rows(Protocol):
         ...
 
 
-class Windows:
+class StepBatches:
     """The training rows as one endless stream, cut into optimizer steps.
 
     Step s takes the next `step_size` rows of the stream, so any step can be had without the ones before it. They are
@@ -147,7 +147,7 @@ class Windows:
         self._group_by_length = group_by_length
         self._grouped: tuple[int, np.ndarray] | None = None
 
-    def over(self, rows: Sequence[Rows], steps: range) -> Windows:
+    def over(self, rows: Sequence[Rows], steps: range) -> StepBatches:
         """Some steps over other rows in the place of the samples, one `Rows` a source.
 
         As many rows come in the same order. Of fewer or more, an epoch is shorter or longer, but not the run.

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from selfgen_ds.config import InputError
+from selfgen_ds.errors import InputError
 
 _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what else a turn may hold
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.chat import ChatEncoder
 from selfgen_ds.data.samples import Samples, end_tokens
+from selfgen_ds.errors import InputError
 
 TURN_CUE, TEXT_CUE = "Correct your answer.", "\nCorrected answer: "
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfgen_ds.config import InputError
+from selfgen_ds.errors import InputError
 
 Raw = tuple[str, dict[str, Any]]
 """Where the row was (`line 3`), and its fields."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from selfgen_ds.config import InputError
+from selfgen_ds import hashing
+from selfgen_ds.errors import InputError
 
 _ROUNDS = 6
 _SMALL = 1024  # rows that are sorted by random numbers: there are too few networks of so few bits
@@ -28,26 +30,19 @@ def permute(positions: np.ndarray, size: int, *keys: int) -> np.ndarray:
     if size <= _SMALL:
         return np.argsort(seeds.generate_state(size, np.uint64), kind="stable")[positions]
     half = -(-(size - 1).bit_length() // 2)  # bits
-    low = np.uint64((1 << half) - 1)
-    round_keys = seeds.generate_state(_ROUNDS, np.uint64)
-    result = np.empty(len(positions), dtype=np.int64)
-    pending, values = np.arange(len(positions)), positions.astype(np.uint64)
+    low = (1 << half) - 1
+    round_keys = seeds.generate_state(_ROUNDS, np.uint64).view(np.int64).tolist()
+    result = torch.empty(len(positions), dtype=torch.int64)
+    pending, values = torch.arange(len(positions)), torch.from_numpy(positions)
     while len(pending):
-        left, right = values >> np.uint64(half), values & low
+        left, right = values >> half, values & low
         for key in round_keys:
-            left, right = right, left ^ (_hash(right ^ key) & low)
-        values = left << np.uint64(half) | right
+            left, right = right, left ^ (hashing.mix(right ^ key) & low)
+        values = left << half | right
         inside = values < size
         result[pending[inside]] = values[inside]
         pending, values = pending[~inside], values[~inside]
-    return result
-
-
-def _hash(bits: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea & Flood 2014)."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    return result.numpy()
 
 
 class Stream:

@@ -12,12 +12,13 @@ import datasets
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
-from selfgen_ds.config import InputError, Source
+from selfgen_ds.config import Source
 from selfgen_ds.data.cache import cache_folder, content_hash
 from selfgen_ds.data.chat import SURROGATE, Conversation
 from selfgen_ds.data.formats import READERS, Raw, read_file
 from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.data.tasks import TASKS, Row, generate
+from selfgen_ds.errors import InputError
 
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 

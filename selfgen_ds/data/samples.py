@@ -29,12 +29,13 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError, Sources, sources
+from selfgen_ds.config import Sources, sources
 from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import tokenizer_hash
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")

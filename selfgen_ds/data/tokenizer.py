@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.hub import use_cache_without_network
+from selfgen_ds.errors import InputError
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

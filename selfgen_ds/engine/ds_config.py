@@ -15,7 +15,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from selfgen_ds.config import InputError, Recipe
+from selfgen_ds.config import Recipe
+from selfgen_ds.errors import InputError
 
 
 def read(path: str) -> dict[str, Any]:

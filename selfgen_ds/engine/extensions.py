@@ -10,14 +10,14 @@ import psutil
 import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
-from selfgen_ds.engine import launch
+from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
 
 
 def clear_stale_locks() -> None:
     """Remove locks that no process of this host holds open: torch would wait for them for ever. Collective."""
-    if launch.local_rank() == 0:
+    if process_group.local_rank() == 0:
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
         if locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
             processes = psutil.process_iter(["open_files"])

@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 
-from selfgen_ds.config import CompareOptions, InputError
+from selfgen_ds.config import CompareOptions
+from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS, SAMPLED_METRICS, corrected
 from selfgen_ds.files import make_folder, write_atomically
 

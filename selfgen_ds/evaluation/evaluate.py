@@ -14,14 +14,17 @@ import torch
 import torch.distributed as dist
 from matplotlib.axes import Axes
 
-from selfgen_ds.config import EvaluateOptions, InputError, ModelConfig, model_folder_problems, source_problems
+from selfgen_ds.config import (
+    EvaluateOptions,
+    ModelConfig,
+    model_folder_problems,
+    source_problems,
+)
 from selfgen_ds.data.correction import correction
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch, probe
-from selfgen_ds.engine.model import build_model, model_config, most_positions
-from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.scores import (
     CORRECTION_METRICS,
     METRICS,
@@ -35,6 +38,10 @@ from selfgen_ds.evaluation.scores import (
     evaluate,
 )
 from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.model import probe
+from selfgen_ds.model.loading import build_model, model_config, most_positions
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.ranks import process_group
 
 
 def run(options: EvaluateOptions) -> None:
@@ -83,9 +90,9 @@ def run(options: EvaluateOptions) -> None:
             f"--correction_rounds: the longest prompt, two answers as long as the longest response, and the cue come "
             f"to {needed} tokens, the model has {positions} positions; a smaller --max_length leaves out or cuts rows"
         )
-    if launch.world_size() > 1:
-        launch.init_process_group()
-    model = build_model(source, config, logits_form).to(launch.device()).eval()
+    if process_group.world_size() > 1:
+        process_group.init_process_group()
+    model = build_model(source, config, logits_form).to(process_group.device()).eval()
     policy = EnginePolicy(
         model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
     )
@@ -99,7 +106,7 @@ def run(options: EvaluateOptions) -> None:
         correction=asked,
         correction_rounds=options.correction_rounds,
     )
-    if launch.rank() == 0:
+    if process_group.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()

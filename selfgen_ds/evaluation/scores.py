@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.model import most_positions
-from selfgen_ds.engine.policy import EnginePolicy, Sampling
-from selfgen_ds.methods import noise
+from selfgen_ds.model.loading import most_positions
+from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.ranks import process_group
 
 METRICS = {
     "loss": "negative log-likelihood of a response token given the reference before it",
@@ -130,7 +130,7 @@ def evaluate(
             mine += _score(policy, shares, rank, tokenizer, sample_temperature, seed, corrections)
             if poll is not None:
                 poll()
-    everyone = launch.everyone(mine) if dist.is_initialized() else [mine]
+    everyone = process_group.all_gather_object(mine) if dist.is_initialized() else [mine]
     return sorted((score for scores in everyone for score in scores), key=lambda score: score.sample_id)
 
 
@@ -237,7 +237,7 @@ def _score(
         sample_ids = torch.tensor([sample.sample_id for sample in samples], device=policy.device)
 
         def draws(numbers: Tensor, positions: Tensor) -> Tensor:
-            return noise.uniform(noise.EVALUATION, seed, sample_ids[numbers], positions)
+            return hashing.uniform(hashing.EVALUATION, seed, sample_ids[numbers], positions)
 
         sampled = policy.complete(prompts, longest, draws, Sampling(temperature=sample_temperature))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from selfgen_ds.config import InputError
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.methods.rac import Rac

@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfgen_ds import hashing
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import StoredRow
-from selfgen_ds.methods import noise, schedule
+from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.methods import schedule
 from selfgen_ds.methods.method import Plan, Policy, RoundMethod
 from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask, stop
 from selfgen_ds.methods.reject import first_rejected, load_reject
@@ -51,8 +52,8 @@ class Bash(RoundMethod):
         size = self.plan.micro_batch_size
         groups = [order[i : i + size] for i in range(0, len(order), size)] or [[]]
         window = [collate([[samples[i]] for i in group]).to(policy.device) for group in groups]
-        masks = [replacement_mask(batch, p, (noise.ROUND_REPLACE, seed, number), c.position) for batch in window]
-        draws = (noise.ROUND_DRAW, seed, number)
+        masks = [replacement_mask(batch, p, (hashing.ROUND_REPLACE, seed, number), c.position) for batch in window]
+        draws = (hashing.ROUND_DRAW, seed, number)
         window, passes = mix(window, policy, masks, c.passes or "exact", draws, c.max_differing_share)
         rows: dict[int, StoredRow] = {}
         counts = {"rejected_tokens": 0, "rejected_rows": 0}

@@ -15,7 +15,7 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.store import StoredRow
+from selfgen_ds.data.stored_row import StoredRow
 
 AnswerNoise = Callable[[Tensor, Tensor], Tensor]
 """`(prompts, positions) -> uniforms`: float64 in (0, 1) for the token at `positions` (int64, from 0) of the answers to

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.methods import noise
 from selfgen_ds.methods.method import Policy
 
 _FURTHER_PASSES = 8
@@ -55,7 +55,7 @@ def replacement_mask(
             where it falls linearly to p / n over the answer's n replaceable tokens.
         keys: Of the noise: stream, seed, and step or round.
     """
-    coin = noise.uniform(*keys, batch.sample_ids, batch.position_ids)
+    coin = hashing.uniform(*keys, batch.sample_ids, batch.position_ids)
     if position == "even":
         return (coin < probability) & batch.replaceable
     from_start, from_end = _places(batch.replaceable), _places(batch.replaceable.flip(1)).flip(1)
@@ -93,7 +93,7 @@ def mix(
     pending, made, before = masks, 0, 0
     while made != passes and (left := policy.max_over_ranks(int(torch.stack([mask.sum() for mask in pending]).sum()))):
         uniforms = [
-            noise.uniform(*keys, batch.sample_ids[mask], batch.position_ids[mask])
+            hashing.uniform(*keys, batch.sample_ids[mask], batch.position_ids[mask])
             for batch, mask in zip(window, pending, strict=True)
         ]
         in_order = passes == "exact" and policy.can_draw_in_order and not window[0].packed

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfgen_ds.config import InputError, SelfgenConfig
+from selfgen_ds import hashing
+from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.store import StoredRow
-from selfgen_ds.methods import noise
+from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import Plan, Policy, RoundMethod
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
@@ -78,7 +79,7 @@ class Rac(RoundMethod):
 
     def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
-        corrected = noise.uniform(noise.PLAIN, self.plan.seed, number, ids) >= self.config.sft_share
+        corrected = hashing.uniform(hashing.PLAIN, self.plan.seed, number, ids) >= self.config.sft_share
         draws = self.config.answers_per_prompt
         asked = [
             (i, draw)
@@ -90,7 +91,7 @@ class Rac(RoundMethod):
 
         def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
             sample_ids, numbers = keys.to(prompts.device)[prompts].unbind(dim=1)
-            return noise.uniform(noise.ANSWER, self.plan.seed, number, sample_ids, numbers, positions)
+            return hashing.uniform(hashing.ANSWER, self.plan.seed, number, sample_ids, numbers, positions)
 
         prompts = [samples[i].prompt_ids.tolist() for i, _ in asked]
         answers = policy.complete(prompts, self.max_new_tokens, answer_noise)
@@ -145,6 +146,6 @@ class Rac(RoundMethod):
         others = int((~equal).sum())
         share = self.config.max_equal_share
         kept = len(equal) if share == 1 else int(share * others / (1 - share) + 1e-9)  # 0.12 * 22 / 0.88 is less than 3
-        order = noise.uniform(noise.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
+        order = hashing.uniform(hashing.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
         some = np.flatnonzero(equal)[np.argsort(order, kind="stable")[:kept]]
         return np.sort(np.concatenate([np.flatnonzero(~equal), some]))

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError
+from selfgen_ds.errors import InputError
 
 Spans = Callable[[str], Iterable[tuple[int, int]]]
 """From a text to what is rejected in it: characters, `(start, end)`."""

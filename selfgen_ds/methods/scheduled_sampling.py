@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.methods import noise, schedule
+from selfgen_ds.methods import schedule
 from selfgen_ds.methods.method import Method, Policy
 from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask
 
@@ -25,7 +26,7 @@ class ScheduledSampling(Method):
 
     def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(step)
-        masks = [replacement_mask(batch, p, (noise.REPLACE, seed, step), c.position) for batch in window]
-        draws = (noise.DRAW, seed, step)
+        masks = [replacement_mask(batch, p, (hashing.REPLACE, seed, step), c.position) for batch in window]
+        draws = (hashing.DRAW, seed, step)
         window, self.passes = mix(window, policy, masks, c.passes or 1, draws, c.max_differing_share)
         return window

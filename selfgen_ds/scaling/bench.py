@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from selfgen_ds.config import InputError, Recipe
+from selfgen_ds.config import Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.agreement import together
-from selfgen_ds.engine.model import model_config, parameter_count
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import make_folder
-from selfgen_ds.inputs import check_positions, check_settings
+from selfgen_ds.model.loading import model_config, parameter_count
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.steps import BUDGET, FULL, Engine
+from selfgen_ds.setup.inputs import check_positions, check_settings
 
 log = logging.getLogger("selfgen_ds")
 
@@ -45,8 +46,8 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         check_settings(block.of(recipe), overrides)
     folder = Path(recipe.output_dir)
     make_folder(folder, "output_dir")  # by all: what is refused is refused on every rank
-    launch.init_process_group()
-    with together():
+    process_group.init_process_group()
+    with raise_on_all_ranks():
         config = model_config(recipe.model, load_tokenizer(recipe.model))
         check_positions(recipe, config)
         parameters = parameter_count(recipe.model, config)

@@ -22,12 +22,12 @@ from transformers import GenerationConfig
 from selfgen_ds.config import Recipe, SelfgenConfig
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import StoredRow
-from selfgen_ds.engine import rollouts
-from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.methods.rac import Rac
+from selfgen_ds.model import generation
 from selfgen_ds.scaling.steps import Block, Engine, max_over_ranks
 
 _ROWS = 16  # of a rank
@@ -142,7 +142,7 @@ def _train(bench: Engine, rows: Sequence[StoredRow]) -> None:
 @torch.no_grad()
 def _generate(bench: Engine, samples: list[Sample], answer: int) -> None:
     """One batch, as transformers has it."""
-    ids, mask = rollouts.padded([sample.prompt_ids.tolist() for sample in samples], bench.policy.device)
+    ids, mask = generation.padded([sample.prompt_ids.tolist() for sample in samples], bench.policy.device)
     settings = GenerationConfig(
         max_new_tokens=answer, min_new_tokens=answer, do_sample=True, top_k=0, pad_token_id=0, use_cache=True
     )

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from selfgen_ds.engine import head, launch
+from selfgen_ds.model import head
+from selfgen_ds.ranks import process_group
 from selfgen_ds.scaling.memory import PeakMemory
 
 TOKENS, VOCABULARY = 4096, 131_072
@@ -26,7 +27,7 @@ def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         hidden_size: Of the model.
         dtype: Of its weights.
     """
-    targets = torch.randint(VOCABULARY, (TOKENS,), device=launch.device())
+    targets = torch.randint(VOCABULARY, (TOKENS,), device=process_group.device())
 
     def plain(linear: nn.Linear, hidden: Tensor) -> Tensor:
         return F.cross_entropy(linear(hidden).float(), targets, reduction="sum")
@@ -41,8 +42,8 @@ def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 
         def action(loss: Callable[[nn.Linear, Tensor], Tensor] = loss) -> None:
             nonlocal seconds
-            linear = nn.Linear(hidden_size, VOCABULARY, bias=False, dtype=dtype, device=launch.device())
-            hidden = torch.randn(TOKENS, hidden_size, dtype=dtype, device=launch.device(), requires_grad=True)
+            linear = nn.Linear(hidden_size, VOCABULARY, bias=False, dtype=dtype, device=process_group.device())
+            hidden = torch.randn(TOKENS, hidden_size, dtype=dtype, device=process_group.device(), requires_grad=True)
             get_accelerator().synchronize()
             started = time.perf_counter()
             loss(linear, hidden).backward()

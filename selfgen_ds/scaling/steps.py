@@ -27,15 +27,16 @@ from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.engine import launch, probe
-from selfgen_ds.engine.agreement import together
-from selfgen_ds.engine.model import model_config
-from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
-from selfgen_ds.prepare import build_engine, engine_policy
+from selfgen_ds.model import probe
+from selfgen_ds.model.loading import model_config
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import report
 from selfgen_ds.scaling.memory import PeakMemory
+from selfgen_ds.setup.prepare import build_engine, engine_policy
 
 _FOREVER = 1 << 30  # steps: the learning rate stays
 _WARM_UP = 2  # turns that make optimizer states and fill caches
@@ -81,7 +82,7 @@ class Engine:
         self.recipe = recipe = block.of(recipe)
         train = recipe.train
         self.block = block
-        with together():
+        with raise_on_all_ranks():
             tokenizer = load_tokenizer(recipe.model)
             config = model_config(recipe.model, tokenizer)
             form = probe.check(recipe.model, config, packing=False)
@@ -206,7 +207,7 @@ def random_window(recipe: Recipe, vocabulary: int, number: int) -> list[TokenBat
     for micro, rows in enumerate(ids):
         first = (micro * dist.get_world_size() + dist.get_rank()) * len(rows)
         samples = [[Sample(sample_id=first + i, input_ids=row, turns=turns)] for i, row in enumerate(rows)]
-        batches.append(collate(samples).to(launch.device()))
+        batches.append(collate(samples).to(process_group.device()))
     return batches
 
 
@@ -255,7 +256,7 @@ class _Clock:
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
-    result = torch.tensor(values, dtype=torch.float64, device=launch.device())
+    result = torch.tensor(values, dtype=torch.float64, device=process_group.device())
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return result.tolist()
 

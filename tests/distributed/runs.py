@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from selfgen_ds.checkpoint import checkpoint
 from selfgen_ds.config import (
     CheckpointConfig,
     DataConfig,
@@ -23,9 +24,8 @@ from selfgen_ds.config import (
     TrainConfig,
 )
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine import checkpoint
-from selfgen_ds.engine.trainer import StepResult, train_step
-from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.engine.step import StepResult, train_step
+from selfgen_ds.setup.prepare import Run, prepare
 from selfgen_ds.train import train
 from tests.ranks import ROOT
 

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from selfgen_ds.config import DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.prepare import prepare
+from selfgen_ds.config import (
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+)
+from selfgen_ds.errors import InputError
 from selfgen_ds.scaling import bench, drawing, losses, steps
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from selfgen_ds.checkpoint import checkpoint, export
 from selfgen_ds.config import (
     CheckpointConfig,
     EvalConfig,
@@ -26,9 +27,8 @@ from selfgen_ds.config import (
     TrainConfig,
     to_yaml,
 )
-from selfgen_ds.engine import checkpoint, export
-from selfgen_ds.engine.storage import Storage
-from selfgen_ds.prepare import prepare
+from selfgen_ds.ranks.storage import Storage
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.forked import Run
 from tests.ranks import Ranks
@@ -112,7 +112,7 @@ def test_a_broken_newest_checkpoint_does_not_crowd_out_good_ones(two_ranks: Rank
 
 
 def retain(folder: Path, keep: int) -> None:
-    checkpoint.retain(folder, keep, "loss", Storage(shared=True, keeps=dist.get_rank() == 0))
+    checkpoint.retain(folder, keep, "loss", Storage(shared=True, writes=dist.get_rank() == 0))
 
 
 @pytest.mark.parametrize("damaged", [["step-000006"], ["step-000006", "step-000004"]])

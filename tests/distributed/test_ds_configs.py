@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.cpp_extension import _get_build_directory
 
+from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.config import CheckpointConfig, Recipe, SelfgenConfig
-from selfgen_ds.engine import ds_config, model
-from selfgen_ds.engine.export import export_checkpoint
-from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.prepare import prepare
+from selfgen_ds.engine import ds_config
+from selfgen_ds.engine.step import train_step
+from selfgen_ds.model import loading
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import ROOT, Ranks
 
@@ -211,7 +212,7 @@ def offloaded_bytes(settings: Recipe) -> tuple[int, int]:
             return self.pack(tensor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "save_on_cpu", Counted)
+        patch.setattr(loading, "save_on_cpu", Counted)
         run = prepare(settings, set())
         seen.clear()
         window = run.method.contexts(run.windows.window(0), run.policy, 0)

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from selfgen_ds import hashing
+from selfgen_ds.checkpoint.export import export_checkpoint, export_engine
 from selfgen_ds.config import ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.batches import TokenBatch, Windows
+from selfgen_ds.data.batches import StepBatches, TokenBatch
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine.export import export_checkpoint, export_engine
-from selfgen_ds.engine.policy import Sampling
-from selfgen_ds.engine.trainer import StepResult
-from selfgen_ds.methods import noise
+from selfgen_ds.engine.step import StepResult
 from selfgen_ds.methods.mixture import replacement_mask
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model.policy import Sampling
+from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES, attention
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -207,7 +207,7 @@ def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[Toke
     return [
         batch
         for rank in range(2)
-        for batch in Windows(
+        for batch in StepBatches(
             [samples],
             seed=settings.seed,
             step_size=2 * settings.train.micro_batch_size * settings.train.gradient_accumulation_steps,
@@ -287,7 +287,7 @@ def assert_contexts_are_drawn_from(
     changed = 0
     sampling = Sampling(temperature=settings.selfgen.temperature)
     for batch in micro_batches_of(settings, samples_of(settings), 0):
-        mask = replacement_mask(batch, settings.selfgen.replace_probability, (noise.REPLACE, settings.seed, 0))
+        mask = replacement_mask(batch, settings.selfgen.replace_probability, (hashing.REPLACE, settings.seed, 0))
         for row, sample in enumerate(batch.sample_ids[:, 0].tolist()):
             expected = reference_context(model, batch, row, mask, 1, sampling, settings.seed, 0)
             assert contexts[0, sample] == expected

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from selfgen_ds import hashing
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.samples import Format, Sample, load, take
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine.policy import Sampling
-from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.methods import noise
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.mixture import mix, replacement_mask
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model.policy import Sampling
 from selfgen_ds.scaling.steps import count_invalidations
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
 from tests.trained import texts, token_by_token, trained_model
@@ -91,8 +91,8 @@ def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
     for step in range(len(two[0]["passes"])):
         here = [sample for s, sample in contexts if s == step]
         alone = collate([[samples[sample]] for sample in here])
-        mask = replacement_mask(alone, p, (noise.REPLACE, SEED, step))
-        expected = token_by_token(trained_model(), alone, mask, sampling, (noise.DRAW, SEED, step))
+        mask = replacement_mask(alone, p, (hashing.REPLACE, SEED, step))
+        expected = token_by_token(trained_model(), alone, mask, sampling, (hashing.DRAW, SEED, step))
         assert [contexts[step, sample] for sample in here] == expected
     assert two[0]["passes"] == two[1]["passes"]
     assert max(two[0]["passes"]) > 1
@@ -116,7 +116,7 @@ def chains(recipe: Recipe, gathered: bool) -> tuple[int, list[int]]:
     passes = []
     for mine in held if dist.get_rank() == 0 else held[::-1]:
         window = [collate([[sample] for sample in mine])]
-        keys = (noise.DRAW, SEED, 0)
+        keys = (hashing.DRAW, SEED, 0)
         masks = [batch.replaceable for batch in window]
         with run.policy.gathered(100) if gathered else nullcontext():
             passes.append(mix(window, run.policy, masks, "exact", keys)[1])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfgen_ds.config import InputError, Recipe
-from selfgen_ds.engine import export
+from selfgen_ds.checkpoint import export
+from selfgen_ds.config import Recipe
+from selfgen_ds.errors import InputError
 from tests.distributed import runs
 from tests.ranks import Ranks
 

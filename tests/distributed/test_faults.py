@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from selfgen_ds.checkpoint import checkpoint
 from selfgen_ds.config import CheckpointConfig
-from selfgen_ds.engine import checkpoint
 from tests import faults
 from tests.distributed import runs
 from tests.points import Point
@@ -43,9 +43,9 @@ WORK = {
         1,
         Point(function="selfgen_ds.train:train_step", call=8, when="during", delay=0.03),
     ),
-    "a pass": ("scheduled_sampling", 0, Point(function="selfgen_ds.engine.policy:EnginePolicy.draw", call=8)),
-    "a drawn round": ("bash", 1, Point(function="selfgen_ds.data.store:Writer.write", call=5, when="after")),
-    "a rollout": ("rac", 0, Point(function="selfgen_ds.engine.policy:EnginePolicy.complete", call=6)),
+    "a pass": ("scheduled_sampling", 0, Point(function="selfgen_ds.model.policy:EnginePolicy.draw", call=8)),
+    "a drawn round": ("bash", 1, Point(function="selfgen_ds.rounds.store:Writer.write", call=5, when="after")),
+    "a rollout": ("rac", 0, Point(function="selfgen_ds.model.policy:EnginePolicy.complete", call=6)),
     "an evaluation": (
         "scheduled_sampling",
         1,
@@ -57,15 +57,15 @@ STAGES = {
     "half a file of DeepSpeed's": (0, Point(function="torch:save", call=4, when="during")),
     "DeepSpeed's files alone": (0, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2, when="after")),
     "half of the generators' states": (1, Point(function="torch:save", call=6, when="during")),
-    "a part of the sums": (1, Point(function="selfgen_ds.engine.checkpoint:sync_and_sum", call=5)),
-    "all but the marker": (0, Point(function="selfgen_ds.engine.checkpoint:write_marker", call=2)),
+    "a part of the sums": (1, Point(function="selfgen_ds.checkpoint.checkpoint:sync_and_sum", call=5)),
+    "all but the marker": (0, Point(function="selfgen_ds.checkpoint.checkpoint:write_marker", call=2)),
     "the marker, other ranks not knowing": (
         0,
-        Point(function="selfgen_ds.engine.checkpoint:write_marker", call=2, when="after"),
+        Point(function="selfgen_ds.checkpoint.checkpoint:write_marker", call=2, when="after"),
     ),
-    "the marker, nothing removed": (0, Point(function="selfgen_ds.engine.checkpoint:retain", call=3)),
-    "a marker removed": (0, Point(function="shutil:rmtree", inside="selfgen_ds.engine.checkpoint:_remove")),
-    "files half removed": (0, Point(function="os:unlink", call=5, inside="selfgen_ds.engine.checkpoint:_remove")),
+    "the marker, nothing removed": (0, Point(function="selfgen_ds.checkpoint.checkpoint:retain", call=3)),
+    "a marker removed": (0, Point(function="shutil:rmtree", inside="selfgen_ds.checkpoint.checkpoint:_remove")),
+    "files half removed": (0, Point(function="os:unlink", call=5, inside="selfgen_ds.checkpoint.checkpoint:_remove")),
 }
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from selfgen_ds.config import InputError, SelfgenConfig, to_yaml
-from selfgen_ds.engine import heartbeat
+from selfgen_ds.config import SelfgenConfig, to_yaml
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
+from selfgen_ds.ranks import heartbeat
 from tests.distributed import runs
 from tests.faults import NOTICED_WITHIN
 from tests.forked import Run, command
@@ -78,7 +79,7 @@ def test_a_run_on_the_port_of_another_one_is_refused_and_leaves_that_alone(folde
 
 
 def test_rank_0_waits_for_ranks_that_are_slow_to_end(folder: Path) -> None:
-    at_the_end = Point(function="selfgen_ds.engine.launch:leave_process_group", signal=signal.SIGSTOP)
+    at_the_end = Point(function="selfgen_ds.ranks.process_group:leave_process_group", signal=signal.SIGSTOP)
     run = start(folder, 2, {1: at_the_end})
     slow = psutil.Process(run.processes[1].pid)
     run.until(lambda: slow.status() == psutil.STATUS_STOPPED)

@@ -13,16 +13,25 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 
-from selfgen_ds.config import EvaluateOptions, InputError, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.checkpoint import export
+from selfgen_ds.config import (
+    EvaluateOptions,
+    LoraConfig,
+    ModelConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+)
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.samples import take
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine import export, head
-from selfgen_ds.engine.model import build_model, model_config
-from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import evaluate, scores
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model import head
+from selfgen_ds.model.loading import build_model, model_config
+from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.scaling.steps import count_invalidations
+from selfgen_ds.setup.prepare import prepare
 from tests.batches import padded
 from tests.distributed import runs
 from tests.distributed.test_equivalence import plain_training

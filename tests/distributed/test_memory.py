@@ -12,11 +12,11 @@ from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.samples import take
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import ds_config
-from selfgen_ds.engine.model import build_model, model_config
-from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.evaluation.scores import evaluate
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model.loading import build_model, model_config
 from selfgen_ds.scaling.memory import LiveTensors
+from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded
 from tests.distributed import runs

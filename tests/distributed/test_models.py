@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from selfgen_ds.checkpoint import export
 from selfgen_ds.config import ModelConfig, Recipe, TrainConfig
-from selfgen_ds.engine import export
-from selfgen_ds.prepare import prepare
+from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.distributed.test_equivalence import assert_same_tensors, stored

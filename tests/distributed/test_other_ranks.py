@@ -17,11 +17,11 @@ import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
+from selfgen_ds.checkpoint import checkpoint, universal
 from selfgen_ds.config import CheckpointConfig, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.store import Writer, load_table
-from selfgen_ds.engine import checkpoint, universal
-from selfgen_ds.engine.checksum import weights_checksum
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model.checksum import weights_checksum
+from selfgen_ds.rounds.store import Writer, load_table
+from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.distributed.test_ds_configs import write_json

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.samples import take
-from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.engine.step import train_step
+from selfgen_ds.setup.prepare import Run, prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
 

@@ -12,11 +12,14 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from selfgen_ds import prepare, rounds
-from selfgen_ds.config import InputError, Recipe
-from selfgen_ds.engine import extensions, launch
-from selfgen_ds.engine.agreement import check_ranks, together
+from selfgen_ds.config import Recipe
+from selfgen_ds.engine import extensions
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
+from selfgen_ds.rounds import rounds
+from selfgen_ds.setup import prepare
 from selfgen_ds.train import train
 from selfgen_ds.versions import versions
 from tests.distributed import runs
@@ -46,7 +49,7 @@ def test_what_differs_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
 
 
 def bad_input_of(problems: list[str | None]) -> None:
-    with together():
+    with raise_on_all_ranks():
         if (problem := problems[dist.get_rank()]) is not None:
             raise InputError(problem)
 
@@ -131,7 +134,7 @@ def test_no_rank_listens_on_all_interfaces(two_ranks: Ranks) -> None:
 
 def join(port: int) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    launch._listen("127.0.0.1", port)
+    process_group._listen("127.0.0.1", port)
 
 
 def test_a_port_that_is_taken_is_one_clear_line(one_rank: Ranks) -> None:

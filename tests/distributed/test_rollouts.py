@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from selfgen_ds import hashing
 from selfgen_ds.config import LoraConfig, ModelConfig, Recipe, TrainConfig
-from selfgen_ds.engine import rollouts
-from selfgen_ds.engine.budget import token_bytes
-from selfgen_ds.engine.policy import EnginePolicy, Sampling
-from selfgen_ds.methods import noise
-from selfgen_ds.prepare import Run, prepare
+from selfgen_ds.model import generation
+from selfgen_ds.model.budget import token_bytes
+from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.scaling.steps import count_invalidations
+from selfgen_ds.setup.prepare import Run, prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -35,11 +35,11 @@ MODES = pytest.mark.parametrize("mode", ["gathered", "sharded", "outside"])
 @contextmanager
 def memory(free: int) -> Iterator[None]:
     """As if there were so many bytes."""
-    reading, rollouts.free_bytes = rollouts.free_bytes, lambda: free
+    reading, generation.free_bytes = generation.free_bytes, lambda: free
     try:
         yield
     finally:
-        rollouts.free_bytes = reading
+        generation.free_bytes = reading
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def keyed(sample_ids: list[int], draw: int) -> Any:
     """Noise of (sample, draw, position)."""
 
     def uniforms(prompts: Tensor, positions: Tensor) -> Tensor:
-        return noise.uniform(noise.EVALUATION, 11, torch.tensor(sample_ids)[prompts], draw, positions)
+        return hashing.uniform(hashing.EVALUATION, 11, torch.tensor(sample_ids)[prompts], draw, positions)
 
     return uniforms
 

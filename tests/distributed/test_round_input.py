@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from selfgen_ds.data.store import read_audit
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.rounds.store import read_audit
 from tests.chat_tokenizers import CHATML, build
 from tests.distributed.test_command import RECIPE
 from tests.forked import command

@@ -20,20 +20,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import selfgen_ds
+from selfgen_ds.checkpoint import checkpoint, export
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
 from selfgen_ds.data.samples import end_tokens, take
-from selfgen_ds.data.store import load_table, read_audit
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine import checkpoint, checksum, export, rollouts
-from selfgen_ds.engine.checksum import weights_checksum
-from selfgen_ds.engine.model import build_model, model_config
-from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.inputs import load_data, load_method, load_windows, sampling
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.method import RoundMethod
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model import checksum, generation
+from selfgen_ds.model.checksum import weights_checksum
+from selfgen_ds.model.loading import build_model, model_config
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.rounds.store import load_table, read_audit
 from selfgen_ds.scaling.memory import LiveTensors
 from selfgen_ds.scaling.steps import count_invalidations
+from selfgen_ds.setup.inputs import load_data, load_method, load_step_batches, sampling
+from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.distributed.test_lora import adapting, with_stage
@@ -258,7 +259,7 @@ def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
     """Draw it. Returns the weights' checksum, and whether they were sharded while it was drawn."""
     seen = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "free_bytes", lambda: free)
+        patch.setattr(generation, "free_bytes", lambda: free)
         run = prepare(settings, set())
         assert isinstance(run.method, RoundMethod)
         assert run.rounds is not None
@@ -354,7 +355,7 @@ def test_a_checksum_of_weights_changes_with_any_of_them_and_outlasts_a_resume(tw
 
 def train_with(settings: Recipe, free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "free_bytes", lambda: free)
+        patch.setattr(generation, "free_bytes", lambda: free)
         runs.run_training(settings)
 
 
@@ -407,7 +408,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     plain = build_model(source, model_config(source, tokenizer))
     samples = load_data(settings, tokenizer)
     shape = {"step_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 2, "epochs": None}
-    method = load_method(settings, tokenizer, samples, load_windows(settings, samples, **shape), 6)
+    method = load_method(settings, tokenizer, samples, load_step_batches(settings, samples, **shape), 6)
     assert isinstance(method, RoundMethod)
     policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
     own, _ = method.rows(take(samples), policy, number)
@@ -460,7 +461,7 @@ def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: P
 def invalidations(settings: Recipe, free: int) -> int:
     """How often ZeRO-3's record of the order of forwards is thrown away in a round and the start of the next one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "free_bytes", lambda: free)
+        patch.setattr(generation, "free_bytes", lambda: free)
         run = prepare(settings, set())
         assert run.rounds is not None
         seen = count_invalidations(run.engine)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, Source, TrainConfig
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import StoredRow
+from selfgen_ds.data.stored_row import StoredRow
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy
-from selfgen_ds.prepare import prepare
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.prepare import prepare
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
 

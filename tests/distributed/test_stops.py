@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfgen_ds.checkpoint import checkpoint
 from selfgen_ds.config import Recipe, SelfgenConfig, TrainConfig, to_yaml
-from selfgen_ds.engine import checkpoint
-from selfgen_ds.engine.watch import Watch
+from selfgen_ds.ranks.watch import Watch
 from tests import faults
 from tests.distributed import runs
 from tests.points import Point
@@ -37,8 +37,8 @@ STOPS = {
     "a step": ("scheduled_sampling", 1, "selfgen_ds.train:train_step", 7, signal.SIGUSR1, 7),
     "a step that is saved anyway": ("scheduled_sampling", 0, "selfgen_ds.train:train_step", 6, signal.SIGTERM, 6),
     "an evaluation": ("scheduled_sampling", 1, "selfgen_ds.evaluation.scores:_score", 3, signal.SIGUSR1, 8),
-    "a drawn round": ("bash", 0, "selfgen_ds.data.store:Writer.write", 7, signal.SIGTERM, 5),
-    "the first round": ("bash", 1, "selfgen_ds.data.store:Writer.write", 2, signal.SIGUSR1, 0),
+    "a drawn round": ("bash", 0, "selfgen_ds.rounds.store:Writer.write", 7, signal.SIGTERM, 5),
+    "the first round": ("bash", 1, "selfgen_ds.rounds.store:Writer.write", 2, signal.SIGUSR1, 0),
     "a checkpoint": ("scheduled_sampling", 1, "deepspeed:DeepSpeedEngine.save_checkpoint", 3, signal.SIGTERM, 6),
 }
 
@@ -68,7 +68,7 @@ def test_a_second_signal_changes_nothing(unbroken: dict[str, faults.Whole], tmp_
     against = unbroken["scheduled_sampling"]
     settings = replace(against.settings, output_dir=str(tmp_path / "run"))
     first = Point(function="selfgen_ds.train:train_step", call=8, signal=signal.SIGTERM)
-    second = Point(function="selfgen_ds.engine.checkpoint:sync_and_sum", call=11, signal=signal.SIGTERM)
+    second = Point(function="selfgen_ds.checkpoint.checkpoint:sync_and_sum", call=11, signal=signal.SIGTERM)
     run = faults.start(settings, tmp_path / "stopped", {0: first, 1: second})
     assert run.wait() == STOPPED, run.output(0)[-3000:]
     assert checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 8
@@ -88,7 +88,9 @@ def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: dict[str, faul
     assert run.output() == "selfgen-ds: stopped by a signal before the first step\n"
 
 
-@pytest.mark.parametrize("function", ["selfgen_ds.prepare:load_tokenizer", "selfgen_ds.prepare:build_model"])
+@pytest.mark.parametrize(
+    "function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.prepare:build_model"]
+)
 def test_before_the_first_step_there_is_nothing_to_save(
     unbroken: dict[str, faults.Whole], tmp_path: Path, function: str
 ) -> None:
@@ -159,7 +161,7 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
 def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
     settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
     settings.train = replace(settings.train, stall_seconds=7.0)
-    point = Point(function="selfgen_ds.data.batches:Windows.window", call=3, signal=None)
+    point = Point(function="selfgen_ds.data.batches:StepBatches.window", call=3, signal=None)
     run = faults.start(settings, tmp_path, {1: point})
     assert run.wait() == [1, 1]
     for rank, waits in enumerate([r"waits in \w+, from selfgen_ds/\S+:\d+", "is not in a collective"]):

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from selfgen_ds.checkpoint import checkpoint
 from selfgen_ds.config import CheckpointConfig, Recipe, SelfgenConfig
-from selfgen_ds.engine import checkpoint
-from selfgen_ds.engine.storage import find_out
-from selfgen_ds.prepare import prepare
+from selfgen_ds.ranks.storage import find_out
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.distributed.test_lora import with_stage
 from tests.ranks import ROOT, Ranks
@@ -57,7 +57,7 @@ def first_step(settings: Recipe) -> int:
 
 def keeps() -> tuple[bool, bool]:
     found = find_out(Path())
-    return found.shared, found.keeps
+    return found.shared, found.writes
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, TrainConfig
 from selfgen_ds.data.samples import take
-from selfgen_ds.engine.trainer import train_step
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.evaluation.scores import evaluate
-from selfgen_ds.prepare import prepare
 from selfgen_ds.scaling.steps import count_invalidations
+from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -69,7 +69,7 @@ def test_a_pass_before_any_training_forward_does_invalidate_it(two_ranks: Ranks,
 
 
 def invalidations_without_warm_up(settings: Recipe) -> int:
-    from selfgen_ds import prepare as module
+    from selfgen_ds.setup import prepare as module
 
     warm_up, module.warm_up = module.warm_up, lambda engine: None
     try:

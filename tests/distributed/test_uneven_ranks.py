@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from selfgen_ds import hashing
 from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.engine.budget import SweepBudget
-from selfgen_ds.engine.trainer import train_step
-from selfgen_ds.methods import noise
+from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.mixture import mix, replacement_mask
-from selfgen_ds.prepare import prepare
+from selfgen_ds.model.budget import SweepBudget
+from selfgen_ds.setup.prepare import prepare
 from tests.batches import padded
 from tests.distributed import runs
 from tests.ranks import Ranks
 
 _TIMEOUT = 60.0
-REPLACE, DRAW = (noise.REPLACE, 0, 0), (noise.DRAW, 0, 0)
+REPLACE, DRAW = (hashing.REPLACE, 0, 0), (hashing.DRAW, 0, 0)
 
 
 def uneven_draws(settings: Recipe) -> tuple[list[int], int]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfgen_ds.checkpoint import checkpoint, universal, unpickling
 from selfgen_ds.config import Recipe
-from selfgen_ds.engine import checkpoint, universal, unpickling
-from selfgen_ds.prepare import prepare
+from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.forked import command
 from tests.ranks import Ranks

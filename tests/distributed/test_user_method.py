@@ -11,8 +11,9 @@ import torch
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import StoredRow, load_table
+from selfgen_ds.data.stored_row import StoredRow
 from selfgen_ds.methods.method import Method, Policy, RoundMethod
+from selfgen_ds.rounds.store import load_table
 from tests.distributed import runs
 from tests.ranks import Ranks
 

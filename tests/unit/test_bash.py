@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from selfgen_ds import hashing
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import StoredRow
+from selfgen_ds.data.stored_row import StoredRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.methods import noise
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy
 from tests.plans import plan
@@ -106,21 +106,21 @@ def _plain(
 
     def uniform(stream: int, place: int) -> float:
         keys = (torch.tensor(sample.sample_id), torch.tensor(place))
-        return float(noise.uniform(stream, SEED, number, *keys))
+        return float(hashing.uniform(stream, SEED, number, *keys))
 
     reference = sample.input_ids.tolist()
     masked = {
         place
         for start, end, _ in sample.turns.tolist()
         for place in range(start, end)
-        if uniform(noise.ROUND_REPLACE, place) < p * _share(position, place - start, end - start)
+        if uniform(hashing.ROUND_REPLACE, place) < p * _share(position, place - start, end - start)
     }
     context = list(reference)
     for _ in range(1 if passes == "exact" else passes):
         before = list(context)
         for place in sorted(masked):
             prefix = (context if passes == "exact" else before)[:place]
-            context[place] = _next(prefix, uniform(noise.ROUND_DRAW, place))
+            context[place] = _next(prefix, uniform(hashing.ROUND_DRAW, place))
     allowed = int(most_differing * sum(end - start for start, _, end in sample.turns.tolist()) + 1e-9)
     differing = [place for place in range(len(reference)) if context[place] != reference[place]]
     stop = differing[allowed] if len(differing) > allowed else len(reference)

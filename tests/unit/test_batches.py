@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfgen_ds.data.batches import TokenBatch, Windows, collate
+from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Sample, Samples, load_samples, numbered
@@ -110,7 +110,7 @@ def test_a_moved_batch_keeps_its_values(packed: bool) -> None:
             assert getattr(moved, field.name) == value
 
 
-# --- Windows ---
+# --- StepBatches ---
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,7 +127,9 @@ def _samples(sizes: list[int]) -> Samples:
     return load_samples(opened, byte_tokenizer(), Format(max_length=100))
 
 
-def _windows(count: int = 24, *, sources: list[Samples] | None = None, packing: bool = False, **others: Any) -> Windows:
+def _windows(
+    count: int = 24, *, sources: list[Samples] | None = None, packing: bool = False, **others: Any
+) -> StepBatches:
     samples = sources or [_samples([3 + number % 5 for number in range(count)])]
     defaults: dict[str, Any] = {
         "seed": 0,
@@ -140,7 +142,7 @@ def _windows(count: int = 24, *, sources: list[Samples] | None = None, packing: 
     shape = defaults | others
     accumulation = shape.pop("accumulation", 2)
     rows = shape["micro_batch_size"] * accumulation * shape["world_size"]
-    return Windows(samples, packs=packs, **({"step_size": rows} | shape))
+    return StepBatches(samples, packs=packs, **({"step_size": rows} | shape))
 
 
 def _batch_ids(batch: TokenBatch) -> list[int]:
@@ -149,7 +151,7 @@ def _batch_ids(batch: TokenBatch) -> list[int]:
     return batch.sample_ids[firsts].tolist()
 
 
-def _ids(windows: Windows, steps: range) -> list[int]:
+def _ids(windows: StepBatches, steps: range) -> list[int]:
     """Sample ids in the order in which one rank sees them."""
     return [i for step in steps for batch in windows.window(step) for i in _batch_ids(batch)]
 
@@ -158,7 +160,7 @@ LONG = [3 + (7 * number) % 50 for number in range(120)]
 KINDS = pytest.mark.parametrize("kind", ["plain", "packed", "grouped", "weighted", "several", "several packed"])
 
 
-def _of_kind(kind: str, **others: Any) -> Windows:
+def _of_kind(kind: str, **others: Any) -> StepBatches:
     several = numbered([_samples(LONG[:70]), _samples(LONG[70:])])
     settings: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -319,7 +321,7 @@ def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
             assert size == {10: 4, 11: 5, 12: 6}.get(int(batch.sample_ids[row, 0]), 3)
 
 
-def _padding(windows: Windows, steps: int) -> float:
+def _padding(windows: StepBatches, steps: int) -> float:
     """Share of padding."""
     batches = [batch for step in range(steps) for batch in windows.window(step)]
     return 1 - sum(sum(lengths(batch)) for batch in batches) / sum(batch.context.numel() for batch in batches)
@@ -363,7 +365,7 @@ class ListRows:
         return self._lengths[indices]
 
 
-def _drawn(windows: Windows) -> list[ListRows]:
+def _drawn(windows: StepBatches) -> list[ListRows]:
     """The rows of a method that keeps lengths: one for every sample, with another context."""
     return [
         ListRows([int(n) for n in source.lengths(np.arange(len(source)))], getattr(source, "first_id", 0), context=7)

@@ -8,8 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.cache import content_hash
+from selfgen_ds.errors import InputError
 
 OLD = time.time() - 1000
 

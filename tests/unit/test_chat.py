@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.chat import ChatEncoder, Conversation
+from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, FAMILIES, build, tokenizer
 
 Messages = list[dict[str, Any]]

@@ -6,7 +6,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from selfgen_ds.config import CompareOptions, DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, to_yaml
+from selfgen_ds.config import (
+    CompareOptions,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    SelfgenConfig,
+    to_yaml,
+)
+from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import compare
 from selfgen_ds.evaluation.scores import corrected
 

@@ -5,13 +5,13 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.correction import TEXT_CUE, TURN_CUE, Correction, correction
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, FAMILIES, build, tokenizer
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)

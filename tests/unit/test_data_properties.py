@@ -16,10 +16,11 @@ import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
-from selfgen_ds.config import InputError, Source
+from selfgen_ds.config import Source
 from selfgen_ds.data.rows import Columns, open_source
 from selfgen_ds.data.samples import Format, Samples, load_samples, take
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION
 
 FORMATS = ["rows.jsonl", "rows.json", "lines.json", "rows.csv", "rows.parquet", "rows.arrow", "file.arrow"]

@@ -4,8 +4,15 @@ from typing import Any
 
 import pytest
 
-from selfgen_ds.config import DataConfig, InputError, ModelConfig, OptimConfig, Recipe, TrainConfig
+from selfgen_ds.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    TrainConfig,
+)
 from selfgen_ds.engine import ds_config
+from selfgen_ds.errors import InputError
 
 WORLD_SIZE, HIDDEN_SIZE = 4, 100
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine.model import extend
-from selfgen_ds.engine.policy import EnginePolicy, Sampling
-from selfgen_ds.methods import mixture, noise
+from selfgen_ds.methods import mixture
 from selfgen_ds.methods.mixture import mix, replacement_mask
+from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded, sample
 from tests.trained import reference_probabilities, texts, token_by_token, trained_model
 
-REPLACE, DRAW = (noise.REPLACE, 5, 7), (noise.DRAW, 5, 7)
+REPLACE, DRAW = (hashing.REPLACE, 5, 7), (hashing.DRAW, 5, 7)
 
 
 def samples() -> list[Sample]:
@@ -34,7 +35,7 @@ def samples() -> list[Sample]:
 def extended() -> PreTrainedModel:
     model = LlamaForCausalLM(trained_model().config).eval()
     model.load_state_dict(trained_model().state_dict())
-    return extend(model)
+    return add_reductions(model)
 
 
 def windows() -> dict[str, list[TokenBatch]]:
@@ -101,7 +102,7 @@ def test_what_is_drawn_in_order_is_what_passes_draw(
         monkeypatch.setattr(mixture, "_FURTHER_PASSES", 0)
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 260, "initializer_range": 0.5}
-    model = extend(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
+    model = add_reductions(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
     window = windows()["padded"]
     masks = [replacement_mask(batch, p, REPLACE) for batch in window]
     policy = InOrderPolicy(model, model, end_tokens=[0], generation_batch_size=rows_at_once)
@@ -159,7 +160,7 @@ def test_rows_are_drawn_in_order_so_many_at_once_and_leave_when_they_are_done(ex
 def test_models_that_keep_states_are_not_drawn_from_in_order() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=8)
-    model = extend(AutoModelForCausalLM.from_config(config).eval())
+    model = add_reductions(AutoModelForCausalLM.from_config(config).eval())
     policy = EnginePolicy(model, model, end_tokens=[0])
     with policy.gathered(100):
         assert not policy.can_draw_in_order
@@ -223,7 +224,7 @@ def tiny() -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return extend(LlamaForCausalLM(config).eval())
+    return add_reductions(LlamaForCausalLM(config).eval())
 
 
 PROMPT, ANSWER = [1, 2], [3, 0, 4, 1]

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfgen_ds.config import InputError, Source
+from selfgen_ds.config import Source
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.formats import read_file
 from selfgen_ds.data.rows import Columns, open_source
 from selfgen_ds.data.tasks import Row
+from selfgen_ds.errors import InputError
 
 Rows = list[dict[str, Any]]
 

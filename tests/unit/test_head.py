@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from selfgen_ds.engine.head import LMHead, LogitsForm, Reduction, draw, loss_sum, predict
-from selfgen_ds.methods import noise
+from selfgen_ds import hashing
+from selfgen_ds.model.head import LMHead, LogitTransform, Reduction, draw, loss_sum, predict
 
 ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows: two chunks and a part of a third
 
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 FORM = pytest.mark.parametrize(
     "form",
-    [LogitsForm(scale=0.3), LogitsForm(cap=1.5), LogitsForm(scale=3.0, cap=2.0)],
+    [LogitTransform(scale=0.3), LogitTransform(cap=1.5), LogitTransform(scale=3.0, cap=2.0)],
     ids=["scale", "cap", "scale and cap"],
 )
 SMOOTHING = pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -127,7 +127,7 @@ def test_the_gradients_in_bfloat16_are_right_to_its_precision(bias: bool, smooth
         assert float((a.double() - e).norm() / e.norm()) < 2e-2
 
 
-def _full_logits(linear: nn.Linear, hidden: Tensor, form: LogitsForm) -> Tensor:
+def _full_logits(linear: nn.Linear, hidden: Tensor, form: LogitTransform) -> Tensor:
     logits = linear(hidden) * form.scale
     return logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
 
@@ -135,7 +135,9 @@ def _full_logits(linear: nn.Linear, hidden: Tensor, form: LogitsForm) -> Tensor:
 @BIAS
 @SMOOTHING
 @FORM
-def test_the_loss_of_scaled_and_capped_logits_and_its_gradients(bias: bool, smoothing: float, form: LogitsForm) -> None:
+def test_the_loss_of_scaled_and_capped_logits_and_its_gradients(
+    bias: bool, smoothing: float, form: LogitTransform
+) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
     leaves = [hidden, *linear.parameters()]
     logits = _full_logits(linear, hidden, form)
@@ -149,7 +151,7 @@ def test_the_loss_of_scaled_and_capped_logits_and_its_gradients(bias: bool, smoo
 
 ANY_FORM = pytest.mark.parametrize(
     "form",
-    [LogitsForm(), LogitsForm(scale=0.3), LogitsForm(scale=3.0, cap=2.0)],
+    [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(scale=3.0, cap=2.0)],
     ids=["plain", "scale", "scale and cap"],
 )
 
@@ -158,7 +160,7 @@ ANY_FORM = pytest.mark.parametrize(
 @SMOOTHING
 @ANY_FORM
 def test_weights_scale_the_loss_of_each_position_and_its_gradients(
-    bias: bool, smoothing: float, form: LogitsForm
+    bias: bool, smoothing: float, form: LogitTransform
 ) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
     leaves = [hidden, *linear.parameters()]
@@ -177,7 +179,7 @@ def test_weights_scale_the_loss_of_each_position_and_its_gradients(
 @ANY_FORM
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 def test_a_weighted_loss_is_float32_and_keeps_the_digits_of_the_others(
-    smoothing: float, form: LogitsForm, dtype: torch.dtype, precision: float
+    smoothing: float, form: LogitTransform, dtype: torch.dtype, precision: float
 ) -> None:
     linear, (hidden, targets) = _linear(True, dtype), _inputs(dtype)
     head = LMHead(linear, form)
@@ -190,7 +192,7 @@ def test_a_weighted_loss_is_float32_and_keeps_the_digits_of_the_others(
 
 @ANY_FORM
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(form: LogitsForm, dtype: torch.dtype) -> None:
+def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(form: LogitTransform, dtype: torch.dtype) -> None:
     linear, hidden = _linear(True, dtype), torch.empty(0, WIDTH, dtype=dtype, requires_grad=True)
     loss = LMHead(linear, form)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1, torch.empty(0)))
     assert isinstance(loss, Tensor)
@@ -201,7 +203,7 @@ def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(form: Logi
 
 @BIAS
 @FORM
-def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: bool, form: LogitsForm) -> None:
+def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: bool, form: LogitTransform) -> None:
     linear, hidden = _linear(bias, torch.float32), torch.empty(0, WIDTH, requires_grad=True)
     loss = LMHead(linear, form)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1))
     assert isinstance(loss, Tensor)
@@ -212,9 +214,9 @@ def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: boo
 
 @BIAS
 @FORM
-def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, form: LogitsForm) -> None:
+def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, form: LogitTransform) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
-    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(ROWS))
+    uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(ROWS))
     with torch.no_grad():
         logits = _full_logits(linear, hidden, form)
         tokens = LMHead(linear, form)(hidden, draw(uniforms, 1.0, 1.0, 0))
@@ -235,7 +237,7 @@ def _draw_from(logits: list[float], uniforms: Tensor, temperature: float, top_p:
 
 def _sample(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     """How often each token comes in 20 000 draws."""
-    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(20_000))
+    uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(20_000))
     return torch.bincount(_draw_from(logits, uniforms, temperature, top_p, top_k), minlength=len(logits))
 
 
@@ -296,7 +298,7 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
 
 def test_a_draw_does_not_depend_on_the_chunk_that_it_is_in() -> None:
     linear, (hidden, _) = _linear(True, torch.float32), _inputs(torch.float32)
-    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(ROWS))
+    uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(ROWS))
     together = _draw(linear, hidden, draw(uniforms, 1.0, 1.0, 0))
     apart = [_draw(linear, hidden[i : i + 100], draw(uniforms[i : i + 100], 1.0, 1.0, 0)) for i in range(0, ROWS, 100)]
     assert torch.equal(together, torch.cat(apart))
@@ -354,13 +356,13 @@ def _largest_allocation(work: Callable[[], object]) -> int:
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("form", [LogitsForm(), LogitsForm(scale=2.0, cap=3.0)], ids=["plain", "capped"])
-def test_the_logits_of_all_positions_never_exist_at_once(form: LogitsForm) -> None:
+@pytest.mark.parametrize("form", [LogitTransform(), LogitTransform(scale=2.0, cap=3.0)], ids=["plain", "capped"])
+def test_the_logits_of_all_positions_never_exist_at_once(form: LogitTransform) -> None:
     rows, width, vocabulary = 2048, 32, 32_000
     logits_bytes = rows * vocabulary * 4
     head = LMHead(nn.Linear(width, vocabulary, bias=False), form)
     hidden, targets = torch.randn(rows, width, requires_grad=True), torch.randint(vocabulary, (rows,))
-    uniforms = noise.uniform(noise.DRAW, 0, torch.arange(rows))
+    uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(rows))
 
     with torch.no_grad():
         assert _largest_allocation(lambda: head(hidden)) >= logits_bytes  # what is to be avoided is measured

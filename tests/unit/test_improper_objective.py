@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.methods import noise
 from selfgen_ds.methods.method import Policy
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.batches import padded
@@ -39,8 +39,8 @@ def test_the_second_token_follows_the_first_with_1_minus_half_the_replaced_share
     batch = padded([[0]] * ROWS, [[row % 2, row % 2] for row in range(ROWS)], list(range(ROWS)))
     model = TabularModel()
     for step in range(STEPS):
-        mask = replacement_mask(batch, replaced, (noise.REPLACE, 0, step))
-        (mixed,), _ = mix([batch], model, [mask], 1, (noise.DRAW, 0, step))
+        mask = replacement_mask(batch, replaced, (hashing.REPLACE, 0, step))
+        (mixed,), _ = mix([batch], model, [mask], 1, (hashing.DRAW, 0, step))
         gradients = torch.autograd.grad(model.loss(mixed.context, mixed.target), [model.first, model.second])
         with torch.no_grad():
             model.first -= LEARNING_RATE * gradients[0]

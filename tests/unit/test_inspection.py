@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from selfgen_ds.config import DataConfig, InputError, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.config import (
+    DataConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+)
+from selfgen_ds.errors import InputError
 from selfgen_ds.inspection import inspect
 from tests.distributed import runs
 

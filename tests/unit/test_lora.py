@@ -11,10 +11,21 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from selfgen_ds import output
-from selfgen_ds.config import DataConfig, InputError, LoraConfig, ModelConfig, Recipe, TrainConfig, problems, to_yaml
-from selfgen_ds.engine import checkpoint, lora
-from selfgen_ds.engine.model import extend, trained_parameter_count
+from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    problems,
+    to_yaml,
+)
+from selfgen_ds.errors import InputError
+from selfgen_ds.model import lora
+from selfgen_ds.model.loading import trained_parameter_count
+from selfgen_ds.model.reductions import add_reductions
+from selfgen_ds.setup import output_folder
 from tests.unit.test_config import DEMO, _parse
 
 LLAMA = LlamaConfig(
@@ -25,7 +36,7 @@ GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16,
 
 def built(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return extend(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    return add_reductions(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def randomized(model: PreTrainedModel) -> PreTrainedModel:
@@ -220,19 +231,19 @@ def written(recipe: Recipe, **without: list[str]) -> None:
 def test_settings_that_an_older_run_did_not_write_were_at_their_defaults(recipe: Recipe) -> None:
     recipe.model.lora, recipe.resume = None, "auto"
     written(recipe, model=["lora", "attn_implementation"], optim=["epsilon"])
-    output._check_output(recipe, {}, Path(recipe.output_dir))
+    output_folder._check_output(recipe, {}, Path(recipe.output_dir))
     recipe.model.lora, recipe.optim.epsilon = LoraConfig(r=4), 1e-6
     with pytest.raises(InputError, match=r"model\.lora\.r was None and is 4; .*optim\.epsilon was 1e-08 and is 1e-06"):
-        output._check_output(recipe, {}, Path(recipe.output_dir))
+        output_folder._check_output(recipe, {}, Path(recipe.output_dir))
 
 
 def test_an_adapter_may_not_change_on_resume(recipe: Recipe) -> None:
     recipe.resume = "auto"
     written(recipe)
-    output._check_output(recipe, {}, Path(recipe.output_dir))
+    output_folder._check_output(recipe, {}, Path(recipe.output_dir))
     recipe.model.lora = LoraConfig(r=4)
     with pytest.raises(InputError, match=r"model\.lora\.r was 8 and is 4"):
-        output._check_output(recipe, {}, Path(recipe.output_dir))
+        output_folder._check_output(recipe, {}, Path(recipe.output_dir))
     recipe.model.lora = None
     with pytest.raises(InputError, match=r"model\.lora\.export was 'merged' and is None"):
-        output._check_output(recipe, {}, Path(recipe.output_dir))
+        output_folder._check_output(recipe, {}, Path(recipe.output_dir))

@@ -8,10 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfgen_ds import methods
-from selfgen_ds.config import DataConfig, InputError, ModelConfig, Recipe, SelfgenConfig, TrainConfig
+from selfgen_ds.config import (
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    SelfgenConfig,
+    TrainConfig,
+)
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.inputs import check_settings
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.setup.inputs import check_settings
 from tests.plans import plan
 
 BYTES = byte_tokenizer()

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.methods import noise
 from selfgen_ds.methods.method import Policy
 from selfgen_ds.methods.mixture import Position, mix, replacement_mask, stop
 from tests.batches import lengths, padded, sample
 
 SEED, STEP = 5, 9
-REPLACE, DRAW = (noise.REPLACE, SEED, STEP), (noise.DRAW, SEED, STEP)
+REPLACE, DRAW = (hashing.REPLACE, SEED, STEP), (hashing.DRAW, SEED, STEP)
 
 
 class NoisePolicy(Policy):
@@ -65,7 +65,7 @@ def mixture(window: list[TokenBatch], policy: Policy, masks: list[Tensor], passe
 
 
 def _masks(window: list[TokenBatch], p: float, step: int = STEP) -> list[Tensor]:
-    return [replacement_mask(batch, p, (noise.REPLACE, SEED, step)) for batch in window]
+    return [replacement_mask(batch, p, (hashing.REPLACE, SEED, step)) for batch in window]
 
 
 PROBABILITIES = pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -213,8 +213,8 @@ def test_masks_differ_between_steps_seeds_and_samples() -> None:
     batch, other = _alone(), padded([PROMPT], [RESPONSE], [78])
     masks = [
         replacement_mask(batch, 0.5, REPLACE),
-        replacement_mask(batch, 0.5, (noise.REPLACE, SEED, STEP + 1)),
-        replacement_mask(batch, 0.5, (noise.REPLACE, SEED + 1, STEP)),
+        replacement_mask(batch, 0.5, (hashing.REPLACE, SEED, STEP + 1)),
+        replacement_mask(batch, 0.5, (hashing.REPLACE, SEED + 1, STEP)),
         replacement_mask(other, 0.5, REPLACE),
     ]
     assert len({tuple(mask[0].tolist()) for mask in masks}) == 4
@@ -223,7 +223,7 @@ def test_masks_differ_between_steps_seeds_and_samples() -> None:
 def test_draws_differ_between_steps_seeds_and_samples() -> None:
     batch, other = _alone(), padded([PROMPT], [RESPONSE], [78])
     mixed = [
-        mix([b], NoisePolicy(), [b.replaceable], 1, (noise.DRAW, seed, step))[0][0]
+        mix([b], NoisePolicy(), [b.replaceable], 1, (hashing.DRAW, seed, step))[0][0]
         for b, seed, step in [
             (batch, SEED, STEP),
             (batch, SEED, STEP + 1),
@@ -352,7 +352,7 @@ def _token_by_token(batch: TokenBatch, mask: Tensor, policy: Policy) -> Tensor:
     for row, column in mask.nonzero().tolist():
         here = torch.zeros_like(mask)
         here[row, column] = True
-        uniforms = noise.uniform(*DRAW, batch.sample_ids[here], batch.position_ids[here])
+        uniforms = hashing.uniform(*DRAW, batch.sample_ids[here], batch.position_ids[here])
         context[here] = policy.draw([replace(batch, context=context)], [here], [uniforms])[0]
     return context
 
@@ -431,7 +431,7 @@ def test_fewer_passes_than_exact_needs_leave_what_every_pass_over_all_tokens_wou
         for _ in range(passes):
             batches = [replace(batch, context=context) for batch, context in zip(window, expected, strict=True)]
             uniforms = [
-                noise.uniform(*DRAW, batch.sample_ids[mask], batch.position_ids[mask])
+                hashing.uniform(*DRAW, batch.sample_ids[mask], batch.position_ids[mask])
                 for batch, mask in zip(window, masks, strict=True)
             ]
             drawn = policy.draw(batches, masks, uniforms)

@@ -9,18 +9,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine import head, probe
-from selfgen_ds.engine.budget import sweep_budget
-from selfgen_ds.engine.model import (
-    backbone,
-    build_model,
-    extend,
-    model_config,
-    most_positions,
-    router_loss_coefficient,
-)
+from selfgen_ds.errors import InputError
+from selfgen_ds.model import head, probe
+from selfgen_ds.model.budget import sweep_budget
+from selfgen_ds.model.loading import build_model, model_config, most_positions
+from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
 from tests.architectures import ARCHITECTURES, attention
 
 
@@ -136,7 +131,7 @@ def test_an_output_layer_that_is_not_linear_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"vocab_size": 50} | ARCHITECTURES["llama"]))
     model.lm_head = nn.Identity()
     with pytest.raises(InputError, match="model type 'llama' has no linear output layer"):
-        extend(model)
+        add_reductions(model)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -167,7 +162,9 @@ def extended(name: str, attn_implementation: str) -> PreTrainedModel:
     config = AutoConfig.for_model(**fields)
     settings = ModelConfig(preset=fields, attn_implementation=attn_implementation)  # type: ignore[arg-type]
     form = probe.check(settings, config, packing=True)
-    return extend(AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation), form).train()
+    return add_reductions(
+        AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation), form
+    ).train()
 
 
 def packed_row() -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfgen_ds.methods import noise
+from selfgen_ds import hashing
 
 N = 1_000_000
 _WORD = 2**64
@@ -58,44 +58,44 @@ def test_the_reference_mixer_is_splitmix64() -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        (noise.REPLACE, 0),
-        (noise.REPLACE, 0, 0, 0, 0),
-        (noise.DRAW, 1234, 17, 7472, 1023),
-        (noise.DRAW, 2**63 - 1, 10**9, -1, 0),
+        (hashing.REPLACE, 0),
+        (hashing.REPLACE, 0, 0, 0, 0),
+        (hashing.DRAW, 1234, 17, 7472, 1023),
+        (hashing.DRAW, 2**63 - 1, 10**9, -1, 0),
     ],
 )
 def test_noise_is_the_hash_of_its_keys(keys: tuple[int, ...]) -> None:
-    assert Fraction(float(noise.uniform(*keys))) == _reference(*keys)
+    assert Fraction(float(hashing.uniform(*keys))) == _reference(*keys)
 
 
 def test_noise_of_a_tensor_of_keys_is_the_hash_of_each() -> None:
-    drawn = noise.uniform(noise.DRAW, 3, torch.tensor([[5], [6]]), torch.tensor([0, 1, 2]))
-    expected = [[_reference(noise.DRAW, 3, sample, position) for position in range(3)] for sample in (5, 6)]
+    drawn = hashing.uniform(hashing.DRAW, 3, torch.tensor([[5], [6]]), torch.tensor([0, 1, 2]))
+    expected = [[_reference(hashing.DRAW, 3, sample, position) for position in range(3)] for sample in (5, 6)]
     assert [[Fraction(value) for value in row] for row in drawn.tolist()] == expected
 
 
 def test_noise_is_float64() -> None:
-    assert noise.uniform(noise.DRAW, torch.arange(3)).dtype == torch.float64
+    assert hashing.uniform(hashing.DRAW, torch.arange(3)).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("state", "expected"), [(0, 2.0**-53), (_WORD - 1, 1 - 2.0**-53)])
 def test_noise_of_the_most_extreme_hashes_is_strictly_between_0_and_1(state: int, expected: float) -> None:
     golden = 0x9E3779B97F4A7C15
-    key = (_unmix(_unmix(state) ^ (noise.DRAW + golden)) - golden) % _WORD
-    assert float(noise.uniform(noise.DRAW, key - _WORD if key >= _WORD // 2 else key)) == expected
+    key = (_unmix(_unmix(state) ^ (hashing.DRAW + golden)) - golden) % _WORD
+    assert float(hashing.uniform(hashing.DRAW, key - _WORD if key >= _WORD // 2 else key)) == expected
 
 
 def test_noise_is_strictly_between_0_and_1() -> None:
-    drawn = noise.uniform(noise.DRAW, 0, torch.arange(N))
+    drawn = hashing.uniform(hashing.DRAW, 0, torch.arange(N))
     assert 0.0 < float(drawn.min()) < 2e-5
     assert 1.0 - 2e-5 < float(drawn.max()) < 1.0
 
 
 def test_equal_keys_give_equal_noise_whatever_the_shape() -> None:
     samples, positions = torch.arange(40), torch.arange(50)
-    grid = noise.uniform(noise.DRAW, 1, 2, samples[:, None], positions[None, :])
-    flat = noise.uniform(
-        noise.DRAW,
+    grid = hashing.uniform(hashing.DRAW, 1, 2, samples[:, None], positions[None, :])
+    flat = hashing.uniform(
+        hashing.DRAW,
         torch.full((2000,), 1),
         2,
         samples.repeat_interleave(50),
@@ -106,74 +106,76 @@ def test_equal_keys_give_equal_noise_whatever_the_shape() -> None:
 
 def test_equal_keys_give_equal_noise_in_any_order() -> None:
     order = torch.arange(1000).flip(0)
-    assert torch.equal(noise.uniform(noise.DRAW, 1, order), noise.uniform(noise.DRAW, 1, torch.arange(1000)).flip(0))
+    assert torch.equal(
+        hashing.uniform(hashing.DRAW, 1, order), hashing.uniform(hashing.DRAW, 1, torch.arange(1000)).flip(0)
+    )
 
 
 def test_equal_keys_give_equal_noise_one_by_one() -> None:
-    together = noise.uniform(noise.DRAW, 1, torch.arange(20))
-    assert together.tolist() == [float(noise.uniform(noise.DRAW, 1, key)) for key in range(20)]
+    together = hashing.uniform(hashing.DRAW, 1, torch.arange(20))
+    assert together.tolist() == [float(hashing.uniform(hashing.DRAW, 1, key)) for key in range(20)]
 
 
 @pytest.mark.parametrize("changed", range(5))
 def test_noise_differs_where_any_one_key_differs(changed: int) -> None:
-    keys: list[int | Tensor] = [noise.DRAW, 11, 12, 13, 14]
+    keys: list[int | Tensor] = [hashing.DRAW, 11, 12, 13, 14]
     keys[changed] = keys[changed] + torch.arange(1000)
     stream, *others = keys
     if isinstance(stream, Tensor):
-        drawn = torch.stack([noise.uniform(int(s), *others) for s in stream])
+        drawn = torch.stack([hashing.uniform(int(s), *others) for s in stream])
     else:
-        drawn = noise.uniform(stream, *others)
+        drawn = hashing.uniform(stream, *others)
     assert len(drawn.unique()) == 1000
 
 
 def test_keys_are_not_interchangeable() -> None:
-    assert float(noise.uniform(noise.DRAW, 1, 2)) != float(noise.uniform(noise.DRAW, 2, 1))
+    assert float(hashing.uniform(hashing.DRAW, 1, 2)) != float(hashing.uniform(hashing.DRAW, 2, 1))
 
 
 @pytest.mark.parametrize("key", ["seed", "step", "sample", "position"])
 def test_noise_is_uniform_along_each_key(key: str) -> None:
     keys: dict[str, int | Tensor] = {"seed": 0, "step": 100, "sample": 5, "position": 30}
     keys[key] = torch.arange(N)
-    assert _is_uniform(noise.uniform(noise.DRAW, *keys.values()))
+    assert _is_uniform(hashing.uniform(hashing.DRAW, *keys.values()))
 
 
 def test_mean_and_variance_are_those_of_a_uniform() -> None:
-    drawn = noise.uniform(noise.REPLACE, 0, 0, torch.arange(1000)[:, None], torch.arange(1000))
+    drawn = hashing.uniform(hashing.REPLACE, 0, 0, torch.arange(1000)[:, None], torch.arange(1000))
     assert float(drawn.mean()) == pytest.approx(1 / 2, abs=5 / math.sqrt(12 * N))
     assert float(drawn.var()) == pytest.approx(1 / 12, abs=5 / math.sqrt(180 * N))
 
 
 def test_neighbouring_positions_are_uncorrelated() -> None:
-    drawn = noise.uniform(noise.DRAW, 0, 0, 7, torch.arange(N))
+    drawn = hashing.uniform(hashing.DRAW, 0, 0, 7, torch.arange(N))
     assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
 
 
 def test_neighbouring_samples_are_uncorrelated() -> None:
-    drawn = noise.uniform(noise.DRAW, 0, 0, torch.arange(N), 7)
+    drawn = hashing.uniform(hashing.DRAW, 0, 0, torch.arange(N), 7)
     assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
 
 
 def test_neighbouring_steps_are_uncorrelated() -> None:
-    drawn = noise.uniform(noise.DRAW, 0, torch.arange(N), 7, 7)
+    drawn = hashing.uniform(hashing.DRAW, 0, torch.arange(N), 7, 7)
     assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
 
 
 def test_the_next_sample_is_not_this_one_moved_by_a_position() -> None:
-    drawn = noise.uniform(noise.DRAW, 0, 0, torch.arange(1000)[:, None], torch.arange(1000))
+    drawn = hashing.uniform(hashing.DRAW, 0, 0, torch.arange(1000)[:, None], torch.arange(1000))
     assert abs(_correlation(drawn[1:, :-1].flatten(), drawn[:-1, 1:].flatten())) < 5
 
 
 def test_the_mask_and_the_draws_have_independent_noise() -> None:
     keys = (0, 0, torch.arange(N), 3)
-    assert abs(_correlation(noise.uniform(noise.REPLACE, *keys), noise.uniform(noise.DRAW, *keys))) < 5
+    assert abs(_correlation(hashing.uniform(hashing.REPLACE, *keys), hashing.uniform(hashing.DRAW, *keys))) < 5
 
 
 def test_neighbouring_values_fill_the_square_evenly() -> None:
-    drawn = noise.uniform(noise.DRAW, 0, 0, 7, torch.arange(2 * N)).reshape(N, 2)
+    drawn = hashing.uniform(hashing.DRAW, 0, 0, 7, torch.arange(2 * N)).reshape(N, 2)
     cells = (drawn * 32).floor()
     assert _is_uniform((cells[:, 0] * 32 + cells[:, 1] + 0.5) / 1024, bins=1024)
 
 
 def test_every_stream_has_a_key_of_its_own_that_stays() -> None:
-    streams = [noise.REPLACE, noise.DRAW, noise.ROUND_REPLACE, noise.ROUND_DRAW, noise.ANSWER, noise.PLAIN]
+    streams = [hashing.REPLACE, hashing.DRAW, hashing.ROUND_REPLACE, hashing.ROUND_DRAW, hashing.ANSWER, hashing.PLAIN]
     assert streams == [1, 2, 3, 4, 5, 6]  # other numbers would be other contexts in a run that is resumed

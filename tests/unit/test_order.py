@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.order import Stream, permute
+from selfgen_ds.errors import InputError
 
 SIZES = [1, 2, 3, 5, 16, 17, 255, 256, 257, 1000, 1024, 1025, 4096, 4097, 65_536, 65_537]
 

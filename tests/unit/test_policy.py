@@ -18,14 +18,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from selfgen_ds import hashing
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.engine import probe
-from selfgen_ds.engine.budget import SweepBudget, sweep_budget
-from selfgen_ds.engine.model import extend
-from selfgen_ds.engine.policy import EnginePolicy, Sampling
-from selfgen_ds.methods import noise
 from selfgen_ds.methods.mixture import mix, replacement_mask
+from selfgen_ds.model import probe
+from selfgen_ds.model.budget import SweepBudget, sweep_budget
+from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES, attention
 from tests.batches import lengths, padded
 from tests.trained import reference_draw
@@ -52,7 +52,7 @@ def plain() -> LlamaForCausalLM:
 def extended(plain: LlamaForCausalLM) -> PreTrainedModel:
     model = LlamaForCausalLM(plain.config).eval()
     model.load_state_dict(plain.state_dict())
-    return extend(model)
+    return add_reductions(model)
 
 
 def window() -> list[TokenBatch]:
@@ -80,7 +80,7 @@ def reference_context(
         logits = model(context[None]).logits[0]
         drawn = context.clone()
         for t in mask[row].nonzero().flatten().tolist():
-            uniform = noise.uniform(noise.DRAW, seed, step, int(batch.sample_ids[row, 0]), t)
+            uniform = hashing.uniform(hashing.DRAW, seed, step, int(batch.sample_ids[row, 0]), t)
             drawn[t] = reference_draw(logits[t - 1], float(uniform), s)
         context = drawn
     return context.tolist()
@@ -96,8 +96,8 @@ def test_the_pass_draws_from_the_model_given_the_context_before(
 ) -> None:
     policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=sampling, budget=budget)
     batches = window()
-    masks = [replacement_mask(batch, 0.6, (noise.REPLACE, SEED, STEP)) for batch in batches]
-    mixed, made = mix(batches, policy, masks, passes, (noise.DRAW, SEED, STEP))
+    masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]
+    mixed, made = mix(batches, policy, masks, passes, (hashing.DRAW, SEED, STEP))
     assert made == passes
     assert policy.groups == (2 if budget and passes == 1 else 1)  # the last pass reads what can still change
     changed = 0
@@ -116,11 +116,11 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     config = AutoConfig.for_model(**fields | {"pad_token_id": None, "bos_token_id": None})
     settings = ModelConfig(preset=fields, attn_implementation=attention(name))  # type: ignore[arg-type]
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention(name)).eval()
-    extended = extend(deepcopy(plain), probe.check(settings, config, packing=False))
+    extended = add_reductions(deepcopy(plain), probe.check(settings, config, packing=False))
     policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=Sampling(temperature=1.5))
     batches = window()
-    masks = [replacement_mask(batch, 0.6, (noise.REPLACE, SEED, STEP)) for batch in batches]
-    mixed, _ = mix(batches, policy, masks, 2, (noise.DRAW, SEED, STEP))
+    masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]
+    mixed, _ = mix(batches, policy, masks, 2, (hashing.DRAW, SEED, STEP))
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
         for row, length in enumerate(lengths(batch)):
             expected = reference_context(plain, batch, row, mask, 2, policy.sampling)
@@ -150,7 +150,7 @@ def defaults(model: PreTrainedModel, **settings: object) -> Iterator[None]:
 
 
 def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
-    return noise.uniform(noise.EVALUATION, SEED, prompts, positions)
+    return hashing.uniform(hashing.EVALUATION, SEED, prompts, positions)
 
 
 def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedModel) -> None:

@@ -9,9 +9,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from selfgen_ds.config import InputError, ModelConfig
-from selfgen_ds.engine import probe
-from selfgen_ds.engine.head import LogitsForm
+from selfgen_ds.config import ModelConfig
+from selfgen_ds.errors import InputError
+from selfgen_ds.model import probe
+from selfgen_ds.model.head import LogitTransform
 from tests.architectures import ARCHITECTURES, attention
 
 
@@ -21,26 +22,26 @@ def configuration(preset: dict[str, Any]) -> PretrainedConfig:
 
 def check(
     preset: dict[str, Any], packing: bool = False, attn_implementation: Any = "sdpa", training: bool = True
-) -> LogitsForm:
+) -> LogitTransform:
     return probe.check(
         ModelConfig(preset=preset, attn_implementation=attn_implementation), configuration(preset), packing, training
     )
 
 
 FORMS = {
-    "gemma2": LogitsForm(cap=3.0),
-    "gemma2, untied": LogitsForm(cap=3.0),
-    "cohere": LogitsForm(scale=0.25),
-    "granite": LogitsForm(scale=0.25),
+    "gemma2": LogitTransform(cap=3.0),
+    "gemma2, untied": LogitTransform(cap=3.0),
+    "cohere": LogitTransform(scale=0.25),
+    "granite": LogitTransform(scale=0.25),
 }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_let_through_with_the_form_of_its_logits(name: str) -> None:
-    assert check(ARCHITECTURES[name], True, attention(name)) == FORMS.get(name, LogitsForm())
+    assert check(ARCHITECTURES[name], True, attention(name)) == FORMS.get(name, LogitTransform())
 
 
-LARGE: dict[str, tuple[dict[str, Any], LogitsForm]] = {
+LARGE: dict[str, tuple[dict[str, Any], LogitTransform]] = {
     "Llama 3 8B": (
         {
             "model_type": "llama",
@@ -51,7 +52,7 @@ LARGE: dict[str, tuple[dict[str, Any], LogitsForm]] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
         },
-        LogitsForm(),
+        LogitTransform(),
     ),
     "Llama 3.1 70B": (
         {
@@ -72,9 +73,9 @@ LARGE: dict[str, tuple[dict[str, Any], LogitsForm]] = {
             },
             "max_position_embeddings": 131_072,
         },
-        LogitsForm(),
+        LogitTransform(),
     ),
-    "Mixtral 8x7B": ({"model_type": "mixtral"}, LogitsForm()),
+    "Mixtral 8x7B": ({"model_type": "mixtral"}, LogitTransform()),
     "Gemma 2 9B": (
         {
             "model_type": "gemma2",
@@ -86,7 +87,7 @@ LARGE: dict[str, tuple[dict[str, Any], LogitsForm]] = {
             "num_key_value_heads": 8,
             "head_dim": 256,
         },
-        LogitsForm(cap=30.0),
+        LogitTransform(cap=30.0),
     ),
     "Phi 3.5 mini, long rotary factors": (
         {
@@ -100,9 +101,9 @@ LARGE: dict[str, tuple[dict[str, Any], LogitsForm]] = {
                 "long_factor": [2.0] * 48,
             },
         },
-        LogitsForm(),
+        LogitTransform(),
     ),
-    "Gemma 3 4B, with its image tower": ({"model_type": "gemma3"}, LogitsForm()),
+    "Gemma 3 4B, with its image tower": ({"model_type": "gemma3"}, LogitTransform()),
 }
 
 
@@ -124,7 +125,7 @@ MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "stat
 @pytest.mark.parametrize("preset", [OPT, BLOOM, MAMBA], ids=lambda preset: preset["model_type"])
 def test_models_that_mix_packed_samples_are_refused_for_packing_alone(preset: dict[str, Any]) -> None:
     attn_implementation = "sdpa" if preset is OPT else "eager"
-    assert check(preset, False, attn_implementation) == LogitsForm()
+    assert check(preset, False, attn_implementation) == LogitTransform()
     with pytest.raises(InputError, match=rf"data\.packing: model type '{preset['model_type']}' does not keep"):
         check(preset, True, attn_implementation)
 
@@ -161,9 +162,9 @@ def test_a_cap_that_the_configuration_has_and_the_model_does_not_apply_is_seen(
     monkeypatch: pytest.MonkeyPatch, cap: float
 ) -> None:
     preset = ARCHITECTURES["gemma2"] | {"final_logit_softcapping": cap}
-    assert check(preset, attn_implementation="eager") == LogitsForm(cap=cap)
+    assert check(preset, attn_implementation="eager") == LogitTransform(cap=cap)
     monkeypatch.setattr(Gemma2ForCausalLM, "forward", LlamaForCausalLM.forward)
-    assert check(preset, attn_implementation="eager") == LogitsForm()
+    assert check(preset, attn_implementation="eager") == LogitTransform()
 
 
 @pytest.mark.parametrize("logits_scaling", [0.01, 1.0, 13.0])
@@ -207,15 +208,15 @@ EXPERTS_WITHOUT_A_LOSS = {
 def test_a_mixture_of_experts_without_a_router_loss_is_refused_unless_none_is_asked_for() -> None:
     with pytest.raises(InputError, match=r"model type 'deepseek_v3' is a mixture .* router_aux_loss_coef: 0"):
         check(EXPERTS_WITHOUT_A_LOSS)
-    assert check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.0}) == LogitsForm()
+    assert check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.0}) == LogitTransform()
     with pytest.raises(InputError, match="router loss cannot be computed"):
         check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.1})
 
 
 @pytest.mark.parametrize("fields", [{}, {"router_aux_loss_coef": 0.1}])
 def test_a_mixture_of_experts_is_evaluated_without_a_router_loss(fields: dict[str, Any]) -> None:
-    assert check(EXPERTS_WITHOUT_A_LOSS | fields, training=False) == LogitsForm()
-    assert check(ARCHITECTURES["mixtral"], training=False) == LogitsForm()
+    assert check(EXPERTS_WITHOUT_A_LOSS | fields, training=False) == LogitTransform()
+    assert check(ARCHITECTURES["mixtral"], training=False) == LogitTransform()
 
 
 WINDOWS = {

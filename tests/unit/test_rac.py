@@ -9,16 +9,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.config import InputError, SelfgenConfig
+from selfgen_ds import hashing
+from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.correction import TURN_CUE, correction
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Sample, Samples, load_samples, numbered
-from selfgen_ds.data.store import StoredRow
+from selfgen_ds.data.stored_row import StoredRow
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.methods import noise
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.methods.rac import Rac
 from tests.chat_tokenizers import FAMILIES, tokenizer
@@ -252,7 +253,7 @@ def test_a_share_between_is_met_and_a_function_of_seed_round_and_sample() -> Non
         chosen[seed, number] = _corrected(rows, samples)
         assert sum(chosen[seed, number]) == pytest.approx(0.7 * 400, abs=40)
         ids = torch.arange(400)
-        assert chosen[seed, number] == (noise.uniform(noise.PLAIN, seed, number, ids) >= 0.3).tolist()
+        assert chosen[seed, number] == (hashing.uniform(hashing.PLAIN, seed, number, ids) >= 0.3).tolist()
     assert len(set(map(tuple, chosen.values()))) == 3
 
 
@@ -489,7 +490,7 @@ def test_which_equal_answers_are_kept_is_a_function_of_seed_round_and_sample() -
 
 def test_which_equal_answers_are_kept_has_nothing_to_do_with_which_samples_are_corrected() -> None:
     ids = np.arange(4000)
-    coins = noise.uniform(noise.PLAIN, SEED, 0, torch.from_numpy(ids)).numpy()
+    coins = hashing.uniform(hashing.PLAIN, SEED, 0, torch.from_numpy(ids)).numpy()
     corrected = ids[coins >= 0.5]
     chosen = _rac(_many(3), max_equal_share=0.4).select(corrected, np.arange(len(corrected)) % 2 == 0, 0)
     kept = [number for number in chosen.tolist() if number % 2 == 0]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.reject import first_rejected, load_reject
 from tests.chat_tokenizers import tokenizer
 

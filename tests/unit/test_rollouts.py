@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from selfgen_ds.engine import rollouts
-from selfgen_ds.engine.model import extend
-from selfgen_ds.engine.policy import EnginePolicy, Sampling
-from selfgen_ds.methods import noise
+from selfgen_ds import hashing
+from selfgen_ds.model import generation
+from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES, attention
 
 END = 39
@@ -26,7 +26,7 @@ _STATES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return extend(build("llama"))
+    return add_reductions(build("llama"))
 
 
 def build(name: str) -> PreTrainedModel:
@@ -38,7 +38,7 @@ def build(name: str) -> PreTrainedModel:
 
 def keyed(stream: int) -> Any:
     def uniforms(prompts: Tensor, positions: Tensor) -> Tensor:
-        return noise.uniform(stream, prompts, positions)
+        return hashing.uniform(stream, prompts, positions)
 
     return uniforms
 
@@ -115,7 +115,7 @@ def test_an_answer_is_drawn_as_ancestral_sampling_with_its_noise_draws(model: Pr
         for position in range(40):
             with torch.no_grad():
                 p = (model(torch.tensor([ids])).logits[0, -1].double() / 1.5).softmax(0).cumsum(0)
-            ids.append(int((p < noise.uniform(2, number, position)).sum()))
+            ids.append(int((p < hashing.uniform(2, number, position)).sum()))
             if ids[-1] == END:
                 break
         assert answer == ids[len(prompt) :]
@@ -150,9 +150,9 @@ def test_no_prompts_have_no_answers(model: PreTrainedModel) -> None:
 def test_the_cache_of_a_row_is_what_generation_keeps(name: str) -> None:
     plain = build(name)
     with torch.no_grad():
-        counted = rollouts.cache_bytes(rollouts.one_token_cache(plain), 30)
+        counted = generation.cache_bytes(generation.one_token_cache(plain), 30)
         kept = plain.generate(torch.ones(1, 30).long(), max_new_tokens=1, return_dict_in_generate=True)
-    exact = rollouts.cache_bytes(kept.past_key_values, 1)
+    exact = generation.cache_bytes(kept.past_key_values, 1)
     # between two tokens a sliding window holds one less
     assert exact <= counted <= exact * 1.15
 
@@ -162,10 +162,10 @@ def test_whole_weights_are_generated_from_in_as_many_rows_as_fit(
 ) -> None:
     policy = EnginePolicy(model, model, end_tokens=[END])
     row = policy._row_bytes(50)
-    monkeypatch.setattr(rollouts, "free_bytes", lambda: int(5.5 * row / 0.9))
+    monkeypatch.setattr(generation, "free_bytes", lambda: int(5.5 * row / 0.9))
     with policy.gathered(50):
         assert (policy.rows_at_once, policy.sharded) == (5, False)
-    monkeypatch.setattr(rollouts, "free_bytes", lambda: 0)
+    monkeypatch.setattr(generation, "free_bytes", lambda: 0)
     with policy.gathered(50):
         assert policy.rows_at_once == 1
         assert len(policy.complete([[1], [2]], 3)) == 2

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfgen_ds.config import InputError, SelfgenConfig
-from selfgen_ds.data.store import StoredRow, Writer
+from selfgen_ds.config import SelfgenConfig
+from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.errors import InputError
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.methods.rac import Rac
-from selfgen_ds.rounds import Fingerprint, Rounds, _chunk_size
+from selfgen_ds.rounds.rounds import Fingerprint, Rounds, _chunk_size
+from selfgen_ds.rounds.store import Writer
 from tests.batches import sample
 from tests.plans import plan
 

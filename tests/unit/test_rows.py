@@ -10,11 +10,12 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from selfgen_ds.config import InputError, Source
+from selfgen_ds.config import Source
 from selfgen_ds.data import hub
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.rows import Columns, _open_hub, _read_hub, open_source
 from selfgen_ds.data.tasks import Row, generate
+from selfgen_ds.errors import InputError
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
 
@@ -284,7 +285,8 @@ def test_an_id_without_a_hub_is_an_error() -> None:
 
 WITHOUT_NETWORK = """
 import time
-from selfgen_ds.config import InputError, Source
+from selfgen_ds.config import Source
+from selfgen_ds.errors import InputError
 from selfgen_ds.data.rows import Columns, open_source
 
 started = time.monotonic()

@@ -13,7 +13,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.config import DataConfig, InputError, Recipe, Source
+from selfgen_ds.config import DataConfig, Recipe, Source
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.samples import (
@@ -29,7 +29,8 @@ from selfgen_ds.data.samples import (
 )
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.inputs import check_shares
+from selfgen_ds.errors import InputError
+from selfgen_ds.setup.inputs import check_shares
 from tests.chat_tokenizers import CHATML, build, tokenizer
 
 TOKENIZER = byte_tokenizer()

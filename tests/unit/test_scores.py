@@ -6,8 +6,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.engine.model import extend
-from selfgen_ds.engine.policy import EnginePolicy
 from selfgen_ds.evaluation.scores import (
     CORRECTION_METRICS,
     SampleScore,
@@ -18,6 +16,8 @@ from selfgen_ds.evaluation.scores import (
     curves,
     evaluate,
 )
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.reductions import add_reductions
 from tests.batches import sample
 
 
@@ -135,7 +135,7 @@ def test_without_a_limit_of_positions_rounds_are_full() -> None:
 def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> None:
     tokenizer = byte_tokenizer()
     config = GPT2Config(vocab_size=258, n_positions=32, n_embd=16, n_layer=1, n_head=2)
-    model = extend(GPT2LMHeadModel(config).eval())
+    model = add_reductions(GPT2LMHeadModel(config).eval())
     policy = EnginePolicy(model, model, end_tokens=[tokenizer.eos_token_id])
     scores = evaluate(policy, _uneven(6), tokenizer, batch_size=6)
     assert [len(score.free_running) for score in scores] == [4, 27] * 3
@@ -162,7 +162,7 @@ def _text_sample(prompt: str, response: str, sample_id: int) -> Sample:
 
 def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> None:
     config = GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    model = extend(GPT2LMHeadModel(config).eval())
+    model = add_reductions(GPT2LMHeadModel(config).eval())
     policy = Scripted(model, model, end_tokens=[BYTES.eos_token_id])
     policy.limits = []
     policy.script = {
@@ -192,7 +192,7 @@ def test_corrections_that_just_fit_into_the_models_positions_are_made() -> None:
     length = corrected_length(samples, asked)
     assert length == 27 + 27 + 27 + 3
     config = GPT2Config(vocab_size=258, n_positions=length, n_embd=16, n_layer=1, n_head=2)
-    model = extend(GPT2LMHeadModel(config).eval())
+    model = add_reductions(GPT2LMHeadModel(config).eval())
     policy = EnginePolicy(model, model, end_tokens=[BYTES.eos_token_id])
     scores = evaluate(policy, samples, BYTES, batch_size=6, correction=asked, correction_rounds=2)
     assert [len(score.corrected_answers or []) for score in scores] == [2] * 6

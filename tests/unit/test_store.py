@@ -8,10 +8,11 @@ import datasets
 import numpy as np
 import pytest
 
-from selfgen_ds.config import InputError
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.store import AUDIT, StoredRow, StoredRows, Writer, broken_files, load_table, read_audit
+from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.errors import InputError
+from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit
 
 COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from selfgen_ds.config import InputError, ModelConfig
+from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer, load_tokenizer
+from selfgen_ds.errors import InputError
 
 TEXTS = [
     "plain",

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from selfgen_ds.engine.signals import SIGNALS
-from selfgen_ds.engine.watch import Watch
+from selfgen_ds.ranks.signals import SIGNALS
+from selfgen_ds.ranks.watch import Watch
 
 
 def test_signals_are_handled_as_before_when_training_has_failed() -> None:

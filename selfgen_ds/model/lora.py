@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
-from selfgen_ds.config import InputError, LoraConfig
+from selfgen_ds.config import LoraConfig
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import absolute_folder
 
 _ADAPTER = "default"  # peft's name for the only one

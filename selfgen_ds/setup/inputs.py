@@ -10,19 +10,29 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from selfgen_ds import methods
-from selfgen_ds.config import DataConfig, InputError, Recipe, SelfgenConfig, Sources, problems, sources
-from selfgen_ds.data.batches import Windows
+from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.config import (
+    DataConfig,
+    Recipe,
+    SelfgenConfig,
+    Sources,
+    problems,
+    sources,
+)
+from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tasks import TASKS
-from selfgen_ds.engine import checkpoint, ds_config, launch
-from selfgen_ds.engine.model import most_positions
-from selfgen_ds.engine.policy import Sampling
+from selfgen_ds.engine import ds_config
+from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
 from selfgen_ds.methods.method import Method, Plan, RoundMethod
 from selfgen_ds.methods.reject import load_reject
+from selfgen_ds.model.loading import most_positions
+from selfgen_ds.model.policy import Sampling
+from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
 
@@ -54,7 +64,7 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     try:
         json_config = ds_config.read(recipe.deepspeed)
         first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
-        found += ds_config.problems(recipe, json_config, launch.world_size(), first_ranks)
+        found += ds_config.problems(recipe, json_config, process_group.world_size(), first_ranks)
     except InputError as error:
         found.append(str(error))
     if found:
@@ -141,17 +151,17 @@ def check_shares(recipe: Recipe, samples: list[Samples]) -> None:
                 )
 
 
-def load_windows(recipe: Recipe, samples: list[Samples], **shape: Any) -> Windows:
+def load_step_batches(recipe: Recipe, samples: list[Samples], **shape: Any) -> StepBatches:
     """The training rows in the recipe's order, packed if it says so.
 
     Args:
-        shape: Of the steps: `step_size`, `micro_batch_size`, `rank`, `world_size`, `epochs` (see `Windows`).
+        shape: Of the steps: `step_size`, `micro_batch_size`, `rank`, `world_size`, `epochs` (see `StepBatches`).
 
     Raises:
         InputError: A source's weight is less than one row an epoch.
     """
     weights = [source.weight for source in sources(recipe.data.train) if source.weight is not None]
-    return Windows(
+    return StepBatches(
         samples,
         packs=[load_packs(source, recipe.data.max_length) for source in samples] if recipe.data.packing else None,
         weights=weights or None,
@@ -162,7 +172,7 @@ def load_windows(recipe: Recipe, samples: list[Samples], **shape: Any) -> Window
 
 
 def load_method(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, samples: list[Samples], windows: Windows, total_steps: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, samples: list[Samples], windows: StepBatches, total_steps: int
 ) -> Method:
     """The recipe's method.
 

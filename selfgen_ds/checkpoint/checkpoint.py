@@ -29,12 +29,14 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError, LoraConfig, ModelConfig
-from selfgen_ds.engine import launch, universal, unpickling
-from selfgen_ds.engine.content import Content
-from selfgen_ds.engine.storage import Storage
+from selfgen_ds import hashing
+from selfgen_ds.checkpoint import universal, unpickling
+from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout
+from selfgen_ds.config import LoraConfig, ModelConfig
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import absolute_folder, intact, sync_and_sum, sync_folder, write_atomically
-from selfgen_ds.methods import noise
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.storage import Storage
 
 log = logging.getLogger("selfgen_ds")
 
@@ -139,7 +141,7 @@ def save(
     path = folder / f"step-{step:06d}"
     if any(checkpoint.step == step for checkpoint in _complete_everywhere(folder, storage)):
         return
-    if storage.keeps and path.exists():
+    if storage.writes and path.exists():
         _remove(path)  # left half-written by a run that was killed
     dist.barrier()
     try:
@@ -152,8 +154,8 @@ def save(
     dist.barrier()
 
     written = [f for f in path.rglob("*") if f.is_file() and _is_written_here(f.name, storage)]
-    files = launch.everyone({str(f.relative_to(path)): sync_and_sum(f) for f in written})
-    if storage.keeps:
+    files = process_group.all_gather_object({str(f.relative_to(path)): sync_and_sum(f) for f in written})
+    if storage.writes:
         for made in (path / HF_FOLDER, folder, folder.parent):
             sync_folder(made)
         content = {"step": step, "step_size": step_size, "data": data, "metrics": metrics, "files": files}
@@ -170,11 +172,11 @@ def _write(
 ) -> None:
     engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
     torch.save(_generator_states(engine.device), path / f"generators_rank_{dist.get_rank()}.pt")
-    if storage.keeps:
+    if storage.writes:
         engine.module.config.save_pretrained(path / HF_FOLDER)
         engine.module.generation_config.save_pretrained(path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
-        Content.of(engine.module).write(path)
+        StateDictLayout.of(engine.module).write(path)
         if model.lora is not None and model.name_or_path is not None:
             located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
             (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
@@ -182,7 +184,7 @@ def _write(
 
 def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage: Storage) -> None:
     """What a checkpoint still lacks that was saved in the step's evaluation."""
-    if storage.keeps:
+    if storage.writes:
         content = {name: value for name, value in vars(checkpoint).items() if name != "path"}
         write_marker(checkpoint.path, content | {"metrics": metrics, "unevaluated": None})
 
@@ -190,7 +192,7 @@ def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage
 def _is_written_here(name: str, storage: Storage) -> bool:
     """Whether this rank wrote a file, by DeepSpeed's names and ours; what no rank is named in, a keeper did."""
     writer = _OF_A_RANK.search(name)
-    return int(writer[1]) == dist.get_rank() if writer else storage.keeps
+    return int(writer[1]) == dist.get_rank() if writer else storage.writes
 
 
 def find(folder: Path, storage: Storage, trust: bool = False) -> Checkpoint | None:
@@ -225,7 +227,7 @@ def find(folder: Path, storage: Storage, trust: bool = False) -> Checkpoint | No
         mine = [found.path / name for name in _shares(found, storage) if name.endswith(".pt")]
         if lines := _gathered([] if trust else unpickling.refused(mine)):
             raise InputError("\n".join(lines))
-    if storage.keeps:
+    if storage.writes:
         _clean(_half_written(folder))
         shutil.rmtree(folder / universal.FOLDER, ignore_errors=True)  # of a start that was killed
     return found
@@ -269,7 +271,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, seed: int, t
         if checkpoint.world_size == dist.get_world_size():
             _restore_generators(unpickling.load(path / f"generators_rank_{rank}.pt"), engine.device)
         else:
-            torch.manual_seed(int(noise.bits(noise.GENERATORS, seed, checkpoint.step, rank)))
+            torch.manual_seed(int(hashing.bits(hashing.GENERATORS, seed, checkpoint.step, rank)))
 
 
 def adapted_model(path: Path) -> ModelConfig | None:
@@ -296,7 +298,7 @@ def retain(folder: Path, keep: int, metric: str, storage: Storage) -> None:
         if _newest_intact(folder, storage) is None:
             return
         complete = _complete_everywhere(folder, storage)
-    if storage.keeps:
+    if storage.writes:
         _clean(_superfluous(complete, keep, metric) + _half_written(folder))
 
 
@@ -333,7 +335,7 @@ def _complete_everywhere(folder: Path, storage: Storage) -> list[Checkpoint]:
         agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(agreed, src=0)
         return agreed[0]
-    views = launch.everyone(complete_checkpoints(folder))
+    views = process_group.all_gather_object(complete_checkpoints(folder))
     common = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
     return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in common]
 
@@ -349,7 +351,7 @@ def _newest_intact(folder: Path, storage: Storage) -> Checkpoint | None:
         if names := _gathered(broken_files(checkpoint, _shares(checkpoint, storage))):
             log.warning("%s is broken (%s) and is passed over", checkpoint.path, ", ".join(names))
             continue
-        if storage.keeps:
+        if storage.writes:
             for newer in complete_checkpoints(folder):
                 if newer.step > checkpoint.step:
                     (newer.path / MARKER).rename(newer.path / BROKEN)
@@ -359,7 +361,7 @@ def _newest_intact(folder: Path, storage: Storage) -> Checkpoint | None:
 
 def _gathered(mine: list[str]) -> list[str]:
     """What all ranks have found, sorted, each once. Collective."""
-    return sorted({line for lines in launch.everyone(mine) for line in lines})
+    return sorted({line for lines in process_group.all_gather_object(mine) for line in lines})
 
 
 def _shares(checkpoint: Checkpoint, storage: Storage) -> dict[str, list[int]]:

@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfgen_ds.config import InputError, LoraConfig, ModelConfig
-from selfgen_ds.engine import checkpoint, lora, unpickling
-from selfgen_ds.engine.content import Content, plain_tensors
-from selfgen_ds.engine.model import build_model, from_config
+from selfgen_ds.checkpoint import checkpoint, unpickling
+from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tensors
+from selfgen_ds.config import LoraConfig, ModelConfig
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import make_folder
+from selfgen_ds.model import lora
+from selfgen_ds.model.loading import build_model, from_config
 
 MAX_SHARD = "5GB"
 
@@ -79,7 +81,7 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
     if (source := checkpoint.adapted_model(path)) is not None:
         _export_adapted(path, folder, tensors, source)
         return
-    content = Content.read(path)
+    content = StateDictLayout.read(path)
     with _replacing(folder, writes=True) as partial:
         _write_shards(content, lambda name: tensors[name].contiguous(), partial, writes=True)
         shutil.copytree(path / checkpoint.HF_FOLDER, partial, dirs_exist_ok=True)
@@ -145,10 +147,10 @@ def _write_model(model: PreTrainedModel, folder: Path, writes: bool) -> None:
             return None
         return lora.merge(layers[name], *parts) if name in layers else parts[0]
 
-    _write_shards(Content.of(model), fetch, folder, writes)
+    _write_shards(StateDictLayout.of(model), fetch, folder, writes)
 
 
-def _write_shards(content: Content, fetch: Callable[[str], Tensor | None], folder: Path, writes: bool) -> None:
+def _write_shards(content: StateDictLayout, fetch: Callable[[str], Tensor | None], folder: Path, writes: bool) -> None:
     """Safetensors shards of at most `MAX_SHARD`, as `save_pretrained` lays them out.
 
     Args:

@@ -24,7 +24,7 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
-from selfgen_ds.engine.signals import STOPPED
+from selfgen_ds.ranks.signals import STOPPED
 
 _BEAT = 1.0  # seconds
 _SILENCE = 30.0  # seconds without a sign of life after which a rank counts as lost

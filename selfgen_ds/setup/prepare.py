@@ -20,39 +20,43 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from selfgen_ds.config import InputError, Recipe, to_yaml
-from selfgen_ds.data.batches import Windows
+from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.config import Recipe, to_yaml
+from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
-from selfgen_ds.engine import checkpoint, ds_config, launch, lora, probe
-from selfgen_ds.engine.agreement import check_ranks, together
-from selfgen_ds.engine.budget import sweep_budget
-from selfgen_ds.engine.checksum import weights_checksum
-from selfgen_ds.engine.head import LogitsForm
-from selfgen_ds.engine.model import (
+from selfgen_ds.engine import ds_config
+from selfgen_ds.engine.initialize import initialize, warm_up
+from selfgen_ds.errors import InputError
+from selfgen_ds.files import write_atomically
+from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.model import lora, probe
+from selfgen_ds.model.budget import sweep_budget
+from selfgen_ds.model.checksum import weights_checksum
+from selfgen_ds.model.head import LogitTransform
+from selfgen_ds.model.loading import (
     build_model,
     checkpoint_activations,
     model_config,
     trained_parameter_count,
     vocabulary,
 )
-from selfgen_ds.engine.policy import EnginePolicy
-from selfgen_ds.engine.storage import Storage, find_out
-from selfgen_ds.engine.trainer import initialize, warm_up
-from selfgen_ds.files import write_atomically
-from selfgen_ds.inputs import (
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
+from selfgen_ds.ranks.storage import Storage, find_out
+from selfgen_ds.rounds.rounds import Fingerprint, Rounds
+from selfgen_ds.setup.inputs import (
     check_positions,
     check_settings,
     check_shares,
     load_data,
     load_eval_data,
     load_method,
-    load_windows,
+    load_step_batches,
     sampling,
 )
-from selfgen_ds.methods.method import Method, RoundMethod
-from selfgen_ds.output import flat, open_output
-from selfgen_ds.rounds import Fingerprint, Rounds
+from selfgen_ds.setup.output_folder import flat, open_output
 from selfgen_ds.versions import versions
 
 log = logging.getLogger("selfgen_ds")
@@ -69,7 +73,7 @@ class Run:
     policy: EnginePolicy
     method: Method
     samples: list[Samples]
-    windows: Windows
+    windows: StepBatches
     """Of the data set itself."""
     rounds: Rounds | None
     """Methods that have rounds: what is trained on in place of the data set."""
@@ -100,22 +104,22 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         InputError: Bad input or configuration, the same on every rank.
     """
     json_config = check_settings(recipe, overrides)
-    launch.init_process_group()
+    process_group.init_process_group()
     check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
     folder, rank, world_size = Path(recipe.output_dir), dist.get_rank(), dist.get_world_size()
-    with together():
+    with raise_on_all_ranks():
         folder_lock = open_output(recipe, json_config) if rank == 0 else None
     storage = find_out(folder)
     if not storage.shared:
         log.info("hosts do not share %s: each keeps its ranks' part of the checkpoints", folder)
-    with together():
-        if storage.keeps and rank != 0:
+    with raise_on_all_ranks():
+        if storage.writes and rank != 0:
             folder_lock = open_output(recipe, json_config)
     resumed, step_size = None, _step_size(recipe, world_size)
     if recipe.resume == "auto":
         resumed = checkpoint.find(folder / "checkpoints", storage, recipe.trust_checkpoint)
         step_size = resumed.step_size if resumed else step_size
-    with together():
+    with raise_on_all_ranks():
         tokenizer = load_tokenizer(recipe.model)
         config = model_config(recipe.model, tokenizer)
         check_positions(recipe, config)
@@ -127,7 +131,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         if recipe.data.eval is not None:
             eval_samples = load_eval_data(recipe, tokenizer)
             check_shares(recipe, eval_samples)
-        windows = load_windows(
+        windows = load_step_batches(
             recipe,
             samples,
             step_size=step_size,
@@ -183,7 +187,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     rounds = None
     if isinstance(method, RoundMethod) and fingerprint is not None:
         settings = {name: getattr(recipe.selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
-        with together():
+        with raise_on_all_ranks():
             rounds = Rounds(
                 engine=engine,
                 policy=policy,
@@ -202,7 +206,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
                 step=resumed.step if resumed else 0,
                 poll=poll,
             )
-    if storage.keeps:  # nothing is refused from here on
+    if storage.writes:  # nothing is refused from here on
         resolved = {key: value for key, value in hf_config.config.items() if key != "checkpoint"}
         write_atomically(folder / "ds_config.json", json.dumps(resolved, indent=2) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
@@ -230,7 +234,7 @@ def _step_size(recipe: Recipe, world_size: int) -> int:
     return recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps * world_size
 
 
-def _tell_of_other_ranks(resumed: checkpoint.Checkpoint, windows: Windows, micro_batch_size: int) -> None:
+def _tell_of_other_ranks(resumed: checkpoint.Checkpoint, windows: StepBatches, micro_batch_size: int) -> None:
     world_size = dist.get_world_size()
     log.info(
         "%d ranks before, %d now: a step keeps its %d rows, as %d micro-batches of %d a rank",
@@ -248,7 +252,7 @@ def build_engine(
     recipe: Recipe,
     json_config: dict[str, Any],
     config: PretrainedConfig,
-    form: LogitsForm,
+    form: LogitTransform,
     tokenizer: PreTrainedTokenizerBase,
     total_steps: int,
 ) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
@@ -259,9 +263,9 @@ def build_engine(
     """
     hidden_size = config.get_text_config(decoder=True).hidden_size
     hf_config = ds_config.resolve(recipe, json_config, dist.get_world_size(), hidden_size)
-    launch.leave_node_group()
+    process_group.leave_node_group()
     set_seed(recipe.seed)
-    with together():
+    with raise_on_all_ranks():
         model = build_model(recipe.model, config, form, vocabulary(tokenizer))
         if recipe.model.lora is not None:
             set_seed(recipe.seed)
@@ -307,7 +311,7 @@ def _check_model(recipe: Recipe, config: PretrainedConfig, storage: Storage) -> 
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     need = checkpoint.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)
     if not storage.shared:  # every host keeps its ranks' part
-        need = need * launch.local_world_size() // dist.get_world_size()
+        need = need * process_group.local_world_size() // dist.get_world_size()
     room = f"a checkpoint takes {need / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free"
     if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
         raise InputError(f"output_dir: {room}")

@@ -16,8 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import groups
 
-from selfgen_ds.config import InputError
-from selfgen_ds.engine.heartbeat import Heartbeat
+from selfgen_ds.errors import InputError
+from selfgen_ds.ranks.heartbeat import Heartbeat
 
 log = logging.getLogger("selfgen_ds")
 
@@ -171,7 +171,7 @@ def _addresses() -> list[str]:
     return [address for address in found if not address.startswith("127.")]
 
 
-def everyone(mine: T) -> list[T]:
+def all_gather_object(mine: T) -> list[T]:
     """What every rank has, by rank. Collective."""
     found = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, mine)

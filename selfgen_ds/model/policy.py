@@ -23,9 +23,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.engine import head, rollouts
-from selfgen_ds.engine.budget import SweepBudget, row_bytes, token_bytes
 from selfgen_ds.methods.method import AnswerNoise, Policy
+from selfgen_ds.model import generation, head
+from selfgen_ds.model.budget import SweepBudget, row_bytes, token_bytes
 
 log = logging.getLogger("selfgen_ds")
 
@@ -44,7 +44,7 @@ class EnginePolicy(Policy):
 
     Args:
         forward: What is called for a forward: the DeepSpeed engine, or the model itself.
-        model: The extended model (`selfgen_ds.engine.model.extend`).
+        model: The extended model (`selfgen_ds.model.reductions.add_reductions`).
         end_tokens: Each of them ends an answer.
         budget: Size of one no-grad sweep; none means the whole window in one.
         generation_batch_size: Rows that a rank generates at once, at most.
@@ -112,7 +112,7 @@ class EnginePolicy(Policy):
             announced = self.sharded and gathers != self._choice
             self._choice = gathers
             if gathers:
-                stack.enter_context(rollouts.whole(offload))
+                stack.enter_context(generation.gathered_weights(offload))
             self.sharded, self.rows_at_once, self._inside_gathered = self.sharded and not gathers, rows, True
             self._tokens, self._seconds = 0, 0.0
             try:
@@ -136,7 +136,7 @@ class EnginePolicy(Policy):
             parameters = list(self.model.parameters())
             weights = sum(p.ds_numel * p.element_size() for p in parameters)
             live = min(weights, self.forward.zero_max_live_parameters() * self.model.dtype.itemsize)
-        free = rollouts.free_bytes()
+        free = generation.free_bytes()
         room = 0.9 * free  # the rest for what is not counted
 
         def fitting(taken: int) -> int:
@@ -171,8 +171,8 @@ class EnginePolicy(Policy):
         """Memory to generate one row."""
         if self._one_token_cache is None:
             with _evaluating(self.forward):  # nothing is cached in training with activation checkpointing
-                self._one_token_cache = rollouts.one_token_cache(self.model)
-        cache = rollouts.cache_bytes(self._one_token_cache, longest)
+                self._one_token_cache = generation.one_token_cache(self.model)
+        cache = generation.cache_bytes(self._one_token_cache, longest)
         return cache + row_bytes(self.model.config, self.model.dtype.itemsize, longest)
 
     def _most_tokens(self) -> float:
@@ -216,7 +216,7 @@ class EnginePolicy(Policy):
     @property
     def can_draw_in_order(self) -> bool:
         """Whether weights are whole for many draws in a row, and the model's cache holds attention alone."""
-        return self._inside_gathered and not self.sharded and rollouts.drops_rows(self.model)
+        return self._inside_gathered and not self.sharded and generation.drops_rows(self.model)
 
     @torch.no_grad()
     def draw_in_order(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
@@ -236,9 +236,9 @@ class EnginePolicy(Policy):
                 # all from the same column, what is given among it: no padding, and no cache wider than the longest row
                 start, end = int(first[rows].min()), int(behind[rows].max())
                 drawn = mask[rows, start:end]
-                choose = rollouts.in_place(context[rows, start:end], drawn, noise[rows, start:end], sample)
+                choose = generation.in_place(context[rows, start:end], drawn, noise[rows, start:end], sample)
                 prompts, needed = context[rows, :start].tolist(), (behind[rows] - start).tolist()
-                answers = rollouts.generate(self.model, prompts, end - start, [], choose, needed=needed)
+                answers = generation.generate(self.model, prompts, end - start, [], choose, needed=needed)
                 found = pad_sequence([torch.tensor(answer, device=mask.device) for answer in answers], batch_first=True)
                 row, column = drawn.nonzero(as_tuple=True)
                 context[rows[row], start + column] = found[row, column]
@@ -314,9 +314,9 @@ class EnginePolicy(Policy):
         with _evaluating(self.forward), _no_generation_defaults(self.model):
             for numbers in batches + [[]] * idle:
                 known = torch.tensor(numbers, device=self.device)
-                choose = None if noise is None else rollouts.by_noise(noise, sample, known)
+                choose = None if noise is None else generation.by_noise(noise, sample, known)
                 some = [prompts[number] for number in numbers]
-                found = rollouts.generate(self.model, some, max_new_tokens, self.end_tokens, choose, in_step)
+                found = generation.generate(self.model, some, max_new_tokens, self.end_tokens, choose, in_step)
                 for number, answer in zip(numbers, found, strict=True):
                     answers[number] = answer
         self._tokens += sum(map(len, answers))

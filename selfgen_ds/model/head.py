@@ -23,7 +23,7 @@ _DRAW_CHUNK, _SORTED_CHUNK = 32, 16  # a draw holds copies of them, top-p's sort
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitsForm:
+class LogitTransform:
     """What a model makes of its output layer: `cap * tanh(scale * linear(hidden) / cap)`, or no cap."""
 
     scale: float = 1.0
@@ -59,11 +59,11 @@ class LMHead(nn.Module):
     Without a reduction it is the plain linear layer: scale and cap are applied by the model's own forward.
     """
 
-    def __init__(self, linear: nn.Linear, form: LogitsForm | None = None) -> None:
+    def __init__(self, linear: nn.Linear, form: LogitTransform | None = None) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
-        self.form = form or LogitsForm()
+        self.form = form or LogitTransform()
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, ...]:
         if reduction is None:

@@ -1,6 +1,6 @@
 """The rounds of BASH and RAC: what the model drew at a round's start, and the windows over it.
 
-A round is drawn chunk by chunk, every rank its own, into `rollouts/round-01/` (`selfgen_ds.data.store`). A run that was
+A round is drawn chunk by chunk, every rank its own, into `rollouts/round-01/` (`store.py`). A run that was
 killed goes on at the first chunk that is missing; a round that is complete is never drawn again.
 """
 
@@ -24,16 +24,17 @@ import transformers
 from tqdm import tqdm
 
 from selfgen_ds import __version__
-from selfgen_ds.config import InputError
-from selfgen_ds.data.batches import Rows, Windows
+from selfgen_ds.data.batches import Rows, StepBatches
 from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.store import StoredRow, StoredRows, Writer, broken_files, load_table, read_audit
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.agreement import together
-from selfgen_ds.engine.checksum import weights_checksum
-from selfgen_ds.engine.policy import EnginePolicy
+from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import write_atomically
 from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.model.checksum import weights_checksum
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
+from selfgen_ds.rounds.store import StoredRows, Writer, broken_files, load_table, read_audit
 
 log = logging.getLogger("selfgen_ds")
 
@@ -76,7 +77,7 @@ class Rounds:
         policy: EnginePolicy,
         method: RoundMethod,
         samples: list[Samples],
-        windows: Windows,
+        windows: StepBatches,
         folder: Path,
         shared: Path | None,
         fingerprint: Fingerprint,
@@ -101,7 +102,7 @@ class Rounds:
             for drawn in complete:
                 if _number(drawn) in needed:
                     self._check(setting, drawn)
-        if shared and launch.rank() == 0 and not (folder / _SHARED).exists():
+        if shared and process_group.rank() == 0 and not (folder / _SHARED).exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / _SHARED, json.dumps([drawn.name for drawn in self._theirs]))
 
@@ -130,13 +131,13 @@ class Rounds:
         """Whether a round starts with this step."""
         return step > 0 and self._method.round_of(step) != self._method.round_of(step - 1)
 
-    def windows(self, step: int) -> Windows:
+    def windows(self, step: int) -> StepBatches:
         """The windows of the step's round, which is drawn if it has not been yet. Collective."""
         number = self._method.round_of(step)
         if self.number != number:
             folder = self._find(number, step) or self._draw(number, step)
             steps = range(self._method.first_step(number), self._method.first_step(number + 1))
-            with together():
+            with raise_on_all_ranks():
                 table, probability = load_table(folder), read_audit(folder)["replace_probability"]
             self._windows = self._plain.over(self._rows(table, number), steps)
             self.number, self.replace_probability = number, probability
@@ -153,7 +154,7 @@ class Rounds:
         is_own = found[0] is not None and found[0].parent == self._folder
         if is_own and step == self._method.first_step(number):
             weights = weights_checksum(self._engine)
-            with together():
+            with raise_on_all_ranks():
                 there = read_audit(self._folder / _name(number))["fingerprint"]["weights"]
             if there != weights:
                 log.warning("%s was drawn by other weights than now", found[0])
@@ -169,7 +170,7 @@ class Rounds:
             if (there := theirs.get(what)) != value:
                 name = {"model": "starting model"}.get(what, what)
                 raise InputError(f"{setting}: {folder} was drawn from another {name}: {there} there, {value} here")
-        if launch.rank() != 0:
+        if process_group.rank() != 0:
             return
         if broken := broken_files(folder):
             raise InputError(

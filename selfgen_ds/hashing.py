@@ -22,7 +22,8 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _mix(bits: Tensor) -> Tensor:
+def mix(bits: Tensor) -> Tensor:
+    """Hash int64 values to int64 values, element by element: splitmix64's finaliser."""
     bits = (bits ^ _shift_right(bits, 30)) * _MULTIPLIERS[0]
     bits = (bits ^ _shift_right(bits, 27)) * _MULTIPLIERS[1]
     return bits ^ _shift_right(bits, 31)
@@ -33,7 +34,7 @@ def bits(*keys: int | Tensor) -> Tensor:
     device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
     state = torch.as_tensor(keys[0], dtype=torch.int64, device=device)
     for key in keys[1:]:
-        state = _mix((state + _GOLDEN) ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
+        state = mix((state + _GOLDEN) ^ mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
     return state
 
 

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from selfgen_ds.engine import lora
+from selfgen_ds.model import lora
 
 _FILE = "tensors.json"
 _HF_FOLDER = "huggingface"
@@ -40,7 +40,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Content:
+class StateDictLayout:
     """What of a model is stored, and how."""
 
     tensors: dict[str, tuple[torch.Size, torch.dtype]]
@@ -50,7 +50,7 @@ class Content:
     config: PretrainedConfig
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Content:
+    def of(cls, model: PreTrainedModel) -> StateDictLayout:
         """Of a model whose parameters may be partitioned."""
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:
@@ -71,7 +71,7 @@ class Content:
         (folder / _FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Content:
+    def read(cls, folder: Path) -> StateDictLayout:
         """Of a checkpoint; needs none of its tensors."""
         content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder / _HF_FOLDER)

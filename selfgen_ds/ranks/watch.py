@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 import selfgen_ds
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.signals import BEFORE, SIGNALS, STOPPED
+from selfgen_ds.errors import Stopped
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.signals import BEFORE, SIGNALS, STOPPED
 
 log = logging.getLogger("selfgen_ds")
 
@@ -32,10 +33,6 @@ HELPERS = ("watch", "heartbeat", "heartbeat guard")
 _OUTSIDE = "is not in a collective"
 _OURS = str(Path(selfgen_ds.__file__).parent)
 _LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (dist, deepspeed))
-
-
-class Stopped(Exception):
-    """A signal asked for an end. The same on all ranks."""
 
 
 class Watch:
@@ -109,11 +106,11 @@ class Watch:
         """
         self._resume()
         asked = int(self._signal is not None)
-        found = torch.tensor([asked, forwards, -forwards], device=launch.device())
+        found = torch.tensor([asked, forwards, -forwards], device=process_group.device())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         stop, most, least = found.tolist()
         if most != -least:
-            everyone = launch.everyone(forwards)
+            everyone = process_group.all_gather_object(forwards)
             other = next(rank for rank, made in enumerate(everyone) if made != everyone[0])
             raise RuntimeError(f"rank {other} made {everyone[other]} forwards in a step, rank 0 made {everyone[0]}")
         if stop and not self._agreed:
@@ -136,7 +133,11 @@ class Watch:
                 for number in os.read(self._pipe[0], 64):
                     if number in SIGNALS:
                         self._notice(number)
-            of_all = self.forwards if launch.heartbeat is None else launch.heartbeat.forwards_of_all(self.forwards)
+            of_all = (
+                self.forwards
+                if process_group.heartbeat is None
+                else process_group.heartbeat.forwards_of_all(self.forwards)
+            )
             if of_all != self._of_all:
                 self._of_all, self._progress, self._told = of_all, time.monotonic(), False
             if not self._paused:
@@ -151,8 +152,8 @@ class Watch:
         self.forwards += 1
 
     def _end_all(self) -> None:
-        if launch.heartbeat is not None:
-            launch.heartbeat.end_all(BEFORE, STOPPED)
+        if process_group.heartbeat is not None:
+            process_group.heartbeat.end_all(BEFORE, STOPPED)
         print(f"selfgen-ds: {BEFORE}", file=sys.stderr, flush=True)
         os._exit(STOPPED)
 
@@ -161,18 +162,18 @@ class Watch:
             line = f"no rank has made a forward for {waited:.0f} s (train.stall_seconds)"
             sys.stderr.write(f"selfgen-ds: error: {line}; the run ends\n")
             sys.stderr.flush()
-            if launch.heartbeat is not None:
-                launch.heartbeat.end_all(line)
+            if process_group.heartbeat is not None:
+                process_group.heartbeat.end_all(line)
             os._exit(1)
         if waited > self._stall_seconds and not self._told:
             self._told = True
             where, stacks = _stacks()
             self._say(f"no rank has made a forward for {waited:.0f} s (train.stall_seconds); {where}\n{stacks}")
-            if launch.heartbeat is not None:
-                launch.heartbeat.stalled(where)
+            if process_group.heartbeat is not None:
+                process_group.heartbeat.stalled(where)
 
     def _say(self, text: str) -> None:
-        place = "this process" if launch.heartbeat is None else launch.heartbeat.place
+        place = "this process" if process_group.heartbeat is None else process_group.heartbeat.place
         sys.stderr.write(f"selfgen-ds: {place}: {text}\n")
         sys.stderr.flush()
 

@@ -20,7 +20,7 @@ log = logging.getLogger("selfgen_ds")
 _WINDOW, _LEAST_DIFFERING = 50, 0.01
 
 
-class Journal:
+class MetricsLogger:
     """One line an optimizer step. Every rank may call it; rank 0 writes.
 
     Args:

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from selfgen_ds.config import InputError, ModelConfig
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.head import LMHead, LogitsForm, Projection
-from selfgen_ds.engine.model import backbone, extend, from_config, parameter_count, router_loss_coefficient
+from selfgen_ds.config import ModelConfig
+from selfgen_ds.errors import InputError
+from selfgen_ds.model.head import LMHead, LogitTransform, Projection
+from selfgen_ds.model.loading import from_config, parameter_count
+from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
+from selfgen_ds.ranks import process_group
 
 _LENGTHS = (7, 6)  # of two samples
 _WORDS = 256
@@ -40,7 +42,7 @@ _SCALES = (
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training: bool = True) -> LogitsForm:
+def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training: bool = True) -> LogitTransform:
     """Try a small copy of the model; torch's generators are left as they were.
 
     Args:
@@ -76,7 +78,7 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
                 raise InputError(f"data.packing: {name} does not keep the samples of a packed row apart")
         if coefficient > 0:
             own = _attempt(lambda: small(ids, output_router_logits=True, use_cache=False).aux_loss)
-            extend(small, form)
+            add_reductions(small, form)
             longer = F.pad(ids, (0, 1))  # the last token of a row is not read
             everywhere = torch.ones_like(longer, dtype=torch.bool)
             if own is None or not _runs_equal(
@@ -123,11 +125,11 @@ def _runs_equal(work: Callable[[], Tensor], expected: Tensor) -> bool:
     return isinstance(result, Tensor) and result.shape == expected.shape and _same(result, expected)
 
 
-def _form(model: PreTrainedModel, config: PretrainedConfig, ids: Tensor) -> LogitsForm | None:
+def _form(model: PreTrainedModel, config: PretrainedConfig, ids: Tensor) -> LogitTransform | None:
     """The form that gives the model's own logits."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
-        extend(model)  # says so
+        add_reductions(model)  # says so
     # Words of very small and very large logits, so that scales and caps of any size show. A parameter of its own:
     # tied embeddings stay as they are.
     sizes = torch.logspace(-2, 3, len(linear.weight), device=model.device, dtype=linear.weight.dtype)
@@ -135,7 +137,7 @@ def _form(model: PreTrainedModel, config: PretrainedConfig, ids: Tensor) -> Logi
     own = model(ids, use_cache=False).logits.float()
     hidden = _hidden(model, ids)
 
-    def gives_the_same(form: LogitsForm) -> bool:
+    def gives_the_same(form: LogitTransform) -> bool:
         ours = LMHead(linear, form)(hidden, lambda rows, project: project.logits(rows))
         if not isinstance(ours, Tensor) or ours.shape != own.shape:
             return False
@@ -149,14 +151,14 @@ def _form(model: PreTrainedModel, config: PretrainedConfig, ids: Tensor) -> Logi
     return None
 
 
-def _from(config: PretrainedConfig, scale: tuple[str, int] | None, cap: str | None) -> LogitsForm | None:
+def _from(config: PretrainedConfig, scale: tuple[str, int] | None, cap: str | None) -> LogitTransform | None:
     """The form that some fields of a configuration say, None if it has no such number."""
     text = config.get_text_config(decoder=True)
     factor = getattr(text, scale[0], None) if scale else 1.0
     limit = getattr(text, cap, None) if cap else None
     if not isinstance(factor, int | float) or not factor or (cap and not isinstance(limit, int | float)):
         return None
-    return LogitsForm(scale=factor ** scale[1] if scale else 1.0, cap=limit)
+    return LogitTransform(scale=factor ** scale[1] if scale else 1.0, cap=limit)
 
 
 def _small(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
@@ -164,7 +166,7 @@ def _small(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     size = parameter_count(model, config)
     shrinks = [_narrow, _fewer_heads, _shallow] if size > _MOST else [copy.deepcopy]
     on_device = model.attn_implementation == "flash_attention_2"  # which runs nowhere else, nor in float32
-    dtype, device = (torch.bfloat16, launch.device()) if on_device else (torch.float32, torch.device("cpu"))
+    dtype, device = (torch.bfloat16, process_group.device()) if on_device else (torch.float32, torch.device("cpu"))
     problem = "it is too large"
     for shrink in shrinks:
         try:

@@ -1,67 +1,19 @@
-"""The model under DeepSpeed: set-up, the ZeRO-3 trace, and one optimizer step."""
+"""One optimizer step: forward and backward of every micro-batch, then the optimizer."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
 
-from selfgen_ds.config import OptimConfig
-from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.engine import extensions, head, launch
-
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-
-def initialize(
-    model: PreTrainedModel, ds_config: dict[str, Any], optim: OptimConfig, total_steps: int
-) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine, with AdamW that does not decay norms and biases (the one-dimensional parameters).
-
-    Collective.
-    """
-    extensions.clear_stale_locks()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # a partitioned parameter is empty; `ds_shape` is its real shape
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": optim.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    warmup_steps = round(optim.warmup_ratio * total_steps)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[group for group in groups if group["params"]],  # adapters have no vectors
-        lr_scheduler=lambda optimizer: get_scheduler(
-            _SCHEDULES[optim.schedule],
-            optimizer,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=total_steps,
-        ),
-        config=ds_config,
-    )
-    engine.monitor.enabled = False  # its own events take samples for steps: W&B would drop what the journal then writes
-    return engine
-
-
-def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
-    """A throw-away forward and backward with zero gradients.
-
-    ZeRO-3 prefetches by the order of modules in its first forward. Were that a no-grad pass, the record
-    would be thrown away in every step, at 2 to 4 times the gathers. Random generators are left as they were.
-    """
-    nothing = collate([]).to(engine.device)
-    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-        loss, router_loss = _losses(engine, nothing, 0.0, None)
-        engine.backward((loss + router_loss) * 0)
+from selfgen_ds.data.batches import TokenBatch
+from selfgen_ds.model import head
+from selfgen_ds.ranks import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +70,7 @@ def train_step(
     losses: list[Tensor] = []
     router_losses: list[Tensor] = []
     for number, (batch, its_weights) in enumerate(zip(window, weights, strict=True), start=1):
-        loss, router_loss = _losses(engine, batch, label_smoothing, its_weights)
+        loss, router_loss = forward_losses(engine, batch, label_smoothing, its_weights)
         losses.append(loss.detach())
         router_losses.append(router_loss.detach())
         objective = loss * (parts / targets) + router_loss * (coefficient * parts / batches)
@@ -153,7 +105,7 @@ def _weights(batch: TokenBatch, drawn_context_weight: float) -> Tensor | None:
     return torch.where(follows_drawn[batch.loss_mask], drawn_context_weight, 1.0)
 
 
-def _losses(
+def forward_losses(
     engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothing: float, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the token losses, and the router loss (0 for a model without one)."""
@@ -193,4 +145,4 @@ def _suspects(window: list[TokenBatch], losses: list[Tensor]) -> list[int]:
         if not torch.isfinite(loss)
         for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist()
     ]
-    return sorted(sample_id for ids in launch.everyone(mine) for sample_id in ids)
+    return sorted(sample_id for ids in process_group.all_gather_object(mine) for sample_id in ids)

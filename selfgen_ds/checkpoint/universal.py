@@ -1,6 +1,6 @@
 """A checkpoint of other ranks, converted by DeepSpeed into its universal form, which any number of ranks can load.
 
-The tool that DeepSpeed has for it works in this process, without workers: what `selfgen_ds.engine.unpickling` forbids
+The tool that DeepSpeed has for it works in this process, without workers: what `unpickling.py` forbids
 holds for it as well.
 """
 
@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
-from selfgen_ds.config import InputError
-from selfgen_ds.engine import launch, unpickling
+from selfgen_ds.checkpoint import unpickling
+from selfgen_ds.errors import InputError
+from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
 
@@ -41,7 +42,7 @@ def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
         InputError: There is no room for it, or the engine cannot load it.
     """
     folder = path.parent / FOLDER
-    for problem in filter(None, launch.everyone(_has_no_share(engine, path) or _has_no_room(path))):
+    for problem in filter(None, process_group.all_gather_object(_has_no_share(engine, path) or _has_no_room(path))):
         raise InputError(problem)
     log.info("converting %s for %d ranks, in %.1f MB of disk", path, dist.get_world_size(), _needed(path) / 1e6)
     started = time.perf_counter()

@@ -9,7 +9,8 @@ from typing import IO, Any
 
 import yaml
 
-from selfgen_ds.config import DataConfig, InputError, Recipe, to_yaml
+from selfgen_ds.config import DataConfig, Recipe, to_yaml
+from selfgen_ds.errors import InputError
 from selfgen_ds.files import lock, make_folder
 
 # What may change when a run is resumed; everything else would make it another run.

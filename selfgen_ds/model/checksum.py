@@ -6,7 +6,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from selfgen_ds.methods import noise
+from selfgen_ds import hashing
 
 _PIECE = 1 << 22  # elements that are hashed at once
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,6 +28,6 @@ def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
             for first in range(rank * _PIECE, len(bits), world_size * _PIECE):
                 piece = bits[first : first + _PIECE].long()
                 places = torch.arange(first, first + len(piece), device=piece.device)
-                total += noise.bits(number, places, piece).sum()
+                total += hashing.bits(number, places, piece).sum()
     dist.all_reduce(total)
     return f"{int(total) & (1 << 64) - 1:016x}"

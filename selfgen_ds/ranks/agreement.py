@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from selfgen_ds.config import InputError
-from selfgen_ds.engine import launch
+from selfgen_ds.errors import InputError
+from selfgen_ds.ranks import process_group
 
 
 def check_ranks(facts: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def check_ranks(facts: dict[str, Any]) -> None:
     Raises:
         InputError: Something is not, with a rank and its host: on all ranks.
     """
-    everyone = launch.everyone((socket.gethostname(), facts))
+    everyone = process_group.all_gather_object((socket.gethostname(), facts))
     first_host, first = everyone[0]
     lines: dict[str, str] = {}
     for rank, (host, theirs) in enumerate(everyone[1:], start=1):
@@ -33,14 +33,14 @@ def check_ranks(facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Bad input on one rank is bad input on all of them, which say whose it is."""
     mine = None
     try:
         yield
     except InputError as error:
         mine = str(error)
-    everyone = launch.everyone((socket.gethostname(), mine))
+    everyone = process_group.all_gather_object((socket.gethostname(), mine))
     if all(problem == everyone[0][1] for _, problem in everyone):
         if everyone[0][1] is not None:
             raise InputError(everyone[0][1])

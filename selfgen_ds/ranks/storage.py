@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from selfgen_ds.engine import launch
+from selfgen_ds.ranks import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Storage:
 
     shared: bool
     """Whether all ranks see the same folder; otherwise every host has a part of each checkpoint."""
-    keeps: bool
+    writes: bool
     """Whether this rank makes, marks and removes folders: rank 0, or where they are not shared the first of a host."""
 
 
@@ -32,7 +32,7 @@ def find_out(folder: Path) -> Storage:
     dist.barrier()
     with suppress(OSError):  # a host without the folder is one that does not share it
         folder.mkdir(parents=True, exist_ok=True)  # asks a server whose folder was not there a moment ago
-    shared = all(launch.everyone(probe.exists()))
+    shared = all(process_group.all_gather_object(probe.exists()))
     if rank == 0:
         probe.unlink()
-    return Storage(shared=shared, keeps=(rank if shared else launch.local_rank()) == 0)
+    return Storage(shared=shared, writes=(rank if shared else process_group.local_rank()) == 0)

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from selfgen_ds.engine import launch
-from selfgen_ds.engine.head import Sampler
-from selfgen_ds.engine.model import most_positions
 from selfgen_ds.methods.method import AnswerNoise
+from selfgen_ds.model.head import Sampler
+from selfgen_ds.model.loading import most_positions
+from selfgen_ds.ranks import process_group
 
 _SEGMENT = 32  # tokens between two looks for finished rows
 _SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
@@ -208,11 +208,11 @@ def free_bytes() -> int:
     """Memory that this rank may take now: of its accelerator, or its part of the host's."""
     get_accelerator().empty_cache()
     free = get_accelerator().available_memory()
-    return free // launch.local_world_size() if get_accelerator().device_name() == "cpu" else free
+    return free // process_group.local_world_size() if get_accelerator().device_name() == "cpu" else free
 
 
 @contextmanager
-def whole(offload: Any) -> Iterator[None]:
+def gathered_weights(offload: Any) -> Iterator[None]:
     """ZeRO-3's weights gathered and its hooks away: a plain model on every rank, until the end, come what may.
 
     Nothing may be gathered yet. The hooks go back as they were, every one in its place, so that the recorded order of

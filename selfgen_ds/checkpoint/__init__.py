@@ -1,0 +1,1 @@
+"""Checkpoints: written, verified, loaded, converted to other numbers of ranks, and exported."""

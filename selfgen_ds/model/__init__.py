@@ -1,0 +1,1 @@
+"""The causal LM: its weights, its LM head, and what methods ask of it."""

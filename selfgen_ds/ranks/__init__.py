@@ -1,0 +1,1 @@
+"""The processes of a run: their process group, signals, and signs of life."""

@@ -1,0 +1,1 @@
+"""The rounds of BASH and RAC: drawn, written, and read as training rows."""

@@ -1,0 +1,1 @@
+"""From a recipe to a run that stands at its first step."""
