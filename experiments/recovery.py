@@ -1,4 +1,4 @@
-"""Recovery after a forced error on `builtin:pointer_chase`, by method and seed: the table of docs/methods.md.
+"""Recovery after a forced error on `builtin:pointer_chase`, by method and seed: the table of docs/results.md.
 
     python experiments/recovery.py --output_dir runs/recovery
 

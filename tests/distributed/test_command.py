@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfgen_ds import __version__
 from tests.distributed import runs
 from tests.forked import Run, command
-from tests.ranks import ROOT, SHARED, Launched, deepspeed, free_port
+from tests.ranks import SHARED, Launched, deepspeed, free_port
 
 BIN = Path(sys.executable).parent
 RECIPE = """
@@ -238,9 +237,3 @@ def test_gsm8k_is_trained_on_killed_resumed_exported_and_loaded(folder: Path) ->
     answers = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for model in models]
     assert answers[0].shape[1] > 16
     assert torch.equal(*answers)
-
-
-def test_the_files_that_the_readme_names_are_here() -> None:
-    named = re.findall(r"\b(?:recipes|ds_configs|selfgen_ds|launch)/[\w./-]+\b", (ROOT / "README.md").read_text())
-    assert len(named) > 5
-    assert [name for name in named if not (ROOT / name).exists()] == []

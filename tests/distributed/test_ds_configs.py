@@ -1,4 +1,4 @@
-"""Every JSON in `ds_configs/`: it has a row in the README there, is found valid, and trains on real ranks."""
+"""Every JSON in `ds_configs/`: it has a row in docs/deepspeed.md, is found valid, and trains on real ranks."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def write_json(folder: Path, name: str, **edits: Any) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_json_has_a_row_in_the_readme_and_is_valid_as_it_stands(tmp_path: Path, name: str) -> None:
-    rows = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+def test_every_json_has_a_row_in_its_page_and_is_valid_as_it_stands(tmp_path: Path, name: str) -> None:
+    rows = (FOLDER.parent / "docs" / "deepspeed.md").read_text(encoding="utf-8").splitlines()
     assert [row for row in rows if row.startswith(f"| `{name}` |")]
     problems = ds_config.problems(runs.recipe(tmp_path), ds_config.read(str(FOLDER / name)), 8)
     places = [p for p in problems if "nvme_path: expected a folder, got '/local_nvme'" in p or "needs libaio" in p]

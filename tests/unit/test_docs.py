@@ -1,0 +1,127 @@
+"""The pages promise nothing that the tree does not hold: paths, links, settings, commands, log lines, lengths."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from selfgen_ds import cli
+from selfgen_ds.config import LoraConfig, Recipe
+from tests.ranks import ROOT
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+FOLDERS = "recipes|ds_configs|selfgen_ds|launch|docs|tests|benchmarks|experiments"
+VARYING = r"\.\.\.|[,:;]|rank \d|step-\d+|node\d|\d[\d.]*|'[^']*'|\([^)]*\)|RuntimeError|selfgen_ds/\S*"
+"""What is different in every log line: numbers, names, values."""
+SECTIONS = {name: kind for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)}
+SETTINGS = (
+    {field.name for field in fields(Recipe)}
+    | {f"{section}.{field.name}" for section, kind in SECTIONS.items() for field in fields(kind)}
+    | {f"model.lora.{field.name}" for field in fields(LoraConfig)}
+)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in an indented block, without comments; lines that end with `\\` are joined."""
+    lines = re.findall(r"^ {4,}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    programs = ("deepspeed ", "torchrun ", "mpirun ", "python ", "selfgen-ds ", "launch/", "sbatch ", "make ")
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(programs)]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_to_files_and_headings_that_are_there(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", TEXTS[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_paths_of_the_repository_are_there(page: str) -> None:
+    named = re.findall(rf"(?<![\w/.-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*[\w*/])", TEXTS[page])
+    assert [path for path in named if not list(ROOT.glob(path))] == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_settings_are_those_of_the_configuration(page: str) -> None:
+    section = rf"(?:{'|'.join(SECTIONS)})"
+    given = re.findall(rf"(?<![\w-])--({section}\.[\w.]+)", TEXTS[page])
+    quoted = re.findall(rf"`({section}\.[a-z_.]+)(?=[`:])", TEXTS[page])
+    named = {name.removesuffix(".help") for name in [*given, *quoted]}
+    assert {
+        name for name in named if name not in SECTIONS and not name.endswith((".md", ".py", ".json", ".jsonl"))
+    } <= SETTINGS
+
+
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    return cli._parser()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_are_understood(page: str, parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for words in commands(TEXTS[page]):
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), words
+        starts = [number for number, word in enumerate(words) if word in ("selfgen-ds", "selfgen_ds")]
+        if starts:
+            arguments = words[starts[0] + 1 :]
+        elif scripts := [number for number, word in enumerate(words) if word.startswith("launch/")]:
+            script = scripts[0]
+            options = [word for word in words[script + 1 :] if word != "--dry-run"]
+            arguments = ["train", "--config", *options["slurm" not in words[script] :]]
+        else:
+            continue
+        if arguments[0] == "bench" and "--config" not in arguments:
+            arguments[1:1] = ["--config", "recipes/bench.yaml"]
+        parser.parse_args(arguments)
+
+
+def test_make_targets_in_the_text_are_there() -> None:
+    named = {target for text in TEXTS.values() for target in re.findall(r"`make ([\w-]+)`", text)}
+    assert {"check", "test", "test-all"} <= named
+    assert [target for target in named if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)] == []
+
+
+def test_pages_are_short_and_in_the_table_of_the_readme() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+    for page, text in TEXTS.items():
+        assert page in ("README.md", "docs/cost-details.md") or f"]({page})" in TEXTS["README.md"], page
+        assert len(text.splitlines()) <= 150 or page == "docs/settings.md", page
+
+
+def test_the_page_of_the_settings_is_what_its_script_writes() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_settings.py"))
+    assert TEXTS["docs/settings.md"] == script["page"](), "run `python docs/make_settings.py`"
+
+
+def test_the_lines_that_are_explained_are_those_that_the_code_writes() -> None:
+    files = [*(ROOT / "selfgen_ds").rglob("*.py"), *(ROOT / "launch").glob("*")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
+    source = re.sub(r"\"\s*\n\s*f?\"", "", source)  # one literal on two lines
+    table = re.findall(r"^\| (`.*?) \|", TEXTS["docs/troubleshooting.md"].split("## Timeouts")[0], re.MULTILINE)
+    lines = [line for cell in table for line in re.findall(r"`([^`]+)`", cell)]
+    assert len(lines) > 15
+    for line in lines:
+        parts = re.split(
+            r"\.\.\.|[,:;]|rank \d|step-\d+|node\d|\d[\d.]*|'[^']*'|\([^)]*\)|RuntimeError|selfgen_ds/\S*", line
+        )
+        for part in map(str.strip, parts):
+            assert len(part) < 5 or part in source, f"{line!r}: {part!r}"
