@@ -1,10 +1,10 @@
-# `make demo` and `make test` set everything up by themselves; `make install` is that set-up alone.
+# Every target sets up what it needs; `make install` is that set-up alone.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo lint test test-cluster cluster-packages async-io soak clean
+.PHONY: install demo lint check check-tests test test-all costs test-cluster cluster-packages async-io soak clean
 
 install: .venv/installed
 
@@ -44,11 +44,29 @@ lint: install
 	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch; \
 	else echo "launch/ was not checked: shellcheck is missing (Debian: apt-get install shellcheck)"; fi
 
-# Two modules at a time, each with ranks of its own.
-test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
+# One process runs the tests that start ranks, beside one that runs unit tests: tests/conftest.py says why.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
-# Several hosts and a Slurm, as namespaces of this machine. `make test` runs these too where the packages are there.
+# The inner loop, at most 2 minutes on two cores: unit tests, and the distributed tests marked `check`.
+check: install
+	@$(MAKE) --no-print-directory --jobs 2 lint check-tests
+
+check-tests: install
+	$(PYTEST) -m check tests/unit tests/distributed
+
+# All but the matrices marked `slow`, at most 10 minutes.
+test: lint
+	$(PYTEST) -m "not slow"
+
+# Everything, which is what CI runs.
+test-all: lint
+	$(PYTEST) -o junit_family=xunit1 --junitxml build/tests.xml
+
+# tests/costs.md from the last `make test-all`.
+costs: install
+	$(BIN)/python -m tests.costs build/tests.xml
+
+# Several hosts and a Slurm, as namespaces of this machine. `make test-all` runs these too if the packages are installed.
 test-cluster: install cluster-packages
 	$(BIN)/python -m pytest tests/cluster
 

@@ -1,3 +1,5 @@
+"""What every test process needs before torch is imported, the order of the tests, and the ranks that tests share."""
+
 from __future__ import annotations
 
 import os
@@ -8,23 +10,41 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# read when `datasets` and `huggingface_hub` are imported; ranks and commands that tests start inherit them
+# torch, datasets, and huggingface_hub read these when they are imported; ranks and commands that tests start inherit
+# them. Two test processes with a pool of threads each would fight for two cores, over tensors too small to share.
 _cache = tempfile.TemporaryDirectory(prefix="selfgen-ds-tests-")
-os.environ.update(HF_DATASETS_CACHE=_cache.name, HF_HUB_OFFLINE="1")
+os.environ.update(HF_DATASETS_CACHE=_cache.name, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 from tests.ranks import Ranks  # noqa: E402
 
 
-class ByModule(LoadScopeScheduling):
-    """Of xdist: the tests of a module share fixtures, those of tests/cluster the hosts."""
+class OnePairOfRanks(LoadScopeScheduling):
+    """Give one xdist worker all tests that start ranks, and the others the unit tests, a module at a time.
+
+    A pair of ranks keeps two cores busy: with a second pair beside it, the ranks of both wait for each other's
+    collectives, and limits on time (heartbeats, stops, locks) are met by chance. The tests of a module, and of
+    tests/cluster as a whole, share fixtures, so a module is never split.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        module = nodeid.split("::")[0]
-        return "cluster" if "/cluster/" in module else module
+        return nodeid.split("::")[0] if nodeid.startswith("tests/unit/") else "ranks"
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByModule:
-    return ByModule(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OnePairOfRanks:
+    return OnePairOfRanks(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark unit tests as `check` and tests/cluster as `slow`, and record every test's tier for `tests/costs.py`."""
+    for item in items:
+        if item.nodeid.startswith("tests/cluster/"):
+            item.add_marker("slow")
+        slow = item.get_closest_marker("slow") is not None
+        if item.nodeid.startswith("tests/unit/") and not slow:
+            item.add_marker("check")
+        tier = "slow" if slow else "check" if item.get_closest_marker("check") else "test"
+        item.user_properties.append(("tier", tier))
 
 
 @pytest.fixture(scope="session")
