@@ -1,1 +1,1 @@
-"""Everything that knows DeepSpeed: launch, set-up, the self-generated-token pass, the step, checkpoints, export."""
+"""DeepSpeed: its JSON, the engine around the model, and one optimizer step."""

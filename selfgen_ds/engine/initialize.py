@@ -1,4 +1,4 @@
-"""The model under DeepSpeed: its engine, optimizer and learning rate, and the ZeRO-3 trace."""
+"""Put the model under DeepSpeed: engine, optimizer, learning rate, and the ZeRO-3 trace."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 def initialize(
     model: PreTrainedModel, ds_config: dict[str, Any], optim: OptimConfig, total_steps: int
 ) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine, with AdamW that does not decay norms and biases (the one-dimensional parameters).
+    """Return the DeepSpeed engine, with an AdamW that does not decay norms and biases (one-dimensional parameters).
 
-    Collective.
+    Collective: every rank must call this.
+
+    Args:
+        ds_config: The resolved DeepSpeed JSON (`selfgen_ds.engine.ds_config.resolve`).
+        total_steps: Optimizer steps of the run, which the learning-rate schedule spans.
     """
     extensions.clear_stale_locks()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # a partitioned parameter is empty; `ds_shape` is its real shape
+    # A sharded parameter is empty on every rank; `ds_shape` is its full shape.
     matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [
@@ -44,17 +48,22 @@ def initialize(
         ),
         config=ds_config,
     )
-    engine.monitor.enabled = False  # its own events take samples for steps: W&B would drop the metrics that follow
+    # DeepSpeed's own events count samples as steps, after which W&B would drop the metrics of lower step numbers.
+    engine.monitor.enabled = False
     return engine
 
 
 def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
-    """A throw-away forward and backward with zero gradients.
+    """Run a forward and a backward with gradients of 0, so that ZeRO-3 records the order of a training step.
 
-    ZeRO-3 prefetches by the order of modules in its first forward. Were that a no-grad pass, the record
-    would be thrown away in every step, at 2 to 4 times the gathers. Random generators are left as they were.
+    ZeRO-3 prefetches parameters in the order of its first forward. If this were a no-grad pass, ZeRO-3 would discard
+    the record in every step, which takes 2 to 4 times the gathers. Random generators are left as they were.
+
+    Collective: every rank must call this.
     """
-    nothing = collate([]).to(engine.device)
+    # An empty micro-batch: one row of two padding tokens, the fewest that run every layer (the last token of a row is
+    # not read). The loss over no target is 0 and has gradients of 0.
+    empty = collate([]).to(engine.device)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-        loss, router_loss = forward_losses(engine, nothing, 0.0, None)
+        loss, router_loss = forward_losses(engine, empty, 0.0, None)
         engine.backward((loss + router_loss) * 0)

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of every micro-batch, then the optimizer."""
+"""Run one optimizer step: forward and backward of every micro-batch, then the optimizer."""
 
 from __future__ import annotations
 
@@ -18,97 +18,115 @@ from selfgen_ds.ranks import process_group
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did, over all ranks."""
+    """Results of one optimizer step over all ranks, the same on every rank."""
 
     loss: float
-    """Mean over the step's target tokens, by weight."""
+    """Weighted mean of the losses of the step's target tokens."""
     learning_rate: float
-    """Of the matrices' parameter group, in this step."""
+    """Learning rate of the step."""
     router_loss: float | None
-    """A mixture of experts' load balancing loss, without its coefficient: mean over micro-batches that have tokens."""
+    """Load balancing loss of a mixture of experts without its coefficient: the mean over micro-batches with tokens."""
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     drawn: int
-    """Drawn tokens in the place of a target."""
+    """Drawn context tokens at the positions of targets."""
     differing: int
-    """Those that differ from it."""
+    """Drawn context tokens that differ from the target at their position."""
     tokens: int
-    """Real tokens of the rows."""
+    """Tokens of the rows, without padding."""
     applied: bool
-    """False if loss or gradient was not finite and the step was dropped."""
+    """False if the loss or a gradient was not finite, so that the step was dropped."""
     suspects: list[int]
     """Sample ids of the micro-batches whose loss was not finite."""
 
 
 def train_step(
     engine: deepspeed.DeepSpeedEngine,
-    window: list[TokenBatch],
+    batches: list[TokenBatch],
     label_smoothing: float,
     drawn_context_weight: float = 1.0,
 ) -> StepResult:
-    """Forward and backward of every micro-batch, then the optimizer.
+    """Run forward and backward of every micro-batch, then the optimizer.
 
-    The loss is the weighted sum over target tokens divided by the sum of the weights of the whole step, over all
-    micro-batches and ranks: never a mean of unequal means. A mixture of experts is trained on its router loss as well.
+    The loss is the weighted sum over the target tokens of the whole step, divided by the sum of their weights, over all
+    micro-batches and ranks. It is never a mean of unequal means. A mixture of experts is also trained on its router
+    loss.
+
+    Collective: every rank must call this with the same number of micro-batches.
 
     Args:
-        drawn_context_weight: Weight of a target that directly follows a drawn token; others have 1.
+        batches: This rank's micro-batches of the step.
+        drawn_context_weight: Weight of a target that directly follows a drawn token. Other targets have weight 1.
 
     Raises:
-        RuntimeError: The loss is not finite at ZeRO stage 0, where DeepSpeed would apply it.
+        RuntimeError: The loss is not finite at ZeRO stage 0, at which DeepSpeed would apply the step.
     """
-    weights = [_weights(batch, drawn_context_weight) for batch in window]
-    counts = [
-        torch.stack([b.loss_mask.sum() if w is None else w.sum(), (b.sample_ids >= 0).any()]).double()
-        for b, w in zip(window, weights, strict=True)
-    ]
-    targets, batches = (count or 1.0 for count in _sum_over_ranks(torch.stack(counts).sum(dim=0)).tolist())
-    # DeepSpeed divides by the accumulation steps and averages over ranks
-    parts = len(window) * dist.get_world_size()
+    weights = [_target_weights(batch, drawn_context_weight) for batch in batches]
+    total_weight, nonempty = (count or 1.0 for count in _sum_over_ranks(_normalizers(batches, weights)).tolist())
+    # DeepSpeed divides the loss by the accumulation steps and averages gradients over the ranks.
+    parts = len(batches) * dist.get_world_size()
     learning_rate = engine.get_lr()[0]
     coefficient = engine.module.router_loss_coefficient
     losses: list[Tensor] = []
     router_losses: list[Tensor] = []
-    for number, (batch, its_weights) in enumerate(zip(window, weights, strict=True), start=1):
-        loss, router_loss = forward_losses(engine, batch, label_smoothing, its_weights)
+    for number, (batch, batch_weights) in enumerate(zip(batches, weights, strict=True), start=1):
+        loss, router_loss = forward_losses(engine, batch, label_smoothing, batch_weights)
         losses.append(loss.detach())
         router_losses.append(router_loss.detach())
-        objective = loss * (parts / targets) + router_loss * (coefficient * parts / batches)
-        if number == len(window):
-            totals = _sum_over_ranks(_totals(window, losses, router_losses))
-            # One rank's NaN or infinity becomes every rank's NaN gradient, on which DeepSpeed drops the step.
+        objective = loss * (parts / total_weight) + router_loss * (coefficient * parts / nonempty)
+        if number == len(batches):
+            totals = _sum_over_ranks(_totals(batches, losses, router_losses))
+            # NaN or infinity on one rank becomes a NaN gradient on every rank, so that DeepSpeed drops the step.
             objective = objective * (totals[:2].sum() * 0 + 1)
         engine.backward(objective)
-        if engine.zero_optimization_stage() == 0 and number == len(window) and not torch.isfinite(totals[:2]).all():
+        if engine.zero_optimization_stage() == 0 and number == len(batches) and not torch.isfinite(totals[:2]).all():
             raise RuntimeError("the loss is not finite, and ZeRO stage 0 cannot drop a step")
         engine.step()
     loss_total, router_total, drawn, differing, tokens = totals.tolist()
-    finite = math.isfinite(loss_total)
     return StepResult(
-        loss=loss_total / targets,
+        loss=loss_total / total_weight,
         learning_rate=learning_rate,
-        router_loss=router_total / batches if coefficient else None,
+        router_loss=router_total / nonempty if coefficient else None,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         drawn=int(drawn),
         differing=int(differing),
         tokens=int(tokens),
         applied=engine.was_step_applied(),
-        suspects=[] if finite else _suspects(window, losses),
+        suspects=[] if math.isfinite(loss_total) else _suspects(batches, losses),
     )
 
 
-def _weights(batch: TokenBatch, drawn_context_weight: float) -> Tensor | None:
-    """`[targets]` float32, in row-major order; none where all are 1."""
+def _normalizers(batches: list[TokenBatch], weights: list[Tensor | None]) -> Tensor:
+    """Return the divisors of loss and router loss on this rank: `[2]` float64.
+
+    They are the sum of the targets' weights, and the number of micro-batches with tokens.
+    """
+    counts = [
+        torch.stack([b.loss_mask.sum() if w is None else w.sum(), (b.sample_ids >= 0).any()]).double()
+        for b, w in zip(batches, weights, strict=True)
+    ]
+    return torch.stack(counts).sum(dim=0)
+
+
+def _target_weights(batch: TokenBatch, drawn_context_weight: float) -> Tensor | None:
+    """Return the targets' weights in row-major order, `[targets]` float32; None if all of them are 1."""
     if drawn_context_weight == 1.0:
         return None
-    follows_drawn = F.pad(batch.drawn[:, :-1], (1, 0))  # in its own sample: a sample's first token is no target
+    # A sample's first token is never a target, so a target follows a token of its own sample.
+    follows_drawn = F.pad(batch.drawn[:, :-1], (1, 0))
     return torch.where(follows_drawn[batch.loss_mask], drawn_context_weight, 1.0)
 
 
 def forward_losses(
     engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothing: float, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the token losses, and the router loss (0 for a model without one)."""
+    """Run one forward; return the weighted sum of the token losses, and the router loss (0 for a dense model).
+
+    Collective under ZeRO-3: every rank must call this, because the forward gathers weights.
+
+    Args:
+        weights: `[targets]`, the weight of each target in row-major order; None means 1.
+    """
     reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing, weights)
     routed = batch.sample_ids >= 0 if engine.module.router_loss_coefficient else None
     result = engine(
@@ -121,28 +139,35 @@ def forward_losses(
     return (result, result.new_zeros(())) if routed is None else result
 
 
-def _totals(window: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor]) -> Tensor:
-    """`[5]` float64 on this rank: loss, router loss, drawn tokens, drawn tokens that differ, real tokens."""
-    drawn = [b.drawn & b.loss_mask for b in window]  # what stands beside the targets has nothing to differ from
+def _totals(batches: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor]) -> Tensor:
+    """Sum up the step on this rank: `[5]` float64.
+
+    The sums are: loss, router loss, drawn tokens, drawn tokens that differ from the target, and real tokens.
+    """
+    drawn = [b.drawn & b.loss_mask for b in batches]  # other drawn tokens have no target to differ from
     counts = [
         torch.stack([d.sum(), (d & (b.context != b.target)).sum(), (b.sample_ids >= 0).sum()])
-        for b, d in zip(window, drawn, strict=True)
+        for b, d in zip(batches, drawn, strict=True)
     ]
     sums = [torch.stack(values).double().sum() for values in (losses, router_losses)]
     return torch.cat([torch.stack(sums), torch.stack(counts).sum(dim=0).double()])
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over the ranks, in place. Collective: every rank must call this."""
     dist.all_reduce(values)
     return values
 
 
-def _suspects(window: list[TokenBatch], losses: list[Tensor]) -> list[int]:
-    """Every rank comes here together: all saw the same sum."""
-    mine = [
+def _suspects(batches: list[TokenBatch], losses: list[Tensor]) -> list[int]:
+    """Return the sample ids of all ranks' micro-batches whose loss is not finite, ascending.
+
+    Collective: every rank must call this. All ranks do, because they decide by the same sum of losses.
+    """
+    sample_ids = [
         sample_id
-        for batch, loss in zip(window, losses, strict=True)
+        for batch, loss in zip(batches, losses, strict=True)
         if not torch.isfinite(loss)
         for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist()
     ]
-    return sorted(sample_id for ids in process_group.all_gather_object(mine) for sample_id in ids)
+    return sorted(sample_id for ids in process_group.all_gather_object(sample_ids) for sample_id in ids)

@@ -1,34 +1,43 @@
-"""What forwards hold in memory, so that those without a gradient need no more than the training step."""
+"""Memory that forwards take, so that forwards without a gradient need no more than the training step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepBudget:
-    """How large a no-grad sweep may be to stay under the training step's peak memory. In elements.
+    """How many tokens one no-grad sweep may read and stay under the training step's peak memory.
 
-    A no-grad forward holds one layer's working set a token: the residual, the normed input, queries, keys,
-    values and their rotated copies, or the MLP's gate, up and product. A training step with checkpointing holds
-    every layer's input (unless these wait in host memory) and, while one layer is recomputed and goes backward, all
-    that it saved and the gradients of it; without checkpointing, what every layer saved. A forward also holds the
-    buffer that ZeRO-3 prefetches parameters into; by the backward's peak it is gone.
+    For each token, a no-grad forward holds the working set of one layer: the residual, the normed input, queries, keys,
+    values and their rotated copies, or the gate, up projection, and product of the MLP. A training step with activation
+    checkpointing holds the input of every layer (unless these wait in host memory) and, for the layer that is
+    recomputed and goes backward, all saved tensors and their gradients. Without checkpointing, a training step holds
+    the saved tensors of every layer. A forward also holds the buffer that ZeRO-3 prefetches parameters into; at the
+    peak of the backward this buffer is free again.
     """
 
     forward: int
-    """Of a no-grad forward, a token."""
+    """Elements that a no-grad forward holds per token."""
     training: int
-    """Of a training step, a token."""
+    """Elements that a training step holds per token."""
     prefetched: int
-    """ZeRO-3's prefetch buffer."""
+    """Elements of ZeRO-3's prefetch buffer."""
 
     def tokens(self, micro_batch_tokens: int) -> float:
-        """Tokens of a sweep, padding included, given those of the largest micro-batch that is trained on.
+        """Tokens that a sweep may read, padding included.
 
-        A tenth is left for ids, masks and noise. One micro-batch always fits: its training forward holds more.
+        A tenth of the memory is left for ids, masks, and noise. One micro-batch always fits, because its training
+        forward holds more.
+
+        Args:
+            micro_batch_tokens: Tokens of the largest micro-batch that is trained on, padding included.
         """
         fitting = 0.9 * (self.training * micro_batch_tokens - self.prefetched) / self.forward
         return max(fitting, micro_batch_tokens)
@@ -45,44 +54,55 @@ def sweep_budget(
     adapted: bool = False,
     offloaded: bool = False,
 ) -> SweepBudget:
-    """The budget of a transformer.
+    """Compute the budget of a transformer.
 
     Args:
-        prefetched: Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`, at most the model).
-        packed_length: Tokens of a packed row, which has a mask of all its pairs of tokens; None without packing.
-        adapted: Whether adapters are trained. A layer's forward then also holds the adapter's output beside its own,
-            and a frozen layer without one does not save its input.
-        offloaded: Whether the layers' inputs that checkpointing keeps are in host memory.
+        prefetched: Elements that ZeRO-3 gathers ahead: `stage3_prefetch_bucket_size`, at most the model's size.
+        packed_length: Tokens of a packed row, whose attention mask has an entry for each pair of tokens; None without
+            packing.
+        adapted: Whether adapters are trained. Then a layer's forward also holds the output of its adapter, and a frozen
+            layer without an adapter does not save its input.
+        offloaded: Whether activation checkpointing keeps the layers' inputs in host memory.
     """
-    if config._attn_implementation == "eager":  # holds scores that grow with the square of the length
+    if config._attn_implementation == "eager":  # the scores grow with the square of the length
         return SweepBudget(forward=1, training=1, prefetched=0)
     text = config.get_text_config(decoder=True)
     hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = getattr(text, "num_attention_heads", 1)
-    fields = text.to_dict()  # where it may differ by layer, the attribute raises
-    layers_fields = [fields, *(fields.get("per_layer_config") or {}).values()]
-    head_sizes = [v for some in layers_fields for n, v in some.items() if n.endswith("head_dim") and v]
-    width = max(hidden, heads * max(head_sizes, default=0))  # queries may be wider than the residual
+    fields = text.to_dict()
+    width = max(hidden, getattr(text, "num_attention_heads", 1) * _largest_head(fields))
     inner, experts = inner_width(text)
-    copies = experts * hidden if experts > 1 else 0  # a token's input for each of its experts
+    copies = experts * hidden if experts > 1 else 0  # the input of a token, copied for each of its experts
     saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
     if adapted:
         saved -= inner + hidden
     backward = 2 * inner + 2 * hidden + copies
     inputs = 0 if offloaded else layers * hidden
     kept = inputs + saved if activation_checkpointing else layers * saved
-    # gate, up and product; or what an activation function that is written out in steps holds
+    # The gate, the up projection, and their product; an activation function of several operations holds more.
     held = 3 if fields.get("hidden_act", fields.get("activation_function")) in _FUSED else 5
     forward = max((held + adapted) * inner + 4 * hidden + 4 * copies, 2 * hidden + (8 if adapted else 6) * width)
     mask = 0
     if packed_length is not None and "flash" not in config._attn_implementation:
-        # a boolean mask for each kind of attention, and its copy in the type of the scores
+        # One boolean mask for each kind of attention, and a copy of one of them in the dtype of the scores.
         mask = packed_length * (1 + len(set(getattr(text, "layer_types", None) or ["full"])))
     return SweepBudget(forward=forward + mask, training=kept + backward + mask, prefetched=prefetched)
 
 
+def _largest_head(fields: dict) -> int:
+    """Size of the largest attention head of any layer, 0 if the configuration names none.
+
+    The queries of all heads together may be wider than the residual.
+
+    Args:
+        fields: The configuration as a dictionary: a head size that differs by layer is no attribute.
+    """
+    layers = [fields, *(fields.get("per_layer_config") or {}).values()]
+    sizes = [size for layer in layers for name, size in layer.items() if name.endswith("head_dim") and size]
+    return max(sizes, default=0)
+
+
 def inner_width(text: PretrainedConfig) -> tuple[int, int]:
-    """Elements of an MLP's inner layer that a token goes through, and the experts that it goes to."""
+    """Elements of the MLP's inner layer per token, over all experts of the token, and the number of these experts."""
 
     def largest(*names: str) -> int:
         value = next((v for name in names if (v := getattr(text, name, None))), 0)
@@ -95,19 +115,66 @@ def inner_width(text: PretrainedConfig) -> tuple[int, int]:
 
 
 def token_bytes(config: PretrainedConfig, item_size: int) -> int:
-    """What a no-grad forward holds of a token at most: as in `sweep_budget`, but for every model, generously."""
+    """Memory that a no-grad forward holds per token, in bytes: a generous bound for every kind of model."""
     text = config.get_text_config(decoder=True)
     inner, experts = inner_width(text)
     return (5 * inner + (6 + 4 * experts) * text.hidden_size) * item_size
 
 
 def row_bytes(config: PretrainedConfig, item_size: int, longest: int) -> int:
-    """What the forward over a prompt of so many tokens and the draw of a token behind it hold, without the cache."""
+    """Memory to read a prompt of `longest` tokens and to draw the next token, in bytes, without the cache."""
     text = config.get_text_config(decoder=True)
-    # a layer's mask and its copy in the type of the scores; eager attention has scores as well, in two types
+    # A layer's mask and a copy in the dtype of the scores; eager attention also has scores, in two dtypes.
     heads = getattr(text, "num_attention_heads", 1)
     pair = {"eager": 1 + item_size + heads * (4 + item_size), "flash_attention_2": 0}.get(
         config._attn_implementation, 1 + item_size
     )
-    logits = 24 * text.vocab_size  # as they come, warped, as probabilities, summed in float64
+    logits = 24 * text.vocab_size  # as the model gives them, warped, as probabilities, and summed in float64
     return longest * (token_bytes(config, item_size) + longest * pair) + logits
+
+
+def one_token_cache(model: PreTrainedModel) -> Cache | None:
+    """Return the cache that the model keeps for one row of one token.
+
+    Collective if the weights are sharded: every rank must call this, because it runs a forward.
+    """
+    output = model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True)
+    return output.get("past_key_values", output.get("cache_params"))
+
+
+def cache_bytes(cache: Cache | None, longest: int) -> int:
+    """Size of the cache of one row of `longest` tokens, in bytes.
+
+    Args:
+        cache: The cache of one row of one token.
+    """
+    total = 0
+    for layer in [] if cache is None else cache.layers:
+        tokens = min(longest, getattr(layer, "sliding_window", longest))
+        for name, value in vars(layer).items():
+            size = sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+            # Any other tensor is a state whose size does not depend on the number of tokens.
+            total += size * (tokens if name in ("keys", "values", "indexer_keys") else 1)
+    return total
+
+
+def split_rows(lengths: Tensor, most: float) -> list[Tensor]:
+    """Split rows into the fewest groups of at most `most` tokens each, padding included.
+
+    Args:
+        lengths: `[rows]` int64, tokens of each row. Rows of length 0 are in no group.
+
+    Returns:
+        The numbers of each group's rows, int64. A group has at least one row, whatever its length.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    groups: list[list[int]] = []
+    longest = 0
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length == 0:
+            break
+        if not groups or (len(groups[-1]) + 1) * longest > most:
+            groups.append([])
+            longest = length
+        groups[-1].append(row)
+    return [torch.tensor(group, device=lengths.device) for group in groups]

@@ -1,10 +1,10 @@
-"""What is done with hidden states at the LM head: the loss, draws, and predictions, none of which builds logits
-for more than a chunk of positions.
+"""The loss, draws, and predictions, computed at the LM head for a chunk of positions at a time.
 
-All of it runs inside the LM head module's own forward. There ZeRO-3 gathers the head's weight and releases
-it again; used anywhere else the weight stays gathered or gets wrong gradients.
+Logits of all positions never exist at once. Each computation is a `Reduction` that runs inside the forward of the LM
+head module: there, ZeRO-3 gathers the head's weight and releases it again. Used anywhere else, the weight would stay
+gathered or get wrong gradients.
 
-Shapes: N selected positions, H hidden size, V vocabulary.
+Shapes: N selected positions, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 _CHUNK = 256  # positions whose logits exist at the same time
-_DRAW_CHUNK, _SORTED_CHUNK = 32, 16  # a draw holds copies of them, top-p's sort many: no more bytes than the loss
+# A draw makes copies of its logits, and the sort of top-p makes more: smaller chunks take no more memory than the loss.
+_DRAW_CHUNK, _SORTED_CHUNK = 32, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """What a model makes of its output layer: `cap * tanh(scale * linear(hidden) / cap)`, or no cap."""
+    """How a model computes its logits: `cap * tanh(scale * linear(hidden) / cap)`, or without a cap their argument."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -32,7 +33,7 @@ class LogitTransform:
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """Hidden states to logits. The scale is in hidden states and bias already."""
+    """The projection of hidden states to logits. The scale is already applied to hidden states and bias."""
 
     weight: Tensor
     """`[V, H]`."""
@@ -41,7 +42,7 @@ class Projection:
     cap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[N, V]` of `[N, H]`; in float32 or more behind a cap."""
+        """Project `[N, H]` to `[N, V]`. With a cap, the logits are float32 or float64."""
         logits = F.linear(hidden, self.weight, self.bias)
         if self.cap is None:
             return logits
@@ -50,41 +51,42 @@ class Projection:
 
 
 Reduction = Callable[[Tensor, Projection], "Tensor | tuple[Tensor, ...]"]
-"""`(hidden [N, H], projection) -> result`."""
+"""`(hidden, projection) -> result`, with `hidden` `[N, H]`."""
 
 
 class LMHead(nn.Module):
-    """The model's output layer, sharing its parameters, that can also reduce what it would project.
+    """The model's output layer with the same parameters, which can also apply a reduction to its input.
 
-    Without a reduction it is the plain linear layer: scale and cap are applied by the model's own forward.
+    Without a reduction, this is the plain linear layer: the model's own forward then applies scale and cap.
     """
 
-    def __init__(self, linear: nn.Linear, form: LogitTransform | None = None) -> None:
+    def __init__(self, linear: nn.Linear, logit_transform: LogitTransform | None = None) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
-        self.form = form or LogitTransform()
+        self.logit_transform = logit_transform or LogitTransform()
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, ...]:
         if reduction is None:
             return F.linear(hidden, self.weight, self.bias)
         bias: Tensor | None = self.bias
-        if self.form.scale != 1.0:
-            hidden = hidden * self.form.scale
-            bias = None if bias is None else bias * self.form.scale
-        return reduction(hidden, Projection(weight=self.weight, bias=bias, cap=self.form.cap))
+        scale = self.logit_transform.scale
+        if scale != 1.0:
+            hidden = hidden * scale
+            bias = None if bias is None else bias * scale
+        return reduction(hidden, Projection(weight=self.weight, bias=bias, cap=self.logit_transform.cap))
 
 
 def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = None) -> Reduction:
-    """Cross entropy summed over positions, float32 (float64 for a float64 head).
+    """Return a reduction to the sum of the positions' cross entropies, float32 (float64 for a float64 head).
 
-    With smoothing e the target is (1 - e) one-hot + e / V, whose cross entropy needs no logits beyond the
-    plain one: CE + e (h . W[y] + b[y] - mean_v (h . W[v] + b[v])).
+    With label smoothing e, the target distribution is (1 - e) * one-hot + e / V. Its cross entropy needs no more logits
+    than the plain one: CE + e * (h . W[y] + b[y] - mean_v (h . W[v] + b[v])).
 
     Args:
-        targets: `[N]` int64. N may be 0: the loss is then 0, with (zero) gradients.
-        weights: `[N]`, of the positions in the sum; None means 1. With them the logits are computed a second time, in
-            the backward.
+        targets: `[N]` int64. N may be 0: the loss is then 0 and has gradients of 0.
+        weights: `[N]`, the weight of each position in the sum; None means 1. With weights, the backward computes the
+            logits a second time.
     """
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
@@ -92,7 +94,7 @@ def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = N
             return _capped_loss_sum(hidden, project, targets, label_smoothing, weights)
         weight, bias = project.weight, project.bias
         full_precision = weight.dtype in (torch.float32, torch.float64)
-        # Summing in bfloat16 would leave the loss 3 digits, so there the rows are summed here, in float32.
+        # A sum in bfloat16 would leave the loss three digits, so the positions' losses are summed here, in float32.
         summed = full_precision and weights is None
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=_CHUNK,
@@ -121,38 +123,45 @@ def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = N
 
 
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Of `[N]` or `[N, H]`, to a scalar."""
+    """Sum `[N]` or `[N, H]` values to a scalar, each position by its weight."""
     return values.sum() if weights is None else (weights.to(values.dtype) @ values).sum()
 
 
 def _capped_loss_sum(
     hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float, weights: Tensor | None
 ) -> Tensor:
-    """A cap makes logits more than a product of matrices: each chunk's are computed again in the backward."""
+    """Sum the cross entropies of capped logits, chunk by chunk.
 
-    def chunk_loss(rows: Tensor, wanted: Tensor, its_weights: Tensor | None) -> Tensor:
-        reduction = "sum" if its_weights is None else "none"
-        losses = F.cross_entropy(project.logits(rows), wanted, reduction=reduction, label_smoothing=label_smoothing)
-        return _weighted_sum(losses, its_weights)
+    A cap is no product of matrices, which the library's chunked loss needs. Each chunk is checkpointed instead: the
+    backward computes its logits again.
+    """
+
+    def chunk_loss(chunk: Tensor, chunk_targets: Tensor, chunk_weights: Tensor | None) -> Tensor:
+        reduction = "sum" if chunk_weights is None else "none"
+        logits = project.logits(chunk)
+        losses = F.cross_entropy(logits, chunk_targets, reduction=reduction, label_smoothing=label_smoothing)
+        return _weighted_sum(losses, chunk_weights)
 
     chunks = hidden.split(_CHUNK)
     split_weights = [None] * len(chunks) if weights is None else weights.split(_CHUNK)
     losses = [
-        checkpoint(chunk_loss, rows, wanted, its_weights, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted, its_weights in zip(chunks, targets.split(_CHUNK), split_weights, strict=True)
+        checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(chunks, targets.split(_CHUNK), split_weights, strict=True)
     ]
     return torch.stack(losses).sum()
 
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
-"""`(logits [N, V], uniforms [N]) -> tokens [N]`."""
+"""`(logits, uniforms) -> tokens`: `[N, V]` and `[N]` float64 in (0, 1) to `[N]` int64."""
 
 
 def sampler(temperature: float, top_p: float, top_k: int) -> Sampler:
-    """A token from logits through the inverse of the cumulative distribution, a deterministic function of the noise.
+    """Return a function that draws tokens by the inverse of the cumulative distribution.
+
+    A token depends only on its logits and its uniform.
 
     Args:
-        temperature, top_p, top_k: As in `transformers`; 1.0, 1.0 and 0 leave the distribution as it is.
+        temperature, top_p, top_k: As in `transformers`; 1.0, 1.0, and 0 leave the distribution as it is.
     """
     warpers = LogitsProcessorList()
     if temperature != 1.0:
@@ -163,39 +172,39 @@ def sampler(temperature: float, top_p: float, top_k: int) -> Sampler:
         warpers.append(TopPLogitsWarper(top_p))
 
     def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
-        # one name for all that is made of the logits: each is let go as soon as the next is there
+        # One name for each stage of the logits, so that a stage is freed as soon as the next one exists.
         logits = warpers(None, logits.float())
         logits = torch.softmax(logits, dim=-1)
         logits = logits.cumsum(dim=-1, dtype=torch.float64)
-        # noise > 0, so the first entry that reaches it belongs to a token with probability > 0
-        found = torch.searchsorted(logits, uniforms[:, None] * logits[:, -1:]).squeeze(1)
-        # NaN finds nothing; any token will do, the step is dropped for its loss
-        return found.clamp(max=logits.shape[-1] - 1)
+        # A uniform is greater than 0, so the first entry that reaches it belongs to a token of positive probability.
+        tokens = torch.searchsorted(logits, uniforms[:, None] * logits[:, -1:]).squeeze(1)
+        # No entry of NaN logits reaches it. Any token will do then, because the step is dropped for its loss.
+        return tokens.clamp(max=logits.shape[-1] - 1)
 
     return sample
 
 
 def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Reduction:
-    """Sample a token a position: `[N]` int64.
+    """Return a reduction that draws one token per position: `[N]` int64.
 
     Args:
-        uniforms: `[N]` float64 in (0, 1), the noise.
-        temperature, top_p, top_k: Of `sampler`.
+        uniforms: `[N]` float64 in (0, 1), the noise of the draws.
+        temperature, top_p, top_k: The distribution, as in `sampler`.
     """
     sample = sampler(temperature, top_p, top_k)
-    chunk = _SORTED_CHUNK if top_p < 1.0 else _DRAW_CHUNK
+    chunk_size = _SORTED_CHUNK if top_p < 1.0 else _DRAW_CHUNK
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
         tokens = [hidden.new_empty(0, dtype=torch.int64)]
-        for rows, noise in zip(hidden.split(chunk), uniforms.split(chunk), strict=True):
-            tokens.append(sample(project.logits(rows), noise))
+        for chunk, chunk_uniforms in zip(hidden.split(chunk_size), uniforms.split(chunk_size), strict=True):
+            tokens.append(sample(project.logits(chunk), chunk_uniforms))
         return torch.cat(tokens)
 
     return reduction
 
 
 def predict(targets: Tensor) -> Reduction:
-    """The most probable token and the target's log-probability: `[N]` int64 and `[N]` float32.
+    """Return a reduction to the most probable tokens and the targets' log-probabilities: `[N]` int64, `[N]` float32.
 
     Args:
         targets: `[N]` int64.
@@ -204,10 +213,10 @@ def predict(targets: Tensor) -> Reduction:
     def reduction(hidden: Tensor, project: Projection) -> tuple[Tensor, Tensor]:
         best = [hidden.new_empty(0, dtype=torch.int64)]
         log_probabilities = [hidden.new_empty(0, dtype=torch.float32)]
-        for rows, wanted in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            logits = project.logits(rows).float()
+        for chunk, chunk_targets in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            logits = project.logits(chunk).float()
             best.append(logits.argmax(dim=-1))
-            log_probabilities.append(-F.cross_entropy(logits, wanted, reduction="none"))
+            log_probabilities.append(-F.cross_entropy(logits, chunk_targets, reduction="none"))
         return torch.cat(best), torch.cat(log_probabilities)
 
     return reduction

@@ -1,4 +1,4 @@
-"""The causal LM: created sharded under ZeRO-3, its forward extended by reductions at the LM head."""
+"""Load or create the causal LM: sharded under ZeRO-3, with a forward that reduces hidden states at the LM head."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from selfgen_ds.ranks import process_group
 
 
 def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The `transformers` configuration of the recipe's model, without its weights.
+    """Return the `transformers` configuration of the recipe's model. No weights are read.
 
     Raises:
-        InputError: It cannot be loaded, is no causal LM, or the tokenizer has ids that it has no embedding for.
+        InputError: The configuration cannot be loaded, the model is not a causal LM, or the tokenizer has ids for which
+            the model has no embedding.
     """
     config = _preset_config(model, tokenizer) if model.name_or_path is None else _saved_config(model)
     remote = model.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -42,7 +43,7 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
         raise InputError(f"model: expected a causal language model, got model type {config.model_type!r}")
     try:
         text = config.get_text_config(decoder=True)
-    except ValueError as error:  # several towers of text
+    except ValueError as error:  # the model has several text models
         raise InputError(f"model: expected a causal language model, got model type {config.model_type!r}") from error
     size = vocabulary(tokenizer)
     if size > text.vocab_size and not model.resize_embeddings:
@@ -54,6 +55,7 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
 
 
 def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Return the configuration of `model.preset`, whose vocabulary and special tokens come from the tokenizer."""
     fields = dict(model.preset or {})
     model_type = fields.pop("model_type", "llama")
     if model_type not in CONFIG_MAPPING:
@@ -67,15 +69,16 @@ def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     try:
         config: PretrainedConfig = AutoConfig.for_model(model_type, **defaults | fields)
         known = CONFIG_MAPPING[model_type]()
-    except Exception as error:  # the field that is wrong is in the message; its type differs by field
+    except Exception as error:  # the exception's type differs by field; its message names the wrong one
         raise InputError(f"model.preset: {' '.join(str(error).split())}") from error
-    # what turns the router loss off is a field of any mixture of experts
+    # A coefficient of 0 turns the router loss off, also for types that have no such field.
     if unknown := set(fields) - set(known.to_dict()) - set(known.attribute_map) - {"router_aux_loss_coef"}:
         raise InputError(f"model.preset: not fields of a {model_type} configuration: {', '.join(sorted(unknown))}")
     return config
 
 
 def _saved_config(model: ModelConfig) -> PretrainedConfig:
+    """Return the configuration of `model.name_or_path`; the fields of `model.preset` must agree with it."""
     try:
         name = lora.base_of(str(model.name_or_path))
         if not Path(name).is_dir():
@@ -95,34 +98,34 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Embeddings that a tokenizer needs: its highest id and one. There may be gaps below."""
+    """Number of embeddings that a tokenizer needs: its highest id plus 1, because ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def most_positions(config: PretrainedConfig) -> int | None:
-    """The longest row that a model takes; None if its configuration sets no limit."""
+    """Tokens of the longest row that a model can read; None if its configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def from_config(model: ModelConfig, config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
-    """The model with new weights, in transformers' own initialisation."""
+    """Create the model with new weights, initialized by transformers."""
     return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code, **settings)
 
 
 def parameter_count(model: ModelConfig, config: PretrainedConfig) -> int:
-    """Parameters of the model that a configuration describes; nothing is allocated.
+    """Count the parameters of the model that a configuration describes, without allocating them.
 
     Raises:
-        InputError: There is no such model.
+        InputError: No model can be built from the configuration.
     """
     return sum(p.numel() for p in _without_data(model, config).parameters())
 
 
 def trained_parameter_count(model: ModelConfig, config: PretrainedConfig) -> int:
-    """Those that are not frozen.
+    """Count the parameters that are trained: all of them, or those of the adapter.
 
     Raises:
-        InputError: There is no such model, or the adapter does not fit it.
+        InputError: No model can be built from the configuration, or the adapter does not fit the model.
     """
     built = _without_data(model, config)
     if model.lora is not None:
@@ -132,10 +135,11 @@ def trained_parameter_count(model: ModelConfig, config: PretrainedConfig) -> int
 
 
 def _without_data(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """Create the model on the meta device, where tensors have shapes but no data."""
     try:
         with torch.device("meta"):
             return from_config(model, config, attn_implementation=model.attn_implementation)
-    except Exception as error:  # torch's and transformers' types differ by what is wrong
+    except Exception as error:  # torch and transformers raise many types
         if "attention implementation" in str(error):
             raise InputError(
                 f"model.attn_implementation: model type {config.model_type!r} has no {model.attn_implementation}; "
@@ -145,56 +149,67 @@ def _without_data(model: ModelConfig, config: PretrainedConfig) -> PreTrainedMod
 
 
 def build_model(
-    model: ModelConfig, config: PretrainedConfig, form: LogitTransform | None = None, embeddings: int = 0
+    model: ModelConfig, config: PretrainedConfig, logit_transform: LogitTransform | None = None, embeddings: int = 0
 ) -> PreTrainedModel:
-    """The model with its weights, on this rank's shard alone where a ZeRO-3 `HfDeepSpeedConfig` is alive.
+    """Return the model with its weights and reductions, in training mode.
 
-    The caller seeds torch first (from scratch, weights depend on the seed and on whether the stage is 3, not on
-    the world size), and again afterwards: initialisation leaves the ranks with different generator states.
+    While an `HfDeepSpeedConfig` for ZeRO-3 is alive, each rank holds its shard of the weights only.
+
+    The caller seeds torch before and after: new weights depend on the seed (and on whether the stage is 3, but not on
+    the world size), and initialization leaves the ranks with different generator states.
 
     Args:
-        form: From `selfgen_ds.model.probe.check`.
-        embeddings: Rows that the tokenizer needs; a model with fewer gets more.
+        logit_transform: The result of `selfgen_ds.model.probe.check`.
+        embeddings: Rows that the tokenizer needs. A model with fewer rows gets new ones.
 
     Raises:
-        InputError: Weights are missing or do not fit.
+        InputError: Weights are missing or do not fit the configuration.
     """
     dtype = getattr(torch, model.dtype)
     if model.name_or_path is None:
         built = from_config(model, config, dtype=dtype, attn_implementation=model.attn_implementation)
     else:
-        try:
-            built, loaded = AutoModelForCausalLM.from_pretrained(
-                model.name_or_path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=model.attn_implementation,
-                trust_remote_code=model.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise InputError(f"model.name_or_path: no weights from {model.name_or_path!r}: {reason}") from error
-        if absent := sorted(loaded["missing_keys"]):
-            raise InputError(
-                f"model.name_or_path: {model.name_or_path!r} lacks {len(absent)} tensors, the first is {absent[0]}"
-            )
-        # for the export; under ZeRO-3 transformers notes those too that it did not apply
-        built._weight_conversions = [c for c in built._weight_conversions or [] if c.was_used()]
+        built = _load_weights(model, config, dtype)
     built.config.architectures = [type(built).__name__]  # for checkpoints and exports
     if embeddings > built.get_input_embeddings().num_embeddings:
         _add_embeddings(built, embeddings)
-    return add_reductions(
-        built, form
-    ).train()  # `from_pretrained` leaves it in eval mode, where nothing is checkpointed
+    # `from_pretrained` returns a model in evaluation mode, in which activation checkpointing has no effect.
+    return add_reductions(built, logit_transform).train()
+
+
+def _load_weights(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model from `model.name_or_path`; every weight must be there."""
+    try:
+        built, loaded = AutoModelForCausalLM.from_pretrained(
+            model.name_or_path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(f"model.name_or_path: no weights from {model.name_or_path!r}: {reason}") from error
+    if absent := sorted(loaded["missing_keys"]):
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path!r} lacks {len(absent)} tensors, the first is {absent[0]}"
+        )
+    # The export reverses these conversions. Under ZeRO-3, transformers also lists conversions that it did not apply.
+    built._weight_conversions = [c for c in built._weight_conversions or [] if c.was_used()]
+    return built
 
 
 def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:
-    """Keep of a layer its input alone, in host memory if `offload`; the backward computes the rest again."""
+    """Keep only the input of each layer for the backward, which computes the rest again.
+
+    Args:
+        offload: Whether the inputs are kept in host memory.
+    """
     model.activation_checkpointing_enable()
     if offload:
-        # as transformers' own `offload=True`, which asks for pinned memory on a CPU as well, where there is none
+        # transformers' own `offload=True` asks for pinned memory, which a CPU accelerator does not have.
         device = process_group.device().type
 
         def offloaded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -205,12 +220,12 @@ def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:
 
 
 def _add_embeddings(model: PreTrainedModel, size: int) -> None:
-    """New rows of embeddings and output layer start as the mean of the old ones, the same on all ranks."""
+    """Add rows to the embeddings and the output layer. New rows are the mean of the old ones, the same on all ranks."""
     before = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(size, mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     rows = {id(p): p for layer in layers for p in (layer.weight, getattr(layer, "bias", None)) if p is not None}
-    for parameter in rows.values():  # once where weights are tied
+    for parameter in rows.values():  # tied weights are one parameter
         sharded = [parameter] if hasattr(parameter, "ds_id") else []
         with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
             parameter[before:] = parameter[:before].float().mean(dim=0)

@@ -25,7 +25,7 @@ from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tasks import TASKS
-from selfgen_ds.engine import ds_config
+from selfgen_ds.engine import ds_config, ds_config_checks
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
 from selfgen_ds.methods.method import Method, Plan, RoundMethod
@@ -64,7 +64,7 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     try:
         json_config = ds_config.read(recipe.deepspeed)
         first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
-        found += ds_config.problems(recipe, json_config, process_group.world_size(), first_ranks)
+        found += ds_config_checks.problems(recipe, json_config, process_group.world_size(), first_ranks)
     except InputError as error:
         found.append(str(error))
     if found:

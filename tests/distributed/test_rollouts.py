@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds import hashing
 from selfgen_ds.config import LoraConfig, ModelConfig, Recipe, TrainConfig
-from selfgen_ds.model import generation
+from selfgen_ds.model import gathering
 from selfgen_ds.model.budget import token_bytes
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.scaling.steps import count_invalidations
@@ -35,11 +35,11 @@ MODES = pytest.mark.parametrize("mode", ["gathered", "sharded", "outside"])
 @contextmanager
 def memory(free: int) -> Iterator[None]:
     """As if there were so many bytes."""
-    reading, generation.free_bytes = generation.free_bytes, lambda: free
+    reading, gathering.free_bytes = gathering.free_bytes, lambda: free
     try:
         yield
     finally:
-        generation.free_bytes = reading
+        gathering.free_bytes = reading
 
 
 @contextmanager
@@ -295,9 +295,9 @@ def inside_and_outside(settings: Recipe) -> tuple[bool, list[int]]:
     before = drawn()
     found = True
     counts = []
-    for spare in (run.policy._spare, token_bytes(run.policy.model.config, 4) if dist.get_rank() else 10**12):
+    for spare in (run.policy._spare_bytes, token_bytes(run.policy.model.config, 4) if dist.get_rank() else 10**12):
         with rolling_out(run.policy, "gathered"):
-            run.policy._spare = spare
+            run.policy._spare_bytes = spare
             forwards.clear()
             found &= all(torch.equal(one, other) for one, other in zip(before, drawn(), strict=True))
             counts.append(len(forwards))

@@ -26,7 +26,7 @@ from selfgen_ds.data.samples import end_tokens, take
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.method import RoundMethod
-from selfgen_ds.model import checksum, generation
+from selfgen_ds.model import checksum, gathering
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.loading import build_model, model_config
 from selfgen_ds.model.policy import EnginePolicy
@@ -259,7 +259,7 @@ def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
     """Draw it. Returns the weights' checksum, and whether they were sharded while it was drawn."""
     seen = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "free_bytes", lambda: free)
+        patch.setattr(gathering, "free_bytes", lambda: free)
         run = prepare(settings, set())
         assert isinstance(run.method, RoundMethod)
         assert run.rounds is not None
@@ -355,7 +355,7 @@ def test_a_checksum_of_weights_changes_with_any_of_them_and_outlasts_a_resume(tw
 
 def train_with(settings: Recipe, free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "free_bytes", lambda: free)
+        patch.setattr(gathering, "free_bytes", lambda: free)
         runs.run_training(settings)
 
 
@@ -461,7 +461,7 @@ def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: P
 def invalidations(settings: Recipe, free: int) -> int:
     """How often ZeRO-3's record of the order of forwards is thrown away in a round and the start of the next one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "free_bytes", lambda: free)
+        patch.setattr(gathering, "free_bytes", lambda: free)
         run = prepare(settings, set())
         assert run.rounds is not None
         seen = count_invalidations(run.engine)

@@ -21,7 +21,7 @@ from selfgen_ds.config import (
     problems,
     to_yaml,
 )
-from selfgen_ds.engine import ds_config
+from selfgen_ds.engine import ds_config, ds_config_checks
 from selfgen_ds.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -289,7 +289,7 @@ def test_a_shipped_recipe_has_no_problems_but_data_to_be_fetched(path: Path, mon
 @RECIPES
 @pytest.mark.parametrize("json_file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
 def test_a_shipped_recipe_goes_with_every_shipped_json(path: Path, json_file: Path) -> None:
-    found = ds_config.problems(_parse("--config", str(path)), ds_config.read(str(json_file)), world_size=8)
+    found = ds_config_checks.problems(_parse("--config", str(path)), ds_config.read(str(json_file)), world_size=8)
     # what this machine lacks, which is looked at where all else fits
     assert [p for p in found if not re.search("on the CPU accelerator|nvme_path: expected a folder|libaio", p)] == []
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
-from selfgen_ds.model import probe
+from selfgen_ds.model import probe, small_copy
 from selfgen_ds.model.head import LogitTransform
 from tests.architectures import ARCHITECTURES, attention
 
@@ -231,7 +231,7 @@ def test_the_window_of_a_shrunk_model_ends_inside_a_sample(name: str) -> None:
     preset, field = WINDOWS[name]
     preset = {"pad_token_id": 0} | preset
     with torch.no_grad():
-        small = probe._small(ModelConfig(preset=preset), AutoConfig.for_model(**preset))
+        small = small_copy.small_copy(ModelConfig(preset=preset), AutoConfig.for_model(**preset))
     window = getattr(small.config, field)
     assert 1 < window < min(probe._LENGTHS)
     assert all(length % window for length in probe._LENGTHS)

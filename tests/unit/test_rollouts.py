@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfgen_ds import hashing
-from selfgen_ds.model import generation
+from selfgen_ds.model import budget, gathering
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES, attention
@@ -150,9 +150,9 @@ def test_no_prompts_have_no_answers(model: PreTrainedModel) -> None:
 def test_the_cache_of_a_row_is_what_generation_keeps(name: str) -> None:
     plain = build(name)
     with torch.no_grad():
-        counted = generation.cache_bytes(generation.one_token_cache(plain), 30)
+        counted = budget.cache_bytes(budget.one_token_cache(plain), 30)
         kept = plain.generate(torch.ones(1, 30).long(), max_new_tokens=1, return_dict_in_generate=True)
-    exact = generation.cache_bytes(kept.past_key_values, 1)
+    exact = budget.cache_bytes(kept.past_key_values, 1)
     # between two tokens a sliding window holds one less
     assert exact <= counted <= exact * 1.15
 
@@ -162,10 +162,10 @@ def test_whole_weights_are_generated_from_in_as_many_rows_as_fit(
 ) -> None:
     policy = EnginePolicy(model, model, end_tokens=[END])
     row = policy._row_bytes(50)
-    monkeypatch.setattr(generation, "free_bytes", lambda: int(5.5 * row / 0.9))
+    monkeypatch.setattr(gathering, "free_bytes", lambda: int(5.5 * row / 0.9))
     with policy.gathered(50):
         assert (policy.rows_at_once, policy.sharded) == (5, False)
-    monkeypatch.setattr(generation, "free_bytes", lambda: 0)
+    monkeypatch.setattr(gathering, "free_bytes", lambda: 0)
     with policy.gathered(50):
         assert policy.rows_at_once == 1
         assert len(policy.complete([[1], [2]], 3)) == 2
