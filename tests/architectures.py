@@ -1,4 +1,4 @@
-"""Tiny models of many types: `model.preset`s, without the vocabulary."""
+"""Tiny models of many types, as values of `model.preset` without a vocabulary size."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 40,
-        "decoder_sparse_step": 2,  # dense layers between
+        "decoder_sparse_step": 2,  # every second layer is dense
     }
     | _COMMON
     | _EXPERTS,
@@ -55,5 +55,5 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def attention(name: str) -> str:
-    """The fastest kind that the type has on a CPU: Gemma 2 caps its scores, which sdpa cannot."""
+    """Return the fastest attention of an architecture on a CPU: sdpa, which cannot cap scores as Gemma 2 does."""
     return "eager" if name.startswith("gemma2") else "sdpa"

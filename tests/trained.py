@@ -1,4 +1,4 @@
-"""A small model that has learned something, and what it draws token by token."""
+"""A small model that has learned something, and reference draws from it, token by token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LETTERS = "abcdefghijkl"
 
 
 def texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Prompts and completions of a source in which a letter depends on the two before it."""
+    """Return prompts and completions in which each letter depends on the two before it."""
     table = np.random.default_rng(0).gumbel(size=(12, 12, 12)) * 2.5
     weights = np.exp(table)
     rng = random.Random(seed)
@@ -38,7 +38,7 @@ def texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 @cache
 def trained_model() -> LlamaForCausalLM:
-    """Over the bytes; predicts a letter of `texts` far better than its frequency does."""
+    """Return a byte-level model that predicts the letters of `texts` far better than their frequencies do."""
     torch.manual_seed(0)
     end = byte_tokenizer().eos_token_id
     config = LlamaConfig(
@@ -70,7 +70,7 @@ def trained_model() -> LlamaForCausalLM:
 
 
 def reference_probabilities(logits: Tensor, sampling: Sampling) -> np.ndarray:
-    """What a token is drawn from, in float64: `[vocab]` of `[vocab]` logits."""
+    """Return the probabilities that a token is drawn from: `[vocab]` float64 from `[vocab]` logits."""
     values = logits.double().numpy() / sampling.temperature
     if sampling.top_k:
         values = np.where(values >= np.sort(values)[-sampling.top_k], values, -np.inf)
@@ -85,7 +85,7 @@ def reference_probabilities(logits: Tensor, sampling: Sampling) -> np.ndarray:
 
 
 def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
-    """Inverse of the cumulative distribution."""
+    """Draw a token by the inverse of the cumulative distribution."""
     cumulative = np.cumsum(reference_probabilities(logits, sampling))
     return int(np.argmax(cumulative >= uniform * cumulative[-1]))
 
@@ -94,7 +94,7 @@ def reference_draw(logits: Tensor, uniform: float, sampling: Sampling) -> int:
 def token_by_token(
     model: PreTrainedModel, batch: TokenBatch, mask: Tensor, sampling: Sampling, keys: tuple[int, ...]
 ) -> list[list[int]]:
-    """The contexts of a batch with a sample a row, its masked tokens drawn one after the other, by rows."""
+    """Return the context of each row, its masked tokens drawn one after the other. A row must hold one sample."""
     context = batch.target.clone()
     uniforms = hashing.uniform(*keys, batch.sample_ids, batch.position_ids)
     for t in range(1, context.shape[1]):

@@ -1,4 +1,4 @@
-"""Targets that follow a drawn token count with a weight of their own."""
+"""Check `selfgen.drawn_context_weight`, the weight of targets that follow a drawn token."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ def settings(folder: Path, **changes: Any) -> Recipe:
 
 def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
     run = prepare(recipe, set())
-    windows, results = [], []
+    read, results = [], []
     for step in range(STEPS):
-        window = run.method.contexts(run.windows.window(step), run.policy, step)
-        windows.append(window)
-        results.append(train_step(run.engine, window, SMOOTHING, weight))
+        batches = run.method.contexts(run.windows.window(step), run.policy, step)
+        read.append(batches)
+        results.append(train_step(run.engine, batches, SMOOTHING, weight))
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
-    return {"windows": windows, "results": results, "parameters": parameters}
+    return {"batches": read, "results": results, "parameters": parameters}
 
 
-def plain_steps(path: Path, windows: list[list[TokenBatch]], weight: float) -> tuple[list[float], dict[str, Any]]:
-    """The same in float64 with full logits, target by target.
+def plain_steps(path: Path, steps: list[list[TokenBatch]], weight: float) -> tuple[list[float], dict[str, Any]]:
+    """Run the same steps in float64 with full logits, target by target; return losses and parameters.
 
     Args:
-        windows: A step's micro-batches of all ranks.
+        steps: The micro-batches of all ranks for each step.
     """
     model = AutoModelForCausalLM.from_pretrained(path).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []
-    for window in windows:
+    for batches in steps:
         total, weights = torch.zeros((), dtype=torch.float64), 0.0
-        for batch in window:
+        for batch in batches:
             for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
                 here = batch.sample_ids == sample_id
                 context, target = batch.context[here], batch.target[here]
@@ -76,10 +76,10 @@ def plain_steps(path: Path, windows: list[list[TokenBatch]], weight: float) -> t
                 logits = model(context[None]).logits[0]
                 for t in range(1, len(target)):
                     if loss_mask[t]:
-                        its_weight = weight if drawn[t - 1] else 1.0
+                        target_weight = weight if drawn[t - 1] else 1.0
                         loss = F.cross_entropy(logits[t - 1], target[t], label_smoothing=SMOOTHING)
-                        total = total + its_weight * loss
-                        weights += its_weight
+                        total = total + target_weight * loss
+                        weights += target_weight
         (total / weights).backward()
         losses.append(total.item() / weights)
         optimizer.step()
@@ -87,21 +87,20 @@ def plain_steps(path: Path, windows: list[list[TokenBatch]], weight: float) -> t
     return losses, dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("weight", [0.0, 3.0])
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("packing", "weight"), [(False, 3.0), (True, 0.0)], ids=["padded", "packed"])
 def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
     two_ranks: Ranks, one_rank: Ranks, tmp_path: Path, packing: bool, weight: float
 ) -> None:
     data = DataConfig(train=str(tmp_path / "rows.jsonl"), max_length=128, packing=packing)
     recipe = settings(tmp_path, data=data)
     ranks = two_ranks.run(weighted_steps, recipe, weight)
-    windows = [[*one, *two] for one, two in zip(ranks[0]["windows"], ranks[1]["windows"], strict=True)]
-    assert any(batch.drawn.any() for batch in windows[0])
-    losses, parameters = plain_steps(tmp_path / "model", windows, weight)
-    unweighted, _ = plain_steps(tmp_path / "model", windows[:1], 1.0)
-    assert abs(losses[0] - unweighted[0]) > 1e-3  # the weight is seen
+    steps = [[*one, *two] for one, two in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True)]
+    assert any(batch.drawn.any() for batch in steps[0])
+    losses, parameters = plain_steps(tmp_path / "model", steps, weight)
+    unweighted, _ = plain_steps(tmp_path / "model", steps[:1], 1.0)
+    assert abs(losses[0] - unweighted[0]) > 1e-3, "the test could not see the weight"
 
-    wide = replace(recipe.train, micro_batch_size=4)  # the same rows a step
+    wide = replace(recipe.train, micro_batch_size=4)  # one rank reads the rows that two read
     alone = one_rank.run(weighted_steps, settings(tmp_path, data=data, train=wide), weight)[0]
     for run in (*ranks, alone):
         assert [result.loss for result in run["results"]] == pytest.approx(losses, rel=1e-5)
@@ -119,16 +118,16 @@ def test_a_run_trains_with_the_recipes_weight(two_ranks: Ranks, tmp_path: Path) 
 
 
 def hand_made_steps(recipe: Recipe) -> list[Any]:
-    """Own answers in the prompt, as a correction has them, and no target behind a reference."""
+    """Run steps of three kinds: drawn tokens in the prompt (as in a correction), drawn tokens only, no tokens."""
     run = prepare(recipe, set())
     batch = collate([[sample([5, 6, 7, 8], [9, 10, 11])]])
-    own = torch.tensor([[False, True, True, False, False, False, False]])
-    in_prompt = replace(batch, context=batch.target + own, drawn=own)
-    everywhere = replace(batch, drawn=torch.ones_like(own))
+    answer = torch.tensor([[False, True, True, False, False, False, False]])
+    in_prompt = replace(batch, context=batch.target + answer, drawn=answer)
+    everywhere = replace(batch, drawn=torch.ones_like(answer))
     nothing = collate([])
     results = []
-    for window in ([in_prompt, nothing], [everywhere, nothing], [nothing, nothing]):
-        results.append(train_step(run.engine, window, 0.0, 0.0))
+    for batches in ([in_prompt, nothing], [everywhere, nothing], [nothing, nothing]):
+        results.append(train_step(run.engine, batches, 0.0, 0.0))
     return results
 
 
@@ -139,5 +138,5 @@ def test_drawn_tokens_beside_the_targets_are_not_counted_and_weights_may_all_be_
         assert (in_prompt.drawn, in_prompt.differing) == (0, 0)
         assert in_prompt.loss > 0
         assert in_prompt.applied
-        assert everywhere.drawn == 6  # three targets a rank
+        assert everywhere.drawn == 6  # three targets on each of two ranks
         assert [(result.loss, result.applied) for result in (everywhere, nothing)] == [(0.0, True)] * 2

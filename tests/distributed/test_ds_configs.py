@@ -1,4 +1,4 @@
-"""Every JSON in `ds_configs/`: it has a row in docs/deepspeed.md, is found valid, and trains on real ranks."""
+"""Check each JSON in `ds_configs/`: it has a row in docs/deepspeed.md, is valid, and trains on real ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.cpp_extension import _get_build_directory
 
 from selfgen_ds.checkpoint.export import export_checkpoint
-from selfgen_ds.config import CheckpointConfig, Recipe, SelfgenConfig
+from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig
 from selfgen_ds.engine import ds_config, ds_config_checks
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.model import loading
@@ -31,7 +31,7 @@ from tests.ranks import ROOT, Ranks
 FOLDER = ROOT / "ds_configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
 NOT_ON_CPU = {"zero3_quantized.json": "zero_optimization.zero_quantized_weights: DeepSpeed has no quantization"}
-ON_HOST = ("zero3_offload.json", "zero3_infinity.json")  # the optimizer
+ON_HOST = ("zero3_offload.json", "zero3_infinity.json")  # JSONs whose optimizer runs on the host
 WIDE = runs.PRESET | {"hidden_size": 128, "intermediate_size": 4096, "num_hidden_layers": 2}
 BASH = SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0, passes=1)
 RELEASING = {
@@ -50,7 +50,7 @@ def four_ranks() -> Iterator[Ranks]:
 
 
 def write_json(folder: Path, name: str, **edits: Any) -> str:
-    """A file of `ds_configs` as a user would edit its `zero_optimization`, and for so few ranks."""
+    """Write a copy of a JSON in `ds_configs` for few ranks, with edits to its `zero_optimization`; return its path."""
     config = json.loads((FOLDER / name).read_text(encoding="utf-8"))
     zero = config["zero_optimization"] | edits
     if "zero_hpz_partition_size" in zero:
@@ -68,20 +68,38 @@ def test_every_json_has_a_row_in_its_page_and_is_valid_as_it_stands(tmp_path: Pa
     assert [row for row in rows if row.startswith(f"| `{name}` |")]
     problems = ds_config_checks.problems(runs.recipe(tmp_path), ds_config.read(str(FOLDER / name)), 8)
     places = [p for p in problems if "nvme_path: expected a folder, got '/local_nvme'" in p or "needs libaio" in p]
-    if name in NOT_ON_CPU:  # found last, where nothing else is
+    if name in NOT_ON_CPU:  # the last kind of check, which runs if the others find nothing
         assert NOT_ON_CPU[name] in problems.pop()
     assert problems == (places if name == "zero3_infinity.json" else [])
 
 
 def compiled_here(op: str) -> bool:
-    """Whether an op of DeepSpeed's is there, and not from another environment's: that would be compiled anew."""
+    """Whether an op of DeepSpeed is compiled for this environment: an op of another one would be compiled again."""
     folder = Path(_get_build_directory(op, False))
     return (folder / f"{op}.so").exists() and torch.__path__[0] in (folder / "build.ninja").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - set(NOT_ON_CPU)))
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_released.json"])
+def test_jsons_without_a_feature_of_their_own_take_the_steps_of_the_tests_json(
+    two_ranks: Ranks, tmp_path: Path, name: str
+) -> None:
+    """Most other tests train with `zero3_cpu.json`, and save, resume, and export with it."""
+    runs.write_rows(tmp_path)
+    model = ModelConfig(name_or_path=runs.write_model(tmp_path), dtype="float32")
+    settings = runs.recipe(tmp_path, model=model)
+    expected = two_ranks.run(runs.losses_parameters_contexts, settings, 3)
+    other = replace(settings, output_dir=settings.output_dir + "-other", deepspeed=write_json(tmp_path, name))
+    for plain, result in zip(expected, two_ranks.run(runs.losses_parameters_contexts, other, 3), strict=True):
+        assert result[0] == pytest.approx(plain[0], rel=1e-5)
+        assert result[2] == plain[2]
+
+
+# One JSON for each way to keep state that a checkpoint must bring back: node-local shards, an optimizer on the host,
+# parameters on disk.
+@pytest.mark.parametrize("name", ["zero3_hpz.json", "zero3_offload.json", "zero3_infinity.json"])
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_json_that_the_cpu_can_run_trains_saves_resumes_and_exports(
+def test_a_json_that_keeps_state_elsewhere_trains_saves_resumes_and_exports(
     two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path, name: str
 ) -> None:
     if "infinity" in name and not compiled_here("async_io"):
@@ -101,7 +119,8 @@ def test_every_json_that_the_cpu_can_run_trains_saves_resumes_and_exports(
     whole, parts = runs.metrics(settings), runs.metrics(resumed)
     assert all(step["passes"] == 1 and not step["dropped"] for step in whole)
     assert whole[3]["loss"] < 0.95 * whole[0]["loss"]
-    rounding = 1e-5 if name in ON_HOST else 0.0  # powers of beta are multiplied up, or after a resume pow()'s
+    # DeepSpeed's CPUAdam multiplies up the powers of beta step by step, but after a resume computes them by pow().
+    rounding = 1e-5 if name in ON_HOST else 0.0
     assert [step["loss"] for step in parts] == pytest.approx([step["loss"] for step in whole], rel=rounding, abs=0)
     checkpoint = Path(resumed.output_dir) / "checkpoints" / "step-000004"
     export_checkpoint(checkpoint, tmp_path / "exported")
@@ -114,7 +133,7 @@ def test_every_json_that_the_cpu_can_run_trains_saves_resumes_and_exports(
 
 
 def same_as_zero3(ranks: Ranks, folder: Path, name: str, selfgen: SelfgenConfig, **edits: Any) -> None:
-    """A JSON gives `zero3.json`'s losses, weights and drawn contexts to the last bit, over optimizer steps."""
+    """Check that a JSON gives the losses, weights, and drawn contexts of `zero3.json` to the last bit."""
     runs.write_rows(folder)
     found = []
     for config in ("zero3.json", name):
@@ -148,7 +167,7 @@ def test_rounds_draw_from_shards_of_a_node_what_they_draw_from_plain_ones(four_r
     found = []
     for name in ("zero3.json", "zero3_hpz.json"):
         settings = runs.recipe(tmp_path, deepspeed=write_json(tmp_path, name, **RELEASING), selfgen=BASH)
-        settings.train.max_steps = 6  # of 16 rows: a new round for each 40
+        settings.train.max_steps = 6  # a step takes 16 rows, and a round has 40
         four_ranks.run(runs.run_training, settings)
         found.append([(step["round"], step["loss"], step["differing_share"]) for step in runs.metrics(settings)])
     assert found[0] == found[1]
@@ -156,7 +175,7 @@ def test_rounds_draw_from_shards_of_a_node_what_they_draw_from_plain_ones(four_r
 
 
 def gathered_elements(settings: Recipe) -> dict[int, int]:
-    """Elements gathered in two steps after the first, by the number of ranks that they are gathered from."""
+    """Count the elements gathered in two steps after the first, by the number of ranks that they come from."""
     run = prepare(settings, set())
     runs.steps(run, 1)
     with counted_gathers() as counts:
@@ -166,6 +185,7 @@ def gathered_elements(settings: Recipe) -> dict[int, int]:
 
 @contextmanager
 def counted_gathers() -> Iterator[Counter[int]]:
+    """Count the elements of all-gathers inside, by the number of ranks in their group."""
     backend = deepspeed.comm.comm.cdb
     gather, counts = backend.all_gather_into_tensor, Counter[int]()
 
@@ -192,13 +212,13 @@ def test_with_shards_of_a_node_the_pass_gathers_nothing_more_between_nodes(four_
     sft, mixing = found["zero3_hpz.json", "sft"], found["zero3_hpz.json", "scheduled_sampling"]
     assert mixing[4] == sft[4] > 0
     assert mixing[2] > sft[2] > 0
-    # without these shards all of it goes between nodes
+    # Without node-local shards, the same elements are gathered from all ranks.
     assert found["zero3.json", "sft"] == {4: sum(sft.values())}
     assert found["zero3.json", "scheduled_sampling"] == {4: sum(mixing.values())}
 
 
 def offloaded_bytes(settings: Recipe) -> tuple[int, int]:
-    """What goes to host memory in a step, and the size of the inputs of all layers."""
+    """Return the bytes that a training step moves to host memory, and the size of all layers' inputs in bytes."""
     seen: list[int] = []
 
     class Counted(save_on_cpu):
@@ -215,10 +235,10 @@ def offloaded_bytes(settings: Recipe) -> tuple[int, int]:
         patch.setattr(loading, "save_on_cpu", Counted)
         run = prepare(settings, set())
         seen.clear()
-        window = run.method.contexts(run.windows.window(0), run.policy, 0)
-        assert not seen  # a pass saves nothing
-        train_step(run.engine, window, 0.0)
-    tokens = sum(batch.context[:, :-1].numel() for batch in window)
+        batches = run.method.contexts(run.windows.window(0), run.policy, 0)
+        assert not seen, "a pass saves nothing"
+        train_step(run.engine, batches, 0.0)
+    tokens = sum(batch.context[:, :-1].numel() for batch in batches)
     return sum(seen), tokens * runs.PRESET["hidden_size"] * 4 * runs.PRESET["num_hidden_layers"]
 
 
@@ -247,14 +267,14 @@ def test_a_pass_does_not_count_on_the_memory_of_inputs_that_are_in_host_memory(
 
 
 def kept_after_a_pass(settings: Recipe) -> tuple[int, int]:
-    """Elements gathered in a training step alone, and in one behind a pass."""
+    """Count the elements gathered in a training step alone, and in a pass and a training step."""
     run = prepare(settings, set())
     runs.steps(run, 2)
     counts = []
     for drawing in (False, True):
-        window = run.windows.window(2)
+        batches = run.windows.window(2)
         with counted_gathers() as gathered:
-            train_step(run.engine, run.method.contexts(window, run.policy, 2) if drawing else window, 0.0)
+            train_step(run.engine, run.method.contexts(batches, run.policy, 2) if drawing else batches, 0.0)
         counts.append(sum(gathered.values()))
     return counts[0], counts[1]
 

@@ -1,4 +1,4 @@
-"""What a step does when something is off: losses that are not finite, draws that are all references."""
+"""Check steps whose loss is not finite, and mixtures whose draws all equal the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.ranks import Ranks
 
 
 def poisoned_model(folder: Path) -> str:
-    """A model for which any row with a `~` in it gives NaN."""
+    """Save a model whose loss is NaN for any row with a `~`."""
     path = runs.write_model(folder)
     model = AutoModelForCausalLM.from_pretrained(path)
     token = byte_tokenizer()("~")["input_ids"][0]
@@ -40,18 +40,17 @@ def poisoned_recipe(folder: Path, rows: list[str], stage: int, **changes: object
 def dropped_steps(settings: Recipe, number: int) -> tuple[list[bool], list[list[int]], bool]:
     run = prepare(settings, set())
     results, _ = runs.steps(run, number)
-    # all weights but the one that was poisoned
+    # The poisoned weight is a matrix; its NaN would reach every other weight in a step that was not dropped.
     norms = [runs.whole(p) for p in run.engine.module.parameters() if getattr(p, "ds_numel", p.numel()) < 100]
     finite = bool(torch.isfinite(torch.cat(norms)).all())
     return [r.applied for r in results], [r.suspects for r in results], finite
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("method", ["sft", "scheduled_sampling"])
+@pytest.mark.parametrize(("stage", "method"), [(1, "sft"), (2, "sft"), (3, "sft"), (3, "scheduled_sampling")])
 def test_a_step_that_is_not_finite_on_one_rank_is_dropped_on_all_and_its_samples_are_named(
     two_ranks: Ranks, tmp_path: Path, stage: int, method: str
 ) -> None:
-    rows = ["abc"] * 15 + ["a~~~~~~~~c"]  # some are not replaced
+    rows = ["abc"] * 15 + ["a~~~~~~~~c"]  # so many that a mixture leaves some of them in place
     settings = poisoned_recipe(
         tmp_path,
         rows,
@@ -81,6 +80,7 @@ def test_a_run_stops_after_the_set_number_of_dropped_steps_in_a_row(two_ranks: R
 
 
 def warnings_of(settings: Recipe) -> list[str]:
+    """Run a training and return its warnings."""
     messages: list[str] = []
 
     class Collect(logging.Handler):

@@ -1,4 +1,4 @@
-"""ZeRO-3's record of the order of forwards stays valid: thrown away, it costs 2 to 4 times the gathers."""
+"""Check that ZeRO-3's record of the order of forwards stays valid: else a step takes 2 to 4 times the gathers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ranks import Ranks
 
 
 def invalidations(settings: Recipe, evaluated: bool) -> int:
-    """Steps, an evaluation that generates, and steps again."""
+    """Run steps, perhaps an evaluation that generates and further steps; count the invalidations of the trace."""
     run = prepare(settings, set())
     seen = count_invalidations(run.engine)
     runs.steps(run, 3)
@@ -31,9 +31,10 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
     return len(seen)
 
 
-@pytest.mark.parametrize("start", ["preset", "saved"])
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize(
+    ("start", "checkpointing", "limited"),
+    [("preset", True, True), ("saved", True, True), ("preset", False, True), ("preset", True, False)],
+)
 def test_steps_with_a_pass_and_evaluations_never_invalidate_the_trace(
     two_ranks: Ranks, tmp_path: Path, start: str, checkpointing: bool, limited: bool
 ) -> None:
@@ -63,7 +64,7 @@ def test_the_steps_after_a_resume_do_not_invalidate_the_trace(two_ranks: Ranks, 
 
 
 def test_a_pass_before_any_training_forward_does_invalidate_it(two_ranks: Ranks, tmp_path: Path) -> None:
-    """What the warm-up is for, and that the count of the tests above can be anything but 0."""
+    """The warm-up is needed, and the count of the other tests can be other than 0."""
     runs.write_rows(tmp_path)
     assert min(two_ranks.run(invalidations_without_warm_up, runs.recipe(tmp_path))) > 0
 
@@ -82,7 +83,7 @@ def invalidations_without_warm_up(settings: Recipe) -> int:
 
 
 def layer_calls(settings: Recipe) -> tuple[int, int, int]:
-    """Forwards of one layer's MLP in a training step, in a pass, and in the generation of 2 tokens."""
+    """Count the forwards of one layer's MLP in a training step, in a pass, and in the generation of 2 tokens."""
     run = prepare(settings, set())
     calls: list[None] = []
     run.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -92,9 +93,9 @@ def layer_calls(settings: Recipe) -> tuple[int, int, int]:
         action()  # type: ignore[operator]
         return len(calls) - before
 
-    window = run.windows.window(0)
-    contexts = count(lambda: run.method.contexts(window, run.policy, 0))
-    training = count(lambda: train_step(run.engine, window, 0.0))
+    batches = run.windows.window(0)
+    contexts = count(lambda: run.method.contexts(batches, run.policy, 0))
+    training = count(lambda: train_step(run.engine, batches, 0.0))
     generation = count(lambda: run.policy.complete([[65, 66]], 2))
     assert run.engine.module.training
     return training, contexts, generation

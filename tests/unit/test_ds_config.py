@@ -1,3 +1,5 @@
+"""Check the reading, checking, and filling of the DeepSpeed JSON."""
+
 import re
 from pathlib import Path
 from typing import Any
@@ -168,7 +170,7 @@ def test_batch_sizes_may_be_those_of_the_ranks_that_a_run_was_started_with(recip
     config = ZERO3 | {"train_batch_size": 24, "gradient_accumulation_steps": 3, "train_micro_batch_size_per_gpu": 2}
     assert len(ds_config_checks.problems(recipe, config, 7)) == 1
     assert ds_config_checks.problems(recipe, config, 7, first_ranks=WORLD_SIZE) == []
-    recipe.train.gradient_accumulation_steps = 2  # recomputed: 7 ranks x 2 rows x 2 are the first to hold 24
+    recipe.train.gradient_accumulation_steps = 2  # computed anew: 7 ranks need 2 micro-batches of 2 rows to hold 24
     resolved = ds_config.resolve(recipe, config, 7, HIDDEN_SIZE).config
     assert [resolved[key] for key in config if key != "zero_optimization"] == [28, 2, 2]
 
@@ -206,7 +208,7 @@ def test_shards_of_a_node_need_ranks_that_they_divide(recipe: Recipe) -> None:
             recipe, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}, ranks
         )
 
-    assert problems(2, 4) == problems(8, 4) == problems(8, 16) == []  # more than there are: all of them
+    assert problems(2, 4) == problems(8, 4) == problems(8, 16) == []  # a larger size means all ranks
     assert problems(4, 6) == [
         "ds.json: zero_optimization.zero_hpz_partition_size: expected a divisor of the 6 ranks, got 4"
     ]

@@ -1,3 +1,5 @@
+"""Check the reductions of the LM head against full logits."""
+
 import math
 from collections.abc import Callable
 
@@ -10,11 +12,11 @@ from torch.profiler import profile
 from selfgen_ds import hashing
 from selfgen_ds.model.head import LMHead, LogitTransform, Reduction, draw, loss_sum, predict
 
-ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows: two chunks and a part of a third
+ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows of two chunks and a part of a third
 
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-FORM = pytest.mark.parametrize(
-    "form",
+TRANSFORM = pytest.mark.parametrize(
+    "transform",
     [LogitTransform(scale=0.3), LogitTransform(cap=1.5), LogitTransform(scale=3.0, cap=2.0)],
     ids=["scale", "cap", "scale and cap"],
 )
@@ -127,30 +129,30 @@ def test_the_gradients_in_bfloat16_are_right_to_its_precision(bias: bool, smooth
         assert float((a.double() - e).norm() / e.norm()) < 2e-2
 
 
-def _full_logits(linear: nn.Linear, hidden: Tensor, form: LogitTransform) -> Tensor:
-    logits = linear(hidden) * form.scale
-    return logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
+def _full_logits(linear: nn.Linear, hidden: Tensor, transform: LogitTransform) -> Tensor:
+    logits = linear(hidden) * transform.scale
+    return logits if transform.cap is None else transform.cap * torch.tanh(logits / transform.cap)
 
 
 @BIAS
 @SMOOTHING
-@FORM
+@TRANSFORM
 def test_the_loss_of_scaled_and_capped_logits_and_its_gradients(
-    bias: bool, smoothing: float, form: LogitTransform
+    bias: bool, smoothing: float, transform: LogitTransform
 ) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
     leaves = [hidden, *linear.parameters()]
-    logits = _full_logits(linear, hidden, form)
+    logits = _full_logits(linear, hidden, transform)
     expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    loss = LMHead(linear, form)(hidden, loss_sum(targets, smoothing))
+    loss = LMHead(linear, transform)(hidden, loss_sum(targets, smoothing))
     assert isinstance(loss, Tensor)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     for a, e in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
-ANY_FORM = pytest.mark.parametrize(
-    "form",
+ANY_TRANSFORM = pytest.mark.parametrize(
+    "transform",
     [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(scale=3.0, cap=2.0)],
     ids=["plain", "scale", "scale and cap"],
 )
@@ -158,17 +160,17 @@ ANY_FORM = pytest.mark.parametrize(
 
 @BIAS
 @SMOOTHING
-@ANY_FORM
+@ANY_TRANSFORM
 def test_weights_scale_the_loss_of_each_position_and_its_gradients(
-    bias: bool, smoothing: float, form: LogitTransform
+    bias: bool, smoothing: float, transform: LogitTransform
 ) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
     leaves = [hidden, *linear.parameters()]
     weights = torch.tensor([0.0, 0.25, 1.0, 3.0]).repeat(ROWS // 4)
-    logits = _full_logits(linear, hidden, form)
+    logits = _full_logits(linear, hidden, transform)
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     expected = (losses * weights).sum()
-    loss = LMHead(linear, form)(hidden, loss_sum(targets, smoothing, weights))
+    loss = LMHead(linear, transform)(hidden, loss_sum(targets, smoothing, weights))
     assert isinstance(loss, Tensor)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     for a, e in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
@@ -176,13 +178,13 @@ def test_weights_scale_the_loss_of_each_position_and_its_gradients(
 
 
 @SMOOTHING
-@ANY_FORM
+@ANY_TRANSFORM
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 def test_a_weighted_loss_is_float32_and_keeps_the_digits_of_the_others(
-    smoothing: float, form: LogitTransform, dtype: torch.dtype, precision: float
+    smoothing: float, transform: LogitTransform, dtype: torch.dtype, precision: float
 ) -> None:
     linear, (hidden, targets) = _linear(True, dtype), _inputs(dtype)
-    head = LMHead(linear, form)
+    head = LMHead(linear, transform)
     plain, ones = (head(hidden, loss_sum(targets, smoothing, w)) for w in (None, torch.ones(ROWS)))
     assert isinstance(plain, Tensor)
     assert isinstance(ones, Tensor)
@@ -190,11 +192,13 @@ def test_a_weighted_loss_is_float32_and_keeps_the_digits_of_the_others(
     assert ones.item() == pytest.approx(plain.item(), rel=precision)
 
 
-@ANY_FORM
+@ANY_TRANSFORM
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(form: LogitTransform, dtype: torch.dtype) -> None:
+def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(
+    transform: LogitTransform, dtype: torch.dtype
+) -> None:
     linear, hidden = _linear(True, dtype), torch.empty(0, WIDTH, dtype=dtype, requires_grad=True)
-    loss = LMHead(linear, form)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1, torch.empty(0)))
+    loss = LMHead(linear, transform)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1, torch.empty(0)))
     assert isinstance(loss, Tensor)
     loss.backward()
     assert loss.item() == 0.0
@@ -202,10 +206,10 @@ def test_the_weighted_loss_of_no_position_is_0_and_has_zero_gradients(form: Logi
 
 
 @BIAS
-@FORM
-def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: bool, form: LogitTransform) -> None:
+@TRANSFORM
+def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: bool, transform: LogitTransform) -> None:
     linear, hidden = _linear(bias, torch.float32), torch.empty(0, WIDTH, requires_grad=True)
-    loss = LMHead(linear, form)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1))
+    loss = LMHead(linear, transform)(hidden, loss_sum(torch.empty(0, dtype=torch.int64), 0.1))
     assert isinstance(loss, Tensor)
     loss.backward()
     assert loss.item() == 0.0
@@ -213,14 +217,14 @@ def test_the_loss_of_no_position_is_0_for_scaled_and_capped_logits_too(bias: boo
 
 
 @BIAS
-@FORM
-def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, form: LogitTransform) -> None:
+@TRANSFORM
+def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, transform: LogitTransform) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float64), _inputs(torch.float64)
     uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(ROWS))
     with torch.no_grad():
-        logits = _full_logits(linear, hidden, form)
-        tokens = LMHead(linear, form)(hidden, draw(uniforms, 1.0, 1.0, 0))
-        best, log_probabilities = LMHead(linear, form)(hidden, predict(targets))
+        logits = _full_logits(linear, hidden, transform)
+        tokens = LMHead(linear, transform)(hidden, draw(uniforms, 1.0, 1.0, 0))
+        best, log_probabilities = LMHead(linear, transform)(hidden, predict(targets))
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     assert torch.equal(tokens, torch.searchsorted(cumulative, uniforms[:, None]).squeeze(1))
     assert torch.equal(best, logits.argmax(-1))
@@ -229,20 +233,23 @@ def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, fo
 
 
 def _draw_from(logits: list[float], uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One draw a uniform, from these logits at every position."""
+    """Draw one token per uniform, each from the same logits."""
     linear = nn.Linear(1, len(logits), bias=False)
     linear.weight.data = torch.tensor(logits)[:, None]
     return _draw(linear, torch.ones(len(uniforms), 1), draw(uniforms, temperature, top_p, top_k))
 
 
 def _sample(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """How often each token comes in 20 000 draws."""
+    """Count each token in 20 000 draws."""
     uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(20_000))
     return torch.bincount(_draw_from(logits, uniforms, temperature, top_p, top_k), minlength=len(logits))
 
 
 def _assert_drawn_from(counts: Tensor, probabilities: Tensor) -> None:
-    """Nothing outside the support; chi-square within 5 standard deviations of its mean inside."""
+    """Check that tokens of probability 0 are never drawn, and others about as often as expected.
+
+    Chi-square may exceed its mean by 5 standard deviations.
+    """
     support = probabilities > 0
     assert not counts[~support].any()
     expected = probabilities[support] * counts.sum()
@@ -271,7 +278,7 @@ def test_top_k_draws_from_the_k_most_probable_tokens(top_k: int, temperature: fl
 
 @pytest.mark.parametrize(("top_p", "size"), [(1e-6, 1), (0.4, 1), (0.42, 2), (0.67, 2), (0.7, 3), (0.9, 4), (0.999, 7)])
 def test_top_p_draws_from_the_smallest_set_with_that_mass(top_p: float, size: int) -> None:
-    # cumulative probabilities, most probable first: .407 .680 .846 .920 .975 .995 1
+    # Cumulative probabilities, most probable token first: .407 .680 .846 .920 .975 .995 1
     probabilities = torch.tensor(LOGITS, dtype=torch.float64).softmax(0)
     allowed = probabilities.sort(descending=True).indices[:size]
     kept = torch.zeros_like(probabilities)
@@ -282,7 +289,7 @@ def test_top_p_draws_from_the_smallest_set_with_that_mass(top_p: float, size: in
 
 
 def test_top_p_counts_the_mass_at_the_temperature() -> None:
-    # the first two tokens hold .68 of the mass at temperature 1, but .51 at temperature 2
+    # The first two tokens hold .68 of the mass at temperature 1, but .51 at temperature 2
     probabilities = (torch.tensor(LOGITS, dtype=torch.float64) / 2).softmax(0)
     allowed = probabilities.sort(descending=True).indices[:3]
     kept = torch.zeros_like(probabilities)
@@ -318,7 +325,7 @@ def test_a_token_that_is_cut_off_is_never_drawn(top_p: float, top_k: int) -> Non
 
 
 def test_a_draw_from_logits_that_are_not_finite_is_a_token_of_the_vocabulary() -> None:
-    # the step is dropped later, for its loss; an id past the vocabulary would crash the next forward first
+    # The step is dropped later, for its loss. An id outside the vocabulary would crash the next forward before that.
     assert 0 <= _draw_from([math.nan] * 4, torch.tensor([0.5], dtype=torch.float64), 1.0, 1.0, 0).item() < 4
 
 
@@ -348,7 +355,7 @@ def test_no_position_has_no_prediction() -> None:
 
 
 def _largest_allocation(work: Callable[[], object]) -> int:
-    """Bytes."""
+    """Return the size of the largest allocation in bytes."""
     with profile(profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None
@@ -356,16 +363,16 @@ def _largest_allocation(work: Callable[[], object]) -> int:
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("form", [LogitTransform(), LogitTransform(scale=2.0, cap=3.0)], ids=["plain", "capped"])
-def test_the_logits_of_all_positions_never_exist_at_once(form: LogitTransform) -> None:
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=2.0, cap=3.0)], ids=["plain", "capped"])
+def test_the_logits_of_all_positions_never_exist_at_once(transform: LogitTransform) -> None:
     rows, width, vocabulary = 2048, 32, 32_000
     logits_bytes = rows * vocabulary * 4
-    head = LMHead(nn.Linear(width, vocabulary, bias=False), form)
+    head = LMHead(nn.Linear(width, vocabulary, bias=False), transform)
     hidden, targets = torch.randn(rows, width, requires_grad=True), torch.randint(vocabulary, (rows,))
     uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(rows))
 
     with torch.no_grad():
-        assert _largest_allocation(lambda: head(hidden)) >= logits_bytes  # what is to be avoided is measured
+        assert _largest_allocation(lambda: head(hidden)) >= logits_bytes  # the measurement sees full logits
         assert _largest_allocation(lambda: head(hidden, draw(uniforms, 2.0, 1.0, 5))) < logits_bytes / 2
         assert _largest_allocation(lambda: head(hidden, predict(targets))) < logits_bytes / 2
     for weights in (None, torch.rand(rows)):

@@ -1,10 +1,11 @@
-"""Which models are taken, and what the extended forward gives: packed rows, router losses."""
+"""Check which models are accepted, and the reduced forward: losses, packed rows, and router losses."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -161,22 +162,46 @@ def extended(name: str, attn_implementation: str) -> PreTrainedModel:
     fields = ARCHITECTURES[name] | {"vocab_size": 50, "pad_token_id": None, "initializer_range": 0.5}
     config = AutoConfig.for_model(**fields)
     settings = ModelConfig(preset=fields, attn_implementation=attn_implementation)  # type: ignore[arg-type]
-    form = probe.check(settings, config, packing=True)
-    return add_reductions(
-        AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation), form
-    ).train()
+    logit_transform = probe.check(settings, config, packing=True)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    return add_reductions(model, logit_transform).train()
 
 
 def packed_row() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions of a loss in both samples, and position ids of one row with both."""
+    """Return token ids, loss positions, and position ids of one row that holds two samples."""
     torch.manual_seed(1)
     context = torch.randint(0, 50, (1, sum(LENGTHS)))
     position_ids = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     return context, position_ids > 2, position_ids
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("name", "attn_implementation"), PACKABLE)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_and_gradients_of_every_architecture_are_those_of_plain_transformers(name: str) -> None:
+    model = extended(name, attention(name))
+    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation=attention(name))
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    context = torch.randint(0, 50, (2, 12))
+    positions = torch.arange(12) > torch.tensor([[2], [5]])
+    loss = model(context, positions=positions, reduction=head.loss_sum(context[positions], 0.0))
+    logits = plain(context, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits[positions[:, 1:]], context[positions], reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    gradients, expected_gradients = (
+        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, plain)
+    )
+    assert gradients.keys() == expected_gradients.keys()
+    for parameter, gradient in expected_gradients.items():
+        atol = 1e-4 * float(gradient.abs().max()) + 1e-7
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("name", "attn_implementation", "checkpointing"),
+    [*((name, kind, True) for name, kind in PACKABLE), ("llama", "sdpa", False), ("gemma2", "eager", False)],
+)
 def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
     name: str, attn_implementation: str, checkpointing: bool
 ) -> None:

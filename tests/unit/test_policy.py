@@ -1,4 +1,4 @@
-"""The pass and generation against plain transformers: full logits, one row at a time."""
+"""Check the pass, predictions, and answers against plain transformers with full logits, one row at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def plain() -> LlamaForCausalLM:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        initializer_range=0.5,  # far from uniform
+        initializer_range=0.5,  # large, so that predictions are far from uniform
         eos_token_id=END,
     )
     return LlamaForCausalLM(config).eval()
@@ -55,7 +55,7 @@ def extended(plain: LlamaForCausalLM) -> PreTrainedModel:
     return add_reductions(model)
 
 
-def window() -> list[TokenBatch]:
+def micro_batches() -> list[TokenBatch]:
     rng = np.random.default_rng(0)
 
     def rows(count: int, longest: int) -> list[list[int]]:
@@ -75,6 +75,7 @@ def reference_context(
     seed: int = SEED,
     step: int = STEP,
 ) -> list[int]:
+    """Return the context of one row that passes over the full logits draw."""
     context = batch.target[row, : lengths(batch)[row]].clone()
     for _ in range(passes):
         logits = model(context[None]).logits[0]
@@ -95,11 +96,11 @@ def test_the_pass_draws_from_the_model_given_the_context_before(
     plain: LlamaForCausalLM, extended: PreTrainedModel, passes: int, budget: SweepBudget | None, sampling: Sampling
 ) -> None:
     policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=sampling, budget=budget)
-    batches = window()
+    batches = micro_batches()
     masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]
     mixed, made = mix(batches, policy, masks, passes, (hashing.DRAW, SEED, STEP))
     assert made == passes
-    assert policy.groups == (2 if budget and passes == 1 else 1)  # the last pass reads what can still change
+    assert policy.groups == (2 if budget and passes == 1 else 1)  # a last pass reads only rows that can still change
     changed = 0
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
         for row, length in enumerate(lengths(batch)):
@@ -118,7 +119,7 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention(name)).eval()
     extended = add_reductions(deepcopy(plain), probe.check(settings, config, packing=False))
     policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=Sampling(temperature=1.5))
-    batches = window()
+    batches = micro_batches()
     masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]
     mixed, _ = mix(batches, policy, masks, 2, (hashing.DRAW, SEED, STEP))
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
@@ -143,6 +144,7 @@ def test_greedy_answers_are_those_of_plain_generate_row_by_row(
 
 @contextmanager
 def defaults(model: PreTrainedModel, **settings: object) -> Iterator[None]:
+    """Give the model other generation defaults inside."""
     before, model.generation_config = model.generation_config, GenerationConfig(**settings)
     yield
     assert model.generation_config.do_sample == settings["do_sample"], "put back"
@@ -176,7 +178,7 @@ def test_predictions_are_the_plain_models(plain: LlamaForCausalLM, extended: Pre
 
 
 def assert_predictions_are_those_of(plain: PreTrainedModel, policy: EnginePolicy) -> None:
-    [batch, _] = window()
+    [batch, _] = micro_batches()
     best, log_probabilities = policy.predict(batch)
     expected_best, expected = [], []
     with torch.no_grad():
@@ -224,7 +226,7 @@ def test_packed_rows_have_a_mask_in_sweep_and_step_but_not_with_flash_attention(
     assert budget_of(1000, "eager") == SweepBudget(forward=1, training=1, prefetched=0)
 
 
-def test_a_sweep_is_smaller_where_the_training_step_keeps_the_layers_inputs_in_host_memory() -> None:
+def test_a_sweep_is_smaller_if_the_training_step_keeps_the_layers_inputs_in_host_memory() -> None:
     config = AutoConfig.for_model("llama", hidden_size=320, num_hidden_layers=30)
     kept, offloaded = (sweep_budget(config, True, 0, offloaded=offloaded) for offloaded in (False, True))
     assert kept.training - offloaded.training == 30 * 320

@@ -1,4 +1,4 @@
-"""The start check: what a model makes of its output layer, and which models it refuses."""
+"""Check the probe: how it finds a model's logit transform, and which models it refuses."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def check(
     )
 
 
-FORMS = {
+TRANSFORMS = {
     "gemma2": LogitTransform(cap=3.0),
     "gemma2, untied": LogitTransform(cap=3.0),
     "cohere": LogitTransform(scale=0.25),
@@ -37,8 +37,8 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_is_let_through_with_the_form_of_its_logits(name: str) -> None:
-    assert check(ARCHITECTURES[name], True, attention(name)) == FORMS.get(name, LogitTransform())
+def test_every_architecture_is_let_through_with_the_transform_of_its_logits(name: str) -> None:
+    assert check(ARCHITECTURES[name], True, attention(name)) == TRANSFORMS.get(name, LogitTransform())
 
 
 LARGE: dict[str, tuple[dict[str, Any], LogitTransform]] = {
@@ -109,10 +109,10 @@ LARGE: dict[str, tuple[dict[str, Any], LogitTransform]] = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_model_is_tried_as_a_small_one(name: str) -> None:
-    preset, form = LARGE[name]
+    preset, transform = LARGE[name]
     preset = {"pad_token_id": 0} | preset
     settings = ModelConfig(preset=preset, attn_implementation="eager" if preset["model_type"] == "gemma2" else "sdpa")
-    assert probe.check(settings, AutoConfig.for_model(**preset), packing=True) == form
+    assert probe.check(settings, AutoConfig.for_model(**preset), packing=True) == transform
 
 
 OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {
@@ -131,7 +131,7 @@ def test_models_that_mix_packed_samples_are_refused_for_packing_alone(preset: di
 
 
 def test_a_model_that_cannot_be_told_to_mix_samples_is_refused_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe must be able to fail: hidden states that do not depend on other tokens prove nothing."""
+    """Hidden states that do not depend on other tokens cannot show whether samples are mixed."""
     forward = LlamaModel.forward
 
     def blind(self: LlamaModel, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:

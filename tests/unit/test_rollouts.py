@@ -1,4 +1,4 @@
-"""Answers of one process: which rows are computed, what noise draws, what memory is counted."""
+"""Check answers in one process: the rows that are computed, the tokens that noise draws, the memory that is counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.architectures import ARCHITECTURES, attention
 
 END = 39
 _SPECIAL: dict[str, Any] = {"vocab_size": 40, "eos_token_id": END, "pad_token_id": None, "bos_token_id": None}
-# caches that hold states which single rows cannot be taken out of, and one that models have under another name
+# Models whose caches hold states, which single rows cannot leave. Mamba's output has the cache under another name.
 _STATES: dict[str, dict[str, Any]] = {
     "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "lfm2": ARCHITECTURES["llama"] | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
@@ -44,7 +44,7 @@ def keyed(stream: int) -> Any:
 
 
 def forwards(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """A list that grows by the rows and tokens of every forward."""
+    """Return a list to which every forward adds its number of rows and tokens."""
     seen: list[tuple[int, int]] = []
 
     def hook(module: PreTrainedModel, args: Any, kwargs: Any) -> None:
@@ -55,7 +55,7 @@ def forwards(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 class Countdown(LlamaForCausalLM):
-    """After token t comes t - 1, and 0 ends."""
+    """Predicts token t - 1 after token t, down to the end token 0."""
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         assert input_ids is not None
@@ -73,7 +73,7 @@ def test_rows_that_are_finished_are_dropped_and_prompts_of_similar_length_go_tog
     answers = policy.complete([[100], [9, 5], [9, 9, 9, 40], [2]], 90)
     assert answers == [list(range(99, 9, -1)), [4, 3, 2, 1, 0], list(range(39, -1, -1)), [1, 0]]
     assert seen[0] == (3, 4)
-    # finished rows go after 32 tokens: the one that began with 5, then the one that began with 40
+    # Finished rows are dropped every 32 tokens: first the row from 5, then the row from 40.
     assert [rows for rows, _ in seen] == [3] * 32 + [2] * 32 + [1] * 26 + [1] * 2
     assert [tokens for _, tokens in seen].count(1) == len(seen) - 1
 
@@ -103,7 +103,7 @@ def test_sampled_first_tokens_have_the_models_distribution(model: PreTrainedMode
     assert found[expected == 0].sum() == 0
     assert (expected[expected > 0] > 5).all()
     chi_square = ((found - expected) ** 2 / expected)[expected > 0].sum()
-    assert chi_square < 24.3  # 7 degrees of freedom: exceeded once in a thousand
+    assert chi_square < 24.3  # with 7 degrees of freedom, exceeded once in a thousand samples
 
 
 def test_an_answer_is_drawn_as_ancestral_sampling_with_its_noise_draws(model: PreTrainedModel) -> None:
@@ -137,7 +137,7 @@ def test_an_answer_ends_where_the_models_positions_do(prompt: int, answer: int) 
     policy = EnginePolicy(model, model, end_tokens=[0])
     [short, longest] = policy.complete([[40], [127] * prompt], 90)
     assert short == list(range(39, -1, -1))
-    assert longest == list(range(126, 126 - answer, -1))  # its last token is read by nobody and takes no position
+    assert longest == list(range(126, 126 - answer, -1))  # no forward reads the last token, so it takes no position
 
 
 def test_no_prompts_have_no_answers(model: PreTrainedModel) -> None:
@@ -153,7 +153,7 @@ def test_the_cache_of_a_row_is_what_generation_keeps(name: str) -> None:
         counted = budget.cache_bytes(budget.one_token_cache(plain), 30)
         kept = plain.generate(torch.ones(1, 30).long(), max_new_tokens=1, return_dict_in_generate=True)
     exact = budget.cache_bytes(kept.past_key_values, 1)
-    # between two tokens a sliding window holds one less
+    # Between two tokens, a sliding window holds one token less.
     assert exact <= counted <= exact * 1.15
 
 
