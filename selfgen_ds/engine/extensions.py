@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles at first use (CPUAdam, asynchronous I/O), under a lock that outlives a killed compiler."""
+"""Clear the locks of torch's extension builds: DeepSpeed compiles CPUAdam and asynchronous I/O at their first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ log = logging.getLogger("selfgen_ds")
 
 
 def clear_stale_locks() -> None:
-    """Remove locks that no process of this host holds open: torch would wait for them for ever. Collective."""
+    """Remove build locks that no process of this host holds open.
+
+    A killed compiler leaves its lock behind, and torch would wait for this lock without end. Collective: every rank
+    must call this, so that no rank builds before the locks are cleared.
+    """
     if process_group.local_rank() == 0:
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
         if locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
@@ -24,6 +28,6 @@ def clear_stale_locks() -> None:
             held = {file.path for process in processes for file in process.info["open_files"] or []}
             for lock in locks:
                 if str(lock.resolve()) not in held:
-                    log.warning("%s was left by a build that was killed: removed", lock)
+                    log.warning("removed %s, which a killed build left behind", lock)
                     lock.unlink(missing_ok=True)
-    dist.barrier()  # no rank builds before
+    dist.barrier()
