@@ -45,6 +45,7 @@ def assert_same(one: tuple, other: tuple) -> None:
         assert torch.allclose(parameter, other[1][name], rtol=1e-4, atol=2e-4), name
 
 
+@pytest.mark.check
 def test_a_mixture_with_probability_zero_is_sft_bit_for_bit(two_ranks: Ranks, folder: Path) -> None:
     weights = []
     for name, selfgen in {"sft": runs.SFT, "mixture": replace(runs.MIXING, replace_probability=0.0)}.items():
@@ -62,6 +63,7 @@ def test_a_mixture_that_draws_is_not_sft(two_ranks: Ranks, folder: Path) -> None
     assert losses[0] != losses[1]
 
 
+@pytest.mark.check
 def test_two_ranks_equal_one(two_ranks: Ranks, one_rank: Ranks, folder: Path) -> None:
     wide = TrainConfig(max_steps=4, micro_batch_size=4, gradient_accumulation_steps=2)
     one = one_rank.run(runs.losses_parameters_contexts, from_saved(folder, train=wide), 4)
@@ -97,7 +99,7 @@ def test_accumulation_equals_one_big_batch(one_rank: Ranks, folder: Path) -> Non
     assert_same(*results)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.check), 1, 2])
 def test_zero_3_equals_lower_stages(two_ranks: Ranks, folder: Path, stage: int) -> None:
     lower = folder / "lower.json"
     lower.write_text(json.dumps({"zero_optimization": {"stage": stage}}))

@@ -33,7 +33,12 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
 
 @pytest.mark.parametrize(
     ("start", "checkpointing", "limited"),
-    [("preset", True, True), ("saved", True, True), ("preset", False, True), ("preset", True, False)],
+    [
+        pytest.param("preset", True, True, marks=pytest.mark.check),
+        ("saved", True, True),
+        ("preset", False, True),
+        ("preset", True, False),
+    ],
 )
 def test_steps_with_a_pass_and_evaluations_never_invalidate_the_trace(
     two_ranks: Ranks, tmp_path: Path, start: str, checkpointing: bool, limited: bool
