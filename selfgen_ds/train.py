@@ -15,7 +15,8 @@ from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
-from selfgen_ds.evaluation.scores import aggregate, evaluate
+from selfgen_ds.evaluation.metrics import aggregate
+from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks.watch import Watch
 from selfgen_ds.setup.prepare import Run, prepare

@@ -1,1 +1,1 @@
-"""How a model does on its own prefixes against the reference's: metrics, plots, and the comparison of runs."""
+"""Evaluation: scores on the reference's prefixes and on the model's own, their plots, and the comparison of runs."""

@@ -6,13 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-from matplotlib.axes import Axes
+from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import (
     EvaluateOptions,
@@ -20,23 +16,14 @@ from selfgen_ds.config import (
     model_folder_problems,
     source_problems,
 )
-from selfgen_ds.data.correction import correction
+from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.rows import Columns
-from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
+from selfgen_ds.data.samples import Format, Sample, Samples, end_tokens, load, take
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError
-from selfgen_ds.evaluation.scores import (
-    CORRECTION_METRICS,
-    METRICS,
-    RECOVERY_METRICS,
-    SAMPLED_METRICS,
-    SampleScore,
-    aggregate,
-    corrected,
-    corrected_length,
-    curves,
-    evaluate,
-)
+from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
+from selfgen_ds.evaluation.plots import plot_evaluation
+from selfgen_ds.evaluation.scores import corrected_length, evaluate
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
@@ -45,10 +32,12 @@ from selfgen_ds.ranks import process_group
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluate as the command line says. Collective under a launcher.
+    """Evaluate a model folder and write the results.
+
+    Collective under a launcher: every rank must call this, because the ranks share the rows; each holds the model.
 
     Raises:
-        InputError: Bad options, data or model.
+        InputError: The options, the data or the model are not as expected.
     """
     for setting in ("max_samples", "batch_size"):
         if getattr(options, setting) is not None and getattr(options, setting) < 1:
@@ -72,24 +61,12 @@ def run(options: EvaluateOptions) -> None:
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
     positions = most_positions(config)
-    max_length = options.max_length or positions
-    if max_length is None:
-        raise InputError("--max_length: expected a length, for the model sets no limit")
-    if not 2 <= max_length <= (positions or max_length):
-        raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
     logits_form = probe.check(source, config, packing=False, training=False)
-    columns = Columns(
-        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
-    )
-    form = Format(columns=columns, max_length=max_length, limit=options.max_samples)
-    samples = load(options.data, "test", tokenizer, form)
+    samples = _load_samples(options, tokenizer, positions)
     chosen = take(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
-    if asked is not None and positions is not None and (needed := corrected_length(chosen, asked)) > positions:
-        raise InputError(
-            f"--correction_rounds: the longest prompt, two answers as long as the longest response, and the cue come "
-            f"to {needed} tokens, the model has {positions} positions; a smaller --max_length leaves out or cuts rows"
-        )
+    if asked is not None:
+        _check_corrections(chosen, asked, positions)
     if process_group.world_size() > 1:
         process_group.init_process_group()
     model = build_model(source, config, logits_form).to(process_group.device()).eval()
@@ -112,8 +89,44 @@ def run(options: EvaluateOptions) -> None:
         dist.barrier()
 
 
+def _load_samples(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> list[Samples]:
+    """Load the rows to evaluate on.
+
+    Args:
+        positions: Positions of the model; None if the model sets no limit.
+
+    Raises:
+        InputError: `--max_length` does not fit the model, or the rows are not as expected.
+    """
+    max_length = options.max_length or positions
+    if max_length is None:
+        raise InputError("--max_length: expected a length, because the model sets no limit; got none")
+    if not 2 <= max_length <= (positions or max_length):
+        raise InputError(f"--max_length: expected 2 to the model's {positions} positions, got {max_length}")
+    columns = Columns(
+        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
+    )
+    form = Format(columns=columns, max_length=max_length, limit=options.max_samples)
+    return load(options.data, "test", tokenizer, form)
+
+
+def _check_corrections(samples: list[Sample], asked: Correction, positions: int | None) -> None:
+    """Check that the model has positions for prompt, answer, cue and corrected answer.
+
+    Raises:
+        InputError: The model has fewer positions than the longest row may need.
+    """
+    needed = corrected_length(samples, asked)
+    if positions is not None and needed > positions:
+        raise InputError(
+            f"--correction_rounds: the longest prompt, two answers as long as the longest response, and the cue come "
+            f"to {needed} tokens, but the model has {positions} positions; a smaller --max_length cuts responses and "
+            f"leaves out rows"
+        )
+
+
 def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:
-    """`evaluation.json`, `predictions.jsonl` and `evaluation.png` in the output folder."""
+    """Write `evaluation.json`, `predictions.jsonl` and `evaluation.png` to the output folder, and print the metrics."""
     folder = Path(options.output_dir)
     lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
     write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
@@ -132,44 +145,9 @@ def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sam
         "torch": torch.__version__,
     }
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
-    rounds = options.correction_rounds
-    figure, panels = plt.subplots(
-        1, 1 + bool(rounds), figsize=(7 + 5 * bool(rounds), 4), layout="constrained", squeeze=False
-    )
-    axes = panels[0, 0]
-    for (name, values), line in zip(positions.items(), ("-", "--", ":"), strict=False):
-        axes.plot(
-            range(1, len(values) + 1),
-            values,
-            marker="." if len(values) < 60 else "",
-            linestyle=line,
-            label=name.replace("_", " "),
-        )
-    axes.set(
-        xlabel="position in the answer (recovery: after the forced error)",
-        ylabel="accuracy",
-        ylim=(-0.02, 1.02),
-    )
-    axes.set_title(f"{options.model} on {', '.join(s.name for s in samples)}", fontsize=9)
-    axes.legend()
-    if rounds:
-        _plot_corrections(panels[0, 1], metrics, rounds)
-    figure.savefig(folder / "evaluation.png", dpi=150)
-    plt.close(figure)
-    described = METRICS | RECOVERY_METRICS | SAMPLED_METRICS
-    for number in range(1, rounds + 1):
-        described |= {name: CORRECTION_METRICS[what] for what, name in corrected(number).items()}
-    print("\n".join(f"{name:26}{value:8.3f}  {described[name]}" for name, value in metrics.items()))
-    print(f"{len(scores)} rows, {truncated} with a truncated response, {refused} left out for length")
+    title = f"{options.model} on {', '.join(s.name for s in samples)}"
+    plot_evaluation(folder / "evaluation.png", title, positions, metrics, options.correction_rounds)
+    meanings = descriptions(options.correction_rounds)
+    print("\n".join(f"{name:26}{value:8.3f}  {meanings[name]}" for name, value in metrics.items()))
+    print(f"{len(scores)} rows; {truncated} responses truncated, {refused} prompts left out because of their length")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")
-
-
-def _plot_corrections(axes: Axes, metrics: dict[str, float], rounds: int) -> None:
-    """Exact match and the rates of change over the rounds of correction."""
-    numbers = range(1, rounds + 1)
-    for what, line in zip(CORRECTION_METRICS, ("-", "--", "--", ":"), strict=True):
-        first = [metrics["exact_match"]] if what == "exact_match" else []
-        values = [*first, *(metrics[corrected(number)[what]] for number in numbers)]
-        axes.plot(range(rounds + 1)[-len(values) :], values, marker="o", linestyle=line, label=what.replace("_", " "))
-    axes.set(xlabel="corrections", ylabel="share of rows", ylim=(-0.02, 1.02), xticks=range(rounds + 1))
-    axes.legend()

@@ -27,7 +27,7 @@ from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tasks import TASKS
 from selfgen_ds.engine import ds_config, ds_config_checks
 from selfgen_ds.errors import InputError
-from selfgen_ds.evaluation.scores import METRICS, RECOVERY_METRICS
+from selfgen_ds.evaluation.metrics import METRICS, RECOVERY_METRICS
 from selfgen_ds.methods.method import Method, Plan, RoundMethod
 from selfgen_ds.methods.reject import load_reject
 from selfgen_ds.model.loading import most_positions

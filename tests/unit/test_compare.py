@@ -1,5 +1,8 @@
+"""`compare`: the means, the intervals, which runs form one row, and what is refused."""
+
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +19,7 @@ from selfgen_ds.config import (
 )
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import compare
-from selfgen_ds.evaluation.scores import corrected
+from selfgen_ds.evaluation.metrics import corrected
 
 KEYS = {
     *("run", "method", "seeds", "metric", "mean", "low", "high"),
@@ -35,7 +38,7 @@ def _run_folder(
     data: str = "test.jsonl",
     first_sample_id: int = 0,
 ) -> str:
-    """A trained and evaluated run with one metric, as `train` and `evaluate` leave it."""
+    """Write a run with one metric as `train` and `evaluate` leave it, and return its folder."""
     recipe = Recipe(
         output_dir=str(folder),
         deepspeed="zero3.json",
@@ -65,46 +68,58 @@ def _compare(tmp_path: Path, *runs: str) -> list[dict[str, Any]]:
     return json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
 
 
-SOME, OTHERS = [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
+BASELINE, BETTER = [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
 
 
-def test_table_json_and_plot_are_written(tmp_path: Path) -> None:
-    _compare(tmp_path, _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A comparison of a run with `BASELINE` and one with `BETTER`."""
+
+    folder: Path
+    baseline: str
+    better: str
+    rows: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder = tmp_path_factory.mktemp("comparison")
+    baseline = _run_folder(folder / "a", BASELINE)
+    better = _run_folder(folder / "b", BETTER, method="bash")
+    rows = _compare(folder, baseline, better)
+    return Comparison(folder=folder / "out", baseline=baseline, better=better, rows=rows)
+
+
+def test_table_json_and_plot_are_written(comparison: Comparison) -> None:
+    assert {path.name for path in comparison.folder.iterdir()} == {
         *("comparison.json", "comparison.md", "comparison.png")
     }
-    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (comparison.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_json_has_the_documented_keys(tmp_path: Path) -> None:
-    base = _run_folder(tmp_path / "a", SOME)
-    rows = _compare(tmp_path, base, _run_folder(tmp_path / "b", OTHERS, method="bash"))
-    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+def test_the_json_has_the_documented_keys(comparison: Comparison) -> None:
+    document = json.loads((comparison.folder / "comparison.json").read_text())
     assert document.keys() == {"baseline", "rows"}
-    assert document["baseline"] == base
-    assert all(row.keys() >= KEYS for row in rows)
+    assert document["baseline"] == comparison.baseline
+    assert all(row.keys() >= KEYS for row in comparison.rows)
 
 
-def test_every_run_has_a_row_with_its_mean(tmp_path: Path) -> None:
-    a, b = _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash")
-    rows = _compare(tmp_path, a, b)
-    assert [(r["run"], r["method"], r["seeds"], r["metric"], r["mean"]) for r in rows] == [
-        (a, "sft", [0], "exact_match", 0.5),
-        (b, "bash", [0], "exact_match", 0.75),
+def test_every_run_has_a_row_with_its_mean(comparison: Comparison) -> None:
+    assert [(r["run"], r["method"], r["seeds"], r["metric"], r["mean"]) for r in comparison.rows] == [
+        (comparison.baseline, "sft", [0], "exact_match", 0.5),
+        (comparison.better, "bash", [0], "exact_match", 0.75),
     ]
 
 
-def test_the_difference_is_to_the_first_run(tmp_path: Path) -> None:
-    a, b = _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash")
-    first, second = _compare(tmp_path, a, b)
+def test_the_difference_is_to_the_first_run(comparison: Comparison, tmp_path: Path) -> None:
+    first, second = comparison.rows
     assert second["paired_difference"] == 0.25
     assert (first["paired_difference"], first["paired_low"], first["paired_high"]) == (None, None, None)
-    assert _compare(tmp_path, b, a)[1]["paired_difference"] == -0.25
+    assert _compare(tmp_path, comparison.better, comparison.baseline)[1]["paired_difference"] == -0.25
 
 
-def test_the_table_shows_mean_and_difference(tmp_path: Path) -> None:
-    _compare(tmp_path, _run_folder(tmp_path / "a", SOME), _run_folder(tmp_path / "b", OTHERS, method="bash"))
-    table = (tmp_path / "out" / "comparison.md").read_text()
+def test_the_table_shows_mean_and_difference(comparison: Comparison) -> None:
+    table = (comparison.folder / "comparison.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| exact_match |"))
     assert "| 0.500 [" in line
     assert "| 0.750 [" in line
@@ -141,35 +156,36 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path) -> None:
 
 def test_an_interval_covers_the_spread_between_seeds(tmp_path: Path) -> None:
     runs = [_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1)]
-    (row,) = _compare(tmp_path, *runs)  # resampled seeds: means 0, .5 and 1 with probabilities 1/4, 1/2, 1/4
+    # drawing two seeds with replacement gives the means 0, 0.5 and 1 with probabilities 1/4, 1/2 and 1/4
+    (row,) = _compare(tmp_path, *runs)
     assert (row["low"], row["high"]) == (0.0, 1.0)
 
 
-def test_seeds_that_started_from_models_of_their_own_are_one_row(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / f"{seed}", SOME, seed=seed, model=f"warm-up-{seed}") for seed in (0, 1)]
+def test_seeds_that_started_from_different_models_are_one_row(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / f"{seed}", BASELINE, seed=seed, model=f"warm-up-{seed}") for seed in (0, 1)]
     assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0, 1]]
 
 
 def test_runs_of_two_methods_are_two_rows(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / method, SOME, method=method) for method in ("sft", "bash")]
+    runs = [_run_folder(tmp_path / method, BASELINE, method=method) for method in ("sft", "bash")]
     assert len(_compare(tmp_path, *runs)) == 2
 
 
-def test_runs_of_two_models_at_the_same_seed_are_two_rows(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / model, SOME, model=model) for model in ("1B", "8B")]
+def test_runs_from_two_models_with_the_same_seed_are_two_rows(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / model, BASELINE, model=model) for model in ("1B", "8B")]
     assert len(_compare(tmp_path, *runs)) == 2
 
 
-def test_runs_in_two_types_are_two_rows(tmp_path: Path) -> None:
-    a = _run_folder(tmp_path / "a", SOME, dtype="float32")
-    b = _run_folder(tmp_path / "b", SOME, dtype="bfloat16", seed=1)
+def test_runs_of_two_dtypes_are_two_rows(tmp_path: Path) -> None:
+    a = _run_folder(tmp_path / "a", BASELINE, dtype="float32")
+    b = _run_folder(tmp_path / "b", BASELINE, dtype="bfloat16", seed=1)
     assert len(_compare(tmp_path, a, b)) == 2
 
 
 @pytest.mark.parametrize("method", ["sft", "bash"])
 def test_runs_evaluated_on_different_rows_are_an_error_that_names_both(tmp_path: Path, method: str) -> None:
-    a = _run_folder(tmp_path / "a", SOME)
-    b = _run_folder(tmp_path / "b", SOME, method=method, seed=1, first_sample_id=1)
+    a = _run_folder(tmp_path / "a", BASELINE)
+    b = _run_folder(tmp_path / "b", BASELINE, method=method, seed=1, first_sample_id=1)
     with pytest.raises(InputError, match="different rows") as caught:
         _compare(tmp_path, a, b)
     assert a in str(caught.value)
@@ -177,8 +193,8 @@ def test_runs_evaluated_on_different_rows_are_an_error_that_names_both(tmp_path:
 
 
 def test_runs_evaluated_on_different_data_are_an_error(tmp_path: Path) -> None:
-    a = _run_folder(tmp_path / "a", SOME)
-    b = _run_folder(tmp_path / "b", SOME, method="bash", data="other.jsonl")
+    a = _run_folder(tmp_path / "a", BASELINE)
+    b = _run_folder(tmp_path / "b", BASELINE, method="bash", data="other.jsonl")
     with pytest.raises(InputError, match="different rows"):
         _compare(tmp_path, a, b)
 
@@ -188,7 +204,7 @@ FILES = pytest.mark.parametrize("name", ["config.yaml", "evaluation.json", "pred
 
 @FILES
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
-    run = _run_folder(tmp_path / "a", SOME)
+    run = _run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / name).unlink()
     with pytest.raises(InputError, match=f"^{run}/{name}: missing"):
         _compare(tmp_path, run)
@@ -196,21 +212,21 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> 
 
 @FILES
 def test_a_broken_file_is_an_error_that_names_the_run(tmp_path: Path, name: str) -> None:
-    run = _run_folder(tmp_path / "a", SOME)
+    run = _run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / name).write_text('{"cut": [off')
     with pytest.raises(InputError, match=f"^{run}"):
         _compare(tmp_path, run)
 
 
 def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> None:
-    run = _run_folder(tmp_path / "a", SOME)
+    run = _run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / "predictions.jsonl").write_text("")
     with pytest.raises(InputError, match=f"^{run}"):
         _compare(tmp_path, run)
 
 
 def _with_corrections(folder: str, values: list[float], cue: str | None = None) -> str:
-    """The run evaluated again, with a round of correction."""
+    """Rewrite the run's evaluation as one with a round of correction, and return the folder."""
     path = Path(folder)
     evaluation = json.loads((path / "evaluation.json").read_text())
     evaluation["settings"] |= {"correction_rounds": 1, "cue": cue}
@@ -224,8 +240,8 @@ def _with_corrections(folder: str, values: list[float], cue: str | None = None) 
 
 def test_corrections_are_compared(tmp_path: Path) -> None:
     runs = [
-        _with_corrections(_run_folder(tmp_path / "a", SOME), SOME),
-        _with_corrections(_run_folder(tmp_path / "b", SOME, method="rac"), OTHERS),
+        _with_corrections(_run_folder(tmp_path / "a", BASELINE), BASELINE),
+        _with_corrections(_run_folder(tmp_path / "b", BASELINE, method="rac"), BETTER),
     ]
     rows = {(row["run"], row["metric"]): row for row in _compare(tmp_path, *runs)}
     assert [metric for run, metric in rows if run == runs[1]] == ["exact_match", *corrected(1).values()]
@@ -235,9 +251,9 @@ def test_corrections_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cue", "setting"), [(None, "correction_rounds"), ("Sure?", "cue")])
-def test_other_corrections_are_another_evaluation(tmp_path: Path, cue: str | None, setting: str) -> None:
-    one = _run_folder(tmp_path / "a", SOME)
-    one = one if setting == "correction_rounds" else _with_corrections(one, SOME)
-    other = _with_corrections(_run_folder(tmp_path / "b", SOME), SOME, cue)
+def test_evaluations_with_different_corrections_are_refused(tmp_path: Path, cue: str | None, setting: str) -> None:
+    first = _run_folder(tmp_path / "a", BASELINE)
+    first = first if setting == "correction_rounds" else _with_corrections(first, BASELINE)
+    second = _with_corrections(_run_folder(tmp_path / "b", BASELINE), BASELINE, cue)
     with pytest.raises(InputError, match=rf"evaluated on different rows or settings \({setting}\)"):
-        _compare(tmp_path, one, other)
+        _compare(tmp_path, first, second)

@@ -1,3 +1,5 @@
+"""Scores: the metrics of one row and of all rows, batches that fit the model, and corrections."""
+
 import math
 
 import pytest
@@ -6,16 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.evaluation.scores import (
-    CORRECTION_METRICS,
-    SampleScore,
-    _right,
-    _rounds,
-    aggregate,
-    corrected_length,
-    curves,
-    evaluate,
-)
+from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, SampleScore, aggregate, curves
+from selfgen_ds.evaluation.scores import _batches, _right, corrected_length, evaluate
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.model.reductions import add_reductions
 from tests.batches import sample
@@ -35,7 +29,7 @@ def _score(sample_id: int = 0, **changes: object) -> SampleScore:
     return SampleScore(**(values | changes))
 
 
-def test_a_row_has_the_mean_of_its_tokens() -> None:
+def test_a_row_has_the_means_over_its_tokens() -> None:
     metrics = _score().metrics()
     assert metrics == {
         "loss": 0.5,
@@ -50,11 +44,11 @@ def test_recovery_counts_the_next_token_the_next_four_and_the_last_before_the_en
     assert (metrics["recovery_1"], metrics["recovery_4"], metrics["recovery_last"]) == (1.0, 0.75, 1.0)
 
 
-def test_another_text_is_no_exact_match() -> None:
+def test_an_answer_with_another_text_is_no_exact_match() -> None:
     assert _score(answer="ab").metrics()["exact_match"] == 0.0
 
 
-def test_sampled_answers_are_scored_apart() -> None:
+def test_sampled_answers_have_metrics_of_their_own() -> None:
     metrics = _score(sampled=[True, True, True, False], sampled_answer="abd").metrics()
     assert (metrics["sampled_exact_match"], metrics["sampled_accuracy"]) == (0.0, 0.75)
     assert metrics["exact_match"] == 1.0
@@ -62,8 +56,7 @@ def test_sampled_answers_are_scored_apart() -> None:
 
 def test_each_correction_is_scored_against_the_reference_and_the_answer_before_it() -> None:
     metrics = _score(answer="x", corrected_answers=["abc", "abc", "y", "y", "z"]).metrics()
-    found = {what: [metrics[f"corrected_{k}_{what}"] for k in range(1, 6)] for what in CORRECTION_METRICS}
-    assert found == {
+    assert {kind: [metrics[f"corrected_{k}_{kind}"] for k in range(1, 6)] for kind in CORRECTION_METRICS} == {
         "exact_match": [1.0, 1.0, 0.0, 0.0, 0.0],
         "wrong_to_right": [1.0, 0.0, 0.0, 0.0, 0.0],
         "right_to_wrong": [0.0, 0.0, 1.0, 0.0, 0.0],
@@ -71,7 +64,7 @@ def test_each_correction_is_scored_against_the_reference_and_the_answer_before_i
     }
 
 
-def test_rates_of_correction_are_shares_of_all_rows() -> None:
+def test_correction_rates_are_shares_of_all_rows() -> None:
     answers = {"abc": "x", "x": "abc", "y": "abc", "z": "z"}
     metrics = aggregate([_score(i, answer=a, corrected_answers=[b]) for i, (a, b) in enumerate(answers.items())])
     assert (metrics["exact_match"], metrics["corrected_1_exact_match"]) == (0.25, 0.5)
@@ -79,7 +72,7 @@ def test_rates_of_correction_are_shares_of_all_rows() -> None:
     assert metrics["corrected_1_unchanged"] == 0.25
 
 
-def test_the_loss_is_a_mean_over_tokens_and_the_rest_over_rows() -> None:
+def test_the_loss_is_a_mean_over_tokens_and_the_other_metrics_are_means_over_rows() -> None:
     short = _score(1, negative_log_likelihood=4.0, tokens=1, teacher_forced=[False], free_running=[False], answer="x")
     metrics = aggregate([_score(), short])
     assert metrics["loss"] == pytest.approx(6.0 / 5)
@@ -115,21 +108,25 @@ def test_the_score_of_a_perfect_row_is_perfect() -> None:
 
 
 def _uneven(count: int) -> list[Sample]:
-    """Long prompts with short answers, and the other way: each fits into 32 positions, no two of a kind do."""
+    """Long prompts with short answers and short prompts with long answers, in turn.
+
+    Each row fits into 32 positions; the longest prompt and the longest answer of two kinds do not.
+    """
     return [sample([5] * (4 if i % 2 else 27), [6] * (27 if i % 2 else 4), i) for i in range(count)]
 
 
-def test_a_rounds_longest_prompt_and_longest_answer_fit_into_the_models_positions() -> None:
-    rounds = list(_rounds(_uneven(10), 2, 2, 32))
-    for shares in rounds:
-        everything = [one for share in shares for one in share]
-        prompt = max(len(one.prompt_ids) for one in everything)
-        assert prompt + max(len(one.response_ids) for one in everything) <= 32
-    assert sorted(one.sample_id for shares in rounds for share in shares for one in share) == list(range(10))
+def test_the_longest_prompt_and_the_longest_answer_of_a_batch_fit_the_models_positions() -> None:
+    batches = list(_batches(_uneven(10), 2, 2, 32))
+    for shares in batches:
+        samples = [sample for share in shares for sample in share]
+        prompt = max(len(sample.prompt_ids) for sample in samples)
+        assert prompt + max(len(sample.response_ids) for sample in samples) <= 32
+    assert sorted(sample.sample_id for shares in batches for share in shares for sample in share) == list(range(10))
 
 
-def test_without_a_limit_of_positions_rounds_are_full() -> None:
-    assert [[len(share) for share in shares] for shares in _rounds(_uneven(10), 2, 2, None)] == [[2, 2], [2, 2], [1, 1]]
+def test_batches_are_full_if_the_model_sets_no_limit() -> None:
+    batches = _batches(_uneven(10), 2, 2, None)
+    assert [[len(share) for share in shares] for shares in batches] == [[2, 2], [2, 2], [1, 1]]
 
 
 def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> None:
@@ -142,7 +139,7 @@ def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> 
 
 
 class Scripted(EnginePolicy):
-    """Answers as it is told, by prompt; what it is not told it answers with nothing."""
+    """A policy that answers each prompt as the script says, and records the limits on the answers' lengths."""
 
     script: dict[str, str]
     limits: list[int]
@@ -168,7 +165,7 @@ def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> No
     policy.script = {
         "1+1=": "3", "1+1=3 or: ": "2", "1+1=2 or: ": "2",
         "2+2=": "4", "2+2=4 or: ": "5", "2+2=5 or: ": "6",
-        # cut where the longest reference ends, and so shown without an end
+        # cut at the length of the longest reference, and so shown without an end token
         "5+5=": "abcdef", "5+5=abc or: ": "10", "5+5=10 or: ": "ab",
     }  # fmt: skip
     samples = [_text_sample("1+1=", "2", 0), _text_sample("2+2=", "4", 1), _text_sample("5+5=", "10", 2)]
@@ -179,7 +176,7 @@ def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> No
         ("4", ["5", "6"]),
         ("abc", ["10", "ab"]),
     ]
-    assert set(policy.limits) == {3}  # of the longest reference, in every batch
+    assert set(policy.limits) == {3}  # the longest reference of all rows, in every batch
     metrics = aggregate(scores)
     assert [metrics[f"corrected_{k}_exact_match"] for k in (1, 2)] == pytest.approx([2 / 3, 1 / 3])
     assert [metrics[f"corrected_{k}_wrong_to_right"] for k in (1, 2)] == pytest.approx([2 / 3, 0])
