@@ -2,8 +2,9 @@
 
     python experiments/recovery.py --output_dir runs/recovery
 
-For every seed a warm-up of 500 steps with sft, then from its model 1000 steps with each method, in one process on the
-CPU; what is finished is not run again. Writes `recovery.md` beside the runs, and what `selfgen-ds compare` writes.
+For every seed, sft warms a model up for 500 steps; then each method trains that model for 1000 steps, in one process on
+the CPU. Runs that are finished are not repeated. Writes `recovery.md` and the files of `selfgen-ds compare` next to the
+runs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--warm_up_steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds that run at once")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of seeds that run at the same time")
     options = parser.parse_args()
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(lambda seed: run_seed(options, seed), options.seeds):
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def run_seed(options: argparse.Namespace, seed: int) -> None:
-    """A warm-up, then every method from its model."""
+    """Train and evaluate every method from the warmed-up model of a seed."""
     folder = Path(options.output_dir)
     warm_up = folder / f"warm-up-{seed}"
     train(warm_up, seed, options.warm_up_steps, "--selfgen.method", "sft")
@@ -53,21 +54,23 @@ def run_seed(options: argparse.Namespace, seed: int) -> None:
 
 
 def train(folder: Path, seed: int, steps: int, *changes: str) -> None:
+    """Train the demo's recipe with changes, unless the model exists."""
     if (folder / "model").exists():
         return
-    # 32 rows a step, as the demo's two ranks have
+    # 32 rows per step, as on the demo's two ranks
     shape = ("--train.micro_batch_size", "32", "--train.max_steps", str(steps), "--eval.every", str(steps))
     recipe = ("--config", "recipes/demo.yaml", "--seed", str(seed), "--resume", "auto")
     call("train", *recipe, *shape, "--output_dir", str(folder), *changes)
 
 
 def call(*arguments: str) -> None:
+    """Run `selfgen-ds` in a process of its own, with one thread."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "selfgen_ds", *arguments], check=True, env=environment)
 
 
 def markdown(runs: list[Path]) -> str:
-    """A row a run."""
+    """Return the metrics as a Markdown table with a row per run."""
     lines = [f"| run | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
     for run in runs:
         metrics = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["metrics"]

@@ -1,4 +1,4 @@
-"""Split E2E rows (Novikova et al. 2017; several references share one `mr`) by `mr` into train.csv and dev.csv.
+"""Split E2E rows (Novikova et al. 2017) into train.csv and dev.csv, so that rows with the same `mr` stay together.
 
 python recipes/e2e_split.py ../shared/data/e2e/devset.csv data/e2e
 """

@@ -1,7 +1,7 @@
-"""`selfgen-ds inspect`: what a recipe's rows become, before anything is spent on training them.
+"""`selfgen-ds inspect`: what a recipe's rows become, before any time is spent on training.
 
-One process, no DeepSpeed: counts of rows read, truncated and refused, the lengths, and some training rows with what
-the model is given, what it learns, what may be replaced, and what it drew itself.
+Prints the counts of rows read, truncated and refused, the lengths, and some training rows with their prompts, learned
+tokens, replaceable tokens and drawn tokens. Runs in one process, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from selfgen_ds.config import Recipe
-from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
+from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.samples import Sample, Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError
@@ -46,22 +46,23 @@ _MEANING = {
     "prompt": "read, not learned",
     "replaceable": "learned, and may be replaced in the context",
     "target": "learned, never replaced",
-    "drawn": "learned, replaced in the context by what the model drew",
-    "answer": "the model's own answer: read, not learned",
+    "drawn": "learned, replaced in the context by a token that the model drew",
+    "answer": "the model's answer: read, not learned",
 }
-_BARS = 12
+_BARS = 12  # of the histogram of lengths
 
 
 def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
-    """Print it.
+    """Print the counts, the lengths and some rows of a recipe's data.
 
     Args:
-        overrides: Settings that were given on the command line.
-        rows: Training rows to show.
-        draw: Load the model too, and let the method draw with the replacement probability of the last step.
+        overrides: Settings given on the command line.
+        rows: Number of training rows to show.
+        draw: Load the model too, and let the method draw with the replacement probability of the last step or round.
 
     Raises:
-        InputError: What `train` would refuse in recipe and data; counts and lengths are printed before.
+        InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts and
+            lengths are printed first.
     """
     if rows < 0:
         raise InputError(f"--rows: expected 0 or more, got {rows}")
@@ -69,48 +70,51 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     tokenizer = load_tokenizer(recipe.model)
     check_positions(recipe, model_config(recipe.model, tokenizer))
     samples = load_data(recipe, tokenizer)
-    windows = load_step_batches(
+    step_batches = load_step_batches(
         recipe, samples, step_size=max(1, rows), micro_batch_size=max(1, rows), rank=0, world_size=1, epochs=1
     )
     eval_samples = [] if recipe.data.eval is None else load_eval_data(recipe, tokenizer)
     console = Console(highlight=False)
+    lengths = np.concatenate([source.table["length"][:] for source in samples])
     _print_counts(console, samples + eval_samples, tokenizer)
-    _print_lengths(console, np.concatenate([source.table["length"][:] for source in samples]))
+    _print_lengths(console, lengths)
     if recipe.data.packing:
-        tokens = sum(int(np.sum(source.table["length"][:], dtype=np.int64)) for source in samples)
-        full = tokens / (len(windows) * recipe.data.max_length)
-        console.print(f"packed into {len(windows)} rows of {recipe.data.max_length} tokens, {full:.1%} of them real\n")
+        share = lengths.sum(dtype=np.int64) / (len(step_batches) * recipe.data.max_length)
+        size = f"{len(step_batches)} rows of {recipe.data.max_length} tokens"
+        console.print(f"packed into {size}; {share:.1%} of the positions are used\n")
     check_shares(recipe, samples + eval_samples)
-    method = load_method(recipe, tokenizer, samples, windows, total_steps=1)
+    method = load_method(recipe, tokenizer, samples, step_batches, total_steps=1)
     if rows:
         if draw and "replace_probability" in method.settings:
-            p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)  # of one step or round
-            console.print(f"drawn with p = {p:g}, that of the last step or round\n")
-        window = _draw(recipe, windows, samples, tokenizer, method) if draw else windows.window(0)
-        _print_rows(console, window[0], tokenizer)
+            p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)
+            console.print(f"drawn with p = {p:g}, the value in the last step or round\n")
+        batch = step_batches.window(0)[0]
+        _print_rows(console, _draw(recipe, batch, samples, tokenizer, method) if draw else batch, tokenizer)
 
 
 def _draw(
-    recipe: Recipe, windows: StepBatches, samples: list[Samples], tokenizer: PreTrainedTokenizerBase, method: Method
-) -> list[TokenBatch]:
+    recipe: Recipe, batch: TokenBatch, samples: list[Samples], tokenizer: PreTrainedTokenizerBase, method: Method
+) -> TokenBatch:
+    """Return a batch as the method has the model read it in the last step, or in a round."""
     config = model_config(recipe.model, tokenizer)
-    form = probe.check(recipe.model, config, recipe.data.packing)
+    logits_form = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, config, form, vocabulary(tokenizer)).to(process_group.device())
+    model = build_model(recipe.model, config, logits_form, vocabulary(tokenizer)).to(process_group.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
     if isinstance(method, RoundMethod):
-        shown = _samples_of(windows.window(0)[0], samples)
-        rows, _ = method.rows(shown, policy, 0)
-        batch = collate([[row.sample()] for row in rows])
-        return [
-            replace(batch, replaceable=collate([[s] for s in shown]).replaceable) if method.keeps_lengths else batch
-        ]
-    last = 1  # of one step: where a growing schedule has reached its end
-    window = [batch.to(policy.device) for batch in windows.window(0)]
-    return [batch.to("cpu") for batch in method.contexts(window, policy, last)]
+        references = _samples_of(batch, samples)
+        rows, _ = method.rows(references, policy, 0)
+        drawn = collate([[row.sample()] for row in rows])
+        if not method.keeps_lengths:
+            return drawn
+        return replace(drawn, replaceable=collate([[sample] for sample in references]).replaceable)
+    # of 1 step in all, step 1 is past the last, where a growing schedule has reached its final value
+    (drawn,) = method.contexts([batch.to(policy.device)], policy, 1)
+    return drawn.to("cpu")
 
 
 def _samples_of(batch: TokenBatch, samples: list[Samples]) -> list[Sample]:
+    """Return the samples that a batch holds rows of."""
     shown = batch.sample_ids[batch.sample_ids >= 0].unique()
     rows = ((source, source.first_id + np.array(source.table["sample_id"])) for source in samples)
     return [source[i] for source, ids in rows for i in np.flatnonzero(np.isin(ids, shown)).tolist()]
@@ -128,12 +132,12 @@ def _print_counts(console: Console, samples: list[Samples], tokenizer: PreTraine
 
 
 def _print_lengths(console: Console, lengths: np.ndarray) -> None:
-    console.print(f"\ntokens a sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
+    console.print(f"\ntokens per sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BARS + 1).astype(int))
     counts, _ = np.histogram(lengths, bins=edges)
-    for count, low, behind in zip(counts, edges[:-1], edges[1:], strict=True):
+    for count, low, end in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * round(50 * count / counts.max())
-        console.print(f"{low:8} to {behind - 1:<8}{count:>9}  {bar}", soft_wrap=True)
+        console.print(f"{low:8} to {end - 1:<8}{count:>9}  {bar}", soft_wrap=True)
     console.print()
 
 
@@ -142,26 +146,28 @@ def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokeni
     for kind, meaning in _MEANING.items():
         legend.append(kind, style=_STYLES[kind]).append(f": {meaning}\n")
     if not console.is_terminal:
-        legend.append("for: the reference's tokens that were replaced\n")
+        legend.append("for: the tokens of the reference that were replaced\n")
     console.print(legend)
     for row in range(len(batch.context)):
         for sample_id in dict.fromkeys(batch.sample_ids[row][batch.sample_ids[row] >= 0].tolist()):
-            here = batch.sample_ids[row] == sample_id
-            console.rule(f"row {row + 1}, sample {sample_id}, {int(here.sum())} tokens", align="left")
-            kinds = np.where(batch.replaceable[row][here], "replaceable", "target")
-            kinds = np.where(batch.loss_mask[row][here], kinds, "prompt")
-            drawn = np.where(batch.loss_mask[row][here], "drawn", "answer")
-            kinds = np.where(batch.drawn[row][here], drawn, kinds)
-            tokens = zip(kinds, batch.context[row][here].tolist(), batch.target[row][here].tolist(), strict=True)
+            of_sample = batch.sample_ids[row] == sample_id
+            console.rule(f"row {row + 1}, sample {sample_id}, {int(of_sample.sum())} tokens", align="left")
+            replaceable, learned, drawn, context, target = (
+                values[row][of_sample].numpy()
+                for values in (batch.replaceable, batch.loss_mask, batch.drawn, batch.context, batch.target)
+            )
+            kinds = np.where(learned, np.where(replaceable, "replaceable", "target"), "prompt")
+            kinds = np.where(drawn, np.where(learned, "drawn", "answer"), kinds)
+            tokens = zip(kinds, context.tolist(), target.tolist(), strict=True)
             console.print(_marked(list(tokens), tokenizer, console.is_terminal), soft_wrap=True)
 
 
-def _marked(tokens: list[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Text:
-    """Runs of one kind in their colour, or behind their name where there are no colours."""
+def _marked(tokens: list[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase, in_color: bool) -> Text:
+    """Return the text of `(kind, context id, target id)`s: each run of a kind in color, or after the kind's name."""
     text = Text()
     for kind, run in groupby(tokens, key=lambda token: token[0]):
         _, context, target = zip(*run, strict=True)
-        text.append("" if in_colour else f"[{kind}]").append(tokenizer.decode(context), style=_STYLES[kind])
+        text.append("" if in_color else f"[{kind}]").append(tokenizer.decode(context), style=_STYLES[kind])
         if kind == "drawn":
-            text.append("" if in_colour else "[for]").append(tokenizer.decode(target), style="dim strike")
+            text.append("" if in_color else "[for]").append(tokenizer.decode(target), style="dim strike")
     return text

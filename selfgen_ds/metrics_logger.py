@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, the JSON's monitors, the progress bar, warnings."""
+"""The metrics of a run: `metrics.jsonl`, the monitors of the DeepSpeed JSON, the progress bar, and a warning."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from selfgen_ds.files import write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
-_WINDOW, _LEAST_DIFFERING = 50, 0.01
+_WATCHED_STEPS = 50
+_LEAST_DIFFERING = 0.01  # share of the drawn tokens
 
 
 class MetricsLogger:
-    """One line an optimizer step. Every rank may call it; rank 0 writes.
+    """Writes the metrics of every optimizer step. Every rank may call the methods; rank 0 writes.
 
     Args:
-        path: `metrics.jsonl`.
-        step: Steps done. Lines past it, of a run that was killed after its last checkpoint, are removed.
+        path: Path of `metrics.jsonl`. Lines after `step`, from a run that was killed after its last checkpoint, are
+            removed.
+        monitor: DeepSpeed's monitor, which passes the metrics on to TensorBoard, CSV files and others.
+        step: Optimizer steps already done.
+        total_steps: Optimizer steps of the whole run.
     """
 
     def __init__(self, path: Path, monitor: MonitorMaster, step: int, total_steps: int) -> None:
@@ -33,7 +37,8 @@ class MetricsLogger:
         self._monitor = monitor
         self._writes = dist.get_rank() == 0
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self._writes)
-        self._differing: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        # differing and drawn tokens of the last steps
+        self._differing: deque[tuple[float, int]] = deque(maxlen=_WATCHED_STEPS)
         if self._writes:
             lines = (
                 path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
@@ -41,53 +46,60 @@ class MetricsLogger:
             write_atomically(path, "".join(line for line in lines if _step(line) <= step))
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Record one step: the keys of `metrics.jsonl`, `eval_*` among them on evaluation steps."""
+        """Write one step.
+
+        Args:
+            metrics: The keys of a line of `metrics.jsonl`, with `eval_*` on evaluation steps.
+        """
         if not self._writes:
             return
         step = int(metrics["step"])
         self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
         with open(self._path, "a", encoding="utf-8") as file:
             # JSON has no NaN
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            file.write(json.dumps(finite) + "\n")
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, p {metrics['replace_probability']:.2f}, "
             f"differing {metrics['differing_share']:.1%}, {metrics['tokens_per_second']:.0f} tokens/s",
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
-        evaluated = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")]
-        if evaluated:
-            log.info("step %d: %s", step, ", ".join(evaluated))
-        self._watch_draws(step, metrics)
+        scores = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")]
+        if scores:
+            log.info("step %d: %s", step, ", ".join(scores))
+        self._check_draws(step, metrics)
 
     def sync(self) -> None:
-        """To the disk, before a checkpoint says that its steps are done."""
+        """Force the lines to the disk, so that no checkpoint is newer than the metrics of its steps."""
         if self._writes:
             with open(self._path, "a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
+        """End the progress bar."""
         self._bar.close()
 
-    def _watch_draws(self, step: int, metrics: dict[str, float]) -> None:
-        """A model that draws the reference is trained by teacher forcing, whatever the method is called."""
-        if not metrics["drawn_tokens"]:
+    def _check_draws(self, step: int, metrics: dict[str, float]) -> None:
+        """Warn if the drawn tokens hardly differ from the reference, because the run is then little else than sft."""
+        drawn = int(metrics["drawn_tokens"])
+        if not drawn:
             return
-        self._differing.append((metrics["differing_share"] * metrics["drawn_tokens"], int(metrics["drawn_tokens"])))
-        share = sum(d for d, _ in self._differing) / sum(n for _, n in self._differing)
-        if len(self._differing) == _WINDOW and share < _LEAST_DIFFERING:
-            self._differing.clear()  # and say so again only after as many steps
+        self._differing.append((metrics["differing_share"] * drawn, drawn))
+        share = sum(differing for differing, _ in self._differing) / sum(drawn for _, drawn in self._differing)
+        if len(self._differing) == _WATCHED_STEPS and share < _LEAST_DIFFERING:
+            self._differing.clear()  # so that the next warning comes after as many steps at the earliest
             log.warning(
-                "step %d: over the last %d steps only %.2f %% of the drawn tokens differed from the reference: this is "
-                "sft in all but name; a higher selfgen.temperature draws other tokens",
+                "step %d: only %.2f %% of the tokens drawn in the last %d steps differed from the reference: this is "
+                "sft in all but name; raise selfgen.temperature to draw other tokens",
                 step,
-                _WINDOW,
                 100 * share,
+                _WATCHED_STEPS,
             )
 
 
 def _step(line: str) -> int | float:
-    """The step of a line; infinite for one that is damaged, such as by the run's end."""
+    """Return the step of a line; infinity for a damaged line, such as one that a killed run did not finish."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

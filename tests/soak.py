@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfgen_ds.files import write_atomically
-from selfgen_ds.scaling.report import commit
+from selfgen_ds.scaling.environment import commit
 from selfgen_ds.versions import versions
 from tests.distributed import runs
 from tests.faults import METHODS, break_and_resume, random_point, whole

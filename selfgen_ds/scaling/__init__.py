@@ -1,1 +1,1 @@
-"""What training costs: measured (bench)."""
+"""`selfgen-ds bench`: what training on the model's own tokens costs."""

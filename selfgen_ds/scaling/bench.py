@@ -1,4 +1,4 @@
-"""`selfgen-ds bench`: what training on own tokens costs, as ratios to what it is compared with in the same run."""
+"""`selfgen-ds bench`: what training on the model's own tokens costs, as ratios to sft and to `generate()`."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from selfgen_ds.model.loading import model_config, parameter_count
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import drawing, losses, report
-from selfgen_ds.scaling.steps import BUDGET, FULL, Engine
+from selfgen_ds.scaling.environment import environment
+from selfgen_ds.scaling.steps import BUDGET, FULL, Block, BlockBenchmark
 from selfgen_ds.setup.inputs import check_positions, check_settings
 
 log = logging.getLogger("selfgen_ds")
 
 
 def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
-    """Measure a grid, and write `bench.json` and `bench.png` into the output folder. Collective.
+    """Measure a grid, and write `bench.json` and `bench.png` to the output folder.
+
+    Collective: every rank must call this, because the ranks draw and train together.
 
     Args:
-        recipe: Of model, JSON, rows a micro-batch and tokens a row; its data is not read.
-        overrides: Settings that were given on the command line.
-        grid: `budget`: the steps that the budget is about, and the loss; `rollouts`: what rounds draw; `full`: every
-            step, and both.
-        steps: Timed ones of every variant.
+        recipe: The model, the DeepSpeed JSON, the rows per micro-batch and the tokens per row; the data is not read.
+        overrides: Settings given on the command line.
+        grid: `budget` for the steps that the budget of a pass is about, and the loss; `rollouts` for rounds; `full`
+            for all steps, the loss and rounds.
+        steps: Timed steps of every variant.
 
     Raises:
-        InputError: Bad input or configuration.
+        InputError: The recipe or the JSON is not as expected.
     """
-    if recipe.data.max_length < 16:
-        raise InputError(f"data.max_length: expected 16 or more to bench, got {recipe.data.max_length}")
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
-    json_config = check_settings(_alone(recipe), overrides)
-    for block in blocks:
-        check_settings(block.of(recipe), overrides)
+    json_config = _check(recipe, overrides, blocks)
     folder = Path(recipe.output_dir)
-    make_folder(folder, "output_dir")  # by all: what is refused is refused on every rank
+    make_folder(folder, "output_dir")  # on every rank, so that a folder that cannot be made stops all of them
     process_group.init_process_group()
     with raise_on_all_ranks():
         config = model_config(recipe.model, load_tokenizer(recipe.model))
         check_positions(recipe, config)
         parameters = parameter_count(recipe.model, config)
-    found: dict[str, Any] = {
-        "environment": report.environment(),
-        "parameter_bytes": parameters * getattr(torch, recipe.model.dtype).itemsize,
+    dtype = getattr(torch, recipe.model.dtype)
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "parameter_bytes": parameters * dtype.itemsize,
         "grid": grid,
         "recipe": asdict(recipe),
         "deepspeed": json_config,
@@ -61,35 +61,43 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         "losses": [],
         "drawing": [],
     }
-
-    def save() -> None:
-        gc.collect()  # an engine is a cycle, and the next one may need its memory
-        if dist.get_rank() == 0:
-            report.save(folder, found)
-
     if grid != "rollouts" and dist.get_rank() == 0:
-        log.info("the loss")
-        hidden_size = config.get_text_config(decoder=True).hidden_size
-        found["losses"] = losses.measure(hidden_size, getattr(torch, recipe.model.dtype))
+        log.info("measuring the loss")
+        record["losses"] = losses.measure(config.get_text_config(decoder=True).hidden_size, dtype)
     for number, block in enumerate(blocks, start=1):
-        log.info(
-            "steps, block %d of %d: accumulation %d, activation checkpointing %s",
-            number,
-            len(blocks),
-            block.accumulation,
-            "on" if block.checkpointing else "off",
-        )
-        found["rows"] += Engine(recipe, json_config, block).measure(steps)
-        save()
+        on = "on" if block.checkpointing else "off"
+        shape = f"accumulation {block.accumulation}, activation checkpointing {on}"
+        log.info("measuring steps, block %d of %d: %s", number, len(blocks), shape)
+        record["rows"] += BlockBenchmark(recipe, json_config, block).measure(steps)
+        _save(folder, record)
     if grid != "budget":
-        log.info("rollouts and rounds")
-        found["drawing"] = drawing.measure(_alone(recipe), json_config)
-        save()
+        log.info("measuring rounds")
+        record["drawing"] = drawing.measure(_without_accumulation(recipe), json_config)
+        _save(folder, record)
     if dist.get_rank() == 0:
-        report.show(folder, found)
+        report.show(folder, record)
     dist.barrier()
 
 
-def _alone(recipe: Recipe) -> Recipe:
-    """Every micro-batch a step."""
+def _check(recipe: Recipe, overrides: set[str], blocks: list[Block]) -> dict[str, Any]:
+    """Check the recipe as each block runs it, and return the DeepSpeed JSON.
+
+    Raises:
+        InputError: The recipe or the JSON is not as expected.
+    """
+    if recipe.data.max_length < 16:
+        raise InputError(f"data.max_length: expected 16 or more to bench, got {recipe.data.max_length}")
+    json_config = check_settings(_without_accumulation(recipe), overrides)
+    for block in blocks:
+        check_settings(block.of(recipe), overrides)
+    return json_config
+
+
+def _without_accumulation(recipe: Recipe) -> Recipe:
     return replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=1))
+
+
+def _save(folder: Path, record: dict[str, Any]) -> None:
+    gc.collect()  # an engine is in a reference cycle; the next one may need its memory
+    if dist.get_rank() == 0:
+        report.save(folder, record)

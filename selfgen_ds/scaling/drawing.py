@@ -1,7 +1,7 @@
-"""Tokens a second of what rounds draw, beside `generate()`, and what of a round is drawing and what is training.
+"""What drawing a round costs: tokens per second compared with `generate()`, and the round's share of drawing.
 
-Weights are random and no answer ends early: what is measured depends on lengths alone, but for the passes of an exact
-mixture from sharded weights, of which random ones need more than trained ones.
+The weights are random and no answer ends early, because the costs depend on lengths alone. The exception is the number
+of passes of an exact mixture: random weights need more of them than trained weights.
 """
 
 from __future__ import annotations
@@ -25,92 +25,152 @@ from selfgen_ds.data.samples import Sample
 from selfgen_ds.data.stored_row import StoredRow
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.bash import Bash
-from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.methods.method import Plan, RoundMethod
 from selfgen_ds.methods.rac import Rac
 from selfgen_ds.model import generation
-from selfgen_ds.scaling.steps import Block, Engine, max_over_ranks
+from selfgen_ds.scaling.clock import max_over_ranks
+from selfgen_ds.scaling.steps import Block, BlockBenchmark
 
-_ROWS = 16  # of a rank
-_TURNS = 3  # that are timed
+_ROWS = 16  # per rank
+_TURNS = 3  # timed turns
 _P = 0.25
 
 
 def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]:
-    """One pass, the exact mixture and free-running answers, with weights gathered and sharded, in turn. Collective.
+    """Measure one pass, the exact mixture and free-running answers, with gathered and with sharded weights, in turn.
 
-    A round is drawn as in training, then trained on for an epoch, in micro-batches of the recipe's size.
+    A round is drawn as in training, then trained on for an epoch in micro-batches of the recipe's size.
+
+    Collective: every rank must call this, because the ranks draw and train together.
+
+    Returns:
+        The rows of `drawing` in `bench.json`.
     """
-    block = Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
-    bench = Engine(recipe, json_config, block)
-    samples, answer = _samples(recipe, bench.vocabulary)
-    longest = max(len(sample.input_ids) for sample in samples)
-    methods = _methods(bench, answer)
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    passes: dict[str, dict[str, int]] = {name: {} for name in methods}
-    gathers = False
+    rounds = _Rounds(recipe, json_config)
+    with tqdm(desc="rollouts", total=1 + _TURNS, unit="turn", leave=False, disable=dist.get_rank() != 0) as bar:
+        rounds.turn()
+        rounds.seconds.clear()  # the first turn creates the optimizer's states and fills caches
+        bar.update()
+        for _ in range(_TURNS):
+            rounds.turn()
+            bar.update()
+    rounds.benchmark.engine.destroy()
+    return rounds.rows()
 
-    def draw(method: RoundMethod, gathered: bool) -> tuple[list[StoredRow], dict[str, int]]:
-        with bench.policy.gathered(longest) if gathered else nullcontext():
-            return method.rows(samples, bench.policy, 0)
 
-    def timed(name: str, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
+class _Rounds:
+    """Rounds of every method on one engine, and their times.
+
+    Collective: every rank must construct and call this, because the ranks draw and train together.
+    """
+
+    def __init__(self, recipe: Recipe, json_config: dict[str, Any]) -> None:
+        block = Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
+        self.benchmark = BlockBenchmark(recipe, json_config, block)
+        self.samples, self.answer_length = _random_samples(recipe, self.benchmark.vocabulary)
+        self.longest = max(len(sample.input_ids) for sample in self.samples)
+        self.methods = _methods(self.benchmark.plan, self.answer_length)
+        self.passes: dict[str, dict[str, int]] = {name: {} for name in self.methods}
+        self.weights_fit_gathered = False
+        self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+        """(method, activity) -> seconds by turn, each on the slowest rank."""
+
+    def turn(self) -> None:
+        """Draw and train on a round of every method, train an epoch of sft, and run `generate()`."""
+        policy = self.benchmark.policy
+        for name, method in self.methods.items():
+            rows = self._draw(name, method, "gathered")
+            self._train(name, rows)
+            if policy.sharded:
+                self._draw(name, method, "sharded")
+        self._train("sft", [StoredRow.of(sample) for sample in self.samples])
+        with policy.gathered(self.longest):
+            self.weights_fit_gathered = not policy.sharded
+            self._timed("generate", "generate", self._generate)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row of `bench.json` per method."""
+        generate_rate, sft = self._rate("generate", "generate"), np.array(self.seconds["sft", "training"])
+        rows = []
+        for name in self.methods:
+            drawing, training = (np.array(self.seconds[name, activity]) for activity in ("gathered", "training"))
+            rates = {weights: self._rate(name, weights) for weights in ("gathered", "sharded")}
+            rows.append(
+                {
+                    "draws": name,
+                    "passes": self.passes[name],
+                    "weights_fit_gathered": self.weights_fit_gathered,
+                    "tokens_per_second": rates | {"generate": generate_rate},
+                    "ratio_to_generate": {
+                        weights: rate and generate_rate and rate / generate_rate for weights, rate in rates.items()
+                    },
+                    "seconds": {
+                        activity: seconds for (method, activity), seconds in self.seconds.items() if method == name
+                    }
+                    | {"sft": sft.tolist()},
+                    "drawing_share": float(np.median(drawing / (drawing + training))),
+                    "epoch_time_ratio": float(np.median((drawing + training) / sft)),
+                }
+            )
+        return rows
+
+    def _draw(self, name: str, method: RoundMethod, weights: str) -> list[StoredRow]:
+        """Draw a round with `gathered` or `sharded` weights."""
+        policy = self.benchmark.policy
+
+        def draw() -> tuple[list[StoredRow], dict[str, int]]:
+            with policy.gathered(self.longest) if weights == "gathered" else nullcontext():
+                return method.rows(self.samples, policy, 0)
+
+        rows, counts = self._timed(name, weights, draw)
+        self.passes[name][weights] = counts.get("passes", 0)
+        return rows
+
+    def _train(self, name: str, rows: Sequence[StoredRow]) -> None:
+        size = self.benchmark.recipe.train.micro_batch_size
+
+        def train(rows: Sequence[StoredRow]) -> None:
+            for first in range(0, len(rows), size):
+                batch = collate([[row.sample()] for row in rows[first : first + size]])
+                train_step(self.benchmark.engine, [batch.to(self.benchmark.policy.device)], 0.0)
+
+        train(rows[:size])  # so that the work before the epoch has no part in the epoch's time
+        self._timed(name, "training", lambda: train(rows))
+
+    @torch.no_grad()
+    def _generate(self) -> None:
+        """Answer all prompts in one batch by the `generate()` of transformers."""
+        policy, answer = self.benchmark.policy, self.answer_length
+        ids, mask = generation.padded([sample.prompt_ids.tolist() for sample in self.samples], policy.device)
+        settings = GenerationConfig(
+            max_new_tokens=answer, min_new_tokens=answer, do_sample=True, top_k=0, pad_token_id=0, use_cache=True
+        )
+        model = self.benchmark.engine.module
+        model.generate(ids, attention_mask=mask, generation_config=settings, synced_gpus=policy.sharded)
+
+    def _timed(self, name: str, activity: str, action: Callable[[], Any]) -> Any:
         dist.barrier()
         started = time.perf_counter()
-        result = action(*arguments)
+        result = action()
         get_accelerator().synchronize()
-        seconds[name, what] += max_over_ranks([time.perf_counter() - started])
+        self.seconds[name, activity] += max_over_ranks([time.perf_counter() - started])
         return result
 
-    def trained(name: str, rows: Sequence[StoredRow]) -> None:
-        _train(bench, rows[: recipe.train.micro_batch_size])  # what was done before must not count here
-        timed(name, "training", _train, bench, rows)
-
-    with tqdm(desc="rollouts", total=_TURNS + 1, unit="turn", leave=False, disable=dist.get_rank() != 0) as bar:
-        for turn in range(_TURNS + 1):
-            for name, method in methods.items():
-                rows, counts = timed(name, "gathered", draw, method, True)
-                passes[name]["gathered"] = counts.get("passes", 0)
-                trained(name, rows)
-                if bench.policy.sharded:
-                    _, counts = timed(name, "sharded", draw, method, False)
-                    passes[name]["sharded"] = counts.get("passes", 0)
-            trained("sft", [StoredRow.of(sample) for sample in samples])
-            with bench.policy.gathered(longest):
-                gathers = not bench.policy.sharded
-                timed("generate", "generate", _generate, bench, samples, answer)
-            if not turn:
-                seconds.clear()  # made optimizer states and filled caches
-            bar.update()
-    bench.engine.destroy()
-    tokens = _ROWS * answer * dist.get_world_size()
-
-    def rate(name: str, what: str) -> float | None:
-        return tokens / float(np.median(seconds[name, what])) if (name, what) in seconds else None
-
-    plain, sft = rate("generate", "generate"), np.array(seconds["sft", "training"])
-    found = []
-    for name in methods:
-        drawing, training = (np.array(seconds[name, what]) for what in ("gathered", "training"))
-        rates = {what: rate(name, what) for what in ("gathered", "sharded")}
-        found.append(
-            {
-                "draws": name,
-                "passes": passes[name],
-                "weights_fit_gathered": gathers,
-                "tokens_per_second": rates | {"generate": plain},
-                "ratio_to_generate": {what: r and plain and r / plain for what, r in rates.items()},
-                "seconds": {what: s for (n, what), s in seconds.items() if n == name} | {"sft": sft.tolist()},
-                "drawing_share": float(np.median(drawing / (drawing + training))),
-                "epoch_time_ratio": float(np.median((drawing + training) / sft)),
-            }
-        )
-    return found
+    def _rate(self, name: str, activity: str) -> float | None:
+        """Return the answer tokens per second over all ranks; None if the activity was not timed."""
+        if (name, activity) not in self.seconds:
+            return None
+        tokens = _ROWS * self.answer_length * dist.get_world_size()
+        return tokens / float(np.median(self.seconds[name, activity]))
 
 
-def _samples(recipe: Recipe, vocabulary: int) -> tuple[list[Sample], int]:
-    """Rows of random tokens on this rank and the length of their answers: an own answer fits between as well."""
-    length = recipe.data.max_length
-    answer, rank = 3 * length // 8, dist.get_rank()
+def _random_samples(recipe: Recipe, vocabulary: int) -> tuple[list[Sample], int]:
+    """Return this rank's rows of random tokens, and the length of their answers.
+
+    Rows leave room for an answer of the model between the prompt and the reference, as `rac` needs.
+    """
+    length, rank = recipe.data.max_length, dist.get_rank()
+    answer = 3 * length // 8
     random = np.random.default_rng((recipe.seed, rank))
     samples = []
     for i, prompt in enumerate(np.linspace(length // 8, length // 4, _ROWS).astype(int).tolist()):
@@ -120,31 +180,12 @@ def _samples(recipe: Recipe, vocabulary: int) -> tuple[list[Sample], int]:
     return samples, answer
 
 
-def _methods(bench: Engine, answer: int) -> dict[str, RoundMethod]:
-    plan = bench.plan
-    settings: dict[str, Any] = {"replace_probability": _P, "schedule": "constant"}
-    rac = Rac(SelfgenConfig(method="rac", max_new_tokens=answer, sft_share=0.0), plan)
-    rac.max_new_tokens = answer
+def _methods(plan: Plan, answer_length: int) -> dict[str, RoundMethod]:
+    mixture: dict[str, Any] = {"replace_probability": _P, "schedule": "constant"}
+    rac = Rac(SelfgenConfig(method="rac", max_new_tokens=answer_length, sft_share=0.0), plan)
+    rac.max_new_tokens = answer_length
     return {
-        f"bash, p {_P:g}, 1 pass": Bash(SelfgenConfig(method="bash", passes=1, **settings), plan),
-        f"bash, p {_P:g}, exact": Bash(SelfgenConfig(method="bash", passes="exact", **settings), plan),
+        f"bash, p {_P:g}, 1 pass": Bash(SelfgenConfig(method="bash", passes=1, **mixture), plan),
+        f"bash, p {_P:g}, exact": Bash(SelfgenConfig(method="bash", passes="exact", **mixture), plan),
         "rac, free-running": rac,
     }
-
-
-def _train(bench: Engine, rows: Sequence[StoredRow]) -> None:
-    size = bench.recipe.train.micro_batch_size
-    for first in range(0, len(rows), size):
-        batch = collate([[row.sample()] for row in rows[first : first + size]])
-        train_step(bench.engine, [batch.to(bench.policy.device)], 0.0)
-
-
-@torch.no_grad()
-def _generate(bench: Engine, samples: list[Sample], answer: int) -> None:
-    """One batch, as transformers has it."""
-    ids, mask = generation.padded([sample.prompt_ids.tolist() for sample in samples], bench.policy.device)
-    settings = GenerationConfig(
-        max_new_tokens=answer, min_new_tokens=answer, do_sample=True, top_k=0, pad_token_id=0, use_cache=True
-    )
-    model = bench.engine.module
-    model.generate(ids, attention_mask=mask, generation_config=settings, synced_gpus=bench.policy.sharded)

@@ -1,4 +1,4 @@
-"""The loss at the LM head beside the plain one, which builds the logits of all positions."""
+"""Memory and time of the loss at the LM head, compared with the loss that builds the logits of all positions."""
 
 from __future__ import annotations
 
@@ -17,41 +17,35 @@ from selfgen_ds.scaling.memory import PeakMemory
 
 TOKENS, VOCABULARY = 4096, 131_072
 
+Loss = Callable[[nn.Linear, Tensor, Tensor], Tensor]
+"""`(LM head, hidden states [TOKENS, hidden_size], targets [TOKENS]) -> loss`, summed over the targets."""
+
+
+def _plain_loss(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(linear(hidden).float(), targets, reduction="sum")
+
+
+def _loss_without_logits(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    return head.LMHead(linear)(hidden, head.loss_sum(targets, 0.0))
+
 
 def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Forward and backward of the loss of `TOKENS` targets over `VOCABULARY` words, on this process alone.
+    """Measure forward and backward of both losses in this process, for `TOKENS` targets and `VOCABULARY` token ids.
 
-    Memory counts hidden states, the head's weight and the gradients of both, which either way needs.
+    The memory includes the hidden states, the head's weight and the gradients of both, which either loss needs.
 
     Args:
-        hidden_size: Of the model.
-        dtype: Of its weights.
+        hidden_size: Size of the model's hidden states.
+        dtype: Type of the model's weights.
+
+    Returns:
+        The rows of `losses` in `bench.json`; the ratios are those to the plain loss.
     """
     targets = torch.randint(VOCABULARY, (TOKENS,), device=process_group.device())
-
-    def plain(linear: nn.Linear, hidden: Tensor) -> Tensor:
-        return F.cross_entropy(linear(hidden).float(), targets, reduction="sum")
-
-    def chunked(linear: nn.Linear, hidden: Tensor) -> Tensor:
-        return head.LMHead(linear)(hidden, head.loss_sum(targets, 0.0))
-
-    losses: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {"plain": plain, "without logits": chunked}
+    losses: dict[str, Loss] = {"plain": _plain_loss, "without logits": _loss_without_logits}
     rows: list[dict[str, Any]] = []
     for name, loss in losses.items():
-        memory, seconds = PeakMemory(), 0.0
-
-        def action(loss: Callable[[nn.Linear, Tensor], Tensor] = loss) -> None:
-            nonlocal seconds
-            linear = nn.Linear(hidden_size, VOCABULARY, bias=False, dtype=dtype, device=process_group.device())
-            hidden = torch.randn(TOKENS, hidden_size, dtype=dtype, device=process_group.device(), requires_grad=True)
-            get_accelerator().synchronize()
-            started = time.perf_counter()
-            loss(linear, hidden).backward()
-            get_accelerator().synchronize()
-            seconds = time.perf_counter() - started
-
-        peak = memory.during(action)  # which also warms up
-        action()
+        peak, seconds = _cost(loss, targets, hidden_size, dtype)
         rows.append(
             {
                 "loss": name,
@@ -67,3 +61,23 @@ def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         row["peak_memory_ratio"] = row["peak_memory_bytes"] / rows[0]["peak_memory_bytes"]
         row["time_ratio"] = row["time_s"] / rows[0]["time_s"]
     return rows
+
+
+def _cost(loss: Loss, targets: Tensor, hidden_size: int, dtype: torch.dtype) -> tuple[int, float]:
+    """Return the peak memory, in bytes, and the time, in seconds, of one forward and backward."""
+    device = targets.device
+    seconds = 0.0
+
+    def forward_and_backward() -> None:
+        nonlocal seconds
+        linear = nn.Linear(hidden_size, VOCABULARY, bias=False, dtype=dtype, device=device)
+        hidden = torch.randn(TOKENS, hidden_size, dtype=dtype, device=device, requires_grad=True)
+        get_accelerator().synchronize()
+        started = time.perf_counter()
+        loss(linear, hidden, targets).backward()
+        get_accelerator().synchronize()
+        seconds = time.perf_counter() - started
+
+    peak = PeakMemory().during(forward_and_backward)
+    forward_and_backward()  # timed apart: counting memory takes time, and the first call warms up
+    return peak, seconds

@@ -1,4 +1,4 @@
-"""The largest memory that tensors take at once: of the accelerator's allocator, or counted on a CPU, exactly."""
+"""Peak memory of tensors: from the accelerator's allocator, or counted exactly on a CPU, which has no such record."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory:
-    """Of this process."""
+    """Peak memory of this process's tensors, in bytes."""
 
     def __init__(self) -> None:
         self._tensors = LiveTensors() if get_accelerator().device_name() == "cpu" else None
 
-    def making(self) -> AbstractContextManager[object]:
-        """Around everything that makes tensors which stay: a CPU has no allocator that knows of them."""
+    def counting(self) -> AbstractContextManager[object]:
+        """Count the tensors made inside the context.
+
+        Enter the context around all code whose tensors outlive the code: no allocator of a CPU knows of them.
+        """
         return self._tensors or nullcontext()
 
     def during(self, action: Callable[[], object]) -> int:
-        """Bytes at once while an action runs, with what stays from before."""
+        """Run an action, and return the most bytes alive at once, with the tensors counted before."""
         gc.collect()
         if self._tensors is not None:
             self._tensors.reset()
@@ -39,10 +42,11 @@ class PeakMemory:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Follows every storage that an operation of this thread gives.
+    """Count the storages that operations of this thread return while the mode is entered.
 
-    While it is entered: `peak` bytes live at once, of storages made since the first entry; `largest` of one. Storages
-    backed by a mapped file are not counted. May be entered several times; `reset` starts `peak` anew.
+    `live` is the bytes alive now, `peak` the most bytes alive at once, and `largest` the bytes of the largest storage.
+    Storages that were made outside the mode, and those backed by a mapped file, do not count. The mode may be entered
+    several times, and counts on; `reset` starts `peak` and `largest` anew.
     """
 
     def __init__(self) -> None:
@@ -51,24 +55,26 @@ class LiveTensors(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def reset(self) -> None:
+        """Start `peak` at the bytes alive now, and `largest` at 0."""
         self.peak, self.largest = self.live, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
-            self._see(leaf, made_here=False)
+            self._count(leaf, is_new=False)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            self._see(leaf, made_here=True)
+            self._count(leaf, is_new=True)
         return result
 
-    def _see(self, leaf: Any, made_here: bool) -> None:
+    def _count(self, leaf: Any, is_new: bool) -> None:
+        """Count the storage of a tensor when it is first seen; an argument's was made outside the mode."""
         if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
             return
         storage = leaf.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes() if made_here and not _mapped(storage) else 0
+        size = storage.nbytes() if is_new and not _mapped(storage) else 0
 
         def freed(_: Any) -> None:
             del self._known[key]
@@ -81,8 +87,8 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _mapped(storage: torch.UntypedStorage) -> bool:
-    """Whether the memory belongs to a mapped file."""
-    if storage.nbytes() < 2**20:
+    """Whether a storage lies in a mapped file, according to Linux's list of the process's memory."""
+    if storage.nbytes() < 2**20:  # reading the list for every small tensor would take too long
         return False
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, path = line.split()

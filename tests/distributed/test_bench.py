@@ -1,4 +1,4 @@
-"""The benchmark on a small shape: what it counts is exact, whatever the machine does beside it."""
+"""`bench` on a small model: its counts are exact, whatever other load the machine has."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ BLOCKS = [
 
 
 def measure(settings: Recipe) -> None:
+    """Run the full grid with fewer and smaller blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "FULL", BLOCKS)
         patch.setattr(losses, "TOKENS", 2048)
@@ -40,7 +41,7 @@ def measure(settings: Recipe) -> None:
 
 
 def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
-    """Drawn tokens of a pass behind a training step, and the parameters that it leaves gathered."""
+    """Run a pass after a training step; return the numbers of drawn tokens and of parameters left gathered."""
     run = prepare(settings, set())
     runs.steps(run, 1)
     window = run.method.contexts(run.windows.window(1), run.policy, 1)
@@ -48,9 +49,7 @@ def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
     return sum(int(batch.drawn.sum()) for batch in window), len(left)
 
 
-def test_a_pass_leaves_nothing_gathered_that_would_stay_through_the_training_step(
-    two_ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_pass_leaves_no_parameter_gathered(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path, deepspeed=runs.write_limited_json(tmp_path))
     for drawn, left in two_ranks.run(gathered_after_a_pass, settings):
@@ -97,27 +96,27 @@ def test_every_variant_of_every_block_has_a_row_and_sft_is_1(record: dict[str, A
         assert (row["phases_s"]["pass"][1] > 0.05 * row["step_time_s"]) == (row["passes_made"] > 0)
 
 
-def test_a_window_that_draws_nothing_costs_no_pass(record: dict[str, Any]) -> None:
-    some = rows(record)
-    assert some["p 0.0, 1"]["passes_made"] == some["p 0.0, 1"]["groups"] == 0
-    assert some["p 0.0, 1"]["gathers"] == some["sft"]["gathers"]
+def test_a_step_that_draws_nothing_costs_no_pass(record: dict[str, Any]) -> None:
+    row, sft = rows(record)["p 0.0, 1"], rows(record)["sft"]
+    assert row["passes_made"] == row["groups"] == 0
+    assert row["gathers"] == sft["gathers"]
 
 
-def test_phases_make_up_the_step(record: dict[str, Any]) -> None:
+def test_the_phases_add_up_to_the_step(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         parts = sum(median for _, median, _ in row["phases_s"].values())
-        assert 0.7 * row["step_time_s"] < parts < 1.5 * row["step_time_s"]  # each on its slowest rank
+        assert 0.7 * row["step_time_s"] < parts < 1.5 * row["step_time_s"]  # each phase is from its slowest rank
         low, high = row["step_time_s_quartiles"]
         assert low <= row["step_time_s"] <= high
 
 
-def test_a_pass_gathers_the_parameters_once_a_group(record: dict[str, Any]) -> None:
+def test_a_pass_gathers_the_parameters_once_per_group(record: dict[str, Any]) -> None:
     for accumulation, checkpointing in ((1, True), (3, True), (1, False)):
-        some = rows(record, accumulation, checkpointing)
-        for what, row in some.items():
-            extra = row["gathers"] - some["sft"]["gathers"]
-            assert extra <= 1.02 * row["passes_made"] * row["groups"], what
-            assert (extra > 0.5 * row["passes_made"] * row["groups"]) == (what not in ("sft", "p 0.0, 1")), what
+        variants = rows(record, accumulation, checkpointing)
+        for variant, row in variants.items():
+            extra = row["gathers"] - variants["sft"]["gathers"]
+            assert extra <= 1.02 * row["passes_made"] * row["groups"], variant
+            assert (extra > 0.5 * row["passes_made"] * row["groups"]) == (variant not in ("sft", "p 0.0, 1")), variant
 
 
 def test_a_mixture_needs_no_more_memory_than_sft(record: dict[str, Any]) -> None:
@@ -126,7 +125,7 @@ def test_a_mixture_needs_no_more_memory_than_sft(record: dict[str, Any]) -> None
         assert row["peak_memory_ratio"] <= 1.02, name(row)
 
 
-def test_alternating_variants_never_throw_the_trace_away(record: dict[str, Any]) -> None:
+def test_alternating_variants_never_invalidate_the_trace(record: dict[str, Any]) -> None:
     assert [row["trace_invalidations"] for row in record["rows"]] == [0] * len(record["rows"])
 
 
@@ -139,7 +138,7 @@ def test_the_loss_needs_less_memory_than_the_logits_of_all_positions(record: dic
     assert (plain["peak_memory_ratio"], plain["time_ratio"]) == (1, 1)
 
 
-def test_everything_that_a_round_draws_has_rates_beside_generate(record: dict[str, Any]) -> None:
+def test_every_way_to_draw_a_round_has_rates_and_ratios_to_generate(record: dict[str, Any]) -> None:
     assert [row["draws"] for row in record["drawing"]] == [
         "bash, p 0.25, 1 pass",
         "bash, p 0.25, exact",
@@ -147,7 +146,7 @@ def test_everything_that_a_round_draws_has_rates_beside_generate(record: dict[st
     ]
     for row in record["drawing"]:
         assert row["weights_fit_gathered"]
-        assert min(row["tokens_per_second"][what] for what in ("gathered", "sharded", "generate")) > 0
+        assert min(row["tokens_per_second"][kind] for kind in ("gathered", "sharded", "generate")) > 0
         assert row["ratio_to_generate"]["gathered"] > 0
         (drawing,), (training,), (_,), (sft,) = (row["seconds"][k] for k in ("gathered", "training", "sharded", "sft"))
         assert row["drawing_share"] == pytest.approx(drawing / (drawing + training))
@@ -158,7 +157,7 @@ def test_everything_that_a_round_draws_has_rates_beside_generate(record: dict[st
     assert exact["passes"]["sharded"] >= exact["passes"]["gathered"] > 1
 
 
-def test_the_record_says_what_was_measured_on_what(record: dict[str, Any]) -> None:
+def test_the_record_names_the_environment_the_recipe_and_the_json(record: dict[str, Any]) -> None:
     environment = record["environment"]
     assert environment["hardware"]["ranks"] == 2
     assert environment["hardware"]["accelerator"] == "cpu"
@@ -174,16 +173,16 @@ def test_the_record_says_what_was_measured_on_what(record: dict[str, Any]) -> No
         assert row["gathered_bytes"] == pytest.approx(row["gathers"] * record["parameter_bytes"])
 
 
-def test_the_rows_of_a_turn_are_the_same_for_all_and_those_of_ranks_and_turns_are_not(one_rank: Ranks) -> None:
+def test_every_variant_of_a_turn_gets_the_same_rows_and_every_turn_gets_others(one_rank: Ranks) -> None:
     settings = Recipe(
         output_dir="", deepspeed="", data=DataConfig(train="", max_length=12), train=TrainConfig(micro_batch_size=2)
     )
-    [[first, again, later]] = one_rank.run(windows, settings)
+    [[first, again, later]] = one_rank.run(contexts_of_turns, settings)
     assert first == again != later
 
 
-def windows(settings: Recipe) -> list[list[list[int]]]:
-    return [steps.random_window(settings, 100, number)[0].context.tolist() for number in (3, 3, 4)]
+def contexts_of_turns(settings: Recipe) -> list[list[list[int]]]:
+    return [steps.random_batches(settings, 100, turn)[0].context.tolist() for turn in (3, 3, 4)]
 
 
 def test_rows_that_are_too_short_to_bench_are_refused() -> None:

@@ -1,3 +1,5 @@
+"""`inspect`: counts, lengths, and rows with the kinds of their tokens; no colors, as the output is no terminal."""
+
 import json
 import re
 from dataclasses import replace
@@ -28,7 +30,7 @@ def _shown(recipe: Recipe, capsys: pytest.CaptureFixture[str], rows: int = 1, dr
     return capsys.readouterr().out
 
 
-def test_prompt_response_and_end_token_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_response_and_end_token_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = _shown(_recipe(tmp_path, ["tell"]), capsys)
     assert "[prompt]ask 0: [replaceable]tell[target]</s>" in output
 
@@ -42,7 +44,7 @@ def test_read_used_truncated_and_refused_rows_are_counted(tmp_path: Path, capsys
     assert "4 rows read, 3 used (1 truncated), 1 refused; responses end with </s>" in _shown(recipe, capsys)
 
 
-def test_too_many_truncated_rows_are_an_error_behind_the_counts(
+def test_too_many_truncated_rows_are_an_error_after_the_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _recipe(tmp_path, ["b" * 100, "c"], max_truncated_share=0.1)
@@ -55,18 +57,18 @@ def test_the_histogram_counts_every_sample(tmp_path: Path, capsys: pytest.Captur
     output = _shown(_recipe(tmp_path, ["x" * n for n in (1, 1, 2, 9, 20)]), capsys)
     bars = re.findall(r"^ +\d+ to \d+ +(\d+) ", output, flags=re.M)
     assert sum(map(int, bars)) == 5
-    assert "tokens a sample: 9 to 28, mean 14.6" in output
+    assert "tokens per sample: 9 to 28, mean 14.6" in output
 
 
 def test_packed_rows_are_counted_and_show_their_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = _shown(_recipe(tmp_path, ["abcdef", "ghijkl"], packing=True), capsys)
-    assert "packed into 1 rows of 32 tokens, 87.5% of them real" in output
+    assert "packed into 1 rows of 32 tokens; 87.5% of the positions are used" in output
     assert {"row 1, sample 0, 14 tokens", "row 1, sample 1, 14 tokens"} <= {
         line.rstrip(" ─") for line in output.splitlines()
     }
 
 
-def test_drawn_tokens_stand_before_the_reference_that_they_replaced(
+def test_drawn_tokens_are_shown_before_the_reference_that_they_replace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _recipe(tmp_path, ["abcdefgh"])
@@ -75,13 +77,13 @@ def test_drawn_tokens_stand_before_the_reference_that_they_replaced(
     assert re.search(r"\[prompt\]ask 0: \[drawn\].*\[for\]abcdefgh\[target\]</s>", output, flags=re.S)
 
 
-def test_no_rows_may_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_rows_print_the_counts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = _shown(_recipe(tmp_path, ["tell"]), capsys, rows=0)
     assert "1 rows read" in output
     assert "ask 0" not in output
 
 
-def test_a_bad_row_is_the_error_that_training_would_give(tmp_path: Path) -> None:
+def test_a_bad_row_is_the_same_error_as_in_training(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, ["tell", ""])
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2, field 'completion': expected text"):
         inspect(recipe, set(), 1, False)
@@ -94,7 +96,7 @@ def test_settings_are_checked_as_for_training(tmp_path: Path) -> None:
         inspect(recipe, set(), 1, False)
 
 
-def test_fewer_rows_than_asked_for_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_shown_once_even_if_more_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = _shown(_recipe(tmp_path, ["tell"]), capsys, rows=3)
     assert output.count("[prompt]") == 1
 
@@ -131,7 +133,7 @@ def test_a_round_of_bash_is_shown_as_it_would_be_trained_on(tmp_path: Path, caps
     assert "[prompt]ask 0: [replaceable]abcdefgh[target]</s>" in _shown(recipe, capsys, draw=True, rows=3)
 
 
-def test_an_own_answer_is_shown_before_cue_and_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_answer_is_shown_before_cue_and_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = _recipe(tmp_path, ["abcdefgh"])
     recipe.selfgen = SelfgenConfig(method="rac", sft_share=0.0, cue=" No: ", max_new_tokens=3)
     output = _shown(recipe, capsys, rows=3, draw=True)
