@@ -16,7 +16,6 @@ from selfgen_ds.config import (
     SelfgenConfig,
     TrainConfig,
 )
-from selfgen_ds.errors import InputError
 from selfgen_ds.scaling import bench, drawing, losses, steps
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
@@ -86,6 +85,7 @@ def rows(record: dict[str, Any], accumulation: int = 1, checkpointing: bool = Tr
     }
 
 
+@pytest.mark.slow
 def test_every_variant_of_every_block_has_a_row_and_sft_is_1(record: dict[str, Any]) -> None:
     assert list(rows(record)) == ["sft", "p 0.0, 1", "p 0.25, 1", "p 0.25, 2", "p 0.5, exact"]
     assert list(rows(record, accumulation=3)) == list(rows(record, checkpointing=False)) == ["sft", "p 0.25, 1"]
@@ -96,12 +96,14 @@ def test_every_variant_of_every_block_has_a_row_and_sft_is_1(record: dict[str, A
         assert (row["phases_s"]["pass"][1] > 0.05 * row["step_time_s"]) == (row["passes_made"] > 0)
 
 
+@pytest.mark.slow
 def test_a_step_that_draws_nothing_costs_no_pass(record: dict[str, Any]) -> None:
     row, sft = rows(record)["p 0.0, 1"], rows(record)["sft"]
     assert row["passes_made"] == row["groups"] == 0
     assert row["gathers"] == sft["gathers"]
 
 
+@pytest.mark.slow
 def test_the_phases_add_up_to_the_step(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         parts = sum(median for _, median, _ in row["phases_s"].values())
@@ -110,6 +112,7 @@ def test_the_phases_add_up_to_the_step(record: dict[str, Any]) -> None:
         assert low <= row["step_time_s"] <= high
 
 
+@pytest.mark.slow
 def test_a_pass_gathers_the_parameters_once_per_group(record: dict[str, Any]) -> None:
     for accumulation, checkpointing in ((1, True), (3, True), (1, False)):
         variants = rows(record, accumulation, checkpointing)
@@ -119,16 +122,19 @@ def test_a_pass_gathers_the_parameters_once_per_group(record: dict[str, Any]) ->
             assert (extra > 0.5 * row["passes_made"] * row["groups"]) == (variant not in ("sft", "p 0.0, 1")), variant
 
 
+@pytest.mark.slow
 def test_a_mixture_needs_no_more_memory_than_sft(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         assert row["peak_memory_bytes"] > 1e6
         assert row["peak_memory_ratio"] <= 1.02, name(row)
 
 
+@pytest.mark.slow
 def test_alternating_variants_never_invalidate_the_trace(record: dict[str, Any]) -> None:
     assert [row["trace_invalidations"] for row in record["rows"]] == [0] * len(record["rows"])
 
 
+@pytest.mark.slow
 def test_the_loss_needs_less_memory_than_the_logits_of_all_positions(record: dict[str, Any]) -> None:
     plain, ours = record["losses"]
     logits = 2048 * 2000 * 4
@@ -138,6 +144,7 @@ def test_the_loss_needs_less_memory_than_the_logits_of_all_positions(record: dic
     assert (plain["peak_memory_ratio"], plain["time_ratio"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_every_way_to_draw_a_round_has_rates_and_ratios_to_generate(record: dict[str, Any]) -> None:
     assert [row["draws"] for row in record["drawing"]] == [
         "bash, p 0.25, 1 pass",
@@ -157,6 +164,7 @@ def test_every_way_to_draw_a_round_has_rates_and_ratios_to_generate(record: dict
     assert exact["passes"]["sharded"] >= exact["passes"]["gathered"] > 1
 
 
+@pytest.mark.slow
 def test_the_record_names_the_environment_the_recipe_and_the_json(record: dict[str, Any]) -> None:
     environment = record["environment"]
     assert environment["hardware"]["ranks"] == 2
@@ -183,21 +191,3 @@ def test_every_variant_of_a_turn_gets_the_same_rows_and_every_turn_gets_others(o
 
 def contexts_of_turns(settings: Recipe) -> list[list[list[int]]]:
     return [steps.random_batches(settings, 100, turn)[0].context.tolist() for turn in (3, 3, 4)]
-
-
-def test_rows_that_are_too_short_to_bench_are_refused() -> None:
-    settings = Recipe(output_dir="", deepspeed="", data=DataConfig(train="", max_length=15))
-    with pytest.raises(InputError, match=r"data\.max_length: expected 16 or more"):
-        bench.bench(settings, set(), "budget", 1)
-
-
-def test_a_json_that_fixes_the_accumulation_is_refused_for_blocks_that_have_another(tmp_path: Path) -> None:
-    path = tmp_path / "fixed.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 1}))
-    settings = Recipe(
-        output_dir=str(tmp_path), deepspeed=str(path), data=DataConfig(train="builtin:pointer_chase", max_length=16)
-    )
-    settings.model.preset, settings.model.tokenizer = runs.PRESET, "byte"
-    settings.train.max_steps = 1
-    with pytest.raises(InputError, match=r"gradient_accumulation_steps=1 differs from the recipe"):
-        bench.bench(settings, set(), "budget", 1)
