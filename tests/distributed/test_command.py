@@ -1,20 +1,23 @@
-"""The command line, in processes of its own: launchers, bad input, real data."""
+"""The command line: launchers that train the same, refusals and their exit code, and a real data set."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfgen_ds import __version__
+from selfgen_ds import __version__, cli
+from selfgen_ds.errors import InputError
+from selfgen_ds.train import train as run_train
 from tests.distributed import runs
 from tests.forked import Run, command
-from tests.ranks import SHARED, Launched, deepspeed, free_port
+from tests.ranks import ROOT, SHARED, Launched, Ranks, deepspeed, free_port
 
 BIN = Path(sys.executable).parent
 RECIPE = """
@@ -77,51 +80,58 @@ def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.Monkey
         assert values == pytest.approx(found["one process"], rel=1e-5), name
 
 
-@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "PMI_SIZE"])
-def test_tasks_without_rank_variables_do_not_train_models_of_their_own(folder: Path, variable: str) -> None:
-    assert "say 1 rank: the tasks would train models of their own" in refused(folder, **{variable: "2"})
-
-
-def test_torchrun_that_restarts_ranks_on_several_hosts_is_refused(folder: Path) -> None:
-    line = refused(folder, GROUP_WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="1")
-    assert line.startswith("torchrun: --max_restarts works on one host")
-
-
 def test_what_a_command_prints_arrives_where_it_is_no_terminal() -> None:
     done = subprocess.run([BIN / "selfgen-ds", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"selfgen-ds {__version__}\n"
 
 
-def refused(folder: Path, *overrides: str, **variables: str) -> str:
-    """The error line of a run that ends with exit code 2 before its first step."""
-    code = command(train(folder, *overrides), folder / "log", variables)
-    output = (folder / "log").read_text()
-    assert code == 2, output[-3000:]
-    assert not (folder / "run" / "metrics.jsonl").exists()
+def error_lines(output: str) -> list[str]:
+    """Return what follows `selfgen-ds: error: ` in the output of a command, in which no traceback may be."""
     assert "Traceback" not in output
-    lines = [line for line in output.splitlines() if line.startswith("selfgen-ds: error: ")]
-    assert len(lines) == 1, output[-3000:]
-    return lines[0].removeprefix("selfgen-ds: error: ")
+    start = "selfgen-ds: error: "
+    return [line.removeprefix(start) for line in output.splitlines() if line.startswith(start)]
 
 
-ROW = '{"prompt": "a", "completion": "b"}\n'
+@pytest.mark.parametrize("launcher", ["one process", "the installed command"])
+def test_a_refusal_is_exit_code_2_and_one_line_that_usage_does_not_bury(folder: Path, launcher: str) -> None:
+    command = [*LAUNCHERS[launcher], *train(folder, "--optim.learning_rat", "3")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "selfgen-ds: error: unrecognized arguments: --optim.learning_rat 3\n"
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (ROW + '{"prompt": "a", "completion": \n', "rows.jsonl, line 2: expected JSON objects, got malformed JSON"),
-        (ROW + '{"prompt": "a"}\n', "rows.jsonl, line 2: field 'completion' is missing"),
-        (ROW + '{"prompt": "a", "completion": ""}\n', "rows.jsonl, line 2, field 'completion': expected text"),
-        (ROW + '{"prompt": 3, "completion": "b"}\n', "rows.jsonl, line 2, field 'prompt': expected a string, got int"),
-        (ROW + json.dumps({"prompt": "a" * 128, "completion": "b"}), "leave no room for a response"),
-        ("", "rows.jsonl: the file is empty"),
-    ],
-    ids=["malformed", "missing column", "empty response", "no string", "no room", "no row"],
-)
-def test_bad_rows_are_one_clear_line(folder: Path, rows: str, expected: str) -> None:
-    (folder / "rows.jsonl").write_text(rows)
-    assert expected in refused(folder)
+def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("[]\n")
+    with deepspeed(train(folder), folder / "log") as run:
+        assert run.wait() == 2
+    [line] = error_lines(run.output())
+    assert line == f"{folder}/rows.jsonl, line 1: expected an object, got list"
+
+
+def refusal(arguments: list[str]) -> list[str]:
+    """Train as `selfgen-ds ARGUMENTS` does, and return the lines of the `InputError` that ends the command."""
+    recipe, overrides = cli.recipe_of(arguments[1:])
+    with pytest.raises(InputError) as caught:
+        run_train(recipe, overrides)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def refused(one_rank: Ranks, folder: Path) -> Callable[..., str]:
+    """Return the only line with which a run of the recipe, changed by these options, ends before its first step."""
+
+    def line_of(*overrides: str) -> str:
+        [[line]] = one_rank.run(refusal, train(folder, *overrides))
+        assert not (folder / "run" / "metrics.jsonl").exists()
+        return line
+
+    return line_of
+
+
+def test_rows_without_room_for_a_response_are_one_clear_line(folder: Path, refused: Callable[..., str]) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 128, "completion": "b"}))
+    assert "leave no room for a response" in refused()
 
 
 HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 300, "num_attention_heads": 64}'
@@ -130,7 +140,6 @@ HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers":
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["--data.train", "none.jsonl"], "data.train: expected an existing file"),
         (["--data.train", "builtin:none"], "data.train: unknown task 'builtin:none'; known are builtin:pointer_chase"),
         (
             ["--selfgen.method", "none"],
@@ -142,40 +151,42 @@ HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers":
         (["--model.preset", '{"hidden_size": 0}'], "model"),
         (["--data.max_length", "100000"], "data.max_length: expected at most the model's 2048 positions"),
         (["--data.eval", "builtin:pointer_chase", "--eval.best", "bleu"], "eval.best: expected one of"),
-        (["--model.name_or_path", "./none"], "model.name_or_path: expected an existing folder"),
     ],
 )
-def test_bad_settings_are_one_clear_line(folder: Path, overrides: list[str], expected: str) -> None:
-    assert expected in refused(folder, *overrides)
+def test_bad_settings_are_one_clear_line(refused: Callable[..., str], overrides: list[str], expected: str) -> None:
+    assert expected in refused(*overrides)
 
 
-def test_all_problems_of_recipe_and_json_are_named_at_once(folder: Path) -> None:
+def test_all_problems_of_recipe_and_json_are_named_at_once(one_rank: Ranks, folder: Path) -> None:
     sizes = {"train_batch_size": 3, "zero_optimization": {"stage": 3}, "gradient_clipping": 7.0}
     (folder / "ds.json").write_text(json.dumps(sizes))
     overrides = ["--deepspeed", str(folder / "ds.json"), "--selfgen.top_p", "2"]
     overrides += ["--train.epochs", "1", "--train.max_steps", "2"]
-    assert command(train(folder, *overrides), folder / "log") == 2
-    output = (folder / "log").read_text()
+    [lines] = one_rank.run(refusal, train(folder, *overrides))
     for expected in (
         "ds.json: train_batch_size=3 differs from the recipe: train.micro_batch_size",
         "ds.json: gradient_clipping=7.0 differs from the recipe: optim.max_grad_norm=1.0",
         "selfgen.top_p: expected a probability mass in (0, 1], got 2.0",
         "train: expected either epochs or max_steps, got 1.0 and 2",
     ):
-        assert expected in output
+        assert any(expected in line for line in lines), lines
 
 
-def test_errors_of_the_command_line_are_not_buried_in_usage(folder: Path) -> None:
-    for arguments, expected in {
-        ("--optim.learning_rat", "3"): "unrecognized arguments: --optim.learning_rat",
-        ("--optim.learning_rate", "x"): 'Parser key "optim.learning_rate"',
-        ("--config", str(folder / "none.yaml")): "none.yaml",
-    }.items():
-        with Launched([sys.executable, "-m", "selfgen_ds", *train(folder, *arguments)], folder / "log") as run:
-            assert run.wait() == 2
-        assert expected in run.output()
-        assert "usage:" not in run.output()
-        assert run.output().startswith("selfgen-ds: error: ")
+def test_an_output_folder_that_cannot_be_is_one_clear_line(folder: Path, refused: Callable[..., str]) -> None:
+    (folder / "file").write_text("")
+    assert "output_dir: " in refused("--output_dir", str(folder / "file" / "below"))
+    assert "cannot be written to" in refused("--output_dir", str(folder / "file"))
+
+
+def test_a_checkpoint_is_not_taken_for_a_model(folder: Path, refused: Callable[..., str]) -> None:
+    (folder / "complete.json").write_text("{}")
+    assert "is a checkpoint; `selfgen-ds export`" in refused("--model.name_or_path", str(folder))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path, refused: Callable[..., str]) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("{}")
+    assert "holds a run already" in refused()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
@@ -187,30 +198,6 @@ def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
         assert first.processes[0].is_alive()
     finally:
         first.kill()
-
-
-def test_an_output_folder_that_cannot_be_is_one_clear_line(folder: Path) -> None:
-    (folder / "file").write_text("")
-    assert "output_dir: " in refused(folder, "--output_dir", str(folder / "file" / "below"))
-    assert "cannot be written to" in refused(folder, "--output_dir", str(folder / "file"))
-
-
-def test_a_checkpoint_is_not_taken_for_a_model(folder: Path) -> None:
-    (folder / "complete.json").write_text("{}")
-    assert "is a checkpoint; `selfgen-ds export`" in refused(folder, "--model.name_or_path", str(folder))
-
-
-def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:
-    (folder / "rows.jsonl").write_text("[]\n")
-    with deepspeed(train(folder), folder / "log") as run:
-        assert run.wait() == 2
-    assert run.output().count("selfgen-ds: error: ") == 1
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path) -> None:
-    (folder / "run").mkdir()
-    (folder / "run" / "config.yaml").write_text("{}")
-    assert "holds a run already" in refused(folder)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real GSM8K file is not here (../shared/data)")
