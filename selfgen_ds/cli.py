@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,7 @@ def _tell(problems: str) -> None:
         time.sleep(2)  # launchers end all ranks with the first: that is to be the one that tells
 
 
+@cache
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # `--help` shows the fields' docstrings
     parser = ArgumentParser(
