@@ -44,8 +44,8 @@ lint: install
 	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch; \
 	else echo "launch/ was not checked: shellcheck is missing (Debian: apt-get install shellcheck)"; fi
 
-# One process runs the tests that start ranks, beside one that runs unit tests: tests/conftest.py says why.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
+# Two processes run the unit tests, and one of them then the tests that start ranks: tests/conftest.py says why.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
 # The inner loop, at most 2 minutes on two cores: unit tests, and the distributed tests marked `check`.
 check: install

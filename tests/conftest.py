@@ -19,11 +19,12 @@ from tests.ranks import Ranks  # noqa: E402
 
 
 class OnePairOfRanks(LoadScopeScheduling):
-    """Give one xdist worker all tests that start ranks, and the others the unit tests, a module at a time.
+    """Share the unit tests out, a module at a time; then let one xdist worker run all tests that start ranks.
 
-    A pair of ranks keeps two cores busy: with a second pair beside it, the ranks of both wait for each other's
-    collectives, and limits on time (heartbeats, stops, locks) are met by chance. The tests of a module, and of
-    tests/cluster as a whole, share fixtures, so a module is never split.
+    A pair of ranks keeps two cores busy, and waits at every collective until both ranks have had a core: on two cores
+    with six other busy processes, a step of the small runs here took two ranks 4 s, and one rank 1 s. Two pairs would
+    slow each other down, and meet limits on time (heartbeats, stops, locks) by chance. The tests of a module share
+    fixtures, as do those of tests/cluster, and stay together.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -31,12 +32,14 @@ class OnePairOfRanks(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OnePairOfRanks:
+    config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
     return OnePairOfRanks(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark unit tests as `check` and tests/cluster as `slow`, and record every test's tier for `tests/costs.py`."""
+    """Put unit tests first, mark them `check` and tests/cluster `slow`, and record every tier for `tests/costs.py`."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/unit/"))
     for item in items:
         if item.nodeid.startswith("tests/cluster/"):
             item.add_marker("slow")

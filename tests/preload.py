@@ -1,11 +1,18 @@
-"""What ranks have imported when they are forked."""
+"""What ranks have imported when they are forked: all that a run imports, so that no rank does it again."""
 
+import gc
 import os
 
 from tests.ranks import ENVIRONMENT
 
 os.environ |= ENVIRONMENT  # read by what follows
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (an engine does, and with it torch's compiler)
+import deepspeed.module_inject.auto_ep_layer  # an engine imports this and the next two
+import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (and with it torch's compiler)
+import torch.utils.tensorboard  # noqa: F401 (the metrics logger does)
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import selfgen_ds.train  # noqa: F401
+
+gc.freeze()  # DeepSpeed collects garbage for every engine, which would take a second over these modules' objects

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def saved(two_ranks: Ranks, folder: Path) -> Recipe:
-    """A run of 6 steps saved at 2, 4 and 6."""
-    settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=3))
+def _saving_recipe(folder: Path) -> Recipe:
+    settings = runs.recipe(folder, output_dir=str(folder / "run"), checkpoint=CheckpointConfig(every=2, keep=3))
     settings.train.max_steps = 6
-    two_ranks.run(runs.run_training, settings)
     return settings
+
+
+@pytest.fixture(scope="session")
+def saved_once(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that `saved` copies."""
+    folder = tmp_path_factory.mktemp("saved")
+    runs.write_rows(folder)
+    two_ranks.run(runs.run_training, _saving_recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once: Path, folder: Path) -> Recipe:
+    """A run of 6 steps saved at 2, 4 and 6; each test has its own copy, to resume or to damage."""
+    shutil.copytree(saved_once / "run", folder / "run")
+    recipe = folder / "run" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(str(saved_once), str(folder)))
+    return _saving_recipe(folder)
