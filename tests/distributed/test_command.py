@@ -106,7 +106,7 @@ def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:
     with deepspeed(train(folder), folder / "log") as run:
         assert run.wait() == 2
     [line] = error_lines(run.output())
-    assert line == f"{folder}/rows.jsonl, line 1: expected an object, got list"
+    assert line == f"{folder}/rows.jsonl, line 1: expected one JSON object, got list"
 
 
 def refusal(arguments: list[str]) -> list[str]:
