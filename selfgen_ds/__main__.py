@@ -1,4 +1,4 @@
-"""The process of `selfgen-ds` and of `python -m selfgen_ds`: how it is stopped before it can save, and how it ends."""
+"""The process of `selfgen-ds` and of `python -m selfgen_ds`: its signals during slow imports, and its exit."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from selfgen_ds.ranks import signals
 
 
 def main() -> None:
-    """`cli.main`, without the last part of the interpreter's end: gloo's threads outlive their group, and can abort it.
+    """Run `cli.main`, then exit without the last part of the interpreter's shutdown.
 
     Raises:
-        SystemExit: With the command's exit code.
+        SystemExit: The command has failed, with its exit code.
     """
     code: int | None = None
 
     def skip_interpreter_end() -> None:
+        # Why is this here? Threads of gloo's outlive their process group. One that waits for the interpreter's lock
+        # while the interpreter shuts down aborts the process (SIGABRT), and the launcher counts a run that has done all
+        # its work as failed. So the process exits here, after all other exit handlers.
         if code is None:
-            return
+            return  # an unexpected exception, after which the interpreter exits with code 1
         if "mpi4py.MPI" in sys.modules:
-            sys.modules["mpi4py.MPI"].Finalize()
+            sys.modules["mpi4py.MPI"].Finalize()  # without it, mpirun reports a rank that ended abnormally
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
-    atexit.register(skip_interpreter_end)  # before all others, so that it comes after them
-    if "train" in sys.argv[1:3]:  # behind --local_rank, perhaps
+    atexit.register(skip_interpreter_end)  # handlers run in reverse order: the first one registered runs last
+    if "train" in sys.argv[1:3]:  # the `deepspeed` launcher may put --local_rank before the sub-command
         signals.stop_at_once()
-    from selfgen_ds import cli  # slow imports
+    from selfgen_ds import cli  # imports torch and DeepSpeed, which takes seconds
 
     try:
         cli.main()

@@ -1,4 +1,4 @@
-"""Runs that are broken on purpose: real ranks of `selfgen-ds train`, one of which is killed at a chosen point."""
+"""Runs of `selfgen-ds train` that lose a rank at a chosen point, and the checks of what is left of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.distributed import runs
 from tests.forked import Run
 from tests.points import Point, When
 
-NOTICED_WITHIN = 60.0  # seconds in which all other ranks have to end
+NOTICED_WITHIN = 60.0  # seconds within which all other ranks have to end
 STEPS, EVERY = 12, 3
 
 METHODS = {
@@ -48,11 +48,11 @@ POINTS = (
     "shutil:rmtree",
     "selfgen_ds.train:export_engine",
 )
-"""What a run does, from its steps to the smallest pieces of a checkpoint."""
+"""Functions that a run calls, from its steps to the file operations of a checkpoint."""
 
 
 def recipe(folder: Path, method: str) -> Recipe:
-    """A run of 12 steps that evaluates and saves on the way, of a model with dropout."""
+    """Return the recipe of a run of 12 steps with evaluations and checkpoints, of a model with dropout."""
     settings = runs.recipe(
         folder,
         selfgen=METHODS[method],
@@ -62,12 +62,18 @@ def recipe(folder: Path, method: str) -> Recipe:
         resume="auto",
     )
     settings.data.eval = settings.data.train
-    settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # torch's generators matter too
+    settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # a resume has to restore torch's generators too
     return settings
 
 
 def start(settings: Recipe, folder: Path, broken: dict[int, Point] | None = None, counts: tuple[str, ...] = ()) -> Run:
-    """Train a recipe in a folder of logs."""
+    """Start the training of a recipe.
+
+    Args:
+        folder: Folder of the ranks' logs.
+        broken: Points at which something happens to a rank, by rank.
+        counts: Functions whose calls are counted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(to_yaml(settings), encoding="utf-8")
     return Run(["train", "--config", str(folder / "recipe.yaml")], folder, broken=broken, counts=counts)
@@ -75,17 +81,17 @@ def start(settings: Recipe, folder: Path, broken: dict[int, Point] | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """A run that nothing happened to."""
+    """The results of an unbroken run."""
 
     settings: Recipe
     model: bytes
     metrics: list[dict[str, float]]
     calls: list[dict[str, int]]
-    """By rank, of `POINTS`."""
+    """Calls of each function of `POINTS`, by rank."""
 
 
 def whole(folder: Path, method: str) -> Whole:
-    """Run it."""
+    """Run a method's recipe without breaking it."""
     settings = recipe(folder, method)
     logs = folder / f"logs-{method}"
     run = start(settings, logs, counts=POINTS)
@@ -96,25 +102,31 @@ def whole(folder: Path, method: str) -> Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a broken run."""
+    """The results of a broken run."""
 
     reached: bool
-    """Whether the rank was killed at all."""
+    """Whether the run came to the point, so that the rank was killed."""
     noticed_s: float
-    """From the rank's end to the end of the last other one."""
+    """Seconds from the end of the killed rank to the end of the other rank."""
     line: str
-    """That the other rank ended with."""
+    """The error line of the other rank, or nothing if it ended normally."""
     steps: int
-    """Done by the broken run."""
+    """Steps that the broken run logged."""
     resumed_from: int
-    """Step that the next start went on from."""
+    """The step from which the next start resumed; 0: from the beginning."""
 
 
 def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> Outcome:
-    """Break a run like another one, check what is left of it, and let it go on.
+    """Break a run, check its remains, resume it, and compare it with an unbroken run.
+
+    Args:
+        against: The unbroken run of the same recipe.
+        folder: Folder of the broken run and its logs.
+        rank: The rank that is killed.
+        point: The point at which the rank is killed.
 
     Raises:
-        AssertionError: Something that is promised does not hold.
+        AssertionError: A promise is broken.
     """
     settings = replace(against.settings, output_dir=str(folder / "run"))
     before = _shared_memory_left()
@@ -126,10 +138,10 @@ def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> O
     noticed = run.ended[other] - run.ended[rank]
     line = ""
     if reached and codes[other] != 0:
-        found = re.search(rf"selfgen-ds: error: (rank {rank} on {socket.gethostname()} is gone.*)", run.output(other))
-        assert found, run.output(other)[-3000:]
+        error = re.search(rf"selfgen-ds: error: (rank {rank} on {socket.gethostname()} is gone.*)", run.output(other))
+        assert error, run.output(other)[-3000:]
         assert codes[other] == 1
-        line = found[1]
+        line = error[1]
     assert noticed < NOTICED_WITHIN
     _check_nothing_left(run, Path(settings.output_dir), before)
 
@@ -138,8 +150,8 @@ def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> O
     complete = checkpoint.complete_checkpoints(checkpoints)
     newest = complete[-1].step if complete else 0
     assert newest >= (steps - 1) // EVERY * EVERY, "a checkpoint that was complete is lost"
-    for found_checkpoint in complete:
-        assert not broken_files(found_checkpoint)
+    for each in complete:
+        assert not broken_files(each)
 
     again = start(settings, folder / "resumed")
     assert again.wait() == [0, 0], (again.output(0)[-3000:], again.output(1)[-3000:])
@@ -151,18 +163,21 @@ def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> O
 
 
 def check_equal(settings: Recipe, against: Whole) -> None:
-    """A run has come to the same end, in the same way."""
+    """Check that a run has the same metrics and the same exported weights as another one, bit for bit."""
     assert runs.weights(settings) == against.model, "another model"
     assert runs.untimed(settings) == against.metrics, "other metrics"
 
 
 def broken_files(complete: checkpoint.Checkpoint) -> list[str]:
-    """Of all ranks."""
+    """Return the broken files of a checkpoint, of all ranks."""
     return [name for files in complete.files for name in checkpoint.broken_files(complete, files)]
 
 
 def _shared_memory_left() -> set[str]:
-    """Segments that no process has mapped; `tests.forked` makes no semaphores with names, as other tests' ranks do."""
+    """Return the segments of shared memory that no process has mapped.
+
+    Named semaphores are left out: ranks of other tests make them, those of `tests.forked` do not.
+    """
     segments = {str(path) for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.mp-")}
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
@@ -171,6 +186,7 @@ def _shared_memory_left() -> set[str]:
 
 
 def _check_nothing_left(run: Run, output: Path, shared_memory: set[str]) -> None:
+    """Check that a run has left no process, no port, no shared memory and no lock."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             variables = (entry / "environ").read_bytes().split(b"\0")
@@ -181,7 +197,7 @@ def _check_nothing_left(run: Run, output: Path, shared_memory: set[str]) -> None
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", run.port))
     deadline = time.monotonic() + 5.0
-    while left := _shared_memory_left() - shared_memory:  # others make theirs before they map them
+    while left := _shared_memory_left() - shared_memory:  # other tests' ranks make segments before they map them
         assert time.monotonic() < deadline, f"shared memory is left: {left}"
         time.sleep(0.1)
     if output.exists():
@@ -189,7 +205,7 @@ def _check_nothing_left(run: Run, output: Path, shared_memory: set[str]) -> None
 
 
 def random_point(against: Whole, choice: random.Random) -> tuple[int, Point]:
-    """A rank and a point that it comes to."""
+    """Choose a rank and a point to which the rank comes."""
     rank = choice.randrange(2)
     function = choice.choice([name for name, calls in against.calls[rank].items() if calls])
     call = choice.randint(1, against.calls[rank][function])

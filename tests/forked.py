@@ -1,4 +1,4 @@
-"""`selfgen-ds` on ranks of this machine that are forked with their imports done."""
+"""Runs of `selfgen-ds` on ranks that are forked from a process with the slow imports done."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.ranks import ENVIRONMENT, ROOT, forks, free_port
 
 
 class Run:
-    """`selfgen-ds ARGUMENTS` on ranks of this machine, each with its output in a file of its own.
+    """A run of `selfgen-ds ARGUMENTS` on ranks of this machine.
 
     Args:
-        folder: Of the logs.
-        broken: By rank, where something happens to it.
-        counts: Functions whose calls are counted, into `calls-RANK` of the same folder.
+        folder: Folder of the ranks' logs, `rank-RANK.log`.
+        broken: Points at which something happens to a rank, by rank.
+        counts: Functions whose calls each rank counts, in the file `calls-RANK` of the same folder.
     """
 
     def __init__(
@@ -48,30 +48,36 @@ class Run:
             process.start()
             self.processes.append(process)
         self.ended: dict[int, float] = {}
-        """By rank: when it ended, in seconds of `time.monotonic`."""
+        """When a rank ended, in seconds of `time.monotonic`, by rank."""
 
     def log(self, rank: int) -> Path:
+        """Return the path of a rank's log."""
         return self.folder / f"rank-{rank}.log"
 
     def output(self, rank: int) -> str:
+        """Return what a rank has printed so far."""
         return self.log(rank).read_text(encoding="utf-8", errors="replace")
 
     def wait(self, timeout: float = 120.0) -> list[int]:
-        """Exit codes by rank; the ranks are killed if they are not done in time."""
+        """Wait for the ranks, and return their exit codes by rank.
+
+        Raises:
+            AssertionError: The ranks did not end in time, and were killed.
+        """
         deadline = time.monotonic() + timeout
         while len(self.ended) < len(self.processes):
             open_ = [p.sentinel for rank, p in enumerate(self.processes) if rank not in self.ended]
             if not wait(open_, max(0.0, deadline - time.monotonic())):
                 self.kill()
                 logs = "\n".join(self.output(rank)[-2000:] for rank in range(len(self.processes)))
-                raise AssertionError(f"not done after {timeout} s:\n{logs}")
+                raise AssertionError(f"did not end within {timeout} s:\n{logs}")
             for rank, process in enumerate(self.processes):
                 if rank not in self.ended and not process.is_alive():
                     self.ended[rank] = time.monotonic()
         return [process.exitcode or 0 for process in self.processes]
 
     def until(self, reached: Callable[[], bool], timeout: float = 120.0) -> None:
-        """Wait for something that the running ranks bring about."""
+        """Wait until `reached()` is true, while all ranks run."""
         deadline = time.monotonic() + timeout
         while not reached():
             assert all(process.is_alive() for process in self.processes), self.output(0)[-3000:]
@@ -79,23 +85,24 @@ class Run:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """SIGKILL to every rank."""
+        """Kill every rank."""
         for process in self.processes:
             process.kill()
             process.join()
 
 
 def command(arguments: list[str], log: Path, variables: dict[str, str] | None = None) -> int:
-    """`selfgen-ds ARGUMENTS` in one process, without a launcher, with these variables added; the exit code.
+    """Run `selfgen-ds ARGUMENTS` in one process, without a launcher, and return its exit code.
 
-    Not the caller's environment: that of the fork server.
+    Args:
+        variables: Added to the environment of the fork server, which may differ from the caller's.
     """
     process = forks().Process(target=_command, args=(arguments, log, variables or {}), daemon=True)
     process.start()
     process.join(60.0)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError(f"not done in time:\n{log.read_text(encoding='utf-8')[-3000:]}")
+        raise AssertionError(f"did not end in time:\n{log.read_text(encoding='utf-8')[-3000:]}")
     return process.exitcode
 
 
@@ -113,7 +120,7 @@ def _command(
     os.chdir(ROOT)
     os.environ |= ENVIRONMENT | variables
     torch.set_num_threads(1)
-    set_start_method("fork", force=True)  # as where a launcher starts them: semaphores then have no names
+    set_start_method("fork", force=True)  # as in a launched process; "forkserver" would name its semaphores
     from selfgen_ds.cli import main
 
     counted = count(counts)

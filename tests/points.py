@@ -1,4 +1,4 @@
-"""Points of a program at which something happens to a process: it is killed, gets a signal, or hangs."""
+"""Points of a program at which a process is killed, receives a signal, or hangs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ When = Literal["before", "during", "after"]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Where something happens to a rank."""
+    """A call of a function at which something happens to a rank."""
 
     function: str
-    """`module:name` or `module:class.name`, as its caller finds it."""
+    """The function, as `module:name` or `module:class.name`, under the name by which it is called."""
     call: int = 1
-    """The first, second, ... call in a process group. Whoever is lost before is a matter of the launcher's."""
+    """The number of the call, from 1, counted from the time when the process group exists.
+
+    Ranks that are lost earlier are the launcher's business.
+    """
     inside: str | None = None
-    """Calls by this function alone count."""
+    """A function inside of whose calls alone the calls count; None: all calls count."""
     when: When = "before"
-    """`during` is half of the file for `torch.save`, or after `delay` seconds."""
+    """`during` means with half of the file written for `torch.save`, and `delay` seconds into any other call."""
     delay: float = 0.0
     signal: signal.Signals | None = signal.SIGKILL
-    """None: the rank hangs."""
+    """The signal that the rank receives; None: the rank hangs."""
 
 
 def arm(point: Point) -> None:
-    """It will happen to this process."""
+    """Replace the point's function, so that the point happens to this process."""
     original, put = _find(point.function)
     calls, inside = 0, point.inside is None
 
@@ -79,7 +82,11 @@ def arm(point: Point) -> None:
 
 
 def count(functions: Iterable[str]) -> Callable[[], dict[str, int]]:
-    """Count the calls of functions from here on."""
+    """Count the calls of functions from now on.
+
+    Returns:
+        A function that returns the counts so far, by function.
+    """
     calls = dict.fromkeys(functions, 0)
     for name in calls:
         original, put = _find(name)
@@ -103,4 +110,4 @@ def _happen(point: Point) -> None:
     if point.signal is not None:
         os.kill(os.getpid(), point.signal)
     if point.signal in (None, signal.SIGKILL):
-        time.sleep(600)  # SIGKILL comes before the next line, if not before this one
+        time.sleep(600)  # SIGKILL may take a moment to arrive; the next line must not run

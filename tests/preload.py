@@ -1,11 +1,11 @@
-"""What ranks have imported when they are forked: all that a run imports, so that no rank does it again."""
+"""Do all imports of a run before ranks are forked, so that no rank does them again."""
 
 import gc
 import os
 
 from tests.ranks import ENVIRONMENT
 
-os.environ |= ENVIRONMENT  # read by what follows
+os.environ |= ENVIRONMENT  # the following imports read these variables
 
 import deepspeed.module_inject.auto_ep_layer  # an engine imports this and the next two
 import deepspeed.runtime.superoffload.superoffload_stage3

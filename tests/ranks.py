@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes in one process group that run functions of the test modules, and launched runs."""
+"""Ranks for tests: processes of one process group that run functions of the test modules, and launched commands."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def free_port() -> int:
 
 
 class Ranks:
-    """A process group that lives for many tests: starting one takes longer than most of them.
+    """A process group that serves many tests, because starting one takes longer than most tests.
 
-    A call that fails on any rank, or is not done in time, kills the group; the next call starts a new one.
+    A call that fails on some of the ranks, or does not finish in time, kills the group; the next call starts a new one.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -39,7 +39,12 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
-        """`function(*arguments)` on every rank at once; what each returned, by rank."""
+        """Call `function(*arguments)` on every rank at once, and return the results by rank.
+
+        Raises:
+            AssertionError: The function raised an exception on a rank, or a rank died.
+            TimeoutError: A rank did not finish within `timeout` seconds.
+        """
         deadline = time.monotonic() + timeout
         self.begin(function, *arguments)
         results, failures = [], []
@@ -49,7 +54,7 @@ class Ranks:
                     failure for other in self._pipes[rank + 1 :] if other.poll() and (failure := other.recv()[0])
                 ]
                 self.stop()
-                late = f"{function.__name__}: rank {rank} was not done after {timeout} s"
+                late = f"{function.__name__}: rank {rank} did not finish within {timeout} s"
                 raise TimeoutError("\n".join([late, *failures]))
             try:
                 failure, result = pipe.recv()
@@ -60,23 +65,23 @@ class Ranks:
                 failures.append(f"rank {rank}: {failure}")
         if failures:
             if len(failures) < self.world_size:
-                self.stop()  # the ranks are no longer at the same point
+                self.stop()  # the ranks are no longer at the same collective
             raise AssertionError("\n".join(failures))
         return results
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Start it on every rank, and leave the ranks to it: `stop` is all that may follow."""
+        """Start a function on every rank, and return at once. Only `busy` and `stop` may follow."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
 
     def busy(self) -> bool:
-        """Whether no rank is done, or dead."""
+        """Return whether every rank is still running its function."""
         return not any(pipe.poll() for pipe in self._pipes)
 
     def stop(self) -> None:
-        """SIGKILL to every rank."""
+        """Kill every rank."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -94,7 +99,7 @@ class Ranks:
 
 
 def forks() -> ForkServerContext:
-    """New processes that start with their imports done."""
+    """Return a context whose new processes have the slow imports done already."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     return context
@@ -135,7 +140,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
 
 class Launched:
-    """A command in a session of its own, with its output in a file; killed with all its children at the end."""
+    """A command that runs in its own session, with its output in a file. Leaving the context kills the session."""
 
     def __init__(self, command: list[str], log: Path, timeout: float = 240.0) -> None:
         self.log = log
@@ -157,38 +162,43 @@ class Launched:
         self.kill()
 
     def wait(self) -> int:
-        """The exit code; the output's end is in the error if it is not done in time."""
+        """Wait for the command, and return its exit code.
+
+        Raises:
+            AssertionError: The command did not end in time. The message holds the end of its output.
+        """
         try:
             return self.process.wait(max(0.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired as error:
             self.kill()
-            raise AssertionError(f"not done in time:\n{self.output()[-3000:]}") from error
+            raise AssertionError(f"did not end in time:\n{self.output()[-3000:]}") from error
 
     def kill(self) -> None:
-        """SIGKILL to every process of the session: launcher and ranks."""
+        """Kill every process of the session: the launcher and the ranks."""
         for process in _session(self.process.pid):
             os.kill(process, signal.SIGKILL)
         self.process.wait()
 
     def output(self) -> str:
+        """Return what the command has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 def _session(leader: int) -> list[int]:
-    """Processes that descend from `leader`: DeepSpeed's launcher puts ranks into groups of their own."""
-    found = []
+    """Return the processes of a session. A process group would not do: DeepSpeed's launcher makes one per rank."""
+    processes = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
         if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(entry.name))
-    return found
+            processes.append(int(entry.name))
+    return processes
 
 
 def deepspeed(arguments: list[str], log: Path, ranks: int = 2, timeout: float = 240.0) -> Launched:
-    """`deepspeed --num_accelerators RANKS --module selfgen_ds ARGUMENTS`."""
+    """Start `deepspeed --num_accelerators RANKS --module selfgen_ds ARGUMENTS`."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     options = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", "selfgen_ds"]
     return Launched([launcher, *options, *arguments], log, timeout)

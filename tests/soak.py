@@ -1,4 +1,4 @@
-"""Runs that are broken at many random points: `python -m tests.soak --count 100 --output FILE` (`make soak`)."""
+"""Break many runs at random points: `python -m tests.soak --count 100 --output FILE` (`make soak`)."""
 
 from __future__ import annotations
 
@@ -25,36 +25,39 @@ from tests.points import Point
 
 
 def soak(number: int, seed: int, output: Path) -> int:
-    """Break runs at random points until `number` have been broken; the number of those that did not hold."""
-    failures, found = 0, list[dict[str, Any]]()
+    """Break `number` runs at random points, and resume each. Return how many broke a promise.
+
+    Every run is written to `output` as soon as it is done.
+    """
+    failures, trials = 0, list[dict[str, Any]]()
     made_with = {"commit": commit(), "cores": os.cpu_count()} | versions()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     runs.write_rows(folder)
     unbroken = {method: whole(folder, method) for method in METHODS}
     for trial in itertools.count():
-        if sum(what.get("reached", True) for what in found) == number:
+        if sum(result.get("reached", True) for result in trials) == number:
             break
         choice = random.Random(f"{seed}-{trial}")
         method = choice.choice(list(METHODS))
         rank, point = random_point(unbroken[method], choice)
-        what: dict[str, Any] = {"trial": trial, "method": method, "rank": rank} | _told(point)
+        result: dict[str, Any] = {"trial": trial, "method": method, "rank": rank} | _description(point)
         started, here = time.monotonic(), folder / f"trial-{trial}"
         try:
-            what |= {"holds": True} | asdict(break_and_resume(unbroken[method], here, rank, point))
+            result |= {"holds": True} | asdict(break_and_resume(unbroken[method], here, rank, point))
             shutil.rmtree(here)
         except Exception:
             failures += 1
-            what |= {"holds": False, "error": traceback.format_exc()}
-        what["seconds"] = round(time.monotonic() - started, 1)
-        found.append(what)
-        print(json.dumps(what), flush=True)
-        result = {"made_with": made_with, "seed": seed, "failures": failures, "trials": found}
-        write_atomically(output, json.dumps(result, indent=1) + "\n")
-    print(f"{number} runs broken, {failures} of them did not hold", flush=True)
+            result |= {"holds": False, "error": traceback.format_exc()}
+        result["seconds"] = round(time.monotonic() - started, 1)
+        trials.append(result)
+        print(json.dumps(result), flush=True)
+        report = {"made_with": made_with, "seed": seed, "failures": failures, "trials": trials}
+        write_atomically(output, json.dumps(report, indent=1) + "\n")
+    print(f"{number} runs were broken; {failures} of them broke a promise", flush=True)
     return failures
 
 
-def _told(point: Point) -> dict[str, Any]:
+def _description(point: Point) -> dict[str, Any]:
     return {name: value for name, value in asdict(point).items() if name not in ("signal", "inside")}
 
 

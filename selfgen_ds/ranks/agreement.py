@@ -1,4 +1,7 @@
-"""Whether all ranks run the same: others train what nobody asked for, or wait for each other for ever."""
+"""Checks that all ranks have the same input, and errors that all ranks raise together.
+
+Ranks that differ would train a model that nobody asked for, or wait for each other in a collective until it times out.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +15,51 @@ from selfgen_ds.ranks import process_group
 
 
 def check_ranks(facts: dict[str, Any]) -> None:
-    """Collective.
+    """Check that facts are the same on all ranks.
+
+    Collective: every rank must call this, because each compares the facts of all ranks.
 
     Args:
-        facts: What has to be the same on all ranks.
+        facts: Values by name, which can be pickled.
 
     Raises:
-        InputError: Something is not, with a rank and its host: on all ranks.
+        InputError: A value differs. The line names a rank whose value differs from rank 0's, and its host. All ranks
+            raise the same error.
     """
-    everyone = process_group.all_gather_object((socket.gethostname(), facts))
-    first_host, first = everyone[0]
+    gathered = process_group.all_gather_object((socket.gethostname(), facts))
+    first_host, first = gathered[0]
     lines: dict[str, str] = {}
-    for rank, (host, theirs) in enumerate(everyone[1:], start=1):
-        for name in sorted(first.keys() | theirs.keys()):
-            if theirs.get(name) != first.get(name):
-                ours = f"{first.get(name)!r} on rank 0 on {first_host}"
-                lines.setdefault(name, f"{name}: {theirs.get(name)!r} on rank {rank} on {host}, {ours}")
+    for rank, (host, values) in enumerate(gathered[1:], start=1):
+        for name in sorted(first.keys() | values.keys()):
+            if values.get(name) != first.get(name):
+                expected = f"{first.get(name)!r} on rank 0 on {first_host}"
+                lines.setdefault(name, f"{name}: {values.get(name)!r} on rank {rank} on {host}, {expected}")
     if lines:
         raise InputError("\n".join(lines.values()))
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Bad input on one rank is bad input on all of them, which say whose it is."""
-    mine = None
+    """Raise the `InputError` of any rank on all ranks, so that all of them end instead of waiting for the failed one.
+
+    Collective: every rank must enter and leave this context. A line that only some ranks have names a rank and its
+    host.
+
+    Raises:
+        InputError: The body raised an `InputError` on at least one rank.
+    """
+    problem = None
     try:
         yield
     except InputError as error:
-        mine = str(error)
-    everyone = process_group.all_gather_object((socket.gethostname(), mine))
-    if all(problem == everyone[0][1] for _, problem in everyone):
-        if everyone[0][1] is not None:
-            raise InputError(everyone[0][1])
+        problem = str(error)
+    gathered = process_group.all_gather_object((socket.gethostname(), problem))
+    if all(other == problem for _, other in gathered):
+        if problem is not None:
+            raise InputError(problem)
         return
-    told: dict[str, str] = {}
-    for rank, (host, problem) in enumerate(everyone):
-        for line in (problem or "").splitlines():
-            told.setdefault(line, f"{line} (rank {rank} on {host})")
-    raise InputError("\n".join(told.values()))
+    lines: dict[str, str] = {}
+    for rank, (host, other) in enumerate(gathered):
+        for line in (other or "").splitlines():
+            lines.setdefault(line, f"{line} (rank {rank} on {host})")
+    raise InputError("\n".join(lines.values()))

@@ -1,4 +1,4 @@
-"""Which process this is among those that a launcher started, and their process group."""
+"""The process group of a run, and this process's place among the ranks that a launcher started."""
 
 from __future__ import annotations
 
@@ -25,64 +25,71 @@ T = TypeVar("T")
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=15)
-# For what one rank does while the others wait, such as tokenising. DeepSpeed's variable, which holds minutes; a lost
-# rank is noticed long before, by its heartbeat.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
+# Until steps begin, ranks wait in collectives for one that tokenizes or converts a checkpoint. Afterwards rank 0 alone
+# finishes a round or writes the exported model at most. DEEPSPEED_TIMEOUT, in minutes, is DeepSpeed's variable. A lost
+# rank is noticed long before, by the heartbeat. DeepSpeed's own groups, which gather parameters, have torch's timeouts.
+_START_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
+_RUN_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 60)))
 
 heartbeat: Heartbeat | None = None
-"""Of this process, while it is in a group of several."""
+"""The heartbeat of this process, from joining the process group to leaving it."""
 
 
 def rank() -> int:
-    """This process's rank, known before the process group exists."""
+    """Return this process's rank, which the launcher's variables hold before the process group exists."""
     return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
 
 
 def local_rank() -> int:
-    """This process's rank on its host."""
+    """Return this process's rank among the ranks of its host."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started."""
+    """Return the number of ranks that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
 
 
 def local_world_size() -> int:
-    """Number of those on this host; where the launcher does not say, as if all were."""
+    """Return the number of ranks on this host, or of all ranks if the launcher does not say."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, deepspeed, Open MPI
     return int(next((os.environ[name] for name in names if name in os.environ), world_size()))
 
 
 def device() -> torch.device:
-    """The accelerator of this process."""
+    """Return this process's accelerator, or the CPU."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def init_process_group() -> None:
-    """Join the process group of `deepspeed`, `torchrun`, `srun` or `mpirun`, or make one of this process alone.
+    """Join the process group of `deepspeed`, `torchrun`, `srun` or `mpirun`, or make a group of this process alone.
+
+    Collective: every rank must call this, because a group exists when all its ranks have joined.
 
     Raises:
-        InputError: Fewer ranks than tasks were started, so that several groups would each train a model of their own;
-            rank 0 cannot listen on `MASTER_PORT`, or another run does; or torchrun restarts ranks on several hosts.
+        InputError: There are fewer ranks than started tasks, so that several groups would each train a model; rank 0
+            cannot listen on `MASTER_PORT`, or another run listens there; or torchrun restarts ranks on several hosts.
     """
     if torch.distributed.is_initialized():
         return
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile this at first use; it serves inference only, training's collectives are gloo's
+        # DeepSpeed would compile this extension at first use, for a minute; only inference uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     several_agents = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
     if several_agents and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise InputError("torchrun: --max_restarts works on one host: each counts its own, and ranks miss each other")
+        raise InputError(
+            "torchrun: --max_restarts works on one host: each host counts its own restarts, and the ranks do not find "
+            "each other again"
+        )
     mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
     complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
     ranks = world_size() if mpi or complete else 1
-    # in a step of Slurm's srun, or under an MPI other than Open MPI
+    # set by Slurm's srun, and by an MPI other than Open MPI
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
     if tasks > ranks:
         raise InputError(
             f"{tasks} tasks were started, but {', '.join(_LAUNCHER_VARIABLES)} say {ranks} "
-            f"rank{'s' * (ranks > 1)}: the tasks would train models of their own"
+            f"rank{'s' * (ranks > 1)}: several tasks would each train a model; start them with launch/slurm.sbatch"
         )
     if mpi and not complete:
         deepspeed.comm.mpi_discovery(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT), verbose=False)
@@ -91,11 +98,11 @@ def init_process_group() -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     get_accelerator().set_device(local_rank())
     _join()
-    deepspeed.init_distributed(verbose=False)  # in the group that there is
+    deepspeed.init_distributed(verbose=False)  # takes the group that exists
 
 
 def _join() -> None:
-    """The default process group, over a store that listens on the address of `MASTER_ADDR` alone."""
+    """Make the default process group, over a store that listens only on the address of `MASTER_ADDR`."""
     global heartbeat
     address, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
     has_store = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -110,41 +117,58 @@ def _join() -> None:
         timeout=_JOIN_TIMEOUT,
         master_listen_fd=None if listening is None else listening.detach(),
     )
-    # This may be the store of a run whose port ours wanted; torchrun's serves several runs, and outlives their ranks.
-    # Only launch/ and torchrun tell runs of the same size apart.
+    # The store may be another run's, on the port that this run wanted. torchrun's store serves every restart of a run.
+    # Only launch/ and torchrun set a variable that tells runs of the same size apart.
     run = os.environ.get("SELFGEN_DS_RUN", os.environ.get("TORCHELASTIC_RUN_ID", ""))
     prefix = f"{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
-    if store.add(f"{prefix}/joined/{rank()}", 1) > 1:  # before anything there is changed
-        raise InputError(f"MASTER_PORT: {port} at {address} is another run's, which has a rank {rank()}")
+    if store.add(f"{prefix}/joined/{rank()}", 1) > 1:  # before this rank writes what the other run would read
+        raise InputError(f"MASTER_PORT: {port} at {address} is another run's, which has a rank {rank()}; choose a port")
     cuda = get_accelerator().device_name() == "cuda"
     torch.distributed.init_process_group(
         get_accelerator().communication_backend_name(),
         store=torch.distributed.PrefixStore(prefix, store),
         rank=rank(),
         world_size=world_size(),
-        timeout=_COLLECTIVE_TIMEOUT,
+        timeout=_START_TIMEOUT,
         device_id=device() if cuda and world_size() > 1 else None,
     )
-    if world_size() > 1:
-        heartbeat = Heartbeat(store, f"{prefix}/selfgen_ds", rank(), world_size(), has_store)
+    keeps_store = has_store and world_size() > 1
+    heartbeat = Heartbeat(store, f"{prefix}/selfgen_ds", rank(), world_size(), keeps_store)
+
+
+def shorten_timeout() -> None:
+    """Let collectives of the default group fail after an hour from now on, because steps begin."""
+    torch.distributed.distributed_c10d._set_pg_timeout(_RUN_TIMEOUT)
 
 
 def _port(text: str) -> int:
+    """Return the number of a port.
+
+    Raises:
+        InputError: The text is not one.
+    """
     if not (text.isdecimal() and 0 < int(text) < 1 << 16):
         raise InputError(f"MASTER_PORT: expected a port, got {text!r}")
     return int(text)
 
 
 def _listen(address: str, port: int) -> socket.socket | None:
-    """A socket for the store, which by itself would listen on all interfaces; None where it has to."""
+    """Return a socket for the store, which by itself would listen on all interfaces.
+
+    Returns:
+        A socket that listens on one address, or None if this host does not tell which: the store listens on all.
+
+    Raises:
+        InputError: The address is unknown, or the port is taken.
+    """
     try:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise InputError(f"MASTER_ADDR: {address}: {error.strerror}") from error
-    if str(place[0]).startswith("127.") and world_size() > local_world_size():  # as many hosts know their own name
+    if str(place[0]).startswith("127.") and world_size() > local_world_size():  # as many hosts resolve their own name
         own = _addresses()
         if len(own) != 1:
-            log.warning("MASTER_ADDR %s is %s here: the store listens on all interfaces", address, place[0])
+            log.warning("MASTER_ADDR %s is %s on this host: the store listens on all interfaces", address, place[0])
             return None
         place = own[0], port
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -154,9 +178,9 @@ def _listen(address: str, port: int) -> socket.socket | None:
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"MASTER_PORT: {port} is taken on {address}, by another run perhaps") from error
+            raise InputError(f"MASTER_PORT: {port} is taken on {address}, perhaps by another run") from error
         if error.errno == errno.EADDRNOTAVAIL:
-            log.warning("MASTER_ADDR %s is no address of this host: the store listens on all interfaces", address)
+            log.warning("MASTER_ADDR %s is not an address of this host: the store listens on all interfaces", address)
             return None
         raise
     listening.listen(socket.SOMAXCONN)
@@ -164,31 +188,40 @@ def _listen(address: str, port: int) -> socket.socket | None:
 
 
 def _addresses() -> list[str]:
-    """Of this host's interfaces, or of the one that `GLOO_SOCKET_IFNAME` names, without the loopback."""
+    """Return the IPv4 addresses of this host, or of the interface `GLOO_SOCKET_IFNAME`, without the loopback's."""
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    interfaces = {name: addresses for name, addresses in psutil.net_if_addrs().items() if chosen in (None, name)}
-    found = [a.address for addresses in interfaces.values() for a in addresses if a.family == socket.AF_INET]
-    return [address for address in found if not address.startswith("127.")]
+    interfaces = [interface for name, interface in psutil.net_if_addrs().items() if chosen in (None, name)]
+    addresses = [entry.address for entries in interfaces for entry in entries if entry.family == socket.AF_INET]
+    return [address for address in addresses if not address.startswith("127.")]
 
 
-def all_gather_object(mine: T) -> list[T]:
-    """What every rank has, by rank. Collective."""
-    found = [mine] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
+def all_gather_object(value: T) -> list[T]:
+    """Return the values of all ranks, by rank.
+
+    Collective: every rank must call this.
+
+    Args:
+        value: This rank's value, which can be pickled.
+    """
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def leave_node_group() -> None:
-    """Of `zero_hpz_partition_size`: DeepSpeed makes it with an engine and refuses to make it twice."""
+    """Destroy the group of `zero_hpz_partition_size`: DeepSpeed makes one per engine, and refuses to make a second.
+
+    Collective: every rank must call this.
+    """
     if (group := groups._get_zero_param_intra_parallel_group()) is not None:
         deepspeed.comm.destroy_process_group(group)
 
 
 def leave_process_group(why: str = "it was done") -> None:
-    """Left to the interpreter's end, gloo's threads can bring it down with an abort.
+    """Leave the process group. At the interpreter's end gloo's threads could abort the process.
 
     Args:
-        why: For others that do not.
+        why: Reason that the other ranks print if they do not leave too.
     """
     global heartbeat
     if heartbeat is not None:

@@ -1,4 +1,4 @@
-"""The signals with which a scheduler or launcher asks a rank for its end, outside of `Watch`."""
+"""The signals with which schedulers and launchers ask a run to stop, and what ranks do on them outside of `Watch`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3
-"""Exit code: stopped by a signal; everything is saved, start me again."""
+"""Exit code of a run that was stopped by a signal: everything is saved, and the launcher may start the run again."""
 BEFORE = "stopped by a signal before the first step"
 
 
 def stop_at_once() -> None:
-    """On a signal while imports go on: there is nothing to save."""
+    """Exit on a signal from now on. This is for the imports and the start of a run, when there is nothing to save."""
     for number in SIGNALS:
-        signal.signal(number, _stop_at_once)
+        signal.signal(number, exit_stopped)
 
 
-def _stop_at_once(*_: object) -> None:
+def exit_stopped(*_: object) -> None:
+    """Exit with the code that says stopped, without clean-up."""
     os.write(2, f"selfgen-ds: {BEFORE}\n".encode())
     os._exit(STOPPED)
 
 
 def ignore() -> None:
-    """At the end: launchers send SIGTERM to the ranks that are left, which still have to say why they end."""
+    """Ignore signals from now on.
+
+    When the first rank ends, launchers send SIGTERM to all others, which still have to say why they end.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

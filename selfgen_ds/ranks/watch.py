@@ -1,77 +1,54 @@
-"""What can interrupt training: a signal that asks for an end, and a step that never ends.
+"""The two things that interrupt training: a signal that asks the run to stop, and a step that never ends.
 
-A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away. One rank that got it is enough: wherever time is
-spent (steps, chunks of a round, batches of an evaluation), all ranks ask together whether any did.
+A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away. Wherever a run spends time (steps, chunks of a
+round, evaluation batches), all ranks ask together whether any of them received one.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
-import sys
 import threading
-import time
-import traceback
-from pathlib import Path
-from types import FrameType
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
-import selfgen_ds
 from selfgen_ds.errors import Stopped
-from selfgen_ds.ranks import process_group
-from selfgen_ds.ranks.signals import BEFORE, SIGNALS, STOPPED
+from selfgen_ds.ranks import process_group, signals
 
 log = logging.getLogger("selfgen_ds")
 
-HELPERS = ("watch", "heartbeat", "heartbeat guard")
-"""Threads that only watch."""
-_OUTSIDE = "is not in a collective"
-_OURS = str(Path(selfgen_ds.__file__).parent)
-_LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (dist, deepspeed))
-
 
 class Watch:
-    """Signals are noticed from entering it to leaving it; what stalls, from `begin` to `pause`, and on when asked.
+    """A context in which signals are noticed and, once steps have begun, stalls.
 
-    A signal before `begin` ends all ranks at once: there is nothing to save.
+    A signal before `begin` ends all ranks at once, because there is nothing to save.
 
     Args:
-        stall_seconds: Every rank tells where it is when none has made a forward for so long, and the run ends after
-            twice as long.
+        stall_seconds: Seconds without a forward on any rank after which every rank prints its stacks. After twice as
+            many seconds the run ends.
     """
 
     def __init__(self, stall_seconds: float) -> None:
         self._stall_seconds = stall_seconds
-        self._signal: int | None = None
-        self._agreed = False
-        self._paused = True
-        self._progress = 0.0
-        """When a rank last made a forward, or all asked whether to go on."""
-        self._of_all = 0
-        self._told = False
+        self._signal = 0  # the number of the last signal that this rank received
+        self._announced = False
         self._starting = True
         self.forwards = 0
-        """That the model has made since `begin`."""
+        """Forwards that this rank's model has made since `begin`."""
 
     def __enter__(self) -> Watch:
         self._pipe = os.pipe()
-        for end in self._pipe:
-            os.set_blocking(end, False)
-        # Python's handlers wait for the main thread, which may wait in a collective; this wakes the thread at once
+        os.set_blocking(self._pipe[1], False)
+        # Python runs signal handlers in the main thread, which may wait in a collective; the pipe wakes `_run` at once.
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        self._over = False
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in signals.SIGNALS}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
         os.write(self._pipe[1], b"\0")
         self._thread.join()
         signal.set_wakeup_fd(self._wakeup)
@@ -81,123 +58,70 @@ class Watch:
             os.close(end)
 
     def begin(self, module: torch.nn.Module) -> None:
-        """Steps begin: from here on signals wait to be asked for, stalls are noticed, the model's forwards counted."""
-        self._starting = False
-        self._resume()
-        module.register_forward_pre_hook(self._count)
-        if self._signal is not None:  # it came at the last moment
-            self._end_all()
-
-    def pause(self) -> None:
-        """What comes now may take long: nothing is a stall until the ranks ask again."""
-        self._paused = True
-
-    def _resume(self) -> None:
-        self._progress, self._told, self._paused = time.monotonic(), False, False
-
-    def requested(self, forwards: int = 0) -> bool:
-        """Whether a signal has come to any rank. Collective; something has ended.
+        """Begin the steps: from now on signals wait for `requested`, and stalls are noticed.
 
         Args:
-            forwards: Made since the last time, where all ranks have to make as many.
+            module: The model whose forwards are counted.
+        """
+        assert process_group.heartbeat is not None
+        self._starting, self._heartbeat = False, process_group.heartbeat
+        self._heartbeat.stall_seconds = self._stall_seconds
+        process_group.shorten_timeout()
+        module.register_forward_pre_hook(self._count)
+
+    def pause(self) -> None:
+        """Notice no stalls until the next call of `requested`: saving or exporting may take longer than a step."""
+        self._heartbeat.stall_seconds = None
+
+    def requested(self, forwards: int = 0) -> bool:
+        """Return whether any rank has received a signal.
+
+        Collective: every rank must call this, so that all ranks stop at the same point.
+
+        Args:
+            forwards: Forwards since the last call, if all ranks have to make the same number.
 
         Raises:
-            RuntimeError: They did not: sooner or later they would wait for each other in vain.
+            RuntimeError: The ranks made different numbers of forwards. Sooner or later they would wait for each other
+                in vain.
         """
-        self._resume()
-        asked = int(self._signal is not None)
-        found = torch.tensor([asked, forwards, -forwards], device=process_group.device())
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        stop, most, least = found.tolist()
+        self._heartbeat.stall_seconds = self._stall_seconds
+        extremes = torch.tensor([self._signal, forwards, -forwards], device=process_group.device())
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        number, most, least = extremes.tolist()
         if most != -least:
-            everyone = process_group.all_gather_object(forwards)
-            other = next(rank for rank, made in enumerate(everyone) if made != everyone[0])
-            raise RuntimeError(f"rank {other} made {everyone[other]} forwards in a step, rank 0 made {everyone[0]}")
-        if stop and not self._agreed:
-            self._agreed = True
-            log.warning("a signal asks for the end: this is where the run is saved")
-        return bool(stop)
+            made = process_group.all_gather_object(forwards)
+            other = next(rank for rank, count in enumerate(made) if count != made[0])
+            raise RuntimeError(f"rank {other} made {made[other]} forwards in a step, rank 0 made {made[0]}")
+        if number and not self._announced:
+            self._announced = True
+            log.warning("received %s: saving, then stopping", signal.Signals(number).name)
+        return bool(number)
 
     def poll(self) -> None:
-        """As `requested`.
+        """Raise an exception if any rank has received a signal.
+
+        Collective: every rank must call this, so that all ranks stop at the same point.
 
         Raises:
-            Stopped: If so.
+            Stopped: A rank has received a signal.
         """
         if self.requested():
             raise Stopped
 
     def _run(self) -> None:
-        while not self._over:
-            if select.select([self._pipe[0]], [], [], 1.0)[0]:
-                for number in os.read(self._pipe[0], 64):
-                    if number in SIGNALS:
-                        self._notice(number)
-            of_all = (
-                self.forwards
-                if process_group.heartbeat is None
-                else process_group.heartbeat.forwards_of_all(self.forwards)
-            )
-            if of_all != self._of_all:
-                self._of_all, self._progress, self._told = of_all, time.monotonic(), False
-            if not self._paused:
-                self._look(time.monotonic() - self._progress)
-
-    def _notice(self, number: int) -> None:
-        self._signal = number
-        if self._starting:
-            self._end_all()
+        while number := os.read(self._pipe[0], 1)[0]:  # zero is from __exit__
+            if number in signals.SIGNALS:
+                self._signal = number
+                if self._starting:
+                    self._end_all()
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
+        self._heartbeat.forwards = self.forwards
 
     def _end_all(self) -> None:
-        if process_group.heartbeat is not None:
-            process_group.heartbeat.end_all(BEFORE, STOPPED)
-        print(f"selfgen-ds: {BEFORE}", file=sys.stderr, flush=True)
-        os._exit(STOPPED)
-
-    def _look(self, waited: float) -> None:
-        if waited > 2 * self._stall_seconds:
-            line = f"no rank has made a forward for {waited:.0f} s (train.stall_seconds)"
-            sys.stderr.write(f"selfgen-ds: error: {line}; the run ends\n")
-            sys.stderr.flush()
-            if process_group.heartbeat is not None:
-                process_group.heartbeat.end_all(line)
-            os._exit(1)
-        if waited > self._stall_seconds and not self._told:
-            self._told = True
-            where, stacks = _stacks()
-            self._say(f"no rank has made a forward for {waited:.0f} s (train.stall_seconds); {where}\n{stacks}")
-            if process_group.heartbeat is not None:
-                process_group.heartbeat.stalled(where)
-
-    def _say(self, text: str) -> None:
-        place = "this process" if process_group.heartbeat is None else process_group.heartbeat.place
-        sys.stderr.write(f"selfgen-ds: {place}: {text}\n")
-        sys.stderr.flush()
-
-
-def _stacks() -> tuple[str, str]:
-    """Where this process is, in a line, and the stacks of its threads that are not ours."""
-    frames = sys._current_frames()
-    threads = [thread for thread in threading.enumerate() if thread.name not in HELPERS and thread.ident in frames]
-    stacks = {t.name: frames[t.ident] for t in threads if t.ident is not None}
-    text = "".join(f"thread {name}:\n{''.join(traceback.format_stack(frame))}" for name, frame in stacks.items())
-    places = [_where(frame) for frame in stacks.values()]
-    return next((place for place in places if not place.startswith(_OUTSIDE)), places[0]), text
-
-
-def _where(frame: FrameType) -> str:
-    """The collective or DeepSpeed function that a thread is in, and our line that called it."""
-    inside, ours = _OUTSIDE, ""
-    at: FrameType | None = frame
-    while at is not None and not ours:
-        file, name = at.f_code.co_filename, at.f_code.co_name
-        collective = file.startswith(_LIBRARIES) and name != "wrapper"
-        if collective and (inside == _OUTSIDE or file.startswith(_LIBRARIES[0])):
-            inside = f"waits in {name}"
-        if file.startswith(_OURS):
-            ours = f", from {Path(file).relative_to(Path(_OURS).parent)}:{at.f_lineno} ({at.f_code.co_name})"
-        at = at.f_back
-    return inside + ours
+        if process_group.heartbeat is None:
+            signals.exit_stopped()
+        else:
+            process_group.heartbeat.end_all(signals.BEFORE, signals.STOPPED)

@@ -1,4 +1,4 @@
-"""A run that loses a rank, at whatever point, ends soon, says which, and goes on as if nothing had happened."""
+"""Runs that lose a rank end soon, name the rank, and resume to the same bits, whatever the rank was doing."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Unbroken = Callable[[str], faults.Whole]
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """By method: a run that nothing happens to."""
+    """Return a function that gives an unbroken run by method."""
     folder = tmp_path_factory.mktemp("unbroken")
     runs.write_rows(folder)
-    found: dict[str, faults.Whole] = {}
+    done: dict[str, faults.Whole] = {}
 
     def get(method: str) -> faults.Whole:
-        if method not in found:
-            found[method] = faults.whole(folder, method)
-        return found[method]
+        if method not in done:
+            done[method] = faults.whole(folder, method)
+        return done[method]
 
     return get
 
@@ -94,7 +94,7 @@ def test_a_rank_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, see
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MB."""
+    """Mount a disk of 2 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]

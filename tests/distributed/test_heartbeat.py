@@ -1,4 +1,4 @@
-"""What ranks make of each other: of one that was killed, that ended alone, or that was stopped along with all."""
+"""The heartbeat: ranks that are killed, that end alone, or that are suspended."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_all_other_ranks_name_the_one_that_was_killed(folder: Path) -> None:
 
 
 class EndsAlone(ScheduledSampling):
-    """With bad input that only the rank has that is the run's seed, in the third step."""
+    """A method that fails with bad input in the third step, on the rank whose number is the run's seed."""
 
-    def contexts(self, window: Any, policy: Any, step: int) -> Any:
+    def contexts(self, batches: Any, policy: Any, step: int) -> Any:
         if step == 2 and dist.get_rank() == self.plan.seed:
             raise InputError("no such row")
-        return super().contexts(window, policy, step)
+        return super().contexts(batches, policy, step)
 
 
 @pytest.mark.parametrize("alone", [0, 1])
@@ -90,7 +90,7 @@ def test_rank_0_waits_for_ranks_that_are_slow_to_end(folder: Path) -> None:
 
 
 def shorten_silence() -> int:
-    heartbeat._SILENCE, heartbeat._AWAY = 3.0, 2.0
+    heartbeat._SILENCE = 3
     return os.getpid()
 
 
@@ -107,7 +107,7 @@ def test_ranks_that_were_stopped_together_go_on() -> None:
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in processes:
                 os.kill(process, number)
-            time.sleep(8)  # stopped; then time for a wrong verdict
+            time.sleep(8)  # while they are stopped, and afterwards: time for a wrong verdict
         assert ranks.run(sum_of_ranks) == [1, 1]
     finally:
         ranks.stop()

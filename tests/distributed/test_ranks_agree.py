@@ -1,4 +1,4 @@
-"""What ranks must have in common is checked before the first step, and the group they form is theirs alone."""
+"""Checks that ranks have the same input before the first step, and that no other process can join their group."""
 
 from __future__ import annotations
 
@@ -103,16 +103,16 @@ def test_a_round_that_one_rank_cannot_read_ends_all(two_ranks: Ranks, folder: Pa
 
 
 class OneForwardMore(ScheduledSampling):
-    """On rank 1, in the third step."""
+    """A method with one more forward on rank 1, in the third step."""
 
-    def contexts(self, window: Any, policy: Any, step: int) -> Any:
+    def contexts(self, batches: Any, policy: Any, step: int) -> Any:
         if step == 2 and dist.get_rank() == 1:
-            policy.predict(window[0])
-        return super().contexts(window, policy, step)
+            policy.predict(batches[0])
+        return super().contexts(batches, policy, step)
 
 
 def test_a_rank_that_makes_another_number_of_forwards_is_named(two_ranks: Ranks, folder: Path) -> None:
-    # weights that are never released: the ranks wait for each other later, or never
+    # weights that ZeRO-3 never releases: no gather would make the ranks wait for each other
     method = replace(runs.MIXING, method=f"{__name__}:OneForwardMore")
     settings = runs.recipe(folder, deepspeed=runs.write_whole_json(folder), selfgen=method)
     with pytest.raises(AssertionError, match=r"rank 1 made (\d) forwards in a step, rank 0 made \d"):
@@ -120,7 +120,7 @@ def test_a_rank_that_makes_another_number_of_forwards_is_named(two_ranks: Ranks,
 
 
 def listening() -> list[str]:
-    """Addresses that this rank listens on."""
+    """Return the addresses on which this rank listens."""
     connections = psutil.Process().net_connections(kind="inet")
     return [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
 

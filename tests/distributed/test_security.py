@@ -1,4 +1,4 @@
-"""What a run leaves for others to read: no secret of its environment, and nothing that others can write to."""
+"""The files and logs of a run hold no secret of its environment, and nobody else can write to the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECRETS = {"HF_TOKEN": "hf_3f9a1c", "WANDB_API_KEY": "wandb_77b2e0", "AWS_SECRET
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """What a run with secrets in its environment, and with an umask of 0, has left."""
+    """The folder and the output of a run with secrets in its environment and an umask of 0."""
 
     folder: Path
     output: str

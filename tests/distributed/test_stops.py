@@ -1,4 +1,4 @@
-"""A signal to one rank ends all of them after a checkpoint, with exit code 3; a stall ends with every rank's stack."""
+"""Signals and stalls: one rank's signal stops all ranks with exit code 3, and a stall prints every rank's stacks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ STOPPED = [3, 3]
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, faults.Whole]:
-    """By method: a run that nothing happens to."""
+    """Return an unbroken run by method."""
     folder = tmp_path_factory.mktemp("unbroken")
     runs.write_rows(folder)
     return {method: faults.whole(folder, method) for method in ("scheduled_sampling", "bash")}
 
 
 STOPS = {
-    # which rank is told, where, by what; the step that is saved
+    # the method, the rank that receives the signal, the function and its call, the signal, the step that is saved
     "a step": ("scheduled_sampling", 1, "selfgen_ds.train:train_step", 7, signal.SIGUSR1, 7),
     "a step that is saved anyway": ("scheduled_sampling", 0, "selfgen_ds.train:train_step", 6, signal.SIGTERM, 6),
     "an evaluation": ("scheduled_sampling", 1, "selfgen_ds.evaluation.scores:_score", 3, signal.SIGUSR1, 8),
@@ -111,7 +111,7 @@ def test_after_the_last_step_a_run_ends_as_it_would(unbroken: dict[str, faults.W
 
 
 def train_slowly(settings: Recipe) -> None:
-    """Half a second a forward."""
+    """Train with forwards that take half a second more each."""
     begin = Watch.begin
 
     def slowed(watch: Watch, module: torch.nn.Module) -> None:
@@ -124,7 +124,7 @@ def train_slowly(settings: Recipe) -> None:
 
 
 def test_a_chunk_of_a_round_that_takes_long_is_no_stall(two_ranks: Ranks, tmp_path: Path) -> None:
-    runs.write_rows(tmp_path, 8)  # a chunk: the other rank waits for it
+    runs.write_rows(tmp_path, 8)  # one chunk on one rank, for which the other rank waits
     rac = SelfgenConfig(method="rac", max_new_tokens=24)
     settings = runs.recipe(tmp_path, selfgen=rac, train=TrainConfig(max_steps=1, stall_seconds=3.0))
     two_ranks.run(train_slowly, settings)
@@ -153,7 +153,7 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
             time.sleep(0.05)
         subprocess.run(["pkill", "-USR1", "-f", "--", f"-u -m selfgen_ds .*{recipe}"], check=True)
         assert run.wait() == {"deepspeed": 3, "torchrun": 1}[launcher], run.output()[-3000:]
-    assert "a signal asks for the end" in run.output()
+    assert "received SIGUSR1: saving, then stopping" in run.output()
     steps = runs.count_lines(output / "metrics.jsonl")
     assert [c.step for c in checkpoint.complete_checkpoints(output / "checkpoints")] == [steps]
 
@@ -164,10 +164,12 @@ def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: dict[str, 
     point = Point(function="selfgen_ds.data.batches:StepBatches.window", call=3, signal=None)
     run = faults.start(settings, tmp_path, {1: point})
     assert run.wait() == [1, 1]
-    for rank, waits in enumerate([r"waits in \w+, from selfgen_ds/\S+:\d+", "is not in a collective"]):
-        told = rf"rank {rank} on \S+: no rank has made a forward for \d+ s \(train\.stall_seconds\); {waits}"
-        assert re.search(told, run.output(rank)), run.output(rank)[-3000:]
-        assert "train.py" in run.output(rank)
-        assert "no rank has made a forward for 1" in run.output(rank)
-    assert re.search(r"stalled: rank 1 on \S+: is not in a collective", run.output(0)), run.output(0)[-3000:]
-    assert "stalled: rank 0" in run.output(0)
+    stall = r"no rank has made a forward for {} s \(train\.stall_seconds\); the others wait for rank 1 on \S+; "
+    for rank, inner in enumerate(["torch/distributed/", "tests/points.py"]):
+        printed = run.output(rank)
+        told = rf"rank {rank} on \S+: {stall.format('[89]')}the stacks of this rank:"
+        assert re.search(told, printed), printed[-3000:]
+        main_thread = printed.partition("the stacks of this rank:")[2].rpartition("Thread 0x")[2]
+        assert inner in main_thread, printed[-3000:]
+        assert "selfgen_ds/train.py" in main_thread
+        assert re.search(rf"error: {stall.format('1[56]')}rank {rank} on \S+ ends", printed), printed[-3000:]

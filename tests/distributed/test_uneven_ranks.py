@@ -1,4 +1,4 @@
-"""Ranks with very different data make the same collective calls: nothing hangs."""
+"""Ranks with very different data make the same collective calls, so that nothing hangs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ REPLACE, DRAW = (hashing.REPLACE, 0, 0), (hashing.DRAW, 0, 0)
 
 
 def uneven_draws(settings: Recipe) -> tuple[list[int], int]:
-    """Rank 0 draws nothing, rank 1 in rows of very different lengths; then nobody draws."""
+    """Draw nothing on rank 0 and rows of very different lengths on rank 1, then nothing on either."""
     run = prepare(settings, set())
     lengths = [1, 1] if dist.get_rank() == 0 else [1, 100]
-    window = [padded([[65, 66]], [[67] * length], [i]) for i, length in enumerate(lengths)]
-    masks = [replacement_mask(batch, 1.0, REPLACE) for batch in window]
+    batches = [padded([[65, 66]], [[67] * length], [i]) for i, length in enumerate(lengths)]
+    masks = [replacement_mask(batch, 1.0, REPLACE) for batch in batches]
     drawn = [int(mask.sum()) for mask in masks]
-    mixed, made = mix(window, run.policy, masks, 2, DRAW)
+    mixed, made = mix(batches, run.policy, masks, 2, DRAW)
     assert made == 2
     groups = run.policy.groups
     train_step(run.engine, mixed, 0.0)
     nothing = [torch.zeros_like(mask) for mask in masks]
-    assert mix(window, run.policy, nothing, 2, DRAW)[1] == 0
-    assert [m.context.shape for m in mixed] == [b.context.shape for b in window]
+    assert mix(batches, run.policy, nothing, 2, DRAW)[1] == 0
+    assert [m.context.shape for m in mixed] == [b.context.shape for b in batches]
     return drawn, groups
 
 
@@ -45,7 +45,7 @@ def test_a_rank_that_draws_nothing_keeps_step_with_one_that_draws_much(two_ranks
     assert drawn[0][1] == drawn[1][1] > 0
 
 
-def test_a_last_window_with_rows_for_one_rank_only_ends_the_epoch(two_ranks: Ranks, tmp_path: Path) -> None:
+def test_a_last_step_with_rows_for_one_rank_only_ends_the_epoch(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path, count=9)  # 8 a step: the second step has one row, on rank 0
     settings = runs.recipe(
         tmp_path, train=TrainConfig(epochs=1, micro_batch_size=2, gradient_accumulation_steps=2), selfgen=runs.MIXING
@@ -63,16 +63,16 @@ def test_ranks_may_need_different_numbers_of_sweeps(two_ranks: Ranks, folder: Pa
 
 
 def sweeps(settings: Recipe) -> int:
-    """Rank 1's window does not fit into one sweep, rank 0's does."""
+    """Draw in one sweep on rank 0 and in several on rank 1, whose micro-batches do not fit into one."""
     run = prepare(settings, set())
     run.policy.budget = SweepBudget(forward=1, training=1, prefetched=0)
     count = 1 if dist.get_rank() == 0 else 4
-    window = [padded([[65]], [[67] * 20], [i]) for i in range(count)]
-    masks = [replacement_mask(batch, 1.0, REPLACE) for batch in window]
-    whole, _ = mix(window, run.policy, masks, 1, DRAW)
+    batches = [padded([[65]], [[67] * 20], [i]) for i in range(count)]
+    masks = [replacement_mask(batch, 1.0, REPLACE) for batch in batches]
+    whole, _ = mix(batches, run.policy, masks, 1, DRAW)
     groups = run.policy.groups
     run.policy.budget = None
-    for one, other in zip(whole, mix(window, run.policy, masks, 1, DRAW)[0], strict=True):
+    for one, other in zip(whole, mix(batches, run.policy, masks, 1, DRAW)[0], strict=True):
         assert torch.equal(one.context, other.context)
     return groups
 
