@@ -1,9 +1,9 @@
-"""What a host has and how it reaches others. deepspeed.sh runs this on all of them, mpirun.sh here.
+"""Print facts about a host. deepspeed.sh runs this script on every host, mpirun.sh on the host where it is started.
 
-    check_host.py same --config RECIPE [overrides...]    what has to be the same on all hosts
-    check_host.py route ADDRESS                          this host's address and interface on the way there
+    check_host.py same --config RECIPE [overrides...]    versions and hashes that must be equal on all hosts
+    check_host.py route ADDRESS                          this host's address and interface on the route to ADDRESS
 
-Prints lines of a name and a value with a tab between; what is wrong is the last line of the errors.
+Each line holds a name and a value, with a tab between. If something is wrong, the last line on standard error says it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def same(arguments: list[str]) -> dict[str, str]:
-    """And `address`, at which this host was reached."""
+    """Return what must be equal on all hosts, and `address`, at which ssh reached this host."""
     from jsonargparse import ArgumentError
 
     from selfgen_ds.cli import recipe_of
@@ -35,24 +35,24 @@ def same(arguments: list[str]) -> dict[str, str]:
 
 
 def route(address: str) -> dict[str, str]:
-    """`address` and `interface`: those on the way to `address`, or of the interface that GLOO_SOCKET_IFNAME names."""
+    """Return this host's `address` and `interface` on the route to `address`, or those of GLOO_SOCKET_IFNAME."""
     import psutil
 
     interfaces = psutil.net_if_addrs()
     if chosen := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
-        mine = next((a.address for a in interfaces.get(chosen, []) if a.family == socket.AF_INET), None)
-        if mine is None:
+        own = next((a.address for a in interfaces.get(chosen, []) if a.family == socket.AF_INET), None)
+        if own is None:
             sys.exit(f"GLOO_SOCKET_IFNAME: there is no interface {chosen} with an address")
-        return {"address": mine, "interface": chosen}
+        return {"address": own, "interface": chosen}
     family, _, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(place)  # nothing is sent: the kernel looks up the route
-        mine = probe.getsockname()[0]
-    owner = next(name for name, addresses in interfaces.items() if mine in [a.address for a in addresses])
-    return {"address": mine, "interface": owner}
+        probe.connect(place)  # sends nothing: the kernel only looks up the route
+        own = probe.getsockname()[0]
+    interface = next(name for name, addresses in interfaces.items() if own in [a.address for a in addresses])
+    return {"address": own, "interface": interface}
 
 
 if __name__ == "__main__":
-    found = same(sys.argv[2:]) if sys.argv[1] == "same" else route(sys.argv[2])
-    for name, value in found.items():
+    facts = same(sys.argv[2:]) if sys.argv[1] == "same" else route(sys.argv[2])
+    for name, value in facts.items():
         print(name, value, sep="\t")

