@@ -1,4 +1,4 @@
-"""Two hosts, and a Slurm on them; a recipe that runs anywhere."""
+"""Fixtures: two hosts, a Slurm on these hosts, and a recipe for them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.distributed import runs
 
 @pytest.fixture(scope="session")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
+    """Make the hosts node1 and node2."""
     if reason := why_not():
         pytest.skip(reason)
     with hosts(tmp_path_factory.mktemp("hosts"), 2) as found:
@@ -23,7 +24,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
 
 @pytest.fixture
 def nodes(two_hosts: list[Host]) -> Iterator[list[Host]]:
-    """The two hosts, node1 and node2, on which nothing runs."""
+    """Return the hosts node1 and node2, on which only daemons run."""
     yield two_hosts
     for host in two_hosts:
         host.reset()
@@ -38,14 +39,14 @@ def _slurm(two_hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> S
 
 @pytest.fixture
 def slurm(_slurm: Slurm, nodes: list[Host]) -> Iterator[Slurm]:
-    """A Slurm whose nodes are the two hosts, without jobs."""
+    """Return a Slurm without jobs, whose nodes are the two hosts."""
     yield _slurm
     _slurm.cancel_all()
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A run of four steps of two rows a rank, into `tmp_path / "run"`."""
+    """Write the recipe of a run of four steps, with `output_dir` at `tmp_path / "run"`."""
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path, output_dir=str(tmp_path / "run"))
     (tmp_path / "recipe.yaml").write_text(to_yaml(settings))
@@ -54,6 +55,6 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostfile(tmp_path: Path) -> Path:
-    """A rank on each host."""
+    """Write a hostfile with one rank per host."""
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
     return tmp_path / "hostfile"

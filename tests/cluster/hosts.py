@@ -1,7 +1,7 @@
-"""Several hosts on one machine: namespaces with a name, a network, processes, a home and an sshd of their own.
+"""Several hosts on one machine. Each is a set of namespaces with its own name, network, processes, home and sshd.
 
-Namespaces, interfaces and mounts live as long as processes that die with this one: nothing outlasts the tests, however
-they end.
+Namespaces, interfaces and mounts live as long as processes that die with this one, so nothing outlasts the tests,
+however the tests end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SLURM_PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "m
 
 
 def why_not(slurm: bool = False) -> str | None:
-    """What keeps this machine from having such hosts."""
+    """Return why this machine cannot make such hosts, or None if it can."""
     if os.geteuid() != 0:
         return "hosts on one machine are namespaces, and those need root"
     needed = _PACKAGES | (_SLURM_PACKAGES if slurm else {})
@@ -40,7 +40,7 @@ def why_not(slurm: bool = False) -> str | None:
 
 
 class Host:
-    """Of its own it has processes, a network interface `eth0`, a home, `/run`, and a disk, `local`."""
+    """A host with its own processes, network interface `eth0`, home, `/run`, and disk `local`."""
 
     def __init__(self, name: str, address: str, folder: Path, init: int, switch: int) -> None:
         self.name = name
@@ -50,33 +50,34 @@ class Host:
         self.init = init
         self.switch = switch
         self.daemons: set[int] = set()
-        """Processes that stay between tests."""
+        """Processes that keep running between tests."""
 
     def command(self, *command: object, **variables: str) -> list[str]:
-        """`command` as a user of this host starts it, in the project's folder with the environment active."""
+        """Return a command line that runs `command` on this host, in the project's folder and environment."""
         mine = {"HOME": str(self.home), "PATH": PATH, "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8", **ENVIRONMENT}
         kept = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
         settings = [f"{name}={value}" for name, value in (kept | mine | variables).items()]
         namespaces = ["nsenter", f"--target={self.init}", "--net", "--uts", "--mount", "--pid"]
-        # a suite in the background may ignore Ctrl-C's signal, which shells inherit and cannot trap then
+        # a test suite in the background may ignore SIGINT; shells inherit that, and then cannot trap the signal
         clean = ["env", "--ignore-environment", "--default-signal=INT", f"--chdir={ROOT}"]
         return [*namespaces, *clean, *settings, *map(str, command)]
 
     def run(self, *command: object, **variables: str) -> str:
-        """What it prints."""
+        """Run a command, and return what it prints."""
         done = subprocess.run(self.command(*command, **variables), capture_output=True, text=True, timeout=30.0)
         assert done.returncode == 0, f"{self.name}: {shlex.join(map(str, command))}: {done.stderr}"
         return done.stdout
 
     def launch(self, *command: object, log: Path, **variables: str) -> Launched:
+        """Start a command."""
         return Launched(self.command(*command, **variables), log, timeout=120.0)
 
     def signal(self, run: Launched, number: signal.Signals) -> None:
-        """To the command itself: what `launch` starts waits for it outside of the host, and hands nothing on."""
+        """Send a signal to a launched command. The process that `launch` starts waits outside and forwards nothing."""
         os.kill(_child(run.process.pid), number)
 
     def processes(self) -> dict[int, list[str]]:
-        """Command lines of this host's processes by process id, as this machine counts."""
+        """Return the command lines of this host's processes, by process id outside of the namespace."""
         namespace = os.readlink(f"/proc/{self.init}/ns/pid")
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
@@ -90,16 +91,16 @@ class Host:
         return found
 
     def ranks(self) -> list[int]:
-        """Its processes that train, started by a launcher of `launch/`."""
+        """Return the processes of ranks that a script of `launch/` has started."""
         return [pid for pid, words in self.processes().items() if words[1:4] == ["-u", "-m", "selfgen_ds"]]
 
     def link(self, state: str) -> None:
-        """Take its network `down` or `up`."""
+        """Set the state of the network interface: `down` or `up`."""
         self.run("ip", "link", "set", "eth0", state)
 
     @contextmanager
     def replaced(self, file: Path, content: str) -> Iterator[None]:
-        """Another content of a file, on this host alone."""
+        """Replace the content of a file on this host alone, while in the context."""
         other = Path(mkstemp(dir=self.home)[1])
         other.write_text(content)
         self.run("mount", "--bind", other, file)
@@ -109,7 +110,7 @@ class Host:
             self.run("umount", file)
 
     def reset(self) -> None:
-        """End what a test left running; the network is up."""
+        """Kill the processes that a test left, and set the network interface up."""
         for pid in self.processes().keys() - self.daemons:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -118,11 +119,11 @@ class Host:
 
 @contextmanager
 def far_apart(hosts: list[Host], rate: str, delay: float) -> Iterator[None]:
-    """Two hosts with a line of a limited rate between them, on which everything takes `delay` seconds."""
+    """Limit the rate between two hosts, and delay every frame by `delay` seconds, while in the context."""
     names, at_the_switch = [host.name for host in hosts], ["nsenter", f"--target={hosts[0].switch}", "--net"]
     plug = "; ".join(f"ip link set {name} {{0}}" for name in names)
     for host in hosts:
-        # frames as they would be on a wire: whole, with their checksums
+        # without offloads, frames are as on a wire: not merged, and with checksums
         host.run(
             "sh", "-ec", f"ethtool -K eth0 tx off; tc qdisc add dev eth0 root tbf rate {rate} burst 32kb latency 1s"
         )
@@ -143,7 +144,7 @@ def far_apart(hosts: list[Host], rate: str, delay: float) -> Iterator[None]:
 
 @contextmanager
 def hosts(folder: Path, number: int) -> Iterator[list[Host]]:
-    """`number` hosts on one switch, named node1, node2, ...; each may log in to all by name."""
+    """Make hosts on one switch, named node1, node2, and so on. Every host can log in to every host by name."""
     names = {f"node{n}": f"10.77.0.{n}" for n in range(1, number + 1)}
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
     (folder / "local").mkdir()
@@ -163,18 +164,18 @@ def hosts(folder: Path, number: int) -> Iterator[list[Host]]:
 
 
 def _boot(name: str, names: dict[str, str], folder: Path) -> str:
-    """The shell commands that make a host of new namespaces."""
+    """Return the shell commands that turn new namespaces into a host."""
     home = folder / name
     (home / ".ssh").mkdir(parents=True)
     settings = {"IdentityFile": folder / "key", "UserKnownHostsFile": home / "known_hosts", "LogLevel": "ERROR"}
     lines = [f"{key} {value}" for key, value in (settings | {"StrictHostKeyChecking": "accept-new"}).items()]
     (home / ".ssh" / "config").write_text("\n".join(lines) + "\n")
-    # as Debian's installer leaves it: its own name is an address of the loopback
+    # as Debian's installer writes the file: the host's own name is a loopback address
     known = ["127.0.0.1 localhost", f"127.0.1.1 {name}"]
     known += [f"{address} {other}" for other, address in names.items() if other != name]
     (home / "hosts").write_text("\n".join(known) + "\n")
     users = Path("/etc/passwd").read_text().splitlines()
-    root = f"root:*:0:0:root:{home}:/bin/bash"  # where ssh and sshd look for a home
+    root = f"root:*:0:0:root:{home}:/bin/bash"  # ssh and sshd find the home here
     (home / "passwd").write_text("\n".join([root, *(u for u in users if not u.startswith("root:"))]) + "\n")
     options = [f"AuthorizedKeysFile={folder / 'key.pub'}", "StrictModes=no", "UsePAM=no", "PidFile=none"]
     daemon = ["/usr/sbin/sshd", "-f", "/dev/null", "-h", folder / "key", *(o for x in options for o in ("-o", x))]
@@ -191,9 +192,9 @@ def _boot(name: str, names: dict[str, str], folder: Path) -> str:
 
 @contextmanager
 def _namespaces(boot: str) -> Iterator[int]:
-    """New namespaces in which a shell has run `boot`; the id of their first process, with which all others end."""
+    """Make namespaces in which a shell has run `boot`. Yield their first process, with which all others end."""
     kinds = ["--net", "--uts", "--mount", "--pid", "--mount-proc"]
-    # the shell stays, and takes up processes whose parents have ended
+    # the shell keeps running, and adopts processes whose parents have ended
     script = f"set -e\n{boot}\necho ready\nwhile :; do sleep 1000 & wait; done"
     command = ["setpriv", "--pdeathsig=KILL", "unshare", *kinds, "--fork", "--kill-child", "bash", "-c", script]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,6 +1,6 @@
-"""A network cable that is long: what comes in at one interface goes out at the other, some time later.
+"""A long network cable: a frame that arrives at one interface leaves at the other, some time later.
 
-`python relay.py INTERFACE INTERFACE SECONDS`. Linux does the same with netem, which not every kernel has.
+`python relay.py INTERFACE INTERFACE SECONDS`. Linux's netem does the same, but not every kernel has netem.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 from collections import deque
 
 _ALL_PROTOCOLS = socket.htons(3)
-_IGNORE_OUTGOING = 23  # of linux/if_packet.h: not what is sent here
+_IGNORE_OUTGOING = 23  # PACKET_IGNORE_OUTGOING of linux/if_packet.h: receive no frames that this script sends
 _SOL_PACKET = 263
 
 
 def relay(first: str, second: str, delay: float) -> None:
-    """Until it is killed."""
+    """Relay frames until the process is killed."""
     ends = []
     for name in (first, second):
         end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, _ALL_PROTOCOLS)

@@ -1,4 +1,4 @@
-"""A Slurm on the hosts of a test: slurmctld on the first one, slurmd on each."""
+"""A Slurm on the hosts of a test: slurmctld on the first host, slurmd on every host."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ JobRequeue=0
 
 
 class Slurm:
-    """Started on the hosts; ended with them."""
+    """A Slurm that starts with this object and ends with the hosts."""
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.first = hosts[0]
@@ -64,7 +64,7 @@ class Slurm:
             host.daemons |= set(host.processes())
 
     def submit(self, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
-        """The id of a job of `launch/slurm.sbatch`, a rank a node, in the recipe's folder."""
+        """Submit `launch/slurm.sbatch` with one rank per node, in the recipe's folder. Return the job's id."""
         where = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", f"--chdir={recipe.parent}")
         command = ["sbatch", "--parsable", *where, *options, "launch/slurm.sbatch", recipe, *overrides]
         job = self.first.run(*command, GLOO_SOCKET_IFNAME="eth0").strip()
@@ -72,18 +72,18 @@ class Slurm:
         return job
 
     def log(self, job: str, rank: int | None = None) -> str:
-        """The job's, or a rank's; empty before there is one."""
+        """Return the log of a job or of one of its ranks. The log is empty before the first line."""
         file = f"selfgen-ds-{job}.log" if rank is None else f"selfgen-ds-{job}/rank-{rank}.log"
         path = self._folders[job] / file
         return path.read_text() if path.exists() else ""
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the fields that `scontrol show job` prints."""
         words = self.first.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, *states: str, timeout: float = 90.0) -> dict[str, str]:
-        """Until it is in one of them."""
+        """Wait until a job is in one of the states, and return its fields."""
         deadline = time.monotonic() + timeout
         while (found := self.job(job))["JobState"] not in states:
             assert time.monotonic() < deadline, found
@@ -91,19 +91,25 @@ class Slurm:
         return found
 
     def start_again(self, job: str) -> None:
-        """A job that was requeued, without the two minutes that Slurm gives its first start to end."""
+        """Start a requeued job at once, instead of after the two minutes for which Slurm holds one."""
         self.until(job, lambda: not any(host.processes().keys() - host.daemons for host in self._hosts))
 
         def runs() -> bool:
             found = self.job(job)
             if found["JobState"] == "PENDING" and found["Restarts"] != "0":
-                self.first.run("sh", "-c", f"scontrol update JobId={job} StartTime=now || true")  # runs by now, perhaps
+                self.first.run(
+                    "sh", "-c", f"scontrol update JobId={job} StartTime=now || true"
+                )  # the job may have started by itself
             return found["JobState"] == "RUNNING" and found["Restarts"] != "0"
 
         self.until(job, runs)
 
     def until(self, job: str, done: Callable[[], bool], timeout: float = 90.0) -> None:
-        """Wait for what a job does."""
+        """Wait until `done()` is true.
+
+        Raises:
+            AssertionError: `timeout` seconds have passed. The message holds the logs of the job.
+        """
         deadline = time.monotonic() + timeout
         while not done():
             if time.monotonic() > deadline:
@@ -112,6 +118,7 @@ class Slurm:
             time.sleep(0.1)
 
     def cancel_all(self) -> None:
+        """Cancel all jobs, and wait until they are gone."""
         deadline = time.monotonic() + 60
         while self.first.run("squeue", "--noheader"):
             assert time.monotonic() < deadline, self.first.run("squeue")
