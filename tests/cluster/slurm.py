@@ -97,9 +97,8 @@ class Slurm:
         def runs() -> bool:
             found = self.job(job)
             if found["JobState"] == "PENDING" and found["Restarts"] != "0":
-                self.first.run(
-                    "sh", "-c", f"scontrol update JobId={job} StartTime=now || true"
-                )  # the job may have started by itself
+                # fails if the job has started by itself
+                self.first.run("sh", "-c", f"scontrol update JobId={job} StartTime=now || true")
             return found["JobState"] == "RUNNING" and found["Restarts"] != "0"
 
         self.until(job, runs)

@@ -1,4 +1,4 @@
-"""launch/deepspeed.sh: what it refuses, what reaches the ranks, and how everything ends."""
+"""launch/deepspeed.sh: its checks, the arguments and variables of the ranks, and the ends of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.ranks import ROOT, Launched
 
 
 def refused(run: Launched) -> list[str]:
-    """Its error lines: all that it says."""
+    """Return the error lines of a refused run, which prints nothing else."""
     with run:
         assert run.wait() == 2, run.output()[-3000:]
     lines = run.output().splitlines()
@@ -63,7 +63,7 @@ def test_a_bad_recipe_is_met_before_any_host_is_asked(nodes: list[Host], recipe:
 
 
 def test_everything_that_differs_is_a_line_with_its_host(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
-    (recipe.parent / "hostfile").write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")  # nobody is node3
+    (recipe.parent / "hostfile").write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")  # there is no node3
     installed = Path(str(distribution("torch").locate_file("")))
     torch = next(installed.glob("torch-*.dist-info/METADATA"))
     ds_config = ROOT / "ds_configs" / "zero3_cpu.json"
@@ -106,7 +106,7 @@ def test_a_dry_run_shows_what_would_run_and_starts_nothing(nodes: list[Host], re
         (line,) = (line for line in shown.splitlines() if line.startswith(f"{host.name}, over eth0: "))
         assert (
             f"--node_rank={number} --master_addr='{nodes[0].address}'" in line
-        )  # not 127.0.1.1, which node1 is at home
+        )  # not 127.0.1.1, which node1 takes its own name for
         assert line.endswith(f"'--config' '{recipe}' '--resume' 'auto' '--seed' '7'")
     assert not recipe.with_name("run").exists()
 
@@ -162,7 +162,7 @@ def test_each_host_uses_its_own_interface(nodes: list[Host], recipe: Path, hostf
 
 
 def start(nodes: list[Host], recipe: Path, hostfile: Path, steps: int) -> Launched:
-    """A run without an end that has done `steps`."""
+    """Start a run that does not end by itself, and wait until it has done `steps`."""
     command = ["launch/deepspeed.sh", hostfile, recipe, "--train.max_steps", "100000", "--checkpoint.every", "100000"]
     run = nodes[0].launch(*command, log=recipe.with_name("log"))
     wait_until(lambda: len(losses(recipe.with_name("run"))) >= steps, run)
@@ -196,7 +196,7 @@ def test_a_run_whose_port_another_one_has_is_refused_and_leaves_that_alone(
 
 def test_a_second_interrupt_ends_everything_at_once(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     with start(nodes, recipe, hostfile, 2) as run:
-        for host in nodes:  # a rank that does not come to its end
+        for host in nodes:  # a rank that cannot end
             os.kill(host.ranks()[0], signal.SIGSTOP)
         nodes[0].signal(run, signal.SIGINT)
         time.sleep(2)

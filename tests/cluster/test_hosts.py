@@ -1,4 +1,4 @@
-"""Hosts that are lost, hosts that share no folder, and `deepspeed --hostfile` as it comes."""
+"""Hosts that are lost, hosts that share no folder, and the plain `deepspeed --hostfile` command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTICED_WITHIN = 60.0  # seconds
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A run on one host that nothing happens to."""
+    """Run a recipe on one host, unbroken."""
     folder = tmp_path_factory.mktemp("whole")
     runs.write_rows(folder)
     settings = runs.recipe(
@@ -68,7 +68,7 @@ def test_a_run_that_loses_a_host_ends_soon_and_goes_on_as_if_it_had_not(
 def test_hosts_that_share_no_folder_keep_a_part_of_each_checkpoint(
     nodes: list[Host], whole: Recipe, hostfile: Path, tmp_path: Path
 ) -> None:
-    output = nodes[0].local / "run"  # a disk of each host's own, at the same path
+    output = nodes[0].local / "run"  # each host has its own disk at this path
     recipe = write(replace(whole, output_dir=str(output)), tmp_path)
     parts = []
     for steps in (4, 40):

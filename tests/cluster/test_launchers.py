@@ -1,4 +1,4 @@
-"""Through every launcher, over two hosts, the same seed gives the same run."""
+"""Every launcher gives the same run on two hosts as on one, from the same seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROUND_TRIP = """if True:
 
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of two ranks on one host."""
+    """Return the losses of a run of two ranks on one host."""
     folder = tmp_path_factory.mktemp("one_host")
     runs.write_rows(folder)
     settings = runs.recipe(folder)

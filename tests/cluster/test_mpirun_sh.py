@@ -1,4 +1,4 @@
-"""launch/mpirun.sh: what reaches the ranks, and how they are stopped."""
+"""launch/mpirun.sh: its checks, the arguments and variables of the ranks, and signals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_ranks_share_the_cores(nodes: list[Host], recipe: Path) -> None:
 def test_arguments_arrive_byte_for_byte_and_a_signal_stops_the_ranks(
     nodes: list[Host], recipe: Path, hostfile: Path
 ) -> None:
-    out = recipe.parent / HOSTILE.replace("*", "")  # which no output folder may have
+    out = recipe.parent / HOSTILE.replace("*", "")  # output_dir may not contain a star
     command = ["launch/mpirun.sh", hostfile, recipe, "--output_dir", out, "--train.max_steps", "100000"]
     variables = {"GLOO_SOCKET_IFNAME": "eth0", "HF_X": HOSTILE, "MASTER_PORT": "29600"}
     with nodes[0].launch(*command, log=recipe.with_name("log"), **variables) as run:

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch: when a job goes back into the queue, and when it does not."""
+"""launch/slurm.sbatch: jobs that go back into the queue, and jobs that do not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe
 
 def test_a_job_is_stopped_and_requeued_before_its_time_limit(slurm: Slurm, recipe: Path) -> None:
     run = recipe.with_name("run")
-    # the script's five minutes before the limit, and up to one more of Slurm's
+    # Slurm signals five minutes before the limit, as the script asks, and up to one minute earlier
     job = slurm.submit(recipe, *ENDLESS, options=("--time=6",))
     slurm.until(job, lambda: "requeued" in slurm.log(job))
     assert "a signal: the ranks save and stop" in slurm.log(job)
@@ -60,7 +60,7 @@ def test_a_job_that_is_preempted_saves_and_goes_on_later(slurm: Slurm, recipe: P
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(slurm: Slurm, recipe: Path) -> None:
-    out = recipe.parent / HOSTILE.replace("*", "")  # which no output folder may have
+    out = recipe.parent / HOSTILE.replace("*", "")  # output_dir may not contain a star
     job = slurm.submit(recipe, *ENDLESS, "--output_dir", str(out))
     slurm.until(job, lambda: len(losses(out)) >= 2)
     slurm.first.run("scancel", job)
