@@ -82,7 +82,7 @@ class Heartbeat:
         self.stall_seconds: float | None = None
         """Rank 0's value counts: seconds without a forward on any rank after which the run is stalled; None: never."""
         self._beats, self._stall, self._farewell = 0, "", ""
-        self._write_beat()
+        self._write_beat("")
         self._store.set(f"place/{rank}", json.dumps(asdict(self.place)))
         places = self._store.multi_get([f"place/{other}" for other in range(world_size)])
         self._store.set_timeout(timedelta(seconds=_SILENCE))  # the wait for ranks that are still starting is over
@@ -117,7 +117,7 @@ class Heartbeat:
         self.end_all(f"{self.place} failed: {type(error).__name__}: {_first_line(error)}")
 
     def leave(self, why: str) -> None:
-        """Tell the other ranks that this one is done. The rank that keeps the store waits a while for theirs.
+        """Tell the other ranks that this one is done. The rank that keeps the store waits for them, for half a minute.
 
         Args:
             why: Reason that the other ranks print if they are not done.
@@ -127,21 +127,23 @@ class Heartbeat:
         self._thread.join(_SILENCE * _BEAT)
 
     def _run(self) -> None:
+        """Beat once a second until this rank has left."""
         over = False
         while not over:
-            leaving = bool(self._farewell)
+            farewell = self._farewell  # the main thread may set it at any moment
             try:
-                over = self._beat(leaving)
+                over = self._beat(farewell)
             except dist.DistError as error:
-                if not leaving:
+                if not farewell:
                     self._exit(f"{self.places[0]} is gone: the connection to it broke ({_first_line(error)})")
                 return
             self._wake.wait(0 if over else _BEAT)
             self._wake.clear()
 
-    def _beat(self, leaving: bool) -> bool:
+    def _beat(self, farewell: str) -> bool:
         """Write a beat, and read the verdict and the other ranks' beats. Return whether this was the last beat."""
-        self._write_beat()
+        self._write_beat(farewell)
+        leaving = bool(farewell)
         if leaving and not self._keeps_store:
             return True
         if self._store.check(["verdict"]):
@@ -165,18 +167,20 @@ class Heartbeat:
         self._print_stacks(beats[self.places[0]]["stall"])
         return leaving and all(beat["farewell"] for beat in beats.values())
 
-    def _write_beat(self) -> None:
+    def _write_beat(self, farewell: str) -> None:
+        """Write this rank's beat, or its farewell."""
         self._beats += 1
         beat = {
-            "number": self._beats,
+            "number": 0 if farewell else self._beats,  # a farewell stays the same, so that ranks count how old it is
             "forwards": self.forwards,
             "collectives": _collectives_entered(),
             "stall": self._stall,
-            "farewell": self._farewell,
+            "farewell": farewell,
         }
         self._store.set(f"beat/{self.place.rank}", json.dumps(beat))
 
     def _read_beats(self, places: list[Place]) -> dict[Place, dict[str, Any]]:
+        """Read beats, and count for how long each has not changed."""
         beats = self._store.multi_get([f"beat/{place.rank}" for place in places])
         for place, beat in zip(places, beats, strict=True):
             last, unchanged = self._seen[place.rank]
@@ -184,7 +188,10 @@ class Heartbeat:
         return {place: json.loads(beat) for place, beat in zip(places, beats, strict=True)}
 
     def _look_for_stall(self, beats: dict[Place, dict[str, Any]]) -> None:
-        """Note in rank 0's beat that no rank makes progress, so that all ranks print their stacks; then end the run."""
+        """Announce in rank 0's beat that no rank makes progress, so that all ranks print their stacks; end the run later.
+
+        A rank for which the others wait has entered fewer collectives.
+        """
         progress = sum(beat["forwards"] + beat["collectives"] for beat in beats.values())
         limit = self.stall_seconds
         self._idle = self._idle + 1 if progress == self._progress and limit is not None else 0
@@ -209,7 +216,7 @@ class Heartbeat:
         self._told = bool(stall)
 
     def _guard(self) -> None:
-        """End this rank when rank 0's host is gone: a call to its store then waits without a limit."""
+        """End this rank when the host of rank 0 is gone, because calls to the store there then wait without a limit."""
         beats, unanswered = 0, 0
         while self._thread.is_alive():
             time.sleep(_BEAT)
@@ -231,7 +238,7 @@ class Heartbeat:
 
 
 def _collectives_entered() -> int:
-    """Collectives that this rank has entered, in all of its process groups. A rank that is behind has fewer."""
+    """Return the number of collectives that this rank has entered, in all of its process groups."""
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)
 

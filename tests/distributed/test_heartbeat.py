@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from selfgen_ds.config import SelfgenConfig, to_yaml
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
-from selfgen_ds.ranks import heartbeat
+from selfgen_ds.ranks import heartbeat, process_group
+from selfgen_ds.ranks.watch import Watch
 from tests.distributed import runs
 from tests.faults import NOTICED_WITHIN
 from tests.forked import Run, command
@@ -123,6 +125,27 @@ def test_a_rank_that_is_stopped_alone_is_given_up() -> None:
         while ranks.busy():
             assert time.monotonic() < deadline
             time.sleep(0.1)
+    finally:
+        ranks.stop()
+
+
+def wait_in_vain() -> None:
+    """Enter a collective on rank 0 alone, with a time limit for collectives under way of 2 seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group, "_RUN_TIMEOUT", timedelta(seconds=2))
+        with Watch(600.0) as watch:
+            watch.begin(torch.nn.Linear(1, 1))
+            if dist.get_rank() == 0:
+                with pytest.raises(RuntimeError, match="Timed out waiting 2000ms"):
+                    process_group.all_gather_object(0)
+            else:
+                time.sleep(4)
+
+
+def test_collectives_time_out_sooner_once_steps_have_begun() -> None:
+    ranks = Ranks(2)
+    try:
+        ranks.run(wait_in_vain, timeout=60.0)
     finally:
         ranks.stop()
 
