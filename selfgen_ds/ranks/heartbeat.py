@@ -188,9 +188,9 @@ class Heartbeat:
         return {place: json.loads(beat) for place, beat in zip(places, beats, strict=True)}
 
     def _look_for_stall(self, beats: dict[Place, dict[str, Any]]) -> None:
-        """Announce in rank 0's beat that no rank makes progress, so that all ranks print their stacks; end the run later.
+        """Make all ranks print their stacks when no rank makes progress, through rank 0's beat; end the run later.
 
-        A rank for which the others wait has entered fewer collectives.
+        The line names the ranks that have entered the fewest collectives: the others wait for these.
         """
         progress = sum(beat["forwards"] + beat["collectives"] for beat in beats.values())
         limit = self.stall_seconds
