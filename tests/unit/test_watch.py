@@ -1,3 +1,5 @@
+"""The signal handlers of `Watch`."""
+
 from __future__ import annotations
 
 import signal
