@@ -12,20 +12,23 @@ import hashlib
 import os
 import socket
 import sys
-from pathlib import Path
 
 
 def same(arguments: list[str]) -> dict[str, str]:
     """Return what must be equal on all hosts, and `address`, at which ssh reached this host."""
     from jsonargparse import ArgumentError
 
+    from selfgen_ds import packaged
     from selfgen_ds.cli import recipe_of
     from selfgen_ds.versions import versions
 
     try:
         recipe, _ = recipe_of(arguments)
-        files = {"recipe": arguments[1], "DeepSpeed JSON": recipe.deepspeed}
-        hashes = {f"{n} {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for n, file in files.items()}
+        files = {
+            f"recipe {arguments[1]}": packaged.find(arguments[1], "recipes"),
+            f"DeepSpeed JSON {recipe.deepspeed}": packaged.find(recipe.deepspeed, "ds_configs"),
+        }
+        hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}")
     except (ArgumentError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
-from selfgen_ds import __version__
+from selfgen_ds import __version__, packaged
 from selfgen_ds.config import (
     CompareOptions,
     EvaluateOptions,
@@ -41,7 +41,8 @@ def main() -> None:
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
-        arguments[1:1] = ["--config", "recipes/bench.yaml"]
+        arguments[1:1] = ["--config", "bench"]
+    arguments = _with_packaged_recipe(arguments)
     os.umask(os.umask(0o077) | 0o002)  # a run's files are not for everybody to write to
     sys.path.append(os.getcwd())  # modules that a recipe names, as with `python -m`
     parser = _parser()
@@ -156,13 +157,16 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
 
         bench(_recipe(options, overrides), overrides, options.grid, options.steps)
     elif parsed.command == "evaluate":
-        from selfgen_ds.evaluation import evaluate
+        from selfgen_ds import evaluate
 
         evaluate.run(EvaluateOptions(**_settings(options)))
     elif parsed.command == "compare":
         from selfgen_ds.evaluation import compare
+        from selfgen_ds.validation.options import check_compare
 
-        compare.run(CompareOptions(**_settings(options)))
+        compared = CompareOptions(**_settings(options))
+        check_compare(compared)
+        compare.run(compared)
     else:
         from selfgen_ds.checkpoint.export import export_checkpoint
 
@@ -180,10 +184,21 @@ def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
     Raises:
         ArgumentError: There are no such options.
     """
-    given = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    given = _with_packaged_recipe([a for a in arguments if not a.startswith("--local_rank=")])
     parser = _parser()
     overrides = _overrides(given)
     return _recipe(parser.instantiate(parser.parse_args(["train", *given])).train, overrides), overrides
+
+
+def _with_packaged_recipe(arguments: list[str]) -> list[str]:
+    """Replace the name of a packaged recipe after `--config` by the recipe's path."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            found[i] = f"--config={packaged.find(argument.removeprefix('--config='), 'recipes')}"
+        elif argument == "--config" and i + 1 < len(arguments):
+            found[i + 1] = str(packaged.find(arguments[i + 1], "recipes"))
+    return found
 
 
 def _overrides(arguments: list[str]) -> set[str]:

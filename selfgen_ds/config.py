@@ -5,14 +5,10 @@ The command line is `--section.field VALUE`; jsonargparse reads types and help f
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import yaml
-
-_HUB_ID = re.compile(r"(?!.*\.(jsonl|json|csv|parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(kw_only=True)
@@ -310,143 +306,10 @@ class ExportOptions:
     """Let the checkpoint's files run code when they are loaded. Otherwise what is not plain data is refused."""
 
 
-def problems(recipe: Recipe) -> list[str]:
-    """What is wrong with a recipe, one line each, as far as the recipe alone and the files it names tell."""
-    found: list[str] = []
-
-    def check(holds: bool, setting: str, value: object, expected: str) -> None:
-        if not holds:
-            found.append(f"{setting}: expected {expected}, got {value!r}")
-
-    def at_least(minimum: float, *settings: str) -> None:
-        for setting in settings:
-            value: Any = recipe
-            for name in setting.split("."):
-                value = getattr(value, name)
-            check(value is None or value >= minimum, setting, value, f"{minimum} or more")
-
-    model, data, selfgen, optim, train = recipe.model, recipe.data, recipe.selfgen, recipe.optim, recipe.train
-    check(
-        model.name_or_path is not None or model.preset is not None,
-        "model",
-        None,
-        "model.name_or_path, or model.preset with model.tokenizer",
-    )
-    if model.name_or_path is None and model.preset is not None:
-        check(
-            model.tokenizer is not None,
-            "model.tokenizer",
-            None,
-            "a tokenizer for the preset (`byte` is built in)",
-        )
-    if (train.epochs is None) == (train.max_steps is None):
-        found.append(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
-    at_least(1, "train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_steps")
-    check(train.stall_seconds > 0, "train.stall_seconds", train.stall_seconds, "more than 0")
-    at_least(1, "train.max_nonfinite_steps", "checkpoint.every", "checkpoint.keep")
-    at_least(1, "selfgen.epochs_per_round", "selfgen.generation_batch_size", "selfgen.answers_per_prompt")
-    at_least(1, "selfgen.max_new_tokens")
-    at_least(1, "eval.every", "eval.max_samples", "eval.batch_size")
-    at_least(2, "data.max_length")
-    at_least(0, "seed", "selfgen.top_k", "selfgen.drawn_context_weight")
-    weight = selfgen.drawn_context_weight
-    check(weight <= 1e6, "selfgen.drawn_context_weight", weight, "1000000 or less")
-    at_least(0, "optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm")
-    # torch's and numpy's generators take 32 bits, and every rank adds its number
-    check(recipe.seed < 2**31, "seed", recipe.seed, f"less than {2**31}")
-    epochs_hold = train.epochs is None or 0 < train.epochs < float("inf")
-    check(epochs_hold, "train.epochs", train.epochs, "a number more than 0")
-    check(optim.epsilon > 0, "optim.epsilon", optim.epsilon, "more than 0")
-    passes_hold = selfgen.passes is None or isinstance(selfgen.passes, str) or selfgen.passes >= 1
-    check(passes_hold, "selfgen.passes", selfgen.passes, "1 or more, or exact")
-    check(selfgen.temperature > 0, "selfgen.temperature", selfgen.temperature, "more than 0")
-    check(0 < selfgen.top_p <= 1, "selfgen.top_p", selfgen.top_p, "a probability mass in (0, 1]")
-    check(0 < selfgen.schedule_share <= 1, "selfgen.schedule_share", selfgen.schedule_share, "a share in (0, 1]")
-    check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", optim.betas, "two numbers in [0, 1)")
-    for setting, share in {
-        "selfgen.replace_probability": selfgen.replace_probability,
-        "selfgen.max_differing_share": selfgen.max_differing_share,
-        "selfgen.sft_share": selfgen.sft_share,
-        "selfgen.max_equal_share": selfgen.max_equal_share,
-        "optim.warmup_ratio": optim.warmup_ratio,
-        "optim.label_smoothing": optim.label_smoothing,
-        "data.max_truncated_share": data.max_truncated_share,
-        "data.max_refused_share": data.max_refused_share,
-    }.items():
-        check(0 <= share <= 1, setting, share, "a number in [0, 1]")
-    for setting, value in {"data.train": data.train, "data.eval": data.eval}.items():
-        found += source_problems(setting, value)
-    columns = (data.prompt_column, data.completion_column)
-    check(columns[0] != columns[1], "data.completion_column", columns[1], "another field than data.prompt_column")
-    if data.packing and data.group_by_length:
-        found.append("data.group_by_length: expected false with data.packing, whose rows are all full")
-    if selfgen.schedule == "constant":
-        default = SelfgenConfig.schedule_share
-        check(selfgen.schedule_share == default, "selfgen.schedule_share", selfgen.schedule_share, "a growing schedule")
-    if data.eval is None:
-        changed = [f.name for f in fields(EvalConfig) if getattr(recipe.eval, f.name) != f.default]
-        for name in changed:
-            check(False, f"eval.{name}", getattr(recipe.eval, name), "data.eval to be given as well")
-    if model.name_or_path is not None:
-        found += model_folder_problems("model.name_or_path", model.name_or_path)
-        if (Path(model.name_or_path) / "adapter_config.json").is_file():
-            found.append(
-                f"model.name_or_path: {model.name_or_path!r} is an adapter; train a model that it is merged into"
-            )
-    if model.lora is not None:
-        setting = "model.name_or_path, since checkpoints hold the adapters alone"
-        check(model.name_or_path is not None, "model.lora", asdict(model.lora), setting)
-        at_least(1, "model.lora.r", "model.lora.lora_alpha")
-        check(not model.resize_embeddings, "model.resize_embeddings", True, "false with model.lora, which freezes them")
-        dropout = model.lora.lora_dropout
-        check(0 <= dropout < 1, "model.lora.lora_dropout", dropout, "a number in [0, 1)")
-    return found
-
-
-def model_folder_problems(setting: str, name: str) -> list[str]:
-    """What is wrong with a name that is meant to be a folder."""
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        return [f"{setting}: expected an existing folder, got {name!r}"]
-    if (Path(name) / "complete.json").is_file():
-        return [f"{setting}: {name!r} is a checkpoint; `selfgen-ds export` makes a model of it"]
-    return []
-
-
 def sources(value: Sources | None) -> list[Source]:
     """A setting for rows as a list of sources."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [Source(path=v) if isinstance(v, str) else v for v in values]
-
-
-def source_problems(setting: str, value: Sources | None) -> list[str]:
-    """What is wrong with a setting for rows, as far as names tell."""
-    found = []
-    given = sources(value)
-    if value is not None and not given:
-        found.append(f"{setting}: expected at least one source")
-    for source in given:
-        name, is_path = source.path, Path(source.path).exists()
-        if name.startswith(("{", "[")):
-            found.append(f"{setting}: not a source, which has {', '.join(f.name for f in fields(Source))}: {name}")
-        elif not name:
-            found.append(f"{setting}: expected a file or folder, a hub id, or builtin:<task>, got an empty string")
-        elif not is_path and not name.startswith("builtin:") and not _HUB_ID.fullmatch(name):
-            found.append(f"{setting}: expected an existing file or folder, a hub id, or builtin:<task>, got {name!r}")
-        if (name.startswith("builtin:") or Path(name).is_file()) and (source.subset or source.split):
-            found.append(f"{setting}: {name} is one file or task, without subsets or splits to choose from")
-        if source.streaming and (is_path or name.startswith("builtin:")):
-            found.append(f"{setting}: streaming is for hub data sets, {name} is read as it is")
-        if source.weight is not None and not 0 < source.weight < float("inf"):
-            found.append(f"{setting}: weight: expected a number more than 0, got {source.weight!r}")
-    tasks = [source for source in given if source.path.startswith("builtin:")]
-    if setting != "data.train" and 0 < len(tasks) < len(given):
-        found.append(f"{setting}: expected built-in tasks alone, whose recovery is measured, or none")
-    weighted = [source for source in given if source.weight is not None]
-    if weighted and setting != "data.train":
-        found.append(f"{setting}: weights are for data.train")
-    elif weighted and len(weighted) < len(given):
-        found.append(f"{setting}: expected a weight for every source, or for none")
-    return found
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -18,22 +18,16 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.samples import Sample, Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.errors import InputError
+from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
-from selfgen_ds.setup.inputs import (
-    check_positions,
-    check_settings,
-    check_shares,
-    load_data,
-    load_eval_data,
-    load_method,
-    load_step_batches,
-    sampling,
-)
+from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches, sampling
+from selfgen_ds.validation.inputs import check_positions, check_shares
+from selfgen_ds.validation.options import check_inspect
+from selfgen_ds.validation.settings import check_settings
 
 _STYLES = {
     "prompt": "dim",
@@ -64,11 +58,12 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts and
             lengths are printed first.
     """
-    if rows < 0:
-        raise InputError(f"--rows: expected 0 or more, got {rows}")
+    check_inspect(rows)
     check_settings(recipe, overrides)
     tokenizer = load_tokenizer(recipe.model)
-    check_positions(recipe, model_config(recipe.model, tokenizer))
+    problems = Problems()
+    check_positions(problems, recipe, model_config(recipe.model, tokenizer))
+    problems.raise_all()
     samples = load_data(recipe, tokenizer)
     step_batches = load_step_batches(
         recipe, samples, step_size=max(1, rows), micro_batch_size=max(1, rows), rank=0, world_size=1, epochs=1
@@ -82,7 +77,8 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         share = lengths.sum(dtype=np.int64) / (len(step_batches) * recipe.data.max_length)
         size = f"{len(step_batches)} rows of {recipe.data.max_length} tokens"
         console.print(f"packed into {size}; {share:.1%} of the positions are used\n")
-    check_shares(recipe, samples + eval_samples)
+    check_shares(problems, recipe, samples + eval_samples)
+    problems.raise_all()
     method = load_method(recipe, tokenizer, samples, step_batches, total_steps=1)
     if rows:
         if draw and "replace_probability" in method.settings:

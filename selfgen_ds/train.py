@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -23,11 +22,13 @@ from selfgen_ds.setup.prepare import Run, prepare
 
 log = logging.getLogger("selfgen_ds")
 
-_COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ranks whenever it runs on one
+_COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ranks whenever it runs on one of them
 
 
 def train(recipe: Recipe, overrides: set[str]) -> None:
-    """Train, evaluate, save and export as the recipe says. Collective.
+    """Train, evaluate, save and export as the recipe says.
+
+    Collective: every rank must call this.
 
     Args:
         overrides: Settings that were given on the command line.
@@ -39,32 +40,31 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
     """
     with Watch(recipe.train.stall_seconds) as watch:
         run = prepare(recipe, overrides, watch.poll)
-        end = _StepEnd(run, recipe, watch)
+        between_steps = BetweenSteps(run, recipe, watch)
         watch.begin(run.engine.module)
         gc.disable()
-        if run.resumed is not None and run.resumed.unevaluated is not None:
-            end(run.first_step, run.resumed.unevaluated)
+        between_steps.catch_up()
         for step in range(run.first_step, run.total_steps):
             round_started = time.perf_counter()
-            windows = run.windows if run.rounds is None else run.rounds.windows(step)
+            step_batches = run.windows if run.rounds is None else run.rounds.windows(step)
             started, forwards = time.perf_counter(), watch.forwards
             get_accelerator().reset_peak_memory_stats()
-            window = [batch.to(run.engine.device) for batch in windows.window(step)]
+            batches = [batch.to(run.engine.device) for batch in step_batches.window(step)]
             pass_started = time.perf_counter()
-            window = run.method.contexts(window, run.policy, step)
+            batches = run.method.contexts(batches, run.policy, step)
             get_accelerator().synchronize()
             pass_time = time.perf_counter() - pass_started
-            result = train_step(run.engine, window, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
+            result = train_step(run.engine, batches, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
             metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
-            end(step + 1, metrics, result, watch.forwards - forwards)
+            between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
         gc.enable()
         watch.pause()
-        end.metrics_logger.close()
-        folder = Path(recipe.output_dir) / "model"
+        between_steps.metrics_logger.close()
+        folder = run.folder.path / "model"
         export_engine(run.engine, folder, run.tokenizer, recipe.model.lora)
-        log.info("done; the model is in %s", folder)
+        log.info("training is done; the model is in %s", folder)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -74,9 +74,10 @@ def _due(step: int, every: int | None) -> bool:
 def _metrics(
     run: Run, step: int, result: StepResult, round_time: float, pass_time: float, step_time: float
 ) -> dict[str, float]:
-    """One line of `metrics.jsonl`. A step's time is without that of drawing a round.
+    """Return one line of `metrics.jsonl`.
 
-    `peak_memory_bytes` is rank 0's; on a CPU its resident set, sampled here.
+    `step_time_s` does not include the time of drawing a round. `peak_memory_bytes` is that of rank 0; on a CPU, where
+    no allocator counts, it is the resident set of rank 0's process, sampled here.
     """
     router_loss = {} if result.router_loss is None else {"router_loss": result.router_loss}
     probability, round_metrics = run.method.replace_probability(step), {}
@@ -104,66 +105,94 @@ def _metrics(
     }
 
 
-class _StepEnd:
-    """What follows on a step: evaluation, the record, a checkpoint, and the question whether to go on."""
+class BetweenSteps:
+    """The work between two steps: evaluate, log, save, and check for a stop signal."""
 
     def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
         self._run, self._recipe, self._watch = run, recipe, watch
-        folder = Path(recipe.output_dir)
-        self.metrics_logger = MetricsLogger(
-            folder / "metrics.jsonl", run.engine.monitor, run.first_step, run.total_steps
-        )
-        self._checkpoints = folder / "checkpoints"
-        self._dropped = 0  # steps in a row
+        path = run.folder.path / "metrics.jsonl"
+        self.metrics_logger = MetricsLogger(path, run.engine.monitor, run.first_step, run.total_steps)
+        self._checkpoints = run.folder.path / "checkpoints"
+        self._dropped_in_a_row = 0
 
-    def __call__(
-        self, step: int, metrics: dict[str, float], result: StepResult | None = None, forwards: int = 0
-    ) -> None:
-        """Collective.
+    def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> None:
+        """Run the work that is due after a step.
+
+        Collective: every rank must call this.
 
         Args:
-            step: Steps done.
-            result: None where the step was saved before a signal cut its evaluation short.
-            forwards: That the step took.
+            step: Optimizer steps done.
+            metrics: The step's line of `metrics.jsonl`.
+            forwards: Forwards that this rank's model made in the step.
 
         Raises:
             Stopped: A signal came before the last step; the step is saved.
+            RuntimeError: Too many steps in a row were not finite.
         """
-        run, recipe = self._run, self._recipe
-        last = step == run.total_steps
         try:
-            scores = self._evaluate() if last or _due(step, recipe.eval.every) else {}
+            scores = self._evaluate(step)
         except Stopped:
-            if result is not None:
-                self._save(step, {}, unevaluated=metrics)
+            self._save(step, {}, unevaluated=metrics)
             raise
-        self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
-        saved = result is None
-        if result is None:
-            assert run.resumed is not None
-            checkpoint.record_evaluation(run.resumed, scores, run.storage)
-        else:
-            self._dropped = 0 if result.applied else self._dropped + 1
-            _check_dropped(step, self._dropped, recipe.train.max_nonfinite_steps, result.suspects)
-            round_starts = run.rounds is not None and run.rounds.starts(step)
-            if last or round_starts or _due(step, recipe.checkpoint.every) or self._is_best(scores):
-                self._save(step, scores)
-                saved = True
-        if not last and self._watch.requested(forwards if run.policy.sharded else 0):
+        self._log(metrics, scores)
+        self._check_dropped(step, result)
+        due = self._is_last(step) or self._starts_round(step) or _due(step, self._recipe.checkpoint.every)
+        saved = due or self._is_best(scores)
+        if saved:
+            self._save(step, scores)
+        in_lockstep = forwards if self._run.policy.sharded else 0
+        if not self._is_last(step) and self._watch.requested(in_lockstep):
             if not saved:
                 self._save(step, scores)
             raise Stopped
 
-    def _evaluate(self) -> dict[str, float]:
-        """Empty without `data.eval`."""
+    def catch_up(self) -> None:
+        """Run the evaluation that an earlier process left when a signal came, after it had saved the step.
+
+        Collective: every rank must call this.
+
+        Raises:
+            Stopped: A signal came again.
+        """
+        resumed = self._run.folder.resumed
+        if resumed is None or resumed.unevaluated is None:
+            return
+        scores = self._evaluate(resumed.step)
+        self._log(resumed.unevaluated, scores)
+        checkpoint.record_evaluation(resumed, scores, self._run.folder.storage)
+        if not self._is_last(resumed.step):
+            self._watch.poll()
+
+    def _is_last(self, step: int) -> bool:
+        return step == self._run.total_steps
+
+    def _starts_round(self, step: int) -> bool:
+        return self._run.rounds is not None and self._run.rounds.starts(step)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate if an evaluation is due; without one the result is empty."""
         run = self._run
-        if run.eval_samples is None:
+        if run.eval_samples is None or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
         size = self._recipe.eval.batch_size
         return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, poll=self._watch.poll))
 
+    def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
+        self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
+
+    def _check_dropped(self, step: int, result: StepResult) -> None:
+        """Count steps in a row that DeepSpeed dropped because loss or gradient was not finite."""
+        if result.applied:
+            self._dropped_in_a_row = 0
+            return
+        self._dropped_in_a_row += 1
+        cause = f"sample ids {result.suspects}" if result.suspects else "the loss was finite, the gradient was not"
+        log.warning("step %d was dropped, %d in a row: not finite (%s)", step, self._dropped_in_a_row, cause)
+        if self._dropped_in_a_row >= self._recipe.train.max_nonfinite_steps:
+            raise RuntimeError(f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps)")
+
     def _is_best(self, scores: dict[str, float]) -> bool:
-        """Whether an evaluation beats those of all checkpoints; rank 0 looks, all ranks agree."""
+        """Whether an evaluation is better than those of all checkpoints: rank 0 decides for all ranks."""
         if not scores:
             return False
         verdict, metric = [False], self._recipe.eval.best
@@ -176,7 +205,7 @@ class _StepEnd:
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
         self._watch.pause()
         self.metrics_logger.sync()
-        run, recipe = self._run, self._recipe
+        run, recipe, storage = self._run, self._recipe, self._run.folder.storage
         checkpoint.save(
             run.engine,
             self._checkpoints,
@@ -186,15 +215,7 @@ class _StepEnd:
             run.tokenizer,
             recipe.model,
             step_size=run.windows.step_size,
-            storage=run.storage,
+            storage=storage,
             unevaluated=unevaluated,
         )
-        checkpoint.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, run.storage)
-
-
-def _check_dropped(step: int, dropped: int, limit: int, suspects: list[int]) -> None:
-    if dropped:
-        samples = f"sample ids {suspects}" if suspects else "the loss was finite, the gradient not"
-        log.warning("step %d was dropped, %d in a row: not finite (%s)", step, dropped, samples)
-    if dropped >= limit:
-        raise RuntimeError(f"{dropped} steps in a row were dropped (train.max_nonfinite_steps)")
+        checkpoint.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from selfgen_ds import packaged
 from selfgen_ds.config import Recipe
 from selfgen_ds.errors import InputError
 
@@ -26,7 +26,7 @@ def read(path: str) -> dict[str, Any]:
         InputError: The file cannot be read or is not a JSON object.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(packaged.find(path, "ds_configs").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"deepspeed: {path}: {error}") from error
     except json.JSONDecodeError as error:
@@ -37,7 +37,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def stage(config: dict[str, Any]) -> int:
-    """ZeRO stage of a JSON in which `ds_config_checks.problems` found none."""
+    """ZeRO stage of a JSON in which `deepspeed_json.problems` found none."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
@@ -45,7 +45,7 @@ def offloads_activations(config: dict[str, Any]) -> bool:
     """Whether activation checkpointing keeps the layers' inputs in host memory.
 
     Args:
-        config: A JSON in which `ds_config_checks.problems` found none.
+        config: A JSON in which `deepspeed_json.problems` found none.
     """
     return config.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
 
@@ -57,7 +57,7 @@ def resolve(recipe: Recipe, config: dict[str, Any], world_size: int, hidden_size
     ranks. Keep the returned object: while it lives and the stage is 3, `transformers` creates models sharded.
 
     Args:
-        config: A JSON in which `ds_config_checks.problems` found none. It is not changed.
+        config: A JSON in which `deepspeed_json.problems` found none. It is not changed.
     """
     filled = fill(recipe, config, world_size)
     for key, size in HIDDEN_SIZE_KEYS.items():

@@ -48,8 +48,6 @@ def run(options: CompareOptions) -> None:
     """
     folder = Path(options.output_dir)
     make_folder(folder, "--output_dir")
-    if len({Path(run).resolve() for run in options.runs}) < len(options.runs):
-        raise InputError("a run is given twice")
     try:
         groups = _group([_load(Path(run)) for run in options.runs])
     except (KeyError, TypeError, AttributeError) as error:

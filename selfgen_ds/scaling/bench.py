@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.errors import InputError
+from selfgen_ds.errors import Problems
 from selfgen_ds.files import make_folder
 from selfgen_ds.model.loading import model_config, parameter_count
 from selfgen_ds.ranks import process_group
@@ -21,7 +21,9 @@ from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.environment import environment
 from selfgen_ds.scaling.steps import BUDGET, FULL, Block, BlockBenchmark
-from selfgen_ds.setup.inputs import check_positions, check_settings
+from selfgen_ds.validation.inputs import check_positions
+from selfgen_ds.validation.options import check_bench
+from selfgen_ds.validation.settings import check_settings
 
 log = logging.getLogger("selfgen_ds")
 
@@ -48,7 +50,9 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     process_group.init_process_group()
     with raise_on_all_ranks():
         config = model_config(recipe.model, load_tokenizer(recipe.model))
-        check_positions(recipe, config)
+        problems = Problems()
+        check_positions(problems, recipe, config)
+        problems.raise_all()
         parameters = parameter_count(recipe.model, config)
     dtype = getattr(torch, recipe.model.dtype)
     record: dict[str, Any] = {
@@ -85,8 +89,7 @@ def _check(recipe: Recipe, overrides: set[str], blocks: list[Block]) -> dict[str
     Raises:
         InputError: The recipe or the JSON is not as expected.
     """
-    if recipe.data.max_length < 16:
-        raise InputError(f"data.max_length: expected 16 or more to bench, got {recipe.data.max_length}")
+    check_bench(recipe)
     json_config = check_settings(_without_accumulation(recipe), overrides)
     for block in blocks:
         check_settings(block.of(recipe), overrides)

@@ -140,7 +140,7 @@ def save(run: Run, settings: Recipe, step: int) -> None:
         run.tokenizer,
         settings.model,
         step_size=run.windows.step_size,
-        storage=run.storage,
+        storage=run.folder.storage,
     )
 
 

@@ -204,12 +204,12 @@ def steps_after_kills(settings: Recipe) -> list[int]:
             _MOMENTS["left"] = len(found)
             try:
                 runs.save(run, settings, 2)
-                checkpoint.retain(folder, 1, "loss", run.storage)
+                checkpoint.retain(folder, 1, "loss", run.folder.storage)
                 done = True
             except Killed:
                 pass
             _MOMENTS["left"] = None
-            newest = checkpoint.find(folder, run.storage)
+            newest = checkpoint.find(folder, run.folder.storage)
             assert newest is not None
             found.append(newest.step)
             left = [path.name for path in folder.glob("step-*")]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from selfgen_ds import evaluate
 from selfgen_ds.config import EvaluateOptions
 from selfgen_ds.data.correction import TEXT_CUE, TURN_CUE
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.evaluation import evaluate
 from tests.chat_tokenizers import tokenizer
 from tests.distributed import runs
 from tests.ranks import Ranks

@@ -21,10 +21,11 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig
-from selfgen_ds.engine import ds_config, ds_config_checks
+from selfgen_ds.engine import ds_config
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.model import loading
 from selfgen_ds.setup.prepare import prepare
+from selfgen_ds.validation import deepspeed_json
 from tests.distributed import runs
 from tests.ranks import ROOT, Ranks
 
@@ -66,7 +67,7 @@ def write_json(folder: Path, name: str, **edits: Any) -> str:
 def test_every_json_has_a_row_in_its_page_and_is_valid_as_it_stands(tmp_path: Path, name: str) -> None:
     rows = (FOLDER.parent / "docs" / "deepspeed.md").read_text(encoding="utf-8").splitlines()
     assert [row for row in rows if row.startswith(f"| `{name}` |")]
-    problems = ds_config_checks.problems(runs.recipe(tmp_path), ds_config.read(str(FOLDER / name)), 8)
+    problems = deepspeed_json.problems(runs.recipe(tmp_path), ds_config.read(str(FOLDER / name)), 8)
     places = [p for p in problems if "nvme_path: expected a folder, got '/local_nvme'" in p or "needs libaio" in p]
     if name in NOT_ON_CPU:  # the last kind of check, which runs if the others find nothing
         assert NOT_ON_CPU[name] in problems.pop()

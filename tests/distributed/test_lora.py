@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 
+from selfgen_ds import evaluate
 from selfgen_ds.checkpoint import export
 from selfgen_ds.config import (
     EvaluateOptions,
@@ -26,7 +27,7 @@ from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.samples import take
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
-from selfgen_ds.evaluation import evaluate, scores
+from selfgen_ds.evaluation import scores
 from selfgen_ds.model import head
 from selfgen_ds.model.loading import build_model, model_config
 from selfgen_ds.model.policy import EnginePolicy

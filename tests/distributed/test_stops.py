@@ -88,9 +88,7 @@ def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: dict[str, faul
     assert run.output() == "selfgen-ds: stopped by a signal before the first step\n"
 
 
-@pytest.mark.parametrize(
-    "function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.prepare:build_model"]
-)
+@pytest.mark.parametrize("function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.build:build_model"])
 def test_before_the_first_step_there_is_nothing_to_save(
     unbroken: dict[str, faults.Whole], tmp_path: Path, function: str
 ) -> None:

@@ -147,7 +147,7 @@ def test_a_checkpoint_that_a_host_has_not_whole_is_passed_over_by_all(
 
 
 def resumed(settings: Recipe) -> dict[str, float]:
-    found = prepare(replace(settings, resume="auto"), set()).resumed
+    found = prepare(replace(settings, resume="auto"), set()).folder.resumed
     assert found is not None
     return found.metrics
 

@@ -75,7 +75,7 @@ def test_a_pass_before_any_training_forward_does_invalidate_it(two_ranks: Ranks,
 
 
 def invalidations_without_warm_up(settings: Recipe) -> int:
-    from selfgen_ds.setup import prepare as module
+    from selfgen_ds.setup import build as module
 
     warm_up, module.warm_up = module.warm_up, lambda engine: None
     try:

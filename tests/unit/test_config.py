@@ -18,11 +18,12 @@ from selfgen_ds.config import (
     Source,
     Sources,
     TrainConfig,
-    problems,
     to_yaml,
 )
-from selfgen_ds.engine import ds_config, ds_config_checks
+from selfgen_ds.engine import ds_config
 from selfgen_ds.files import write_atomically
+from selfgen_ds.validation import deepspeed_json
+from tests.problems import recipe_problems
 
 ROOT = Path(__file__).parents[2]
 RECIPES = pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
@@ -58,7 +59,7 @@ def _parse(*arguments: str) -> Recipe:
 
 
 def test_a_good_recipe_has_no_problems(recipe: Recipe) -> None:
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
 
 
 REFUSED = [
@@ -106,7 +107,7 @@ REFUSED = [
 @pytest.mark.parametrize(("setting", "value"), REFUSED)
 def test_a_bad_value_is_one_problem_that_names_setting_and_value(recipe: Recipe, setting: str, value: object) -> None:
     _set(recipe, setting, value)
-    (problem,) = problems(recipe)
+    (problem,) = recipe_problems(recipe)
     assert problem.startswith(f"{setting}: expected ")
     assert problem.endswith(f", got {value!r}")
 
@@ -114,7 +115,7 @@ def test_a_bad_value_is_one_problem_that_names_setting_and_value(recipe: Recipe,
 @pytest.mark.parametrize("epochs", [0.0, -1.0, math.nan, math.inf])
 def test_epochs_are_a_positive_number(recipe: Recipe, epochs: float) -> None:
     recipe.train = TrainConfig(epochs=epochs)
-    (problem,) = problems(recipe)
+    (problem,) = recipe_problems(recipe)
     assert problem.startswith("train.epochs: expected ")
 
 
@@ -141,14 +142,14 @@ def test_epochs_are_a_positive_number(recipe: Recipe, epochs: float) -> None:
 )
 def test_a_value_on_the_edge_of_what_is_allowed_is_no_problem(recipe: Recipe, setting: str, value: object) -> None:
     _set(recipe, setting, value)
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
 
 
 SOURCES = {
     "no source": ([], "expected at least one source"),
     "no file": (["a/b/c.jsonl"], "expected an existing file or folder, a hub id, or builtin:<task>, got 'a/b/c.jsonl'"),
     "empty name": ("", "got an empty string"),
-    "unknown field": (["{path: a.jsonl, wieght: 3}"], "not a source, which has path, subset, split, weight"),
+    "unknown field": (["{path: a.jsonl, wieght: 3}"], "expected a source with the keys path, subset, split, weight"),
     "no folder": ("../nothing", "expected an existing file or folder"),
     "some weights": ([Source(path="a/b", weight=1.0), "c/d"], "expected a weight for every source, or for none"),
     "no share": ([Source(path="a/b", weight=0.0)], "weight: expected a number more than 0, got 0.0"),
@@ -160,7 +161,7 @@ SOURCES = {
 @pytest.mark.parametrize(("given", "expected"), SOURCES.values(), ids=SOURCES)
 def test_a_source_that_cannot_be_is_a_problem(recipe: Recipe, given: Sources, expected: str) -> None:
     recipe.data.train = given
-    [problem] = problems(recipe)
+    [problem] = recipe_problems(recipe)
     assert problem.startswith("data.train: ")
     assert expected in problem
 
@@ -168,39 +169,41 @@ def test_a_source_that_cannot_be_is_a_problem(recipe: Recipe, given: Sources, ex
 @pytest.mark.parametrize("given", ["squad", "org/name", ["a/b", Source(path="c/d", subset="x", split="y")]])
 def test_files_hub_ids_and_lists_of_them_are_sources(recipe: Recipe, given: Sources) -> None:
     recipe.data.train = given
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
 
 
 def test_weights_are_for_training(recipe: Recipe) -> None:
     recipe.data.eval = [Source(path="a/b", weight=1.0)]
-    assert problems(recipe) == ["data.eval: weights are for data.train"]
+    assert recipe_problems(recipe) == ["data.eval: weights are for data.train"]
 
 
 @pytest.mark.parametrize("given", [["builtin:running_sum", "a/b"], ["a/b", Source(path="builtin:running_sum")]])
 def test_tasks_and_other_rows_are_trained_together_but_not_evaluated_together(recipe: Recipe, given: Sources) -> None:
     recipe.data.train = given
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
     recipe.data.eval = given
-    assert problems(recipe) == ["data.eval: expected built-in tasks alone, whose recovery is measured, or none"]
+    assert recipe_problems(recipe) == ["data.eval: expected built-in tasks alone, whose recovery is measured, or none"]
     recipe.data.eval = ["builtin:running_sum", "builtin:pointer_chase"]
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
 
 
 def test_one_column_is_not_prompt_and_completion(recipe: Recipe) -> None:
     recipe.data.prompt_column = recipe.data.completion_column = "text"
-    [problem] = problems(recipe)
+    [problem] = recipe_problems(recipe)
     assert problem == "data.completion_column: expected another field than data.prompt_column, got 'text'"
 
 
 def test_packed_rows_are_not_grouped_by_length(recipe: Recipe) -> None:
     recipe.data.packing = recipe.data.group_by_length = True
-    assert problems(recipe) == ["data.group_by_length: expected false with data.packing, whose rows are all full"]
+    assert recipe_problems(recipe) == [
+        "data.group_by_length: expected false with data.packing, whose rows are all full"
+    ]
 
 
 def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
     for setting, value in [("seed", -1), ("selfgen.top_p", 2.0), ("train.micro_batch_size", 0), ("data.train", "./no")]:
         _set(recipe, setting, value)
-    assert {problem.split(":")[0] for problem in problems(recipe)} == {
+    assert {problem.split(":")[0] for problem in recipe_problems(recipe)} == {
         *("seed", "selfgen.top_p", "train.micro_batch_size", "data.train")
     }
 
@@ -208,19 +211,19 @@ def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
 @pytest.mark.parametrize("train", [TrainConfig(), TrainConfig(epochs=1, max_steps=5)])
 def test_exactly_one_of_epochs_and_max_steps_is_given(recipe: Recipe, train: TrainConfig) -> None:
     recipe.train = train
-    (problem,) = problems(recipe)
+    (problem,) = recipe_problems(recipe)
     assert "train: expected either epochs or max_steps" in problem
 
 
 def test_a_model_is_given(recipe: Recipe) -> None:
     recipe.model = ModelConfig()
-    (problem,) = problems(recipe)
+    (problem,) = recipe_problems(recipe)
     assert problem.startswith("model: expected model.name_or_path, or model.preset")
 
 
 def test_evaluation_during_training_is_allowed_with_evaluation_rows(recipe: Recipe) -> None:
     recipe.data.eval, recipe.eval.every = "builtin:pointer_chase", 5
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
 
 
 def test_a_recipe_is_the_same_after_yaml_and_the_command_line(tmp_path: Path) -> None:
@@ -281,14 +284,14 @@ def test_a_value_of_another_type_is_refused(option: str, value: str) -> None:
 @RECIPES
 def test_a_shipped_recipe_has_no_problems_but_data_to_be_fetched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert [p for p in problems(_parse("--config", str(path))) if not p.startswith("data.")] == []
+    assert [p for p in recipe_problems(_parse("--config", str(path))) if not p.startswith("data.")] == []
 
 
 @RECIPES
 def test_a_shipped_recipe_goes_with_every_shipped_json(path: Path) -> None:
     recipe = _parse("--config", str(path))
     for json_file in sorted((ROOT / "ds_configs").glob("*.json")):
-        found = ds_config_checks.problems(recipe, ds_config.read(str(json_file)), world_size=8)
+        found = deepspeed_json.problems(recipe, ds_config.read(str(json_file)), world_size=8)
         # what this machine lacks, which is looked at when all else fits
         missing = "on the CPU accelerator|nvme_path: expected a folder|libaio"
         assert [p for p in found if not re.search(missing, p)] == [], json_file.name
@@ -341,13 +344,13 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_an_evaluation_without_rows_is_a_problem(recipe: Recipe, name: str, value: object) -> None:
     recipe.data.eval = None
     setattr(recipe.eval, name, value)
-    [problem] = problems(recipe)
+    [problem] = recipe_problems(recipe)
     assert problem == f"eval.{name}: expected data.eval to be given as well, got {value!r}"
 
 
 def test_a_share_for_a_schedule_that_does_not_grow_is_a_problem(recipe: Recipe) -> None:
     recipe.selfgen.schedule, recipe.selfgen.schedule_share = "constant", 0.3
-    [problem] = problems(recipe)
+    [problem] = recipe_problems(recipe)
     assert problem.startswith("selfgen.schedule_share: expected a growing schedule")
 
 

@@ -13,8 +13,9 @@ from selfgen_ds.config import (
     Recipe,
     TrainConfig,
 )
-from selfgen_ds.engine import ds_config, ds_config_checks
+from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import InputError
+from selfgen_ds.validation import deepspeed_json
 
 WORLD_SIZE, HIDDEN_SIZE = 4, 100
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
@@ -33,7 +34,7 @@ def recipe() -> Recipe:
 
 
 def _problem(recipe: Recipe, config: dict[str, Any]) -> str:
-    (problem,) = ds_config_checks.problems(recipe, config, WORLD_SIZE)
+    (problem,) = deepspeed_json.problems(recipe, config, WORLD_SIZE)
     assert problem.startswith("ds.json: ")
     return problem
 
@@ -70,7 +71,7 @@ def test_a_json_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_json_with_nothing_but_a_stage_has_no_problems(recipe: Recipe, stage: int) -> None:
-    assert ds_config_checks.problems(recipe, {"zero_optimization": {"stage": stage}}, WORLD_SIZE) == []
+    assert deepspeed_json.problems(recipe, {"zero_optimization": {"stage": stage}}, WORLD_SIZE) == []
 
 
 @pytest.mark.parametrize("stage", [4, -1, "3", "auto", None])
@@ -84,7 +85,7 @@ def test_no_zero_at_all_is_for_float32(recipe: Recipe, config: dict[str, Any]) -
         "ds.json: zero_optimization.stage: expected one of (1, 2, 3) for bfloat16"
     )
     recipe.model.dtype = "float32"
-    assert ds_config_checks.problems(recipe, config, WORLD_SIZE) == []
+    assert deepspeed_json.problems(recipe, config, WORLD_SIZE) == []
 
 
 def test_an_unknown_key_of_zero_optimization_is_named(recipe: Recipe) -> None:
@@ -133,14 +134,14 @@ def test_what_the_recipe_decides_is_refused_in_the_json(recipe: Recipe, config: 
 
 def test_cpu_checkpointing_is_for_recipes_with_activation_checkpointing(recipe: Recipe) -> None:
     config = ZERO3 | {"activation_checkpointing": {"cpu_checkpointing": True}}
-    assert ds_config_checks.problems(recipe, config, WORLD_SIZE) == []
+    assert deepspeed_json.problems(recipe, config, WORLD_SIZE) == []
     assert ds_config.offloads_activations(config)
     recipe.train.activation_checkpointing = False
     assert _problem(recipe, config) == (
         "ds.json: activation_checkpointing.cpu_checkpointing: true, but train.activation_checkpointing is false"
     )
     off = ZERO3 | {"activation_checkpointing": {"cpu_checkpointing": False}}
-    assert ds_config_checks.problems(recipe, off, WORLD_SIZE) == []
+    assert deepspeed_json.problems(recipe, off, WORLD_SIZE) == []
     assert not ds_config.offloads_activations(off)
 
 
@@ -168,8 +169,8 @@ def test_a_value_that_differs_from_the_recipes_names_both(
 
 def test_batch_sizes_may_be_those_of_the_ranks_that_a_run_was_started_with(recipe: Recipe) -> None:
     config = ZERO3 | {"train_batch_size": 24, "gradient_accumulation_steps": 3, "train_micro_batch_size_per_gpu": 2}
-    assert len(ds_config_checks.problems(recipe, config, 7)) == 1
-    assert ds_config_checks.problems(recipe, config, 7, first_ranks=WORLD_SIZE) == []
+    assert len(deepspeed_json.problems(recipe, config, 7)) == 1
+    assert deepspeed_json.problems(recipe, config, 7, first_ranks=WORLD_SIZE) == []
     recipe.train.gradient_accumulation_steps = 2  # computed anew: 7 ranks need 2 micro-batches of 2 rows to hold 24
     resolved = ds_config.resolve(recipe, config, 7, HIDDEN_SIZE).config
     assert [resolved[key] for key in config if key != "zero_optimization"] == [28, 2, 2]
@@ -184,7 +185,7 @@ def test_values_equal_to_the_recipes_are_no_problem(recipe: Recipe) -> None:
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
     }
-    assert ds_config_checks.problems(recipe, ZERO3 | config, WORLD_SIZE) == []
+    assert deepspeed_json.problems(recipe, ZERO3 | config, WORLD_SIZE) == []
 
 
 @pytest.mark.parametrize("key", ["steps_per_print", "zero_optimization.stage3_max_live_parameters"])
@@ -199,12 +200,12 @@ def test_an_auto_that_no_setting_decides_is_refused(recipe: Recipe, key: str) ->
 
 def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
     config = {"zero_optimization": {"stage": 7}, "fp16": {"enabled": True}, "train_batch_size": 1, "scheduler": {}}
-    assert len(ds_config_checks.problems(recipe, config, WORLD_SIZE)) == 4
+    assert len(deepspeed_json.problems(recipe, config, WORLD_SIZE)) == 4
 
 
 def test_shards_of_a_node_need_ranks_that_they_divide(recipe: Recipe) -> None:
     def problems(size: int, ranks: int) -> list[str]:
-        return ds_config_checks.problems(
+        return deepspeed_json.problems(
             recipe, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}, ranks
         )
 
@@ -222,22 +223,22 @@ def test_quantized_communication_is_refused_on_the_cpu_accelerator(
     assert _problem(recipe, config) == (
         f"ds.json: zero_optimization.{key}: DeepSpeed has no quantization on the CPU accelerator"
     )
-    monkeypatch.setattr(ds_config_checks.get_accelerator(), "device_name", lambda: "cuda")
-    assert ds_config_checks.problems(recipe, config, WORLD_SIZE) == []
+    monkeypatch.setattr(deepspeed_json.get_accelerator(), "device_name", lambda: "cuda")
+    assert deepspeed_json.problems(recipe, config, WORLD_SIZE) == []
 
 
 def test_nvme_needs_a_folder_and_libaio(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def problems(**section: str) -> list[str]:
         zero = {"stage": 3, "offload_param": {"device": "nvme", **section}}
-        return ds_config_checks.problems(recipe, {"zero_optimization": zero}, WORLD_SIZE)
+        return deepspeed_json.problems(recipe, {"zero_optimization": zero}, WORLD_SIZE)
 
-    monkeypatch.setattr(ds_config_checks.AsyncIOBuilder, "is_compatible", lambda self: True)
+    monkeypatch.setattr(deepspeed_json.AsyncIOBuilder, "is_compatible", lambda self: True)
     name = "ds.json: zero_optimization.offload_param"
     assert problems() == [f"{name}.nvme_path: expected a folder, got None"]
     missing = f"{tmp_path}/none"
     assert problems(nvme_path=missing) == [f"{name}.nvme_path: expected a folder, got {missing!r}"]
     assert problems(nvme_path=str(tmp_path)) == []
-    monkeypatch.setattr(ds_config_checks.AsyncIOBuilder, "is_compatible", lambda self: False)
+    monkeypatch.setattr(deepspeed_json.AsyncIOBuilder, "is_compatible", lambda self: False)
     assert problems(nvme_path=str(tmp_path)) == [
         f"{name}.device: nvme needs libaio and its headers (Debian: apt-get install libaio-dev)"
     ]
@@ -258,7 +259,7 @@ def test_nvme_needs_a_folder_and_libaio(recipe: Recipe, monkeypatch: pytest.Monk
 )
 def test_a_value_where_a_section_belongs_is_a_problem_that_names_it(recipe: Recipe, config: dict[str, Any]) -> None:
     name = [*config][-1]
-    assert any(name in problem for problem in ds_config_checks.problems(recipe, config, WORLD_SIZE))
+    assert any(name in problem for problem in deepspeed_json.problems(recipe, config, WORLD_SIZE))
 
 
 def test_every_auto_is_filled_from_the_recipe(recipe: Recipe) -> None:
@@ -343,7 +344,7 @@ def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
         "bf16": {"enabled": "auto"},
     }
-    ds_config_checks.problems(recipe, config, WORLD_SIZE)
+    deepspeed_json.problems(recipe, config, WORLD_SIZE)
     ds_config.resolve(recipe, config, WORLD_SIZE, HIDDEN_SIZE)
     assert config == {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}
 
@@ -358,5 +359,5 @@ def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
     ],
 )
 def test_sections_of_another_type_or_stage_are_named(recipe: Recipe, zero: dict[str, Any], problem: str) -> None:
-    [line] = ds_config_checks.problems(recipe, {"zero_optimization": zero}, world_size=2)
+    [line] = deepspeed_json.problems(recipe, {"zero_optimization": zero}, world_size=2)
     assert problem in line

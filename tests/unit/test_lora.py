@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from selfgen_ds.config import (
     ModelConfig,
     Recipe,
     TrainConfig,
-    problems,
     to_yaml,
 )
 from selfgen_ds.errors import InputError
 from selfgen_ds.model import lora
 from selfgen_ds.model.loading import trained_parameter_count
 from selfgen_ds.model.reductions import add_reductions
-from selfgen_ds.setup import output_folder
+from selfgen_ds.validation.output_folder import check_same_run
+from tests.problems import found_by, recipe_problems
 from tests.unit.test_config import DEMO, _parse
 
 LLAMA = LlamaConfig(
@@ -190,19 +191,19 @@ def recipe(tmp_path: Path) -> Recipe:
     ("setting", "value"), [("r", 0), ("lora_alpha", 0), ("lora_dropout", 1.0), ("lora_dropout", -0.1)]
 )
 def test_settings_that_cannot_be_are_refused(recipe: Recipe, setting: str, value: float) -> None:
-    assert problems(recipe) == []
+    assert recipe_problems(recipe) == []
     setattr(recipe.model.lora, setting, value)
-    assert [problem.split(":")[0] for problem in problems(recipe)] == [f"model.lora.{setting}"]
+    assert [problem.split(":")[0] for problem in recipe_problems(recipe)] == [f"model.lora.{setting}"]
 
 
 def test_a_model_from_scratch_is_not_adapted(recipe: Recipe) -> None:
     recipe.model.name_or_path, recipe.model.preset, recipe.model.tokenizer = None, {"hidden_size": 8}, "byte"
-    assert [problem.split(":")[0] for problem in problems(recipe)] == ["model.lora"]
+    assert [problem.split(":")[0] for problem in recipe_problems(recipe)] == ["model.lora"]
 
 
 def test_an_adapter_folder_is_not_trained_from(recipe: Recipe) -> None:
     (Path(str(recipe.model.name_or_path)) / "adapter_config.json").write_text("{}")
-    assert "is an adapter" in problems(recipe)[0]
+    assert "is an adapter" in recipe_problems(recipe)[0]
 
 
 def test_the_command_line_makes_and_changes_an_adapter_and_the_resolved_recipe_is_read_back(tmp_path: Path) -> None:
@@ -231,19 +232,19 @@ def written(recipe: Recipe, **without: list[str]) -> None:
 def test_settings_that_an_older_run_did_not_write_were_at_their_defaults(recipe: Recipe) -> None:
     recipe.model.lora, recipe.resume = None, "auto"
     written(recipe, model=["lora", "attn_implementation"], optim=["epsilon"])
-    output_folder._check_output(recipe, {}, Path(recipe.output_dir))
+    assert found_by(check_same_run, recipe, {}) == []
     recipe.model.lora, recipe.optim.epsilon = LoraConfig(r=4), 1e-6
-    with pytest.raises(InputError, match=r"model\.lora\.r was None and is 4; .*optim\.epsilon was 1e-08 and is 1e-06"):
-        output_folder._check_output(recipe, {}, Path(recipe.output_dir))
+    [problem] = found_by(check_same_run, recipe, {})
+    assert re.search(r"model\.lora\.r was None and is 4; .*optim\.epsilon was 1e-08 and is 1e-06", problem)
 
 
 def test_an_adapter_may_not_change_on_resume(recipe: Recipe) -> None:
     recipe.resume = "auto"
     written(recipe)
-    output_folder._check_output(recipe, {}, Path(recipe.output_dir))
+    assert found_by(check_same_run, recipe, {}) == []
     recipe.model.lora = LoraConfig(r=4)
-    with pytest.raises(InputError, match=r"model\.lora\.r was 8 and is 4"):
-        output_folder._check_output(recipe, {}, Path(recipe.output_dir))
+    [problem] = found_by(check_same_run, recipe, {})
+    assert "model.lora.r was 8 and is 4" in problem
     recipe.model.lora = None
-    with pytest.raises(InputError, match=r"model\.lora\.export was 'merged' and is None"):
-        output_folder._check_output(recipe, {}, Path(recipe.output_dir))
+    [problem] = found_by(check_same_run, recipe, {})
+    assert "model.lora.export was 'merged' and is None" in problem

@@ -18,7 +18,7 @@ from selfgen_ds.config import (
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import Method, RoundMethod
-from selfgen_ds.setup.inputs import check_settings
+from selfgen_ds.validation.settings import check_settings
 from tests.plans import plan
 
 BYTES = byte_tokenizer()

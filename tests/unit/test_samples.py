@@ -30,8 +30,9 @@ from selfgen_ds.data.samples import (
 from selfgen_ds.data.tasks import Row
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
-from selfgen_ds.setup.inputs import check_shares
+from selfgen_ds.validation.inputs import check_shares
 from tests.chat_tokenizers import CHATML, build, tokenizer
+from tests.problems import found_by
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -382,9 +383,7 @@ def _recipe(**data: Any) -> Recipe:
 
 def test_too_many_refused_prompts_are_an_error_that_names_source_row_and_setting() -> None:
     samples = _tokenize(("a", "b"), ("a", "b"), ("abcde", "f"), ("abcdefg", "h"), max_length=5)
-    with pytest.raises(InputError) as caught:
-        check_shares(_recipe(max_refused_share=0.4), [samples])
-    message = str(caught.value)
+    [message] = found_by(check_shares, _recipe(max_refused_share=0.4), [samples])
     assert message.startswith("rows.jsonl: 2 of 4 prompts")
     assert "the first is row 3" in message
     assert "data.max_length=5" in message
@@ -398,16 +397,14 @@ def test_the_row_that_a_refusal_names_is_counted_past_a_thousand_rows() -> None:
 
 def test_too_many_truncated_responses_are_an_error_that_names_source_and_setting() -> None:
     samples = _tokenize(("a", "bcdefg"), ("a", "b"), ("a", "b"), max_length=5)
-    with pytest.raises(InputError) as caught:
-        check_shares(_recipe(max_truncated_share=0.3), [samples])
-    message = str(caught.value)
+    [message] = found_by(check_shares, _recipe(max_truncated_share=0.3), [samples])
     assert message.startswith("rows.jsonl: 1 of 3 responses are cut at data.max_length=5")
     assert "data.max_truncated_share=0.3" in message
 
 
 def test_the_allowed_shares_are_no_error() -> None:
     samples = _tokenize(("abcde", "f"), ("a", "bcdefg"), max_length=5)
-    check_shares(_recipe(max_refused_share=0.5, max_truncated_share=0.5), [samples])
+    assert found_by(check_shares, _recipe(max_refused_share=0.5, max_truncated_share=0.5), [samples]) == []
 
 
 # --- the cache ---

@@ -1,0 +1,23 @@
+"""The recipes and DeepSpeed JSONs that the package carries, found by name from any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+_ROOT = Path(__file__).parent  # holds links to the repository's recipes/ and ds_configs/; a wheel holds their files
+
+
+def find(name: str, kind: Literal["recipes", "ds_configs"]) -> Path:
+    """Return the file that a path or a name means.
+
+    An existing path means itself. Otherwise the last part of the name, with or without its suffix, may be that of a
+    packaged file: `demo`, `demo.yaml` and `recipes/demo.yaml` all mean the packaged recipe. A name that means nothing
+    is returned as it is, for the reader to refuse.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    suffix = {"recipes": ".yaml", "ds_configs": ".json"}[kind]
+    packaged = _ROOT / kind / (path.name.removesuffix(suffix) + suffix)
+    return packaged if packaged.exists() else path

@@ -1,0 +1,77 @@
+"""Checks of a recipe against what it names: the model's configuration, the tokenised data, the method."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import PretrainedConfig
+from transformers.utils import is_flash_attn_2_available
+
+from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.config import Recipe
+from selfgen_ds.data.samples import Samples
+from selfgen_ds.errors import Problems
+from selfgen_ds.methods.method import RoundMethod
+from selfgen_ds.model.loading import most_positions, trained_parameter_count
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.storage import Storage
+
+log = logging.getLogger("selfgen_ds")
+
+
+def check_positions(problems: Problems, recipe: Recipe, config: PretrainedConfig) -> None:
+    """Check that the model has a position for every token of the longest row."""
+    positions = most_positions(config)
+    holds = positions is None or recipe.data.max_length <= positions
+    problems.expect(holds, "data.max_length", f"at most the model's {positions} positions", recipe.data.max_length)
+
+
+def check_attention(problems: Problems, recipe: Recipe) -> None:
+    """Check that the attention kernel of the recipe is installed."""
+    if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        problems.add("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
+
+
+def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfig, storage: Storage) -> None:
+    """Refuse a run whose first checkpoint does not fit on the disk, and warn about one whose later ones do not."""
+    folder = Path(recipe.output_dir).absolute()
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    need = checkpoint.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)
+    if not storage.shared:  # each host keeps the part of its own ranks
+        need = need * process_group.local_world_size() // dist.get_world_size()
+    room = f"a checkpoint takes {need / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB free"
+    if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
+        problems.add(f"output_dir: {room}")
+    if need * (recipe.checkpoint.keep + 2) > free:  # the newest ones, the best one, and the one being written
+        log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)
+
+
+def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> None:
+    """Refuse data of which `data.max_length` cuts or refuses a larger share of rows than the recipe allows."""
+    data = recipe.data
+    for source in samples:
+        refused = f"prompts leave no room for a response (the first is {source.first_refused})"
+        for count, share, setting, what in (
+            (source.refused, data.max_refused_share, "max_refused_share", refused),
+            (source.truncated, data.max_truncated_share, "max_truncated_share", "responses are cut"),
+        ):
+            if count > share * source.read:
+                problems.add(
+                    f"{source.name}: {count} of {source.read} {what} at data.max_length={data.max_length}; "
+                    f"data.{setting}={share} allows fewer"
+                )
+
+
+def check_rounds(problems: Problems, recipe: Recipe, method: RoundMethod, storage: Storage) -> None:
+    """Check that a round is at least one step, and that all hosts can read the rounds that other hosts draw."""
+    plan = method.plan
+    rows = recipe.selfgen.epochs_per_round * plan.epoch_size
+    if rows < plan.step_size:
+        problems.add(f"selfgen.epochs_per_round: a round of {rows} rows is less than a step of {plan.step_size}")
+    if not storage.shared:
+        problems.add(
+            f"output_dir: hosts do not share {recipe.output_dir}; {recipe.selfgen.method} draws rounds into it"
+        )

@@ -1,0 +1,75 @@
+"""Checks of a run's output folder: empty, or left by an earlier start of the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfgen_ds.config import DataConfig, Recipe, to_yaml
+from selfgen_ds.errors import Problems
+
+# Settings that may change when a run is resumed. A change of any other setting would make it another run.
+_MAY_CHANGE = (
+    "output_dir",
+    "resume",
+    "trust_checkpoint",
+    "train.max_steps",
+    "train.max_nonfinite_steps",
+    "train.stall_seconds",
+    "checkpoint.",
+    "eval.",
+    "selfgen.generation_batch_size",
+)
+
+
+def check_same_run(problems: Problems, recipe: Recipe, json_config: dict[str, Any]) -> None:
+    """Check that the output folder holds nothing, or this very run if the recipe resumes it."""
+    folder = Path(recipe.output_dir)
+    if not (folder / "config.yaml").exists():
+        if foreign := [name for name in ("model", "checkpoints", "metrics.jsonl") if (folder / name).exists()]:
+            problems.add(f"output_dir: {folder} holds {', '.join(foreign)}, but no run's config.yaml")
+    elif recipe.resume is None:
+        problems.add(f"output_dir: {folder} holds a run already; continue it with --resume auto")
+    else:
+        _check_unchanged(problems, folder, recipe, json_config)
+
+
+def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_config: dict[str, Any]) -> None:
+    written = folder / "config.yaml"
+    # A setting that an older version did not write had the value that is its default now.
+    defaults = flat(Recipe(output_dir="", deepspeed="", data=DataConfig(train="")))
+    try:
+        before = defaults | _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError):
+        problems.add(f"{written}: not a run's recipe")
+        return
+    now = flat(recipe)
+    changed = [
+        f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
+        for setting in sorted(before.keys() | now.keys())
+        if before.get(setting) != now.get(setting) and not setting.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        problems.add(f"resume: {folder} was started with other settings: {'; '.join(changed)}")
+    steps_before, steps = before.get("train.max_steps"), recipe.train.max_steps
+    if steps_before is not None and steps is not None and steps < steps_before:
+        problems.add(f"train.max_steps: may be raised on resume, was {steps_before} and is {steps}")
+    json_before = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+    stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
+    if stage_before != stage:
+        problems.add(f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}")
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Return every setting by its name, such as `train.max_steps`, with the value that `config.yaml` has."""
+    return _flat(yaml.safe_load(to_yaml(recipe)))
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for key, value in node.items():
+        settings |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return settings

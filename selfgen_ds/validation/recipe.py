@@ -1,0 +1,149 @@
+"""Checks of a recipe by itself: ranges of its settings, and settings that contradict each other."""
+
+from __future__ import annotations
+
+import glob
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from selfgen_ds.config import EvalConfig, Recipe, SelfgenConfig
+from selfgen_ds.errors import Problems
+from selfgen_ds.validation.sources import check_sources
+
+# The smallest allowed value of each setting that only has a smallest one.
+_LEAST = {
+    "seed": 0,
+    "data.max_length": 2,
+    "selfgen.top_k": 0,
+    "selfgen.drawn_context_weight": 0,
+    "selfgen.epochs_per_round": 1,
+    "selfgen.generation_batch_size": 1,
+    "selfgen.answers_per_prompt": 1,
+    "selfgen.max_new_tokens": 1,
+    "optim.learning_rate": 0,
+    "optim.weight_decay": 0,
+    "optim.max_grad_norm": 0,
+    "train.max_steps": 1,
+    "train.micro_batch_size": 1,
+    "train.gradient_accumulation_steps": 1,
+    "train.max_nonfinite_steps": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "eval.every": 1,
+    "eval.max_samples": 1,
+    "eval.batch_size": 1,
+}
+_SHARES = (
+    "data.max_truncated_share",
+    "data.max_refused_share",
+    "selfgen.replace_probability",
+    "selfgen.max_differing_share",
+    "selfgen.sft_share",
+    "selfgen.max_equal_share",
+    "optim.warmup_ratio",
+    "optim.label_smoothing",
+)
+
+
+def check_recipe(problems: Problems, recipe: Recipe) -> None:
+    """Check everything that the recipe alone, and the existence of the files that it names, can tell."""
+    for setting, least in _LEAST.items():
+        value = _value(recipe, setting)
+        problems.expect(value is None or value >= least, setting, f"{least} or more", value)
+    for setting in _SHARES:
+        value = _value(recipe, setting)
+        problems.expect(0 <= value <= 1, setting, "a number in [0, 1]", value)
+    # torch's and numpy's generators take 32 bits, and every rank adds its number to the seed
+    problems.expect(recipe.seed < 2**31, "seed", f"less than {2**31}", recipe.seed)
+    if glob.escape(recipe.output_dir) != recipe.output_dir:
+        problems.add(f"output_dir: expected none of *?[ in {recipe.output_dir!r}, which DeepSpeed loads by pattern")
+    _check_model(problems, recipe)
+    _check_data(problems, recipe)
+    _check_selfgen(problems, recipe.selfgen)
+    _check_optim_and_train(problems, recipe)
+
+
+def _value(recipe: Recipe, setting: str) -> Any:
+    node: Any = recipe
+    for name in setting.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def _check_model(problems: Problems, recipe: Recipe) -> None:
+    model = recipe.model
+    if model.name_or_path is None:
+        needed = "model.name_or_path, or model.preset with model.tokenizer"
+        problems.expect(model.preset is not None, "model", needed, None)
+        if model.preset is not None:
+            needed = "a tokenizer for the preset (`byte` is built in)"
+            problems.expect(model.tokenizer is not None, "model.tokenizer", needed, None)
+    else:
+        check_model_folder(problems, "model.name_or_path", model.name_or_path)
+        if (Path(model.name_or_path) / "adapter_config.json").is_file():
+            problems.add(
+                f"model.name_or_path: {model.name_or_path!r} is an adapter; train a model that it is merged into"
+            )
+        exported = Path(recipe.output_dir) / "model"
+        if Path(model.name_or_path).resolve() == exported.resolve():
+            problems.add(f"output_dir: {exported} is model.name_or_path, and would be replaced")
+    if model.lora is None:
+        return
+    needed = "model.name_or_path, since checkpoints hold the adapters alone"
+    problems.expect(model.name_or_path is not None, "model.lora", needed, asdict(model.lora))
+    problems.expect(model.lora.r >= 1, "model.lora.r", "1 or more", model.lora.r)
+    problems.expect(model.lora.lora_alpha >= 1, "model.lora.lora_alpha", "1 or more", model.lora.lora_alpha)
+    dropout = model.lora.lora_dropout
+    problems.expect(0 <= dropout < 1, "model.lora.lora_dropout", "a number in [0, 1)", dropout)
+    if model.resize_embeddings:
+        problems.add("model.resize_embeddings: expected false with model.lora, which freezes the embeddings, got True")
+
+
+def check_model_folder(problems: Problems, setting: str, name: str) -> None:
+    """Check the name of a model that is meant to be a folder; any other name may be a hub id."""
+    if name.startswith((".", "/", "~")):
+        problems.expect(Path(name).is_dir(), setting, "an existing folder", name)
+    if (Path(name) / "complete.json").is_file():
+        problems.add(f"{setting}: {name!r} is a checkpoint; `selfgen-ds export` makes a model of it")
+
+
+def _check_data(problems: Problems, recipe: Recipe) -> None:
+    data = recipe.data
+    check_sources(problems, "data.train", data.train)
+    check_sources(problems, "data.eval", data.eval)
+    differ = data.completion_column != data.prompt_column
+    problems.expect(differ, "data.completion_column", "another field than data.prompt_column", data.completion_column)
+    if data.packing and data.group_by_length:
+        problems.add("data.group_by_length: expected false with data.packing, whose rows are all full")
+    if data.eval is None:
+        for field in fields(EvalConfig):
+            value = getattr(recipe.eval, field.name)
+            problems.expect(value == field.default, f"eval.{field.name}", "data.eval to be given as well", value)
+
+
+def _check_selfgen(problems: Problems, selfgen: SelfgenConfig) -> None:
+    weight = selfgen.drawn_context_weight
+    problems.expect(weight <= 1e6, "selfgen.drawn_context_weight", "1000000 or less", weight)
+    passes = selfgen.passes
+    holds = passes is None or isinstance(passes, str) or passes >= 1
+    problems.expect(holds, "selfgen.passes", "1 or more, or exact", passes)
+    problems.expect(selfgen.temperature > 0, "selfgen.temperature", "more than 0", selfgen.temperature)
+    problems.expect(0 < selfgen.top_p <= 1, "selfgen.top_p", "a probability mass in (0, 1]", selfgen.top_p)
+    share = selfgen.schedule_share
+    problems.expect(0 < share <= 1, "selfgen.schedule_share", "a share in (0, 1]", share)
+    if selfgen.schedule == "constant":
+        unchanged = share == SelfgenConfig.schedule_share
+        problems.expect(unchanged, "selfgen.schedule_share", "a growing schedule", share)
+
+
+def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:
+    optim, train = recipe.optim, recipe.train
+    problems.expect(optim.epsilon > 0, "optim.epsilon", "more than 0", optim.epsilon)
+    problems.expect(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
+    if (train.epochs is None) == (train.max_steps is None):
+        problems.add(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
+    epochs = train.epochs
+    problems.expect(epochs is None or 0 < epochs < math.inf, "train.epochs", "a number more than 0", epochs)
+    problems.expect(train.stall_seconds > 0, "train.stall_seconds", "more than 0", train.stall_seconds)

@@ -1,0 +1,70 @@
+"""Checks of recipe, DeepSpeed JSON and method together, before any rank waits for another."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from selfgen_ds import methods
+from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.config import Recipe, SelfgenConfig, sources
+from selfgen_ds.engine import ds_config
+from selfgen_ds.errors import Problems
+from selfgen_ds.evaluation.metrics import METRICS, RECOVERY_METRICS
+from selfgen_ds.methods.reject import load_reject
+from selfgen_ds.ranks import process_group
+from selfgen_ds.validation import deepspeed_json
+from selfgen_ds.validation.output_folder import check_same_run
+from selfgen_ds.validation.recipe import check_recipe
+
+log = logging.getLogger("selfgen_ds")
+
+
+def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
+    """Check all settings of a recipe and its JSON, and return the JSON as it stands.
+
+    Args:
+        overrides: Settings that were given on the command line.
+
+    Raises:
+        InputError: One line for every problem of recipe, JSON and method.
+    """
+    problems = Problems()
+    check_recipe(problems, recipe)
+    with problems.collect():  # there may be no such method
+        _check_unread_settings(problems, recipe.selfgen, overrides)
+    with problems.collect():
+        load_reject(recipe.selfgen.reject)
+    eval_is_task = all(source.path.startswith("builtin:") for source in sources(recipe.data.eval))
+    metrics = METRICS | (RECOVERY_METRICS if eval_is_task else {})
+    problems.expect(recipe.eval.best in metrics, "eval.best", f"one of {', '.join(metrics)}", recipe.eval.best)
+    json_config: dict[str, Any] = {}
+    with problems.collect():
+        json_config = ds_config.read(recipe.deepspeed)
+        first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
+        problems.add(*deepspeed_json.problems(recipe, json_config, process_group.world_size(), first_ranks))
+    if problems.lines and json_config:  # the run ends here in any case: report problems of the output folder as well
+        check_same_run(problems, recipe, json_config)
+    problems.raise_all()
+    return json_config
+
+
+def _check_unread_settings(problems: Problems, selfgen: SelfgenConfig, overrides: set[str]) -> None:
+    """Refuse settings that the method ignores, except those of a recipe that was written for another method."""
+    read = methods.find(selfgen.method).settings | {"method"}
+    unread = [f.name for f in fields(selfgen) if f.name not in read and getattr(selfgen, f.name) != f.default]
+    if "selfgen.method" in overrides:
+        of_the_recipe = [name for name in unread if f"selfgen.{name}" not in overrides]
+        unread = [name for name in unread if name not in of_the_recipe]
+        if of_the_recipe:
+            log.info("%s does not read the recipe's selfgen.%s", selfgen.method, ", selfgen.".join(of_the_recipe))
+    problems.add(*(f"selfgen.{name}: {selfgen.method} does not read it; remove it" for name in unread))
+
+
+def _first_ranks(recipe: Recipe) -> int | None:
+    """Return the number of ranks that the run in `output_dir` was started with, or None if it has no checkpoint."""
+    complete = checkpoint.complete_checkpoints(Path(recipe.output_dir) / "checkpoints")
+    rows_per_rank = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
+    return complete[-1].step_size // rows_per_rank if complete else None
