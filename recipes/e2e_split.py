@@ -1,6 +1,6 @@
 """Split E2E rows (Novikova et al. 2017) into train.csv and dev.csv, so that rows with the same `mr` stay together.
 
-python recipes/e2e_split.py ../shared/data/e2e/devset.csv data/e2e
+python recipes/e2e_split.py data/e2e/devset.csv data/e2e
 """
 
 from __future__ import annotations
