@@ -35,7 +35,7 @@ def main() -> None:
     """Run the sub-command that the command line names.
 
     Raises:
-        SystemExit: With another exit code than 0.
+        SystemExit: The command failed; the exit code is one of those above.
     """
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--local_rank="):
@@ -43,8 +43,8 @@ def main() -> None:
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
         arguments[1:1] = ["--config", "bench"]
     arguments = _with_packaged_recipe(arguments)
-    os.umask(os.umask(0o077) | 0o002)  # a run's files are not for everybody to write to
-    sys.path.append(os.getcwd())  # modules that a recipe names, as with `python -m`
+    os.umask(os.umask(0o077) | 0o002)  # only the owner and the group may write to a run's files
+    sys.path.append(os.getcwd())  # finds modules that a recipe names, as `python -m` does
     parser = _parser()
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
@@ -55,7 +55,7 @@ def main() -> None:
 
     # torch's stack traces of a broken connection would bury the line that names the lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from selfgen_ds.ranks import process_group  # slow imports, for which `--help` need not wait
+    from selfgen_ds.ranks import process_group  # slow imports, which `--help` does not need
 
     logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
     logging.getLogger("selfgen_ds").setLevel(logging.INFO if process_group.rank() == 0 else logging.ERROR)
@@ -68,15 +68,15 @@ def main() -> None:
         _tell(str(error))
         process_group.leave_process_group(f"error: {error}")
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
-            os._exit(2)  # MPI's end would wait for ranks that have not been refused
+            os._exit(2)  # MPI's finalization would wait for ranks that have not failed
         sys.exit(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
-        os._exit(130)  # other ranks may be in the middle of a collective: no clean-up that waits for them
+        os._exit(130)  # other ranks may be inside a collective, and a clean-up would wait for them
     except Stopped:
         signals.ignore()
         process_group.leave_process_group()
-        log.warning("stopped by a signal; --resume auto goes on from what is saved")
+        log.warning("stopped by a signal; everything is saved, and --resume auto continues the run")
         sys.exit(signals.STOPPED)
     except Exception as error:
         if process_group.heartbeat is None:
@@ -88,12 +88,14 @@ def main() -> None:
 
 
 def _tell(problems: str) -> None:
-    """Bad input: one line a problem, once a host."""
+    """Print problems of the user's input, one line each, on one rank per host."""
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()
     else:
-        time.sleep(2)  # launchers end all ranks with the first: that is to be the one that tells
+        time.sleep(
+            2
+        )  # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
 
 
 @cache
@@ -112,29 +114,39 @@ def _parser() -> ArgumentParser:
         description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
     )
     bench = ArgumentParser(
-        description="Measure what training on own tokens costs, as ratios to sft. Of the recipe (recipes/bench.yaml, "
-        "unless --config names another), model, JSON, rows a micro-batch, data.max_length and how draws are made "
-        "count; rows are made up.",
+        description="Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
+        "(recipes/bench.yaml unless --config names another one) gives model, JSON, rows per micro-batch, "
+        "data.max_length and the settings of the draws; the rows are random tokens.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     for parser_of_recipe in (train, inspect, bench):
-        parser_of_recipe.add_argument("--config", action="config", help="the recipe, YAML; options after it change it")
+        parser_of_recipe.add_argument(
+            "--config",
+            action="config",
+            help="recipe: a YAML file, or the name of a packaged one; later options change its settings",
+        )
         parser_of_recipe.add_class_arguments(Recipe)
     inspect.add_argument("--rows", type=int, default=3, help="training rows to show")
-    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show what it draws")
-    commands.add_subcommand("train", train, help="train a recipe; under deepspeed, torchrun, mpirun or as it is")
+    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
+    commands.add_subcommand(
+        "train", train, help="train a recipe; under deepspeed, torchrun or mpirun, or in one process"
+    )
     commands.add_subcommand("inspect", inspect, help="show what a recipe's rows become, in one process")
     bench.add_argument("--grid", type=Literal["budget", "rollouts", "full"], default="budget", help="what to measure")
     bench.add_argument("--steps", type=PositiveInt, default=7, help="timed steps of every variant (rollouts: 3 turns)")
-    commands.add_subcommand("bench", bench, help="measure what own tokens cost; under a launcher as `train`")
+    commands.add_subcommand(
+        "bench", bench, help="measure what training on own tokens costs; under the same launchers as `train`"
+    )
     evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
-    commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and the reference's")
+    commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and on the reference's")
     compare = ArgumentParser(description=CompareOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
     compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
-    commands.add_subcommand("compare", compare, help="table and plot of evaluated runs; the first is the baseline")
+    commands.add_subcommand(
+        "compare", compare, help="make a table and a plot of evaluated runs; the first run is the baseline"
+    )
     export = ArgumentParser(description=ExportOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     export.add_class_arguments(ExportOptions)
     commands.add_subcommand("export", export, help="write a checkpoint as a Hugging Face folder")
@@ -142,7 +154,7 @@ def _parser() -> ArgumentParser:
 
 
 def _run(parsed: Namespace, overrides: set[str]) -> None:
-    """The sub-commands' modules are imported when they are needed."""
+    """Run a parsed sub-command; only its own modules are imported."""
     options = parsed[parsed.command]
     if parsed.command == "train":
         from selfgen_ds.train import train
@@ -179,10 +191,10 @@ def _settings(options: Namespace) -> dict[str, Any]:
 
 
 def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
-    """The recipe that the options of `train` describe, and which of its settings they give: for scripts.
+    """Return the recipe that the options of `train` describe, and the settings that the options give, for scripts.
 
     Raises:
-        ArgumentError: There are no such options.
+        ArgumentError: An option is unknown or has a wrong type.
     """
     given = _with_packaged_recipe([a for a in arguments if not a.startswith("--local_rank=")])
     parser = _parser()
@@ -202,14 +214,15 @@ def _with_packaged_recipe(arguments: list[str]) -> list[str]:
 
 
 def _overrides(arguments: list[str]) -> set[str]:
-    """Settings that are given on the command line."""
+    """Return the settings that the command line gives."""
     return {a.removeprefix("--").split("=", 1)[0] for a in arguments if a.startswith("--")}
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
-    """The recipe of `train`, `inspect` or `bench`, where what the command line gives replaces what it excludes.
+    """Return the recipe of `train`, `inspect` or `bench`; an option replaces settings of the recipe that it excludes.
 
-    `--model.name_or_path` replaces a preset and the preset's tokenizer, `--train.max_steps` epochs and the other way.
+    `--model.name_or_path` replaces the recipe's preset and the preset's tokenizer. `--train.max_steps` replaces
+    `train.epochs`, and the reverse.
     """
     recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
     if "model.name_or_path" in overrides and recipe.model.preset is not None:

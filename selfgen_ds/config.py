@@ -1,6 +1,7 @@
-"""Every setting: typed dataclasses, read from one YAML recipe plus command-line overrides.
+"""Every setting, as typed dataclasses that one YAML recipe and the overrides on the command line fill.
 
-The command line is `--section.field VALUE`; jsonargparse reads types and help from here.
+An override is `--section.field VALUE`. jsonargparse takes the types and the help texts from this file;
+`selfgen_ds/validation/` holds the checks.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ class LoraConfig:
     lora_alpha: int = 8
     """The adapters' product is scaled by `lora_alpha / r`."""
     lora_dropout: float = 0.0
-    """Dropout before the adapters, in training steps alone."""
+    """Dropout before the adapters, in training steps only."""
     target_modules: str | list[str] = "all-linear"
-    """Linear layers to adapt: the ends of their names, a regular expression, or all but the LM head."""
+    """Linear layers to adapt: the ends of their names, a regular expression, or all of them except the LM head."""
     export: Literal["merged", "adapter"] = "merged"
-    """What is exported: a whole model with the adapters added to its weights, or `peft`'s adapter folder."""
+    """Form of the export: a whole model with the adapters added to its weights, or `peft`'s adapter folder."""
 
 
 @dataclass(kw_only=True)
@@ -36,7 +37,7 @@ class ModelConfig:
     preset: dict[str, Any] | None = None
     """Train from scratch: the fields of a `transformers` configuration, such as `{hidden_size: 64, ...}`, of the
     type that `model_type` names, or else of a Llama. Vocabulary and special tokens are the tokenizer's unless given.
-    With `name_or_path`: what that model must be."""
+    With `name_or_path`: the fields that the model's configuration must have."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id; `byte` is built in (256 bytes, a padding and an end token). Default: the model's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -44,7 +45,7 @@ class ModelConfig:
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, as `transformers` names it."""
     resize_embeddings: bool = False
-    """Add embeddings for the ids of a tokenizer that has more than the model; otherwise it is refused."""
+    """Add embeddings if the tokenizer has more ids than the model has embeddings; otherwise such a pair is refused."""
     trust_remote_code: bool = False
     """Allow code that a hub repository ships to run."""
     lora: LoraConfig | None = None
@@ -53,7 +54,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class Source:
-    """One place that rows come from."""
+    """One source of rows."""
 
     path: str
     """A JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a hub id, or `builtin:pointer_chase`,
@@ -63,8 +64,8 @@ class Source:
     split: str | None = None
     """Split of a hub data set or folder. Default: `train` for training, `test` for evaluation, or the only one."""
     weight: float | None = None
-    """Share of the training rows relative to the other sources, whatever their size; a small source then comes round
-    more often. Without weights every row comes once an epoch."""
+    """Share of the training rows relative to the other sources, whatever their sizes; the rows of a small source are
+    then repeated. Without weights every row comes once per epoch."""
     prompt_column: str | None = None
     """Default: the same setting of `data`."""
     completion_column: str | None = None
@@ -72,7 +73,7 @@ class Source:
     messages_column: str | None = None
     """Default: the same setting of `data`."""
     streaming: bool = False
-    """Hub: tokenise rows while they are fetched, without a copy of the raw files."""
+    """Hub data sets: tokenise rows while they are fetched, without keeping a copy of the raw files."""
 
 
 Sources = str | Source | list[str | Source]
@@ -87,14 +88,14 @@ class DataConfig:
     eval: Sources | None = None
     """Evaluation rows, in the same forms (a built-in task gives its test set)."""
     prompt_column: str = "prompt"
-    """Field of the row that the model is given."""
+    """Field with the text that the model is given."""
     completion_column: str = "completion"
-    """Field of the row that the model learns to write."""
+    """Field with the text that the model learns to write."""
     messages_column: str = "messages"
-    """Field with a conversation (`[{role: user, content: ...}, {role: assistant, content: ...}, ...]`), read where a
+    """Field with a conversation (`[{role: user, content: ...}, {role: assistant, content: ...}, ...]`), read if a
     row has no prompt and completion."""
     assistant_turns: Literal["all", "last"] = "all"
-    """Which assistant turns of a conversation are learned (and mixed): all, or the last one."""
+    """Assistant turns of a conversation that the model learns and that draws may replace: all, or the last one."""
     max_length: int = 2048
     """Longest row in tokens, prompt and response together; longer responses are truncated and counted."""
     max_truncated_share: float = 0.1
@@ -102,14 +103,14 @@ class DataConfig:
     max_refused_share: float = 0.0
     """Refuse the data when more than this share of rows has a prompt that leaves no room for a response."""
     packing: bool = False
-    """Put several samples into one training row of `max_length` tokens; none of them sees another."""
+    """Put several samples into one training row of `max_length` tokens; no sample sees another one."""
     group_by_length: bool = False
     """Put rows of similar length into one step, which saves padding."""
 
 
 @dataclass(kw_only=True)
 class SelfgenConfig:
-    """The method: which context the model reads. Each method reads some of these (see `docs/methods.md`)."""
+    """The method, which chooses the context that the model reads. Each method reads some of these settings."""
 
     method: str = "scheduled_sampling"
     """`sft`, `scheduled_sampling`, `bash`, `rac`, or a class of your own, `module:Class`."""
@@ -118,12 +119,13 @@ class SelfgenConfig:
     schedule: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "constant"
     """How p grows from 0 to `replace_probability`, over steps or rounds (`selfgen_ds.methods.schedule`)."""
     schedule_share: float = 0.5
-    """Share of the training after which a growing schedule has (`linear`) or nearly has reached its end."""
+    """Share of the training after which a growing schedule has reached `replace_probability`, or 99 % of it."""
     position: Literal["even", "early", "late"] = "even"
-    """How p varies within an answer: not at all, or linearly between p and 0, largest at its start or at its end."""
+    """How p varies within an answer: not at all, or linearly between p and 0, with the largest value at the answer's
+    start (`early`) or end (`late`)."""
     passes: int | Literal["exact"] | None = None
-    """Parallel passes of a draw: 1 is two-pass scheduled sampling, k is parallel scheduled sampling, `exact` goes on
-    until nothing changes, which is the sequential process. Default: 1 online, `exact` in rounds."""
+    """Parallel passes of a draw: 1 is two-pass scheduled sampling, k is parallel scheduled sampling, `exact` repeats
+    the pass until no token changes, which gives the sequential process. Default: 1 online, `exact` in rounds."""
     temperature: float = 1.0
     """Softmax temperature of the draws."""
     top_p: float = 1.0
@@ -131,31 +133,32 @@ class SelfgenConfig:
     top_k: int = 0
     """Draw from the k most probable tokens; 0 means all."""
     max_differing_share: float = 1.0
-    """Largest share of a response's tokens that differ from the reference in its context; behind the last one allowed
-    the context is the reference again."""
+    """Largest share of a response's tokens that may differ from the reference in its context; after the last allowed
+    one the context is the reference again."""
     drawn_context_weight: float = 1.0
     """Weight in the loss of a target that directly follows a drawn token."""
     epochs_per_round: int = 1
-    """Rounds: epochs that are trained on what the model drew at the round's start."""
+    """Rounds: epochs of training on the rows that the model drew at the round's start."""
     reject: list[str] | str | None = None
-    """Rounds: what must not be reinforced in a drawn answer, as a list of regular expressions, `["[0-9]+%"]`, or as
-    `module:function`, a function from text to spans `(start, end)` of characters; the reference is put back there."""
+    """Rounds: text that a drawn answer must not reinforce, as a list of regular expressions, `["[0-9]+%"]`, or as
+    `module:function`, a function from text to spans `(start, end)` of characters; there the reference is put back."""
     rollouts: str | None = None
-    """Rounds: another run's `rollouts/`, whose rounds are read instead of drawn: those that it has when this run
-    first starts."""
+    """Rounds: the `rollouts/` of another run. The rounds that the folder has when this run first starts are read
+    instead of drawn."""
     generation_batch_size: int = 64
-    """Rows a rank generates at once; fewer where memory is short."""
+    """Rows that a rank generates at once; fewer if memory is short."""
     max_new_tokens: int | None = None
-    """Longest answer that the model is asked for. Default: the longest response in the data."""
+    """Tokens of the longest answer that the model may write. Default: tokens of the longest response in the data."""
     answers_per_prompt: int = 1
-    """Answers drawn for every prompt, each a row."""
+    """Answers drawn for each prompt; each answer makes a row."""
     sft_share: float = 0.5
-    """Share of samples that are trained on without an own answer in the context, so that direct answering stays."""
+    """Share of samples that are trained on without a model answer in the context, so that the model still answers
+    directly."""
     cue: str | None = None
-    """What asks for the correction: with conversations the content of a user's turn, otherwise text as it is.
+    """Text that asks for the correction: in conversations the content of a user's turn, otherwise plain text.
     Default: `Correct your answer.` as a turn, `\\nCorrected answer: ` as text."""
     max_equal_share: float = 1.0
-    """Largest share of rows whose own answer is the reference already: 1 keeps all of them, 0 drops them."""
+    """Largest share of rows whose model answer equals the reference: 1 keeps all of these rows, 0 drops them."""
 
 
 @dataclass(kw_only=True)
@@ -171,7 +174,7 @@ class OptimConfig:
     epsilon: float = 1e-8
     """Adam's epsilon."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up: held, or taken down to 0 on the last step."""
+    """Learning rate after the warm-up: constant, or decayed to 0 at the last step."""
     warmup_ratio: float = 0.1
     """Share of the training steps over which the learning rate grows linearly from 0."""
     max_grad_norm: float = 1.0
@@ -185,29 +188,29 @@ class TrainConfig:
     """Length and shape of the run."""
 
     epochs: float | None = None
-    """Passes over the training rows. Give this or `max_steps`."""
+    """Passes over the training rows. Give either this or `max_steps`."""
     max_steps: int | None = None
-    """Optimizer steps. May be raised on resume."""
+    """Optimizer steps. A resumed run may raise the number."""
     micro_batch_size: int = 1
-    """Rows a rank holds in one forward."""
+    """Rows per rank in one forward."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a rank sums before an optimizer step."""
+    """Micro-batches per rank whose gradients are summed before an optimizer step."""
     activation_checkpointing: bool = True
-    """Recompute each layer in the backward instead of keeping its activations."""
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
     max_nonfinite_steps: int = 5
-    """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
+    """Stop after this many steps in a row whose loss or gradient was not finite. Each such step is skipped."""
     stall_seconds: float = 600.0
-    """When no rank has made a forward for so long, every rank tells where it is; after twice as long the run ends."""
+    """Seconds without a forward on any rank, after which every rank prints its stacks; twice as long ends the run."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When the run is saved, and what is kept. The last step is always saved."""
+    """When the run is saved, and which checkpoints are kept. The last step is always saved."""
 
     every: int = 500
     """Optimizer steps between checkpoints."""
     keep: int = 2
-    """Newest complete checkpoints to keep, beside the best one (`eval.best`)."""
+    """Newest complete checkpoints to keep, in addition to the best one (`eval.best`)."""
 
 
 @dataclass(kw_only=True)
@@ -217,21 +220,21 @@ class EvalConfig:
     every: int | None = None
     """Optimizer steps between evaluations. Default: only after the last step."""
     max_samples: int = 256
-    """Rows read, the first ones of `data.eval`, an equal part of every source."""
+    """Rows to evaluate: the first rows of `data.eval`, as many from each source."""
     batch_size: int = 64
-    """Rows a rank evaluates at once."""
+    """Rows that a rank evaluates at once."""
     best: str = "loss"
-    """Metric whose best checkpoint is kept: `loss` (lowest), or any other metric of `evaluation.json` (highest)."""
+    """Metric whose best checkpoint is kept: `loss` (the lowest), or another evaluation metric (the highest)."""
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A whole run."""
+    """All settings of a run."""
 
     output_dir: str
-    """Folder of the run."""
+    """Folder that the run writes to."""
     deepspeed: str
-    """DeepSpeed JSON; `"auto"` values are filled from this recipe."""
+    """DeepSpeed JSON, by path or by the name of a packaged one; `"auto"` values are filled from this recipe."""
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     selfgen: SelfgenConfig = field(default_factory=SelfgenConfig)
@@ -240,11 +243,11 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
-    """Seeds weights, data order, replacement masks and draws."""
+    """Seed of weights, data order, replacement masks and draws."""
     resume: Literal["auto"] | None = None
-    """`auto`: go on from the newest complete checkpoint in `output_dir`, or start if there is none."""
+    """`auto`: continue from the newest complete checkpoint in `output_dir`, or start if there is none."""
     trust_checkpoint: bool = False
-    """Let the files of a checkpoint run code when they are loaded. Otherwise what is not plain data is refused."""
+    """Let the files of a checkpoint run code when they are loaded. By default anything but plain data is refused."""
 
 
 @dataclass(kw_only=True)
@@ -256,32 +259,33 @@ class EvaluateOptions:
     data: Sources
     """Rows, in the forms of `data.eval` of a recipe (a built-in task gives its test set)."""
     output_dir: str
-    """Where `evaluation.json` is written; a run's folder, for `compare` to find it."""
+    """Folder for `evaluation.json`; for `compare`, the run's own folder."""
     prompt_column: str = "prompt"
-    """Field of the row that the model is given."""
+    """Field with the text that the model is given."""
     completion_column: str = "completion"
-    """Field of the row that is the reference."""
+    """Field with the reference."""
     messages_column: str = "messages"
-    """Field with a conversation, whose last turn is the reference; read where a row has no prompt and completion."""
+    """Field with a conversation, whose last turn is the reference; read if a row has no prompt and completion."""
     max_samples: int | None = None
-    """Rows read, the first ones, an equal part of every source. Default: all."""
+    """Rows to evaluate: the first rows, as many from each source. Default: all rows."""
     max_length: int | None = None
-    """Longest row in tokens; longer responses are cut, prompts without room are left out, both counted.
+    """Longest row in tokens; longer responses are cut, and rows whose prompt leaves no room are left out. Both are
+    counted.
     Default: the model's positions."""
     batch_size: int = 64
-    """Rows a rank holds at once."""
+    """Rows that a rank evaluates at once."""
     sample_temperature: float = 0.0
-    """Above 0: also score answers sampled at this temperature (`sampled_*`)."""
+    """Temperature above 0 at which further answers are sampled and scored (`sampled_*`)."""
     correction_rounds: int = 0
-    """Times that the model is asked to correct its own greedy answer (`corrected_*`)."""
+    """Number of times that the model is asked to correct its greedy answer (`corrected_*`)."""
     cue: str | None = None
-    """What asks for a correction, as `selfgen.cue` of a recipe: give the one that the model was trained with."""
+    """Text that asks for a correction, as `selfgen.cue` of a recipe: give the cue that the model was trained with."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, as `transformers` names it."""
     seed: int = 0
-    """Seeds the sampled answers, which do not depend on the number of ranks."""
+    """Seed of the sampled answers, which do not depend on the number of ranks."""
 
 
 @dataclass(kw_only=True)
@@ -289,9 +293,10 @@ class CompareOptions:
     """Compare evaluated runs; the first is the baseline."""
 
     runs: list[str]
-    """Folders with `config.yaml` (of `train`) and `evaluation.json`, `predictions.jsonl` (of `evaluate`)."""
+    """Folders with the `config.yaml` that `train` writes, and the `evaluation.json` and `predictions.jsonl` that
+    `evaluate` writes."""
     output_dir: str
-    """Where `comparison.json`, `comparison.md` and `comparison.png` are written."""
+    """Folder for `comparison.json`, `comparison.md` and `comparison.png`."""
 
 
 @dataclass(kw_only=True)
@@ -301,19 +306,19 @@ class ExportOptions:
     checkpoint: str
     """A complete checkpoint, such as `runs/x/checkpoints/step-000100`."""
     output_dir: str
-    """The folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     trust_checkpoint: bool = False
-    """Let the checkpoint's files run code when they are loaded. Otherwise what is not plain data is refused."""
+    """Let the checkpoint's files run code when they are loaded. By default anything but plain data is refused."""
 
 
 def sources(value: Sources | None) -> list[Source]:
-    """A setting for rows as a list of sources."""
+    """Return a setting for rows as a list of sources."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [Source(path=v) if isinstance(v, str) else v for v in values]
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, in the order of the dataclasses."""
+    """Return the resolved recipe as YAML, in the order of the dataclasses."""
     settings = asdict(recipe)
     settings["optim"]["betas"] = list(recipe.optim.betas)
     return yaml.safe_dump(settings, sort_keys=False)
