@@ -13,9 +13,9 @@ SLOWEST = 25
 HEAD = """\
 # What the tests cost
 
-`make test-all` ran the tests, and `make costs` wrote this page; nobody edits it by hand. Seconds are those of a test
-with its fixtures, beside another test process on the same cores. `make check` runs the tier `check`, `make test` the
-tiers `check` and `test`, and `make test-all` all three.
+`make test-all` ran the tests, and `make costs` wrote this page; nobody edits it by hand. The seconds of a test include
+its fixtures'. Two processes share the unit tests; one runs the tests that start ranks. `make check` runs the tier
+`check`, `make test` the tiers `check` and `test`, and `make test-all` all three.
 """
 
 
