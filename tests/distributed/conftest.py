@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from selfgen_ds.config import CheckpointConfig, Recipe
+from tests import faults
 from tests.distributed import runs
 from tests.ranks import Ranks
 
@@ -39,3 +42,11 @@ def saved(saved_once: Path, folder: Path) -> Recipe:
     recipe = folder / "run" / "config.yaml"
     recipe.write_text(recipe.read_text().replace(str(saved_once), str(folder)))
     return _saving_recipe(folder)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], faults.Whole]:
+    """Return a function that gives an unbroken run by method, and trains each once."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    runs.write_rows(folder)
+    return functools.cache(lambda method: faults.whole(folder, method))

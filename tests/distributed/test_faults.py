@@ -6,11 +6,12 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from selfgen_ds.checkpoint import checkpoint
 from selfgen_ds.config import CheckpointConfig
@@ -20,21 +21,6 @@ from tests.points import Point
 from tests.ranks import Ranks
 
 Unbroken = Callable[[str], faults.Whole]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """Return a function that gives an unbroken run by method."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    runs.write_rows(folder)
-    done: dict[str, faults.Whole] = {}
-
-    def get(method: str) -> faults.Whole:
-        if method not in done:
-            done[method] = faults.whole(folder, method)
-        return done[method]
-
-    return get
 
 
 WORK = {
@@ -69,7 +55,12 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("where", WORK)
+def slow_but(quick: str, cases: Iterable[str]) -> list[ParameterSet]:
+    """Return the cases, all marked slow but one."""
+    return [pytest.param(case, marks=[] if case == quick else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("where", slow_but("a drawn round", WORK))
 def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
     method, rank, point = WORK[where]
     outcome = faults.break_and_resume(unbroken(method), tmp_path, rank, point)
@@ -77,7 +68,7 @@ def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> Non
     assert outcome.line
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but("all but the marker", STAGES))
 def test_a_rank_killed_when_a_checkpoint_has(unbroken: Unbroken, tmp_path: Path, stage: str) -> None:
     rank, point = STAGES[stage]
     outcome = faults.break_and_resume(unbroken("scheduled_sampling"), tmp_path, rank, point)
@@ -85,6 +76,7 @@ def test_a_rank_killed_when_a_checkpoint_has(unbroken: Unbroken, tmp_path: Path,
     assert outcome.line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_rank_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, seed: int) -> None:
     choice = random.Random(seed)
@@ -124,6 +116,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(unbroken: Unbroken, t
     faults.check_equal(settings, against)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_alike_whichever_file_of_its_newest_checkpoint_is_damaged(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2), resume="auto")
     two_ranks.run(runs.run_training, settings)

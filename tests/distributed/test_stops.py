@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +23,7 @@ from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
 
 STOPPED = [3, 3]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, faults.Whole]:
-    """Return an unbroken run by method."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    runs.write_rows(folder)
-    return {method: faults.whole(folder, method) for method in ("scheduled_sampling", "bash")}
+Unbroken = Callable[[str], faults.Whole]
 
 
 STOPS = {
@@ -43,10 +37,14 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("where", STOPS)
-def test_a_signal_to_one_rank_stops_all_in(unbroken: dict[str, faults.Whole], tmp_path: Path, where: str) -> None:
+ONE = pytest.param("a step", marks=pytest.mark.check)
+OTHERS = [pytest.param(where, marks=pytest.mark.slow) for where in STOPS if where != "a step"]
+
+
+@pytest.mark.parametrize("where", [ONE, *OTHERS])
+def test_a_signal_to_one_rank_stops_all_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
     method, rank, function, call, number, step = STOPS[where]
-    against = unbroken[method]
+    against = unbroken(method)
     settings = replace(against.settings, output_dir=str(tmp_path / "run"))
     point = Point(function=function, call=call, signal=number)
     run = faults.start(settings, tmp_path / "stopped", {rank: point})
@@ -64,8 +62,8 @@ def test_a_signal_to_one_rank_stops_all_in(unbroken: dict[str, faults.Whole], tm
     assert {c.step for c in found if c.metrics} >= {8, 12} if where == "an evaluation" else {12}
 
 
-def test_a_second_signal_changes_nothing(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
-    against = unbroken["scheduled_sampling"]
+def test_a_second_signal_changes_nothing(unbroken: Unbroken, tmp_path: Path) -> None:
+    against = unbroken("scheduled_sampling")
     settings = replace(against.settings, output_dir=str(tmp_path / "run"))
     first = Point(function="selfgen_ds.train:train_step", call=8, signal=signal.SIGTERM)
     second = Point(function="selfgen_ds.checkpoint.checkpoint:sync_and_sum", call=11, signal=signal.SIGTERM)
@@ -76,8 +74,8 @@ def test_a_second_signal_changes_nothing(unbroken: dict[str, faults.Whole], tmp_
     faults.check_equal(settings, against)
 
 
-def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(to_yaml(unbroken["bash"].settings))
+def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: Unbroken, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(to_yaml(unbroken("bash").settings))
     command = [sys.executable, "-m", "selfgen_ds", "train", "--config", str(tmp_path / "recipe.yaml")]
     with Launched(command, tmp_path / "log") as run:
         while "libtorch" not in Path(f"/proc/{run.process.pid}/maps").read_text():
@@ -89,10 +87,8 @@ def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: dict[str, faul
 
 
 @pytest.mark.parametrize("function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.build:build_model"])
-def test_before_the_first_step_there_is_nothing_to_save(
-    unbroken: dict[str, faults.Whole], tmp_path: Path, function: str
-) -> None:
-    settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
+def test_before_the_first_step_there_is_nothing_to_save(unbroken: Unbroken, tmp_path: Path, function: str) -> None:
+    settings = replace(unbroken("scheduled_sampling").settings, output_dir=str(tmp_path / "run"))
     run = faults.start(settings, tmp_path, {1: Point(function=function, signal=signal.SIGUSR1)})
     assert run.wait() == STOPPED, run.output(0)[-3000:]
     for rank in range(2):
@@ -100,12 +96,12 @@ def test_before_the_first_step_there_is_nothing_to_save(
         assert "error:" not in run.output(rank)
 
 
-def test_after_the_last_step_a_run_ends_as_it_would(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
-    settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
+def test_after_the_last_step_a_run_ends_as_it_would(unbroken: Unbroken, tmp_path: Path) -> None:
+    settings = replace(unbroken("scheduled_sampling").settings, output_dir=str(tmp_path / "run"))
     point = Point(function="selfgen_ds.train:export_engine", signal=signal.SIGTERM)
     run = faults.start(settings, tmp_path, {0: point, 1: point})
     assert run.wait() == [0, 0], run.output(0)[-3000:]
-    faults.check_equal(settings, unbroken["scheduled_sampling"])
+    faults.check_equal(settings, unbroken("scheduled_sampling"))
 
 
 def train_slowly(settings: Recipe) -> None:
@@ -156,8 +152,8 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
     assert [c.step for c in checkpoint.complete_checkpoints(output / "checkpoints")] == [steps]
 
 
-def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: dict[str, faults.Whole], tmp_path: Path) -> None:
-    settings = replace(unbroken["scheduled_sampling"].settings, output_dir=str(tmp_path / "run"))
+def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: Unbroken, tmp_path: Path) -> None:
+    settings = replace(unbroken("scheduled_sampling").settings, output_dir=str(tmp_path / "run"))
     settings.train = replace(settings.train, stall_seconds=7.0)
     point = Point(function="selfgen_ds.data.batches:StepBatches.window", call=3, signal=None)
     run = faults.start(settings, tmp_path, {1: point})
