@@ -1,1 +1,1 @@
-"""Evaluation: scores on the reference's prefixes and on the model's own, their plots, and the comparison of runs."""
+"""Evaluation: scores on reference prefixes and on the model's prefixes, plots, and the comparison of runs."""

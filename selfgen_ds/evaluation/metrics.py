@@ -62,11 +62,12 @@ class SampleScore:
     teacher_forced: list[bool]
     """One entry per reference token: whether the most probable token, given the reference before it, is right."""
     free_running: list[bool]
-    """One entry per reference token: whether `answer` has that token at that position."""
+    """One entry per reference token: whether `answer` has that token there."""
     recovery: list[bool] | None = None
-    """The same after a forced wrong token, for the tokens that are right then; None without a built-in task."""
+    """One entry per token that is right after a forced error: whether the greedy continuation has that token there.
+    None unless the row belongs to a built-in task."""
     sampled: list[bool] | None = None
-    """The same for `sampled_answer`; None if no answers were sampled."""
+    """One entry per reference token: whether `sampled_answer` has that token there; None if no answers were sampled."""
     sampled_answer: str | None = None
     corrected_answers: list[str] | None = None
     """Answers after 1, 2, ... corrections of `answer`; None if no corrections were asked for."""

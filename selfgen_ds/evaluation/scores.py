@@ -1,4 +1,4 @@
-"""Scoring: how a model does on reference prefixes, on prefixes of its own, and after a forced error."""
+"""Scores of a model on reference prefixes, on the model's own prefixes, and after a forced error."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def corrected_length(samples: list[Sample], correction: Correction) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Questions:
-    """What the model is asked beyond its greedy answers."""
+    """What the model is asked in addition to greedy answers."""
 
     sample_temperature: float
     seed: int
