@@ -43,6 +43,14 @@ def task_recipe(folder: Path, steps: int, **changes: object) -> Recipe:
     return runs.recipe(folder, **(settings | changes))
 
 
+def write_task_rows(folder: Path, count: int) -> str:
+    """Write the first training rows of the task to a file, and return its path."""
+    rows = islice(generate("pointer_chase", "train"), count)
+    lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "rows.jsonl")
+
+
 def evaluated(settings: Recipe) -> dict[str, float]:
     """Evaluate the exported model by the sub-command, and return the metrics."""
     out = settings.output_dir
@@ -53,7 +61,8 @@ def evaluated(settings: Recipe) -> dict[str, float]:
 def test_an_evaluation_in_training_is_that_of_the_exported_model(
     two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
 ) -> None:
-    settings = task_recipe(tmp_path, 20)
+    settings = task_recipe(tmp_path, 60)
+    settings.data.train = write_task_rows(tmp_path, 60 * 32)  # tokenizing all of the task takes long
     two_ranks.run(runs.run_training, settings)
     last = runs.metrics(settings)[-1]
     in_training = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
@@ -118,15 +127,13 @@ def test_mixing_teaches_recovery_from_an_error_and_more_sft_does_not(one_rank: R
     one_rank.run(runs.run_training, warm_up, timeout=200)
     mixing = SelfgenConfig(replace_probability=0.5, temperature=2.0)
     methods = {"sft": runs.SFT, "scheduled_sampling": mixing, "bash": replace(mixing, method="bash")}
-    rows = islice(generate("pointer_chase", "train"), 400 * 32)  # of 400 steps, which are one round
-    lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    rows = write_task_rows(tmp_path, 400 * 32)  # for 400 steps, which are one round
     metrics = {}
     for name, selfgen in methods.items():
         start = ModelConfig(name_or_path=f"{warm_up.output_dir}/model", dtype="float32")
         settings = task_recipe(tmp_path, 400, selfgen=selfgen, model=start, output_dir=str(tmp_path / name))
         settings.train.micro_batch_size = 32
-        settings.data.train = str(tmp_path / "rows.jsonl")
+        settings.data.train = rows
         one_rank.run(runs.run_training, settings, timeout=300)
         metrics[name] = one_rank.run(evaluated, settings)[0]
     assert all(values["exact_match"] > 0.97 for values in metrics.values())
