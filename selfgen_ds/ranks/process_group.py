@@ -25,9 +25,10 @@ T = TypeVar("T")
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=15)
-# Until steps begin, ranks wait in collectives for one that tokenizes or converts a checkpoint. Afterwards rank 0 alone
-# finishes a round or writes the exported model at most. DEEPSPEED_TIMEOUT, in minutes, is DeepSpeed's variable. A lost
-# rank is noticed long before, by the heartbeat. DeepSpeed's own groups, which gather parameters, have torch's timeouts.
+# Until steps begin, ranks wait in collectives for a rank that tokenizes or converts a checkpoint. Afterwards they wait
+# for rank 0 at most, which ends a round or writes the exported model. A lost rank is noticed long before, by the
+# heartbeat. DEEPSPEED_TIMEOUT, in minutes, is DeepSpeed's variable. DeepSpeed gathers parameters in groups of its own,
+# which have torch's timeouts: 30 minutes for gloo, 10 for NCCL.
 _START_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
 _RUN_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 60)))
 
