@@ -74,10 +74,10 @@ def test_a_second_signal_changes_nothing(unbroken: Unbroken, tmp_path: Path) -> 
     faults.check_equal(settings, against)
 
 
-def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: Unbroken, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(to_yaml(unbroken("bash").settings))
-    command = [sys.executable, "-m", "selfgen_ds", "train", "--config", str(tmp_path / "recipe.yaml")]
-    with Launched(command, tmp_path / "log") as run:
+def test_a_signal_while_python_imports_stops_a_rank_too(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(to_yaml(faults.recipe(folder, "bash")))
+    command = [sys.executable, "-m", "selfgen_ds", "train", "--config", str(folder / "recipe.yaml")]
+    with Launched(command, folder / "log") as run:
         while "libtorch" not in Path(f"/proc/{run.process.pid}/maps").read_text():
             assert run.process.poll() is None
             time.sleep(0.01)
@@ -87,9 +87,9 @@ def test_a_signal_while_python_imports_stops_a_rank_too(unbroken: Unbroken, tmp_
 
 
 @pytest.mark.parametrize("function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.build:build_model"])
-def test_before_the_first_step_there_is_nothing_to_save(unbroken: Unbroken, tmp_path: Path, function: str) -> None:
-    settings = replace(unbroken("scheduled_sampling").settings, output_dir=str(tmp_path / "run"))
-    run = faults.start(settings, tmp_path, {1: Point(function=function, signal=signal.SIGUSR1)})
+def test_before_the_first_step_there_is_nothing_to_save(folder: Path, function: str) -> None:
+    settings = faults.recipe(folder, "scheduled_sampling")
+    run = faults.start(settings, folder, {1: Point(function=function, signal=signal.SIGUSR1)})
     assert run.wait() == STOPPED, run.output(0)[-3000:]
     for rank in range(2):
         assert "selfgen-ds: stopped by a signal before the first step" in run.output(rank)
@@ -152,11 +152,11 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
     assert [c.step for c in checkpoint.complete_checkpoints(output / "checkpoints")] == [steps]
 
 
-def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(unbroken: Unbroken, tmp_path: Path) -> None:
-    settings = replace(unbroken("scheduled_sampling").settings, output_dir=str(tmp_path / "run"))
+def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path) -> None:
+    settings = faults.recipe(folder, "scheduled_sampling")
     settings.train = replace(settings.train, stall_seconds=7.0)
     point = Point(function="selfgen_ds.data.batches:StepBatches.window", call=3, signal=None)
-    run = faults.start(settings, tmp_path, {1: point})
+    run = faults.start(settings, folder, {1: point})
     assert run.wait() == [1, 1]
     stall = r"no rank has made a forward for {} s \(train\.stall_seconds\); the others wait for rank 1 on \S+; "
     for rank, inner in enumerate(["torch/distributed/", "tests/points.py"]):
