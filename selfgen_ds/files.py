@@ -1,4 +1,4 @@
-"""Files that must be whole or not there."""
+"""Files and folders on disk: atomic and durable writes, checksums, locks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ log = logging.getLogger("selfgen_ds")
 
 
 def make_folder(path: Path, setting: str) -> None:
-    """Create an output folder, or find it there.
+    """Create an output folder if it does not exist, and check that this process can write to it.
+
+    Args:
+        setting: The name of the setting that chose the folder, for the error.
 
     Raises:
-        InputError: It cannot be created or written to.
+        InputError: The folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -30,15 +33,18 @@ def make_folder(path: Path, setting: str) -> None:
 
 
 def absolute_folder(name: str) -> str:
-    """The absolute path of a model's folder; a hub id as it is."""
+    """Return the absolute path of a folder, or the name unchanged if it is a hub id."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def lock(folder: Path, setting: str) -> IO[str]:
-    """Keep other processes from writing to a folder, until the returned file is closed or this process ends.
+    """Lock a folder against other runs until the returned file is closed or this process ends.
+
+    Args:
+        setting: The name of the setting that chose the folder, for the error.
 
     Raises:
-        InputError: Another process holds it.
+        InputError: Another process holds the lock.
     """
     file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
     try:
@@ -46,12 +52,12 @@ def lock(folder: Path, setting: str) -> IO[str]:
     except (BlockingIOError, PermissionError) as error:
         raise InputError(f"{setting}: another run is writing to {folder}") from error
     except OSError:
-        log.warning("%s is on a file system without locks: nothing keeps a second run from writing to it", folder)
+        log.warning("%s is on a file system without locks: make sure that no second run writes to it", folder)
     return file
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a small file so that a reader, or a crash, finds the old content or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -62,16 +68,19 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_and_sum(path: Path) -> list[int]:
-    """Bring a file to the disk; its bytes and CRC-32. Whoever reads it next reads it from there, not from memory."""
+    """Flush a file to the disk and return its size in bytes and its CRC-32.
+
+    The file then leaves the page cache, so that the next reader gets the bytes that are on the disk.
+    """
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        found = [path.stat().st_size, _crc(path)]
+        entry = [path.stat().st_size, _crc(path)]
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return found
+    return entry
 
 
 def intact(path: Path, entry: list[int]) -> bool:
-    """Whether a file has the bytes and CRC-32 that it was written with."""
+    """Tell whether a file still has the size and CRC-32 that `sync_and_sum` returned."""
     return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
 
 
@@ -84,7 +93,7 @@ def _crc(path: Path) -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """New names in a folder outlast a lost node."""
+    """Flush a folder to the disk, so that new names in it survive the loss of the node."""
     folder = os.open(path, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

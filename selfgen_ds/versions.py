@@ -1,6 +1,6 @@
-"""What runs here: the versions that every host of a run has to have in common.
+"""Versions of Python and of the packages that must be the same on every host of a run.
 
-`python -m selfgen_ds.versions` prints them, a line each.
+`python -m selfgen_ds.versions` prints one version per line.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ _PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Name -> version; of this package a hash of its source, which an editable installation does not number."""
+    """Return name -> version.
+
+    The version of this package is a hash of its source, because an edit changes no version number.
+    """
     source = hashlib.sha256()
     folder = Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
         source.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
-    found = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-    return found | {"selfgen_ds source": source.hexdigest()[:16]}
+    installed = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    return installed | {"selfgen_ds source": source.hexdigest()[:16]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is kept between runs: `selfgen_ds/` in the folder where `datasets` keeps its own (`HF_DATASETS_CACHE`)."""
+"""The cache that outlasts a run: the folder `selfgen_ds/` in the cache of `datasets` (`HF_DATASETS_CACHE`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from filelock import FileLock
 
 from selfgen_ds.files import make_folder, write_atomically
 
-_SETTLED = 3.0  # seconds; in less a file system may give two contents the same time
+_SETTLED = 3.0  # seconds; two writes that are closer together may get the same time from the file system
 
 
 def cache_folder() -> Path:
-    """The folder, made if it is not there.
+    """Return the cache folder, and create it if it does not exist.
 
     Raises:
-        InputError: It cannot be written to.
+        InputError: The folder cannot be written to.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "selfgen_ds"
     make_folder(folder, "HF_DATASETS_CACHE")
@@ -26,20 +26,23 @@ def cache_folder() -> Path:
 
 
 def content_hash(file: Path) -> str:
-    """SHA-256 of a file's content, read by one process and once, as long as path, size and time stay the same.
+    """Return the SHA-256 of a file's content.
+
+    One process reads the file, once. The cached hash is valid as long as the file's path, size and modification time
+    stay the same.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
         InputError: The cache cannot be written to.
     """
     status = file.stat()
     name = hashlib.sha256(repr((str(file.resolve()), status.st_size, status.st_mtime_ns)).encode()).hexdigest()
-    known = cache_folder() / f"{name[:32]}.sha256"
-    with FileLock(known.with_suffix(".lock")):
-        if known.exists():
-            return known.read_text(encoding="ascii")
+    cached = cache_folder() / f"{name[:32]}.sha256"
+    with FileLock(cached.with_suffix(".lock")):
+        if cached.exists():
+            return cached.read_text(encoding="ascii")
         with open(file, "rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if time.time() - status.st_mtime > _SETTLED:
-            write_atomically(known, digest)
+            write_atomically(cached, digest)
         return digest

@@ -1,10 +1,11 @@
-"""Conversations -> token ids, as the tokenizer's chat template writes them, with the assistant's turns found in them.
+"""Encoding of conversations with the tokenizer's chat template, and the places of the assistant's turns.
 
-The ids are those of `tokenizer.apply_chat_template(messages)`; where a message spells a special token, those of its
-`sanitize_control_tokens=True`. The turns come from the template's `{% generation %}` markers where it has them;
-otherwise a turn is the message's content and the special token that the template closes it with. Either way the
-template is rendered a second time with marks in the place of the contents: what lies between the marks must be what
-lies between the contents, so that a template that leaves out, changes or repeats a message is found out.
+The token ids equal those of `tokenizer.apply_chat_template(messages)` or, if a message spells a special token, those of
+`apply_chat_template(messages, sanitize_control_tokens=True)`. The turns come from the template's `{% generation %}`
+markers if the template has them. Otherwise a turn is a message's content and the special token that closes the content.
+
+In both cases the template is rendered a second time with a mark in place of each content. The text between the marks
+must equal the text between the contents. This check finds a template that leaves out, changes or repeats a message.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from selfgen_ds.errors import InputError
 
-_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what else a turn may hold
+_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # other fields that a turn may hold
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # of Unicode's private use area
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # from Unicode's private use area
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can express a lone surrogate, UTF-8 cannot
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
@@ -35,28 +36,28 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     given: int = 0
-    """So many messages at the start are a prompt: their assistant turns are not learned."""
+    """Number of messages at the start that are the prompt. The assistant's turns among them are not learned."""
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Settings of the template."""
+    """Variables that are passed to the template."""
     where: str = ""
-    """File and line that it was read from."""
+    """The file and line that the conversation was read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rendered:
     text: str
     contents: list[tuple[int, int]]
-    """Characters of every message's content, in the order of the text."""
+    """First character and end of every message's content, in the order of the text."""
     turns: list[tuple[int, int, int]]
-    """Of what is learned: its first character, the end of what may be replaced, its end; see `ChatEncoder.encode`."""
+    """The learned turns, in characters: start, end of the replaceable part, end (see `ChatEncoder.encode`)."""
 
 
 class ChatEncoder:
-    """Encodes conversations with a tokenizer's chat template.
+    """Encoder of conversations with a tokenizer's chat template.
 
     Args:
-        assistant_turns: `all` or `last`: the turns that are learned.
+        assistant_turns: Which of the assistant's turns are learned: `all` or `last`.
 
     Raises:
         InputError: The tokenizer has no chat template, or gives no character offsets.
@@ -68,7 +69,7 @@ class ChatEncoder:
                 "model.tokenizer: rows of messages need a tokenizer with a chat template (`chat_template.jinja`)"
             )
         if not tokenizer.is_fast:
-            raise InputError("model.tokenizer: rows of messages need a tokenizer of the library `tokenizers`")
+            raise InputError("model.tokenizer: rows of messages need a fast tokenizer (of the library `tokenizers`)")
         self._tokenizer = tokenizer
         self._last_only = assistant_turns == "last"
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
@@ -76,29 +77,29 @@ class ChatEncoder:
         self._special, self._closing = re.compile(spelled), re.compile(rf"\s*(?:{spelled})")
 
     def encode(self, conversations: list[Conversation]) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Token ids of each conversation, and its turns: `[start, end of what may be replaced, end]`, in tokens.
+        """Yield each conversation's token ids and turns. A turn is `[start, end of replaceable part, end]`, in tokens.
 
-        What a template generates before a turn's content stands before it as a turn of which nothing may be replaced.
+        Text that a template generates before a turn's content becomes a turn of its own, without a replaceable part.
 
         Raises:
-            InputError: The template raises, or does not reproduce the messages; names the row.
+            InputError: The template raises, or does not reproduce the messages. The message names the row.
         """
         rendered = [self._render(conversation) for conversation in conversations]
         encoded = self._tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
         for chat, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if spelled := [m.span() for span in chat.contents for m in self._special.finditer(chat.text, *span)]:
-                ids, offsets = self._spelled_out(chat.text, spelled)
+                ids, offsets = self._encode_with_plain(chat.text, spelled)
             yield ids, [_tokens_of(turn, offsets) for turn in chat.turns]
 
     def between_answers(self, request: str, setting: str) -> tuple[list[int], list[int]]:
-        """What closes an assistant's turn, and what stands from there to the content of the next one.
+        """Return the tokens that close an assistant's turn, and the tokens from there to the content of the next turn.
 
         Args:
-            request: The content of the user's turn between them.
-            setting: Where it comes from, for errors.
+            request: The content of the user's turn between the two turns.
+            setting: The name of the setting that gave the request, for errors.
 
         Raises:
-            InputError: The template raises, or does not reproduce the request, or takes no empty one.
+            InputError: The template raises, or does not reproduce the request, or does not accept an empty request.
         """
 
         def exchange(content: str) -> Conversation:
@@ -110,12 +111,12 @@ class ChatEncoder:
             )
 
         chat = exchange(request)
-        if not request:  # nothing to find in what the template writes
+        if not request:  # an empty content cannot be found in the text, so `_render` does not check it
             marked = exchange(f"{_OPEN}2{_CLOSE}")
             if _MARK.sub("", self._apply(marked.messages, marked)[0]) != self._apply(chat.messages, chat)[0]:
                 raise InputError(f"{setting}: the chat template takes no empty turn of the user")
         ((ids, turns),) = self.encode([chat])
-        # not what a template generates before a content
+        # a turn without a replaceable part is text that the template generates before a content
         (_, content_end, end), (start, _, _) = [turn for turn in turns if turn[0] < turn[1]]
         return ids[content_end:end], ids[end:start]
 
@@ -129,23 +130,23 @@ class ChatEncoder:
         if missing := set(expected) - set(order):
             raise InputError(f"{chat.where}: the chat template leaves out message {min(missing) + 1}")
         once = sorted(order) == expected
-        spans = _find([messages[i]["content"] for i in order], pieces[::2], text) if once else None
+        spans = _content_spans([messages[i]["content"] for i in order], pieces[::2], text) if once else None
         if spans is None:
             raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
-        for what, without in _without_parts(chat):
-            if self._gives(without, text):
-                raise InputError(f"{chat.where}: the chat template leaves out {what}")
+        for part, without_part in _without_each_part(chat):
+            if self._renders_to(text, without_part):
+                raise InputError(f"{chat.where}: the chat template leaves out {part}")
         turns = self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
         return _Rendered(text=text, contents=spans, turns=turns)
 
-    def _gives(self, chat: Conversation, text: str) -> bool:
+    def _renders_to(self, text: str, chat: Conversation) -> bool:
         try:
             return self._apply(chat.messages, chat)[0] == text
-        except InputError:  # a template that misses something does not ignore it
+        except InputError:  # a template that raises without the part does not ignore the part
             return False
 
     def _apply(self, messages: list[dict[str, Any]], chat: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text, and the characters inside the template's generation markers if it has them."""
+        """Return the text, and the spans of characters inside the template's generation markers if it has any."""
         try:
             template = self._tokenizer.get_chat_template(tools=chat.tools)
             with_markers = _GENERATION.search(template) is not None
@@ -169,7 +170,7 @@ class ChatEncoder:
         text: str,
         generated: list[tuple[int, int]] | None,
     ) -> list[tuple[int, int, int]]:
-        """Of the learned turns."""
+        """Find the learned turns in the text, in characters."""
         assistant = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if generated is not None and len(generated) != len(assistant):
             raise InputError(
@@ -181,14 +182,15 @@ class ChatEncoder:
         for number, i in learned[-1:] if self._last_only else learned:
             message, where = chat.messages[i], f"{chat.where}, message {i + 1}"
             if generated is None:
-                if beside := [name for name in _BESIDE_CONTENT if message.get(name)]:  # where it is nobody can tell
+                # without markers, the place of such a field in the text is unknown
+                if beside := [name for name in _BESIDE_CONTENT if message.get(name)]:
                     raise InputError(f"{where}: {beside[0]} needs a chat template with generation markers")
                 start, end = contents[i]
                 closing = self._closing.match(text, end)
                 turns.append((start, end, closing.end() if closing else end))
             else:
                 first, last = generated[number]
-                # of a turn without content, such as a call of a tool, nothing is replaced
+                # a turn without content, such as a tool call, has no replaceable part
                 start, end = contents.get(i, (first, first))
                 if not first <= start <= end <= last:
                     raise InputError(f"{where}: the chat template's generation markers do not enclose it")
@@ -197,8 +199,8 @@ class ChatEncoder:
                 turns.append((start, end, last))
         return turns
 
-    def _spelled_out(self, text: str, spelled: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and offsets of a text in which some special tokens (`spelled`, by their characters) are plain text."""
+    def _encode_with_plain(self, text: str, spelled: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids and offsets of a text in which the special tokens at the spans `spelled` are plain text."""
         line_end = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -206,8 +208,8 @@ class ChatEncoder:
         for number, (start, end) in enumerate(pairwise(edges)):
             if start == end:
                 continue
-            # behind a line's end, because some tokenizers put a space before the start of a text; but not where a
-            # line's end becomes one token with what follows it
+            # Some tokenizers put a space before the start of a text. A newline before the piece prevents that, unless
+            # the newline becomes one token with the text after it.
             for lead in ("\n", "") if number else ("",):
                 piece = self._tokenizer(
                     lead + text[start:end],
@@ -224,10 +226,10 @@ class ChatEncoder:
         return ids, offsets
 
 
-def _without_parts(chat: Conversation) -> Iterator[tuple[str, Conversation]]:
-    """What a template must not leave out beside contents, and the conversation without it.
+def _without_each_part(chat: Conversation) -> Iterator[tuple[str, Conversation]]:
+    """Yield each part, other than contents, that a template must not leave out, and the conversation without that part.
 
-    Reasoning of earlier turns is left out by design in some templates.
+    Reasoning counts in the last message only, because some templates leave out earlier reasoning by design.
     """
     if chat.tools:
         yield "the tools", replace(chat, tools=None)
@@ -240,13 +242,13 @@ def _without_parts(chat: Conversation) -> Iterator[tuple[str, Conversation]]:
                 yield f"{name} of message {i + 1}", replace(chat, messages=messages)
 
 
-def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:
-    """Where the contents are in a text that should be `piece content piece content ... piece`."""
+def _content_spans(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:
+    """Find the contents in a text that should be `piece content piece content ... piece`; None if it is not."""
     spans = []
     position = 0
-    for content, before, behind in zip(contents, pieces[:-1], pieces[1:], strict=True):
+    for content, before, after in zip(contents, pieces[:-1], pieces[1:], strict=True):
         start = position + len(before)
-        end = _end(content, text, start, behind) if text.startswith(before, position) else None
+        end = _content_end(content, text, start, after) if text.startswith(before, position) else None
         if end is None:
             return None
         spans.append((start, end))
@@ -254,23 +256,23 @@ def _find(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, 
     return spans if text[position:] == pieces[-1] else None
 
 
-def _end(content: str, text: str, start: int, behind: str) -> int | None:
-    """Where a content ends that starts at `start`; its outer white space may be stripped, all or some of it."""
+def _content_end(content: str, text: str, start: int, after: str) -> int | None:
+    """Find the end of a content that starts at `start`. The template may strip outer white space of the content."""
     core = content.strip()
     lead, trail = content.split(core, 1) if core else (content, "")
     for stripped in range(len(lead) + 1):
         if text.startswith(lead[stripped:] + core, start):
             end = start + len(lead) - stripped + len(core)
             for kept in range(len(trail), -1, -1):
-                if text.startswith(trail[:kept] + behind, end):
+                if text.startswith(trail[:kept] + after, end):
                     return end + kept
     return None
 
 
 def _tokens_of(turn: tuple[int, int, int], offsets: list[tuple[int, int]]) -> list[int]:
-    """Characters to tokens; one that reaches past the content, into the template, may not be replaced."""
+    """Convert a turn from characters to tokens. A token that extends past the content is not replaceable."""
     start, content_end, end = turn
     first = bisect_right(offsets, start, key=itemgetter(1))
-    behind = bisect_left(offsets, end, lo=first, key=itemgetter(0))
+    last = bisect_left(offsets, end, lo=first, key=itemgetter(0))
     replaceable = bisect_right(offsets, content_end, lo=first, key=itemgetter(1))
-    return [first, min(replaceable, behind), behind]
+    return [first, min(replaceable, last), last]

@@ -1,16 +1,18 @@
-"""Files -> rows as they stand, one reader a format. Each says where in the file a row was, and what is broken there.
+"""Readers of data files: one function per format that yields the rows as the file holds them.
 
-JSONL, CSV, Parquet and Arrow are read piece by piece, a JSON array as a whole.
+Every reader says where in the file a row stands and names what is broken there. JSONL, CSV, Parquet and Arrow files are
+read piece by piece, a JSON array as a whole.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import re
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,162 +21,112 @@ import pyarrow.parquet as pq
 
 from selfgen_ds.errors import InputError
 
-Raw = tuple[str, dict[str, Any]]
-"""Where the row was (`line 3`), and its fields."""
+RawRow = tuple[str, dict[str, Any]]
+"""The place of a row in its file (`line 3`), and the row's fields."""
 
-csv.field_size_limit(sys.maxsize)  # of the whole process; the default of 128 KiB is less than a long document
+csv.field_size_limit(sys.maxsize)  # for the whole process; the default of 128 KiB is less than a long document
 
 
-def read_file(path: Path) -> Iterator[Raw]:
-    """Rows of a file, in order; its suffix tells the format.
+def read_file(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of a file in order. The suffix tells the format.
 
     Raises:
-        InputError: Names file, line or row, and what was expected.
+        InputError: The file cannot be read. The message names the file, the line or row, and what was expected.
     """
     try:
         if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty")
+            raise InputError(f"{path}: expected rows, got an empty file")
         yield from READERS[path.suffix.lower()](path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Raw]:
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                at = f"{path}, line {number}"
-                row, _ = _parse(_decode(line, at, starts_file=number == 1), 0, at)
-                yield f"line {number}", _object(row, at)
+                where = f"{path}, line {number}"
+                yield f"line {number}", _json_object(_parse_json(line, where), where)
 
 
-def _read_json(path: Path) -> Iterator[Raw]:
-    """An array of objects; or, as many files of this name are, one object a line."""
-    with open(path, "rb") as file:
-        first_line = next((rest for line in file if (rest := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
-    if not first_line.startswith(b"["):
+def _read_json(path: Path) -> Iterator[RawRow]:
+    """Read an array of objects or, as in many files of this suffix, one object per line."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        while (start := file.read(1)).isspace():
+            pass
+    if start != "[":
         yield from _read_jsonl(path)
         return
-    text = _decode(path.read_bytes(), str(path), starts_file=True)
-    position = _past_space(text, text.index("[") + 1)
-    number = 0
-    more = text[position : position + 1] != "]"
-    while more:
-        number += 1
-        at = f"{path}, row {number}"
-        row, position = _parse(text, position, at, alone=False)
-        yield f"row {number}", _object(row, at)
-        behind = text[position : position + 1]
-        if behind not in {",", "]"}:
-            raise InputError(f"{at}: malformed JSON: expected a comma or the end of the array behind it")
-        more = behind == ","
-        position += more
-    if text[position + 1 :].strip():
-        raise InputError(f"{path}: malformed JSON: expected nothing behind the array")
+    for number, row in enumerate(_parse_json(path.read_bytes(), str(path)), start=1):
+        yield f"row {number}", _json_object(row, f"{path}, row {number}")
 
 
-def _decode(text: bytes, where: str, *, starts_file: bool) -> str:
+def _parse_json(content: bytes, where: str) -> Any:
     try:
-        return text.decode("utf-8-sig" if starts_file else "utf-8")
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
-
-
-def _parse(text: str, position: int, where: str, *, alone: bool = True) -> tuple[Any, int]:
-    """The value at a position, and the position behind it and the white space that follows.
-
-    Args:
-        alone: Nothing else may follow.
-    """
-    expected = f"{where}: expected JSON objects, got malformed JSON"
-    try:
-        value, end = _JSON.raw_decode(text, _past_space(text, position))
-        end = _past_space(text, end)
-        if alone and end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         line = "" if error.lineno == 1 else f"line {error.lineno}, "
-        raise InputError(f"{expected}: {error.msg} at {line}column {error.colno}") from error
-    except _DuplicateError as error:
-        raise InputError(f"{where}, field {str(error)!r}: comes twice") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
-        raise InputError(f"{expected}: {error}") from error
-    return value, end
+        reason = f"{error.msg} at {line}column {error.colno}"
+        raise InputError(f"{where}: expected JSON objects, got malformed JSON: {reason}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deeply
+        raise InputError(f"{where}: expected JSON objects, got malformed JSON: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}, {error}") from None
 
 
-def _past_space(text: str, position: int) -> int:
-    space = _SPACE.match(text, position)
-    assert space is not None
-    return space.end()
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its members, because Python's own way keeps the last of two equal keys without a word."""
+    if (key := _duplicate(key for key, _ in pairs)) is not None:
+        raise InputError(f"field {key!r}: expected once in an object, got twice in {reprlib.repr(pairs)}")
+    return dict(pairs)
 
 
-class _DuplicateError(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise _DuplicateError(_twice(name for name, _ in pairs))
-    return result
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique)
-_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
-
-
-def _twice(names: Iterable[str]) -> str | None:
-    """The first name that comes more than once."""
+def _duplicate(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs more than once."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
+def _json_object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected one JSON object, got {type(row).__name__}")
     return row
 
 
-def _read_csv(path: Path) -> Iterator[Raw]:
-    """Comma-separated, the first line names the columns. Every cell is text."""
-    # bytes that are not UTF-8 come through as lone surrogates, so that whoever uses the cell can name its row
+def _read_csv(path: Path) -> Iterator[RawRow]:
+    """Read comma-separated values. The first line names the columns, and every cell is text."""
+    # A byte that is not UTF-8 becomes a lone surrogate, so that the check of the cell can name row and field.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(file, strict=True)
-        header: list[str] | None = None
-        while True:
-            first = lines.line_num + 1
-            try:
-                cells = next(lines, None)
-            except csv.Error as error:
-                raise InputError(f"{path}, line {first}: malformed CSV: {error}") from error
-            if cells is None:
-                return
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                if (name := _twice(header)) is not None:
-                    raise InputError(f"{path}, line {first}, field {name!r}: the header names it twice")
-                continue
-            if len(cells) != len(header):
-                raise InputError(
-                    f"{path}, line {first}: expected {len(header)} fields, as in the header, got {len(cells)}"
-                )
-            yield f"line {first}", dict(zip(header, cells, strict=True))
+        rows = csv.reader(file, strict=True)
+        header: list[str] = []
+        start = 1  # the line on which the next row starts
+        try:
+            for cells in rows:
+                where = f"{path}, line {start}"
+                if not header:
+                    header = cells
+                    if (name := _duplicate(header)) is not None:
+                        raise InputError(f"{where}, field {name!r}: expected once in the header, got twice")
+                elif cells:
+                    if len(cells) != len(header):
+                        raise InputError(f"{where}: expected {len(header)} fields, as in the header, got {len(cells)}")
+                    yield f"line {start}", dict(zip(header, cells, strict=True))
+                start = rows.line_num + 1
+        except csv.Error as error:
+            raise InputError(f"{path}, line {start}: expected CSV, got malformed CSV: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Raw]:
+def _read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(path) as file:
-            yield from _read_batches(path, file.schema_arrow, file.iter_batches(batch_size=1000))
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: names of columns
-        raise InputError(f"{path}: not a whole Parquet file: {_first_line(error)}") from error
+            yield from _read_batches(path, file.schema_arrow, file.iter_batches(batch_size=_BATCH))
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may not be UTF-8
+        raise InputError(f"{path}: expected a complete Parquet file: {first_line(error)}") from error
 
 
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-
-
-def _read_arrow(path: Path) -> Iterator[Raw]:
-    """Arrow's stream format, as `datasets` writes it, or its file format."""
+def _read_arrow(path: Path) -> Iterator[RawRow]:
+    """Read Arrow's stream format, which `datasets` writes, or Arrow's file format."""
     try:
         with pa.memory_map(str(path)) as file:
             if file.read(6) == b"ARROW1":
@@ -183,73 +135,82 @@ def _read_arrow(path: Path) -> Iterator[Raw]:
                     yield from _read_batches(path, reader.schema, batches)
             else:
                 file.seek(max(0, file.size() - len(_END_OF_STREAM)))
-                if file.read() != _END_OF_STREAM:  # the reader takes a stream that is cut between batches as it is
-                    raise InputError(f"{path}: not a whole Arrow file: it has no end mark")
+                if file.read() != _END_OF_STREAM:  # pyarrow accepts a stream that was cut between two batches
+                    raise InputError(f"{path}: expected a complete Arrow file, got one without an end mark")
                 file.seek(0)
                 with pa.ipc.open_stream(file) as reader:
                     yield from _read_batches(path, reader.schema, reader)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a whole Arrow file: {_first_line(error)}") from error
+        raise InputError(f"{path}: expected a complete Arrow file: {first_line(error)}") from error
 
 
-def _read_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[Raw]:
-    if (name := _twice(schema.names)) is not None:
-        raise InputError(f"{path}, field {name!r}: the file has two columns of that name")
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_BATCH = 1000  # rows that are converted to Python objects at a time
+
+
+def _read_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[RawRow]:
+    if (name := _duplicate(schema.names)) is not None:
+        raise InputError(f"{path}, field {name!r}: expected one column of this name, got two")
     number = 0
     for batch in batches:
-        for start in range(0, len(batch), 1000):  # a file may be one large batch
-            part = batch.slice(start, 1000)
-            for row in _python_rows(part, f"{path}, row", number):
+        for part in pa.Table.from_batches([batch]).to_batches(max_chunksize=_BATCH):  # a file may be one large batch
+            try:
+                rows = _python_rows(part)
+            except _UNREADABLE:
+                _name_unreadable_cell(part, path, number)
+                raise
+            for row in rows:
                 number += 1
                 yield f"row {number}", row
 
 
-def _python_rows(part: pa.RecordBatch, where: str, before: int) -> list[dict[str, Any]]:
-    names = part.schema.names
-    try:
-        columns = [_python_values(part.column(name)) for name in names]
-    except _UNREADABLE:
-        for i, name in ((i, name) for i in range(len(part)) for name in names):
-            try:
-                _python_values(part.column(name).slice(i, 1))
-            except _UNREADABLE as error:
-                at = f"{where} {before + i + 1}, field {name!r}"
-                raise InputError(f"{at}: cannot be read: {_first_line(error)}") from error
-        raise
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+# damaged content, text that is not UTF-8, a date that Python cannot hold, JSON that is nested too deeply
+_UNREADABLE = (pa.ArrowException, ValueError, OverflowError, RecursionError)
 
 
-_UNREADABLE = (pa.ArrowException, ValueError, OverflowError)  # damaged, no UTF-8, a date that Python does not have
+def _python_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    batch.validate(full=True)  # otherwise damaged offsets would make pyarrow read outside the file
+    kind = pa.struct(list(batch.schema))
+    rows = batch.to_pylist()
+    return [_decode_json(row, kind) for row in rows] if _holds_json(kind) else rows
 
 
-def _python_values(column: pa.Array) -> list[Any]:
-    column.validate(full=True)  # damaged offsets would read outside the file
-    values = column.to_pylist()
-    return [_from_json(value, column.type) for value in values] if _has_json(column.type) else values
+def _holds_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.JsonType) or any(_holds_json(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _has_json(kind: pa.DataType) -> bool:
-    return isinstance(kind, pa.JsonType) or any(_has_json(kind.field(i).type) for i in range(kind.num_fields))
+def _decode_json(value: Any, kind: pa.DataType) -> Any:
+    """Replace each text of Arrow's JSON type by its value; `datasets` stores objects of unlike fields as this type.
 
-
-def _from_json(value: Any, kind: pa.DataType) -> Any:
-    """Values of Arrow's JSON type come as text. `datasets` uses it for objects that are not alike."""
+    `datasets.Features.decode_example` does so too, but drops lone surrogates, refuses integers of more than 64 bits and
+    changes the last digit of some floats.
+    """
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
         return json.loads(value)
     if pa.types.is_struct(kind):
-        return {name: _from_json(part, kind.field(name).type) for name, part in value.items()}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return [_from_json(part, kind.value_type) for part in value]
+        return {name: _decode_json(part, kind.field(name).type) for name, part in value.items()}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_decode_json(part, kind.value_type) for part in value]
     return value
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _name_unreadable_cell(batch: pa.RecordBatch, path: Path, rows_before: int) -> None:
+    for i, name in product(range(len(batch)), batch.schema.names):
+        try:
+            _python_rows(batch.slice(i, 1).select([name]))
+        except _UNREADABLE as error:
+            where = f"{path}, row {rows_before + i + 1}, field {name!r}"
+            raise InputError(f"{where}: cannot be read: {first_line(error)}") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or the type's name if there is no message."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+
+
+READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

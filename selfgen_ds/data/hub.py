@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once whether it is there."""
+"""The Hugging Face hub: one question per process whether it can be reached."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ log = logging.getLogger("selfgen_ds")
 
 @functools.cache
 def use_cache_without_network() -> None:
-    """Where the hub cannot be reached, let its libraries use what they have in their cache.
+    """Make the hub's libraries use only their cache if the hub cannot be reached.
 
-    Left to themselves they try again for most of a minute, for every file.
+    Otherwise the libraries retry for most of a minute for every file.
     """
     if constants.HF_HUB_OFFLINE:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # the client's own types, which are no part of the hub's interface
-        log.warning("%s cannot be reached (%s): only what was downloaded before is used", constants.ENDPOINT, error)
+    except Exception as error:  # the HTTP client's exceptions, which are not part of the hub's interface
+        log.warning("%s cannot be reached (%s): using only downloaded files", constants.ENDPOINT, error)
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

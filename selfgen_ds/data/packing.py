@@ -1,4 +1,4 @@
-"""Which samples share a training row, so that rows are nearly full."""
+"""Packing: the choice of samples that share a training row, so that rows are nearly full."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from filelock import FileLock
 from selfgen_ds.data import order
 from selfgen_ds.data.samples import Samples
 
-_POOL = 10_000  # samples that are packed among themselves: more would fill rows no better
+_POOL = 10_000  # samples that are packed together; a larger pool would not fill rows better
 
 
 def load_packs(samples: Samples, max_length: int) -> datasets.Dataset:
-    """The packed rows of a source: a memory-mapped table whose column `indices` lists the samples of each.
+    """Return the packed rows of a source: a memory-mapped table whose column `indices` lists the samples of each row.
 
-    Made once, beside the samples in the cache, from their shuffled order: the same rows in every epoch and run.
+    The rows are packed once, from the samples in shuffled order, and kept beside the samples in the cache. They are the
+    same in every epoch and every run.
     """
-    # other code would pack the same samples into other rows
+    # The file's name holds a hash of the code, because other code would pack the same samples into other rows.
     code = zlib.crc32(b"".join(Path(module).read_bytes() for module in (__file__, order.__file__)))
     path = samples.folder / f"packs-{code:08x}.arrow"
     features = datasets.Features({"indices": datasets.List(datasets.Value("int64"))})
@@ -40,13 +41,16 @@ def load_packs(samples: Samples, max_length: int) -> datasets.Dataset:
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest sample first, each into the fullest row that has room for it.
+    """Pack samples into rows by best-fit decreasing.
+
+    The longest sample is placed first. Each sample goes into the fullest row that has room for it.
 
     Args:
-        lengths: Each at most `capacity`.
+        lengths: `[samples]` tokens, each at most `capacity`.
+        capacity: Tokens that a row can hold.
 
     Returns:
-        The samples' numbers, a list a row.
+        One list per row of the samples' numbers.
     """
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, row), ascending

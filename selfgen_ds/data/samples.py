@@ -219,7 +219,8 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
 
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
     digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
-    for name in ("chat", "formats", "rows", "samples", "tasks"):  # other code would make other samples of the same rows
+    # other code would make other samples of the same rows
+    for name in ("chat", "formats", "rows", "samples", "tasks", "validation"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face one by path or id, and the built-in byte tokenizer."""
+"""Tokenizers: any Hugging Face tokenizer by path or id, and the built-in byte tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selfgen_ds.errors import InputError
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, `<pad>` and `</s>`: an ordinary Hugging Face tokenizer without files to fetch."""
+    """Make a tokenizer of 258 tokens: the 256 bytes, `<pad>` and `</s>`. It needs no file to be downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -27,10 +27,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer.
+    """Load the tokenizer that a recipe names. A tokenizer without a padding token pads with its end token.
 
     Raises:
-        InputError: It cannot be loaded, or has no end token to learn to stop with.
+        InputError: The tokenizer cannot be loaded, or has no end token, without which a model cannot learn to stop.
     """
     if model.tokenizer == "byte":
         return byte_tokenizer()
@@ -39,11 +39,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if not Path(str(name)).is_dir():
         use_cache_without_network()
     try:
-        # for some model types AutoTokenizer takes a class with tokens of its own where the folder names the general one
+        # For some model types AutoTokenizer ignores the general class that the folder names, and loads a class that
+        # adds tokens.
         general = get_tokenizer_config(name).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = PreTrainedTokenizerFast if general else AutoTokenizer
         tokenizer = loader.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # the types differ by which of its files is damaged, and how
+    except Exception as error:  # the type depends on which file is damaged, and how
         raise InputError(
             f"{setting}: no tokenizer could be loaded from {name!r}: {' '.join(str(error).split())}"
         ) from error
@@ -55,8 +56,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the files that a tokenizer is saved as."""
-    tokenizer("")  # the first call resets truncation and padding, which are saved too
+    """Return the SHA-256 of the files that a tokenizer is saved as."""
+    tokenizer("")  # the first call resets truncation and padding, which are also saved
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

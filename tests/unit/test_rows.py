@@ -135,9 +135,9 @@ BAD_CONVERSATIONS = {
     "two systems": ([SYSTEM, SYSTEM, USER, ASSISTANT], "message 2: roles out of order: 'system' after 'system'"),
     "tool after user": ([USER, TOOL, ASSISTANT], "message 2: roles out of order: 'tool' after 'user'"),
     "user after tool": ([USER, CALL, TOOL, USER], "message 4: roles out of order: 'user' after 'tool'"),
-    "no assistant": ([USER], ": the assistant's turn is missing: the last message is of 'user'"),
-    "user last": ([USER, ASSISTANT, USER], ": the assistant's turn is missing: the last message is of 'user'"),
-    "tool last": ([USER, CALL, TOOL], ": the assistant's turn is missing: the last message is of 'tool'"),
+    "no assistant": ([USER], ": expected the assistant's message last, got one of role 'user'"),
+    "user last": ([USER, ASSISTANT, USER], ": expected the assistant's message last, got one of role 'user'"),
+    "tool last": ([USER, CALL, TOOL], ": expected the assistant's message last, got one of role 'tool'"),
     "none": ([], ": expected a list of messages, got none"),
     "unknown role": ([USER.replace("user", "human")], "message 1: expected a role of system, developer, user"),
     "role of another kind": (['{"role": ["user"], "content": "x"}'], "message 1: expected a role of"),
@@ -244,7 +244,10 @@ def test_a_hub_data_set_is_the_rows_of_its_files(
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
-    [({"subset": "a", "split": "dev"}, "no split 'dev'; it has "), ({}, "nor a data set that the hub gave")],
+    [
+        ({"subset": "a", "split": "dev"}, "expected a split of train, test, got 'dev'"),
+        ({}, "expected a file, a folder or a data set on the hub: "),
+    ],
 )
 def test_a_split_or_subset_that_a_hub_data_set_lacks_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], expected: str
@@ -262,7 +265,7 @@ def test_a_row_of_the_hub_that_cannot_be_read_is_one_line_with_its_number() -> N
     streamed = datasets.IterableDataset.from_generator(rows)
     found = _read_hub("org/name", streamed)
     assert [next(found)[0], next(found)[0]] == ["row 1", "row 2"]
-    with pytest.raises(InputError, match=r"^org/name: cannot be read behind row 2: .+$") as caught:
+    with pytest.raises(InputError, match=r"^org/name: cannot be read after row 2: .+$") as caught:
         next(found)
     assert "\n" not in str(caught.value)
 
@@ -278,7 +281,7 @@ def test_an_unknown_built_in_task_is_an_error_that_names_the_known_ones() -> Non
 
 
 def test_an_id_without_a_hub_is_an_error() -> None:
-    expected = r"^nobody/nothing: neither a file or folder here nor a data set that the hub gave: .+$"
+    expected = r"^nobody/nothing: expected a file, a folder or a data set on the hub: .+$"
     with pytest.raises(InputError, match=expected):
         open_source(Source(path="nobody/nothing"), "train", Columns())
 

@@ -113,7 +113,7 @@ def test_a_damaged_file_of_a_tokenizer_is_an_error_that_names_the_setting(
 
 def test_without_a_network_a_hub_id_is_refused_in_one_line_and_quickly(tmp_path: Path) -> None:
     program = (
-        "import time\nfrom selfgen_ds.config import InputError, ModelConfig\n"
+        "import time\nfrom selfgen_ds.config import ModelConfig\nfrom selfgen_ds.errors import InputError\n"
         "from selfgen_ds.data.tokenizer import load_tokenizer\nstarted = time.monotonic()\n"
         "try:\n    load_tokenizer(ModelConfig(name_or_path='nobody/nothing'))\n"
         "except InputError as error:\n    print(error)\nprint(time.monotonic() - started)\n"
