@@ -1,4 +1,4 @@
-"""Small tokenizers with the chat templates of the families that people train, written for the tests."""
+"""Small tokenizers for the tests, with the chat templates of the model families that people train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CORPUS = [
     "What is 12 + 30? It is 42. Is it? Yes, it is the answer to the question. [INST] [/INST] <s> </s>",
     "Thank you! You are welcome, and the same to you. Ä Ö ü é 日本語 😀",
 ] * 3
-# of Llama 3 and its like: line ends make one piece, alone or behind punctuation
+# The pattern of Llama 3 and similar models: line ends form one piece, alone or after punctuation.
 _WITH_LINE_ENDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -79,7 +79,7 @@ PHI3 = """
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A template, the kind of tokenizer that it comes with, and what a test expects of it."""
+    """A chat template, the kind of tokenizer that goes with it, and the result that a test expects."""
 
     template: str
     tokenizer: str
@@ -88,10 +88,11 @@ class Family:
     bos: str | None = None
     eos: str
     closing: str
-    """Behind the assistant's content."""
+    """Text that closes the assistant's turn."""
     trims: bool = False
-    """White space at the ends of the assistant's content is left out."""
+    """Whether the template strips the assistant's content."""
     system: bool = True
+    """Whether the template accepts a system message."""
 
 
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -165,7 +166,7 @@ FAMILIES = {
 
 @functools.cache
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of one of `FAMILIES`."""
+    """Return the tokenizer of one of `FAMILIES`."""
     given = FAMILIES[family]
     return build(given.template, given.tokenizer, given.special, given.bos, given.eos)
 
@@ -173,7 +174,7 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
 def build(
     template: str | None, kind: str, special: tuple[str, ...], bos: str | None, eos: str
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of some kind, trained on a few sentences."""
+    """Train a tokenizer of some kind (see `Family.tokenizer`) on a few sentences."""
     result = PreTrainedTokenizerFast(
         tokenizer_object=_backend(kind),
         bos_token=bos,
@@ -196,15 +197,15 @@ def _backend(kind: str) -> Tokenizer:
         trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
         trained.decoder = decoders.ByteLevel()
         return trained
-    # as sentencepiece's: spaces are `▁`, what is not in the vocabulary becomes bytes
+    # Like a sentencepiece tokenizer: a space is `▁`, and text that is not in the vocabulary becomes bytes.
     scratch = Tokenizer(models.BPE())
     scratch.normalizer = normalizers.Replace(" ", "▁")
     scratch.pre_tokenizer = pre_tokenizers.Split(Regex("\\n|▁?[^▁\\n]+"), "isolated")
     scratch.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=300))
     learned = scratch.get_vocab()
     merges = [(left, right) for left, right in json.loads(scratch.to_str())["model"]["merges"]]
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(learned, key=lambda word: learned[word])]
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(learned, key=lambda token: learned[token])]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
     if kind == "metaspace":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)

@@ -1,4 +1,4 @@
-"""Several samples a row: each is read, drawn and learned as if it stood alone."""
+"""Packed rows: the model reads, draws and learns each sample as if the sample had a row of its own."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ def settings(folder: Path, **changes: Any) -> Recipe:
     )
 
 
-def apart(run: Run, window: list[TokenBatch]) -> list[TokenBatch]:
-    """The samples of a packed window, one a row."""
+def apart(run: Run, batches: list[TokenBatch]) -> list[TokenBatch]:
+    """Return the samples of packed micro-batches, one sample per row."""
     samples = {sample.sample_id: sample for sample in take(run.samples)}
-    ids = [batch.sample_ids[batch.sample_ids >= 0].unique().tolist() for batch in window]
+    ids = [batch.sample_ids[batch.sample_ids >= 0].unique().tolist() for batch in batches]
     return [collate([[samples[sample]] for sample in some]) for some in ids]
 
 
-def by_sample(window: list[TokenBatch]) -> dict[int, list[int]]:
-    ids = {int(sample) for batch in window for sample in batch.sample_ids[batch.sample_ids >= 0].unique()}
-    return {i: [t for batch in window for t in batch.context[batch.sample_ids == i].tolist()] for i in sorted(ids)}
+def by_sample(batches: list[TokenBatch]) -> dict[int, list[int]]:
+    ids = {int(sample) for batch in batches for sample in batch.sample_ids[batch.sample_ids >= 0].unique()}
+    return {i: [t for batch in batches for t in batch.context[batch.sample_ids == i].tolist()] for i in sorted(ids)}
 
 
-def predictions(run: Run, window: list[TokenBatch]) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
-    for batch in window:
+def predictions(run: Run, batches: list[TokenBatch]) -> dict[int, list[float]]:
+    by_owner: dict[int, list[float]] = {}
+    for batch in batches:
         _, log_probabilities = run.policy.predict(batch)
         owners = batch.sample_ids[batch.loss_mask].tolist()
         for owner, value in zip(owners, log_probabilities.tolist(), strict=True):
-            found.setdefault(owner, []).append(value)
-    return found
+            by_owner.setdefault(owner, []).append(value)
+    return by_owner
 
 
 def step_packed_or_apart(recipe: Recipe, packed: bool) -> dict[str, Any]:
     run = prepare(recipe, set())
-    window = run.windows.window(0)
-    samples_a_row = [len(batch.sample_ids[row].unique()) for batch in window for row in range(len(batch.sample_ids))]
+    batches = run.windows.window(0)
+    samples_per_row = [len(batch.sample_ids[row].unique()) for batch in batches for row in range(len(batch.sample_ids))]
     if not packed:
-        window = apart(run, window)
-    likelihoods = predictions(run, window)
-    window = run.method.contexts(window, run.policy, 0)
-    result = train_step(run.engine, window, recipe.optim.label_smoothing)
+        batches = apart(run, batches)
+    likelihoods = predictions(run, batches)
+    batches = run.method.contexts(batches, run.policy, 0)
+    result = train_step(run.engine, batches, recipe.optim.label_smoothing)
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
     return {
-        "samples a row": max(samples_a_row),
-        "contexts": by_sample(window),
+        "samples per row": max(samples_per_row),
+        "contexts": by_sample(batches),
         "likelihoods": likelihoods,
         "loss": result.loss,
         "differing": result.differing,
@@ -88,7 +88,7 @@ def test_packed_rows_are_read_drawn_and_learned_like_samples_apart(
     other = replace(recipe, output_dir=recipe.output_dir + "-apart")
     alone = two_ranks.run(step_packed_or_apart, other, False, timeout=TIMEOUT)
     for one, two in zip(packed, alone, strict=True):
-        assert one["samples a row"] > 1
+        assert one["samples per row"] > 1
         assert one["differing"] > 0
         assert one["contexts"] == two["contexts"]
         assert one["likelihoods"].keys() == two["likelihoods"].keys()
@@ -112,10 +112,10 @@ def test_a_packed_run_trains_evaluates_and_ends(two_ranks: Ranks, tmp_path: Path
 def tokens_of_an_epoch(recipe: Recipe) -> list[int]:
     run = prepare(recipe, set())
     ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.windows.window(step)]
-    mine = [int(i) for batch in ids for i in batch[batch >= 0].unique()]
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    return sorted(i for some in everyone for i in some)
+    rank_ids = [int(i) for batch in ids for i in batch[batch >= 0].unique()]
+    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, rank_ids)
+    return sorted(i for ids in gathered for i in ids)
 
 
 def test_an_epoch_of_packed_rows_has_every_sample_once(two_ranks: Ranks, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The hashes of files that are kept between runs."""
+"""Tests of the file hashes that the cache keeps between runs."""
 
 import hashlib
 import os

@@ -17,7 +17,7 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def _conversation(*contents: str, system: str | None = None) -> Messages:
-    """The user's and the assistant's contents in turn."""
+    """Make a conversation of contents that the user and the assistant write in turn."""
     roles = ["user", "assistant"] * (len(contents) // 2)
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
@@ -46,15 +46,7 @@ def _refusal(template: str, messages: Messages = TWO_TURNS, **others: Any) -> st
     return str(caught.value)
 
 
-# --- what is fed ---
-
-
-@EVERY_FAMILY
-def test_the_tokens_are_those_of_the_chat_template(family: str) -> None:
-    system = "Be good." if FAMILIES[family].system else None
-    messages = _conversation("How many?", "Three. ", " And now?\n", "Now\n\nfour", system=system)
-    ids, _ = _encode(tokenizer(family), messages)
-    assert ids == tokenizer(family).apply_chat_template(messages)["input_ids"]
+# --- token ids ---
 
 
 SNIPPETS = [
@@ -70,9 +62,7 @@ CONTENT = st.lists(st.sampled_from(SNIPPETS) | TEXT, min_size=1, max_size=6).map
 @EVERY_FAMILY
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT), system=st.none() | CONTENT)
-def test_the_tokens_are_those_of_the_chat_template_whatever_the_contents(
-    family: str, contents: tuple[str, ...], system: str | None
-) -> None:
+def test_the_tokens_are_those_of_the_chat_template(family: str, contents: tuple[str, ...], system: str | None) -> None:
     chat_tokenizer = tokenizer(family)
     messages = _conversation(*contents, system=system if FAMILIES[family].system else None)
     text = "".join(message["content"] for message in messages)
@@ -93,7 +83,7 @@ BEFORE_LINE_ENDS = ["x <|im_end|>\n\nfoo", "a<|im_end|>\n", "<|im_end|>\n\n", "b
 
 @pytest.mark.parametrize("family", ["line ends that merge", "chatml"])
 @pytest.mark.parametrize("content", BEFORE_LINE_ENDS)
-def test_line_ends_behind_a_special_token_that_a_content_spells_are_kept(family: str, content: str) -> None:
+def test_line_ends_after_a_special_token_that_a_content_spells_are_kept(family: str, content: str) -> None:
     chat_tokenizer = tokenizer(family)
     messages = _conversation(content, "y", "z", content)
     ids, turns = _encode(chat_tokenizer, messages)
@@ -126,12 +116,12 @@ def test_a_content_may_hold_the_characters_that_contents_are_marked_with() -> No
     assert tokenizer("chatml").decode(ids[start:replaceable]) == "\ue0f00\ue0f1\ue0f07\ue0f1"
 
 
-def test_conversations_encoded_together_are_as_each_alone() -> None:
+def test_conversations_that_are_encoded_together_equal_each_alone() -> None:
     chats = [TWO_TURNS, _conversation("a", "b <|im_end|>"), _conversation("c" * 50, "d")]
-    together = list(
+    joint = list(
         ChatEncoder(tokenizer("chatml"), "all").encode([Conversation(messages=messages) for messages in chats])
     )
-    assert together == [_encode(tokenizer("chatml"), messages) for messages in chats]
+    assert joint == [_encode(tokenizer("chatml"), messages) for messages in chats]
 
 
 def test_fields_beside_the_content_reach_the_template() -> None:
@@ -166,7 +156,7 @@ def test_settings_of_a_row_reach_the_template() -> None:
 
 
 @EVERY_FAMILY
-def test_a_turn_is_the_assistants_content_and_what_closes_it_and_the_content_is_replaceable(family: str) -> None:
+def test_a_turn_is_the_content_with_its_closing_tokens_and_the_content_is_replaceable(family: str) -> None:
     given_family, chat_tokenizer = FAMILIES[family], tokenizer(family)
     ids, turns = _encode(chat_tokenizer, TWO_TURNS)
     pieces = [(chat_tokenizer.decode(ids[a:b]), chat_tokenizer.decode(ids[b:c])) for a, b, c in turns]
@@ -203,7 +193,7 @@ def test_white_space_may_be_stripped_in_part(written: str, learned: str) -> None
     assert _chatml().decode(ids[replaceable:end]) == "<|im_end|>"
 
 
-def test_what_a_template_writes_before_the_content_is_not_learned() -> None:
+def test_text_that_a_template_writes_before_the_content_is_not_learned() -> None:
     ids, turns = _encode(tokenizer("qwen3"), TWO_TURNS)
     text = tokenizer("qwen3").decode(ids[: turns[-1][0]])
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -385,16 +375,12 @@ def test_markers_around_something_else_are_refused() -> None:
     ("content", "expected"),
     [
         ("{{ m['content'] | upper }}", "does not reproduce the messages"),
-        ("{{ m['content'] | tojson }}", "does not reproduce the messages"),
         ("{{ m['content'][:5] }}", "does not reproduce the messages"),
-        ("{{ m['content'] | replace('a', 'b') }}", "does not reproduce the messages"),
         ("{{ m['content'] + m['content'] }}", "does not reproduce the messages"),
         ("{{ 'x' if 'three' in m['content'] else m['content'] }}", "does not reproduce the messages"),
         ("{% if loop.index != 2 %}{{ m['content'] }}{% endif %}", "leaves out message 2"),
         ("{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}", "leaves out message 1"),
-        ("{{ 'always the same' }}", "leaves out message 1"),
         ("{{ raise_exception('no such\nrole') }}", "the chat template raises: no such role"),
-        ("{{ m['content'] + 3 }}", "the chat template raises"),
         ("{{ 1 / 0 }}", "the chat template raises"),
         ("{{ m['content']", "the chat template raises"),
     ],
@@ -405,7 +391,7 @@ def test_a_template_that_does_not_reproduce_the_messages_is_refused_with_the_row
     assert expected in _refusal(template, messages)
 
 
-def test_what_a_template_writes_behind_the_last_content_may_not_depend_on_contents() -> None:
+def test_text_that_a_template_writes_after_the_last_content_may_not_depend_on_contents() -> None:
     assert "does not reproduce" in _refusal(CHATML + "{{ 'Bye.' if 'apples' in messages[0]['content'] }}")
 
 
@@ -431,7 +417,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
         ChatEncoder(_chatml(None), "all")
 
 
-def test_contents_are_found_where_they_repeat_each_other_and_the_template() -> None:
+def test_contents_are_found_even_if_they_repeat_each_other_and_the_template() -> None:
     messages = _conversation("assistant", "user", "user\nassistant\n", "assistant\nassistant")
     ids, turns = _encode(tokenizer("llama3"), messages)
     learned = [tokenizer("llama3").decode(ids[start:replaceable]) for start, replaceable, _ in turns]

@@ -46,7 +46,7 @@ def _as_rows(rows: Rows) -> list[Row]:
 
 
 def _error(path: Path, **others: Any) -> str:
-    """The one line that refuses a file."""
+    """Return the one-line message that refuses a file."""
     with pytest.raises(InputError) as caught:
         _read(path, **others)
     assert "\n" not in str(caught.value)
@@ -118,12 +118,11 @@ def test_pairs_are_the_same_in_every_format(tmp_path: Path, form: str) -> None:
     assert _read(_write(tmp_path, form, PAIRS)) == _as_rows(PAIRS)
 
 
-@EVERY_FORMAT
-def test_any_two_columns_can_be_named(tmp_path: Path, form: str) -> None:
+def test_any_two_columns_can_be_named(tmp_path: Path) -> None:
     rows = [
         {"id": str(i), "Frage": row["prompt"], "prompt": "no", "a b": row["completion"]} for i, row in enumerate(PAIRS)
     ]
-    path = _write(tmp_path, form, rows)
+    path = _write(tmp_path, "jsonl", rows)
     assert _read(path, columns=Columns(prompt="Frage", completion="a b")) == _as_rows(PAIRS)
 
 
@@ -133,23 +132,19 @@ def test_conversations_are_the_same_in_every_format(tmp_path: Path, form: str) -
     assert [row.messages for row in rows if isinstance(row, Conversation)] == [row["messages"] for row in CHATS]
 
 
-@EVERY_FORMAT_WITH_LISTS
-def test_conversations_may_be_in_any_column(tmp_path: Path, form: str) -> None:
+def test_conversations_may_be_in_any_column(tmp_path: Path) -> None:
     rows = [{"turns": row["messages"]} for row in CHATS]
-    assert len(_read(_write(tmp_path, form, rows), columns=Columns(messages="turns"))) == 7
+    assert len(_read(_write(tmp_path, "jsonl", rows), columns=Columns(messages="turns"))) == 7
 
 
-@EVERY_FORMAT_WITH_LISTS
-def test_a_prompt_and_a_completion_of_messages_are_one_conversation_whose_prompt_is_given(
-    tmp_path: Path, form: str
-) -> None:
-    rows = [row for row in _read(_write(tmp_path, form, PROMPT_AND_COMPLETION)) if isinstance(row, Conversation)]
+def test_a_prompt_and_a_completion_of_messages_are_one_conversation_whose_prompt_is_given(tmp_path: Path) -> None:
+    rows = [row for row in _read(_write(tmp_path, "jsonl", PROMPT_AND_COMPLETION)) if isinstance(row, Conversation)]
     assert [row.messages for row in rows] == [row["messages"] for row in CHATS]
     assert {row.given for row in rows} == {2}
 
 
-@EVERY_FORMAT_WITH_LISTS
-def test_what_one_message_has_and_others_lack_is_no_field_of_the_others(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("form", ["parquet", "arrow stream"])  # JSON keeps objects as they are
+def test_a_field_of_one_message_is_not_a_field_of_the_other_messages(tmp_path: Path, form: str) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
     messages = [
         *CHATS[0]["messages"][:2],
@@ -181,7 +176,7 @@ def test_tools_may_be_a_list_or_its_json(tmp_path: Path) -> None:
     assert [row.tools for row in rows] == [tools, tools, None, None, None]
 
 
-@pytest.mark.parametrize("tools", ["add", "[1]", [1], 3, {"name": "add"}])
+@pytest.mark.parametrize("tools", ["add", "[1]", {"name": "add"}])
 def test_tools_of_another_kind_are_refused(tmp_path: Path, tools: object) -> None:
     path = _write(tmp_path, "jsonl", [CHATS[0] | {"tools": tools}])
     assert _error(path).startswith(f"{path}, line 1, field 'tools': ")
@@ -226,12 +221,12 @@ def test_a_csv_cell_may_be_longer_than_a_megabyte(tmp_path: Path) -> None:
     assert _read(_write(tmp_path, "csv", rows)) == _as_rows(rows)
 
 
-def test_a_row_says_where_it_was(tmp_path: Path) -> None:
-    found = {form: [row.where for row in _read(_write(tmp_path, form, PAIRS))] for form in WRITERS}
-    assert found["jsonl"] == [f"{tmp_path}/rows.jsonl, line {number}" for number in range(1, 16)]
-    assert found["csv"][:4] == [f"{tmp_path}/rows.csv, line {number}" for number in (2, 3, 5, 7)]
-    for form in ("parquet", "arrow stream", "arrow file"):
-        assert found[form] == [f"{tmp_path}/{WRITERS[form][0]}, row {number}" for number in range(1, 16)]
+def test_a_row_names_its_place_in_the_file(tmp_path: Path) -> None:
+    places = {form: [row.where for row in _read(_write(tmp_path, form, PAIRS))] for form in WRITERS}
+    assert places["jsonl"] == [f"{tmp_path}/rows.jsonl, line {number}" for number in range(1, 16)]
+    assert places["csv"][:4] == [f"{tmp_path}/rows.csv, line {number}" for number in (2, 3, 5, 7)]
+    for form in ("json array", "parquet", "arrow stream", "arrow file"):
+        assert places[form] == [f"{tmp_path}/{WRITERS[form][0]}, row {number}" for number in range(1, 16)]
 
 
 def test_rows_are_read_piece_by_piece(tmp_path: Path) -> None:
@@ -244,7 +239,7 @@ def test_rows_are_read_piece_by_piece(tmp_path: Path) -> None:
 
 # --- folders ---
 
-SHARDS = pytest.mark.parametrize("form", ["jsonl", "json array", "parquet", "csv", "arrow stream"])
+SHARDS = pytest.mark.parametrize("form", ["jsonl", "json array", "parquet", "csv", "arrow stream"])  # other builders
 
 
 @SHARDS
@@ -281,7 +276,7 @@ def test_a_folders_subset_is_the_one_its_readme_names(tmp_path: Path) -> None:
     assert str(tmp_path) in _error(tmp_path, subset="c")
 
 
-def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
+def test_a_data_set_that_was_saved_is_read(tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(PAIRS)
     saved.save_to_disk(tmp_path / "one", num_shards=3)
     assert _read(tmp_path / "one") == _as_rows(PAIRS)
@@ -289,7 +284,7 @@ def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
     assert _read(tmp_path / "selected") == _as_rows([PAIRS[4], PAIRS[1]])
 
 
-def test_what_datasets_saved_in_splits_is_read(tmp_path: Path) -> None:
+def test_a_data_set_that_was_saved_in_splits_is_read(tmp_path: Path) -> None:
     splits = {"train": datasets.Dataset.from_list(PAIRS[:2]), "test": datasets.Dataset.from_list(CHATS)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path)
     assert _read(tmp_path, "train") == _as_rows(PAIRS[:2])
@@ -344,9 +339,8 @@ def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 # --- bad input ---
 
 
-@EVERY_FORMAT
-def test_an_empty_file_is_refused(tmp_path: Path, form: str) -> None:
-    path = tmp_path / WRITERS[form][0]
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
     path.touch()
     assert _error(path) == f"{path}: expected rows, got an empty file"
 
@@ -411,7 +405,7 @@ def test_a_damaged_file_is_refused_or_read_and_never_ends_the_process(tmp_path: 
             assert str(path) in str(error)  # noqa: PT017
 
 
-def test_bytes_that_are_not_utf_8_are_refused_with_row_and_field_in_arrow_and_parquet(tmp_path: Path) -> None:
+def test_text_of_arrow_or_parquet_that_is_not_utf_8_is_refused_with_row_and_field(tmp_path: Path) -> None:
     text = pa.array([b"fine", b"fine", b"\xff\xfe"]).cast(pa.binary())
     table = pa.table({"prompt": ["a"] * 3, "completion": pa.Array.from_buffers(pa.string(), 3, text.buffers())})
     with pa.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as writer:
@@ -429,6 +423,13 @@ def test_a_date_that_python_does_not_have_is_refused_with_row_and_field(tmp_path
     assert _error(tmp_path / "rows.parquet").startswith(f"{tmp_path}/rows.parquet, row 2, field 'time': cannot be read")
 
 
+def test_json_cells_that_are_nested_too_deeply_are_refused_with_row_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    cells = pa.array(["[]", "[" * 100_000 + "]" * 100_000], pa.json_())
+    pq.write_table(pa.table({"prompt": ["a"] * 2, "completion": ["b"] * 2, "extra": cells}), path)
+    assert _error(path).startswith(f"{path}, row 2, field 'extra': cannot be read: ")
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays(
         [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["prompt", "completion", "prompt"]
@@ -441,18 +442,14 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         assert _error(path) == f"{path}, field 'prompt': expected one column of this name, got two"
 
 
-@pytest.mark.parametrize("form", ["jsonl", "json array", "parquet", "arrow stream"])
-def test_a_column_of_lists_is_refused_with_row_and_field(tmp_path: Path, form: str) -> None:
-    path = _write(tmp_path, form, [{"prompt": ["a", "b"], "completion": ["c"]}])
-    number = "line" if form == "jsonl" else "row"
-    assert _error(path) == f"{path}, {number} 1, field 'prompt': expected a string, got list"
+def test_a_column_of_lists_is_refused_with_row_and_field(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", [{"prompt": ["a", "b"], "completion": ["c"]}])
+    assert _error(path) == f"{path}, line 1, field 'prompt': expected a string, got list"
 
 
-@pytest.mark.parametrize("form", ["jsonl", "json array"])
-def test_mixed_types_are_refused_at_the_row_that_differs(tmp_path: Path, form: str) -> None:
-    path = _write(tmp_path, form, [*PAIRS[:2], {"prompt": "a", "completion": 3}])
-    number = "line" if form == "jsonl" else "row"
-    assert _error(path) == f"{path}, {number} 3, field 'completion': expected a string, got int"
+def test_mixed_types_are_refused_at_the_row_that_differs(tmp_path: Path) -> None:
+    path = _write(tmp_path, "json array", [*PAIRS[:2], {"prompt": "a", "completion": 3}])
+    assert _error(path) == f"{path}, row 3, field 'completion': expected a string, got int"
 
 
 def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
@@ -531,7 +528,7 @@ def _text_cases() -> Iterator[Any]:
             f'{header}a,b\nc,"d\ne,f\n',
             ", line 3: expected CSV, got malformed",
         ),
-        "CSV: text behind a quote": ("rows.csv", f'{header}"a"b,c\n', ", line 2: expected CSV, got malformed CSV: "),
+        "CSV: text after a quote": ("rows.csv", f'{header}"a"b,c\n', ", line 2: expected CSV, got malformed CSV: "),
         "CSV: not UTF-8": (
             "rows.csv",
             f"{header}a,b\n".encode() + b"c,\xe9\n",
@@ -560,14 +557,14 @@ def test_bad_content_is_an_error_that_names_file_row_and_field(
     assert _error(path).startswith(f"{path}{expected}")
 
 
-@pytest.mark.parametrize("space", [b"\n" * 10_000, b" " * 10_000, b"\r\n\t " * 3000, b"\xef\xbb\xbf" + b"\n " * 5000])
-def test_a_json_array_may_stand_behind_any_white_space(tmp_path: Path, space: bytes) -> None:
+@pytest.mark.parametrize("space", [b"\r\n\t " * 3000, b"\xef\xbb\xbf" + b"\n " * 5000])
+def test_a_json_array_may_come_after_any_white_space(tmp_path: Path, space: bytes) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(space + b'[{"prompt": "a",\n"completion": "b"}]')
     assert _read(path) == [Row(prompt="a", completion="b")]
 
 
-def test_a_csv_column_that_nobody_asked_for_may_hold_any_bytes(tmp_path: Path) -> None:
+def test_an_unused_csv_column_may_hold_any_bytes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion,\xff\na,b,\xe9\n")
     assert _read(path) == [Row(prompt="a", completion="b")]
@@ -576,7 +573,7 @@ def test_a_csv_column_that_nobody_asked_for_may_hold_any_bytes(tmp_path: Path) -
 def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     path = _write(tmp_path, "jsonl", PAIRS)
     rows = open_source(Source(path=str(path)), "train", Columns()).rows
-    path.unlink()  # root may read any file, so it is one that has gone
+    path.unlink()  # permissions do not stop root, so the file is missing instead
     with pytest.raises(InputError, match=f"^{path}: cannot be read: "):
         list(rows)
 

@@ -21,14 +21,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _samples(lengths: list[int], max_length: int) -> Samples:
-    """Samples of these lengths, each 3 or more."""
+    """Make samples of the given lengths, each at least 3 tokens."""
     rows = [Row(prompt="p", completion="c" * (length - 2)) for length in lengths]
     opened = Opened(name="rows.jsonl", fingerprint=[json.dumps(lengths)], rows=rows)
     return load_samples(opened, byte_tokenizer(), Format(max_length=max_length))
 
 
 def _gsm8k_like(count: int) -> list[int]:
-    """Lengths spread as those of GSM8K's rows are in tokens: log-normal around 150."""
+    """Draw lengths that are spread like GSM8K's rows in tokens: log-normal with median 150."""
     lengths = np.random.default_rng(0).lognormal(np.log(150), 0.4, count)
     return np.clip(lengths.astype(int), 3, 512).tolist()
 
@@ -95,7 +95,7 @@ def test_samples_are_packed_pool_by_pool(monkeypatch: pytest.MonkeyPatch) -> Non
     members = [row["indices"] for row in load_packs(_samples(lengths, 512), 512)]
     assert sorted(sample for row in members for sample in row) == list(range(1000))
     assert max(sum(lengths[sample] for sample in row) for row in members) <= 512
-    # a pool is a shuffled part of the whole, not a stretch of the file
+    # a pool is a random part of all samples, not a range of the file
     assert max(members[0]) - min(members[0]) > 64
 
 
@@ -132,7 +132,7 @@ def test_rows_are_the_same_in_every_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(load_packs(_samples(_gsm8k_like(50), 512), 512)) == first
 
 
-def test_what_was_half_written_is_made_anew() -> None:
+def test_a_partial_file_of_packs_is_replaced() -> None:
     samples = _samples([5, 4, 3], 9)
     load_packs(samples, 9)
     [path] = samples.folder.glob("packs-*.arrow")

@@ -27,7 +27,7 @@ def _read(tmp_path: Path, content: bytes, prompt: str = "prompt", completion: st
 
 
 def _error(tmp_path: Path, bad_line: bytes) -> str:
-    """The message for a file whose third line is the bad one."""
+    """Return the message that refuses a file whose third line is bad."""
     with pytest.raises(InputError) as caught:
         _read(tmp_path, GOOD + b"\n\n" + bad_line + b"\n" + GOOD + b"\n")
     assert "\n" not in str(caught.value)
@@ -36,19 +36,18 @@ def _error(tmp_path: Path, bad_line: bytes) -> str:
 
 BAD_LINES = {
     "no completion": (b'{"prompt": "a"}', "field 'completion' is missing"),
-    "no prompt": (b'{"completion": "b"}', "field 'prompt' is missing"),
     "empty object": (b"{}", "field 'prompt' is missing"),
     "number": (b'{"prompt": "a", "completion": 7}', "field 'completion': expected a string, got int"),
     "null": (b'{"prompt": null, "completion": "b"}', "field 'prompt': expected a string, got NoneType"),
-    "empty prompt": (b'{"prompt": "", "completion": "b"}', "field 'prompt': expected text, got an empty string"),
-    "empty completion": (b'{"prompt": "a", "completion": ""}', "field 'completion': expected text"),
+    "empty completion": (
+        b'{"prompt": "a", "completion": ""}',
+        "field 'completion': expected text, got an empty string",
+    ),
     "half a surrogate pair": (rb'{"prompt": "\ud800", "completion": "b"}', "field 'prompt'"),
     "a field named by half a surrogate pair": (rb'{"\ud800": "a"}', "field 'prompt' is missing; the row has '\\ud800'"),
     "cut off": (b'{"prompt": "a", "completion": "b"', "malformed JSON"),
     "two objects": (b'{"prompt": "a", "completion": "b"} {}', "malformed JSON"),
-    "no JSON": (b"not json", "malformed JSON"),
     "list": (b'["a", "b"]', "expected one JSON object, got list"),
-    "string": (b'"a"', "expected one JSON object, got str"),
     "Latin-1": (b'{"prompt": "\xff", "completion": "b"}', "expected UTF-8"),
     "surrogate in UTF-8": (b'{"prompt": "\xed\xa0\x80", "completion": "b"}', "UTF-8"),
 }
@@ -61,7 +60,7 @@ def test_a_bad_line_is_an_error_that_names_file_line_and_field(tmp_path: Path, l
     assert expected in message
 
 
-def test_a_missing_field_is_told_with_the_fields_there_are(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_field_names_the_fields_of_the_row(tmp_path: Path) -> None:
     assert "'question', 'answer'" in _error(tmp_path, b'{"question": "a", "answer": "b"}')
 
 
@@ -85,7 +84,7 @@ def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
     assert len(_read(tmp_path, GOOD + b"\n" + GOOD)) == 2
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     assert _read(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD) == [Row(prompt="1+1=", completion="2")] * 2
 
 
@@ -110,7 +109,6 @@ GOOD_CONVERSATIONS = {
     "one turn": [USER, ASSISTANT],
     "system first": [SYSTEM, USER, ASSISTANT],
     "developer first": [SYSTEM.replace("system", "developer"), USER, ASSISTANT],
-    "two turns": [USER, ASSISTANT, USER, ASSISTANT],
     "a tool": [USER, CALL, TOOL, ASSISTANT],
     "two tools": [USER, CALL, TOOL, TOOL, CALL, TOOL, ASSISTANT, USER, ASSISTANT],
     "a call last": [USER, CALL],
@@ -165,8 +163,8 @@ def test_a_bad_conversation_is_an_error_that_names_file_line_field_and_message(
     assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl, line 3, field 'messages'{separator}{expected}")
 
 
-@pytest.mark.parametrize("value", ['"text"', "3", "{}", "null"])
-def test_messages_that_are_no_list_are_an_error(tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ['"text"', "null"])
+def test_messages_that_are_not_a_list_are_an_error(tmp_path: Path, value: str) -> None:
     with pytest.raises(InputError, match=r"line 1, field 'messages': expected a list of messages, got "):
         _read(tmp_path, f'{{"messages": {value}}}'.encode())
 
@@ -187,10 +185,9 @@ def test_settings_of_the_template_come_with_the_row(tmp_path: Path) -> None:
     assert row.template_kwargs == {}
 
 
-@pytest.mark.parametrize(("value", "kind"), [('"think"', "str"), ("[1]", "list"), ("3", "int")])
-def test_settings_of_the_template_that_are_no_object_are_an_error(tmp_path: Path, value: str, kind: str) -> None:
-    content = f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": {value}}}'
-    expected = rf"line 1, field 'chat_template_kwargs': expected an object, got {kind}$"
+def test_settings_of_the_template_that_are_not_an_object_are_an_error(tmp_path: Path) -> None:
+    content = f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": [1]}}'
+    expected = r"line 1, field 'chat_template_kwargs': expected an object, got list$"
     with pytest.raises(InputError, match=expected):
         _read(tmp_path, content.encode())
 
@@ -198,26 +195,23 @@ def test_settings_of_the_template_that_are_no_object_are_an_error(tmp_path: Path
 # --- where rows come from ---
 
 
-@pytest.mark.parametrize("name", ["b.JSONL", "b.Json", "b.CSV"])
-def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
-    content = b"prompt,completion\n1+1=,2\n" if name.endswith("CSV") else GOOD
-    (tmp_path / name).write_bytes(content)
-    rows = list(open_source(Source(path=str(tmp_path / name)), "train", Columns()).rows)
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "b.JsonL").write_bytes(GOOD)
+    rows = list(open_source(Source(path=str(tmp_path / "b.JsonL")), "train", Columns()).rows)
     assert rows == [Row(prompt="1+1=", completion="2")]
 
 
-@pytest.mark.parametrize("name", ["b.JSONL", "b.CSV", "b.Parquet"])
-def test_a_file_of_a_folder_that_datasets_does_not_take_for_its_suffix_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(GOOD)
+def test_a_file_of_a_folder_that_datasets_ignores_for_its_suffix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b.JSONL").write_bytes(GOOD)
     with pytest.raises(InputError, match="expected a folder with files that end in"):
         open_source(Source(path=str(tmp_path)), "train", Columns())
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    with pytest.raises(InputError, match=rf"{name} would be left out beside a\.jsonl: name the files"):
+    with pytest.raises(InputError, match=r"b\.JSONL would be left out beside a\.jsonl: name the files"):
         open_source(Source(path=str(tmp_path)), "train", Columns())
 
 
 def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A data set as the hub has it, on this disk: `datasets` takes its folder for its id."""
+    """Write a data set as the hub stores it. `datasets` accepts the folder in place of a hub id."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for subset in ("a", "b"):
         for split in ("train", "test"):
@@ -229,7 +223,7 @@ def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "hub")
 
 
-@pytest.mark.parametrize(("given", "split"), [(None, "train"), (None, "test"), ("test", "test")])
+@pytest.mark.parametrize(("given", "split"), [(None, "train"), ("test", "test")])
 def test_a_hub_data_set_is_the_rows_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, split: str
 ) -> None:
