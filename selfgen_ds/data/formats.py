@@ -46,7 +46,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield f"line {number}", _json_object(_parse_json(line, where), where)
+                yield f"line {number}", _json_object(_parse_json(line.rstrip(b"\n"), where), where)
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
@@ -68,7 +68,7 @@ def _parse_json(content: bytes, where: str) -> Any:
         raise InputError(f"{where}: expected UTF-8, got {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         line = "" if error.lineno == 1 else f"line {error.lineno}, "
-        reason = f"{error.msg} at {line}column {error.colno}"
+        reason = f"{error.msg}: {line}column {error.colno}"
         raise InputError(f"{where}: expected JSON objects, got malformed JSON: {reason}") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deeply
         raise InputError(f"{where}: expected JSON objects, got malformed JSON: {error}") from error
