@@ -1,4 +1,4 @@
-"""A checksum of the weights, to know the same ones again."""
+"""A checksum of a model's weights, which tells whether two runs have the same weights."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import torch.distributed as dist
 
 from selfgen_ds import hashing
 
-_PIECE = 1 << 22  # elements that are hashed at once
+_PIECE = 1 << 22  # elements hashed at once
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
 def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
-    """64 bits in hexadecimal: the sum of a hash of every element and its place, whatever the number of ranks.
+    """Return a checksum of 64 bits, in hexadecimal, that does not depend on the number of ranks.
 
-    Collective; every parameter is gathered once.
+    The checksum is the sum of a hash of every element and its place. Ranks share the elements of each parameter, in
+    pieces of `_PIECE` elements. Under ZeRO-3 every parameter is gathered once.
+
+    Collective: every rank must call this.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if engine.zero_optimization_stage() == 3:
-        engine.optimizer.parameter_offload.partition_all_parameters()  # one in flight could not be gathered
+        # A parameter whose gather is in flight cannot be gathered.
+        engine.optimizer.parameter_offload.partition_all_parameters()
     total = torch.zeros((), dtype=torch.int64, device=engine.device)
     for number, parameter in enumerate(engine.module.parameters()):
         with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):

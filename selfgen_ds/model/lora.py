@@ -1,9 +1,8 @@
-"""LoRA: low-rank adapters that `peft` puts into a frozen model, in place.
+"""LoRA: low-rank adapters that `peft` puts into a frozen model, in place (Hu et al. 2021, arXiv 2106.09685).
 
-The model stays what it is to everything else: no wrapper around it, the same class, `base_model` and LM head. An
-adapted layer `x.q_proj` keeps its weight as `x.q_proj.base_layer.weight` and gets `x.q_proj.lora_A.default.weight`
-`[r, in]` and `x.q_proj.lora_B.default.weight` `[out, r]`; what leaves the project has the names of the model or
-`peft`'s own.
+The model gets no wrapper: its class, `base_model` and LM head stay the same. An adapted layer `x.q_proj` keeps its
+weight as `x.q_proj.base_layer.weight` and gets `x.q_proj.lora_A.default.weight` `[r, in]` and
+`x.q_proj.lora_B.default.weight` `[out, r]`. Exported tensors have the names of the model without adapters, or `peft`'s.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from selfgen_ds.config import LoraConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import absolute_folder
 
-_ADAPTER = "default"  # peft's name for the only one
+_ADAPTER = "default"  # peft's name for a model's only adapter
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
-    """Freeze the model and put adapters into it, in the model's dtype. The new product is 0: nothing changes yet.
+    """Freeze the model and put adapters into it, in the model's dtype.
 
-    The caller seeds torch, alike on all ranks.
+    B is 0 at first, so that the model still computes the same. The caller seeds torch with the same seed on all ranks.
 
     Args:
         base: Folder or hub id of the model.
 
     Raises:
-        InputError: `target_modules` names no linear layer, or something else.
+        InputError: `target_modules` names no linear layer, or a layer that cannot be adapted.
     """
     targets = lora.target_modules
-    if targets == "all-linear":  # peft's own would have routers of experts among them
+    if targets == "all-linear":  # peft's "all-linear" would include the routers of experts
         head = model.get_output_embeddings()
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
         targets = sorted({name.rpartition(".")[2] for name in linear})
@@ -61,7 +60,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
         raise InputError(f"model.lora.target_modules: {' '.join(str(error).split())}") from error
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
-        # an adapted embedding's factors are no modules, which ZeRO-3 would not gather
+        # The factors of an adapted embedding are parameters without a module: ZeRO-3 would not gather them.
         if type(layer) is not Linear or layer is model.get_output_embeddings():
             raise InputError(f"model.lora.target_modules: expected linear layers below the LM head, got {name}")
     if isinstance(lora.target_modules, list):
@@ -72,22 +71,26 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """DeepSpeed leaves frozen parameters out by one name each, and so keeps a tied LM head."""
+    """Remove frozen parameters from a state dict under all of their names.
+
+    DeepSpeed's `exclude_frozen_parameters` removes one name per parameter, and would save a tied LM head.
+    """
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             state.pop(prefix + name, None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
-    """Adapted layers by the name of their weight in the model without adapters; none if there are no adapters."""
+    """Return the adapted layers, by the name of their weight in the model without adapters."""
     return {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
 
 
 def without_adapters(tensors: dict[str, Tensor], layers: dict[str, Linear]) -> dict[str, Tensor]:
-    """The tensors of a model under the names that they have without adapters.
+    """Return the tensors of a model, without the adapters', by their names in the model without adapters.
 
     Args:
-        layers: Of `adapted_layers`.
+        tensors: Parameters and buffers of the adapted model, by name.
+        layers: The result of `adapted_layers`.
     """
     factors = {id(parameter) for layer in layers.values() for parameter in factors_of(layer)}
     prefixes = {name.removesuffix("weight") for name in layers}
@@ -101,12 +104,19 @@ def without_adapters(tensors: dict[str, Tensor], layers: dict[str, Linear]) -> d
 
 
 def factors_of(layer: Linear) -> tuple[nn.Parameter, nn.Parameter]:
-    """A `[r, in]` and B `[out, r]`, partitioned or not."""
+    """Return A `[r, in]` and B `[out, r]` of a layer; under ZeRO-3 they may be partitioned."""
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
 
 def merge(layer: Linear, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`weight + scale * B A`, summed in float32 and rounded once to the weight's dtype."""
+    """Return `weight + scale * B A`, summed in float32 and rounded once to the weight's dtype.
+
+    Args:
+        layer: The adapted layer, whose `scaling` is `lora_alpha / r`.
+        weight: `[out, in]`, or `[in, out]` for a layer with `fan_in_fan_out`.
+        a: `[r, in]`.
+        b: `[out, r]`.
+    """
     product = b.float() @ a.float()
     if layer.fan_in_fan_out:
         product = product.T
@@ -114,14 +124,14 @@ def merge(layer: Linear, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def save_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """`peft`'s adapter folder, without a tokenizer.
+    """Write an adapter folder in `peft`'s format, without a tokenizer.
 
     Args:
-        tensors: The trained parameters by name.
+        tensors: The trained parameters, by name.
     """
     named = {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": t for name, t in tensors.items()}
     save_file(named, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    (folder / SAFETENSORS_WEIGHTS_NAME).chmod(0o644)  # safetensors leaves it to its owner alone
+    (folder / SAFETENSORS_WEIGHTS_NAME).chmod(0o644)  # safetensors makes a file that only its owner can read
     config = copy.copy(model.peft_config[_ADAPTER])
     config.inference_mode = True
     if isinstance(config.target_modules, set):
@@ -130,10 +140,10 @@ def save_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pat
 
 
 def base_of(name: str) -> str:
-    """The model that an adapter folder was trained on; any other name is a model itself.
+    """Return the model that an adapter folder was trained on; for any other folder or hub id, `name` itself.
 
     Raises:
-        InputError: That model is gone, or the folder's configuration is unreadable.
+        InputError: The base model is gone, or the adapter's configuration is unreadable.
     """
     folder = Path(name)
     if not (folder / CONFIG_NAME).is_file() or (folder / MODEL_CONFIG_NAME).is_file():
@@ -141,16 +151,20 @@ def base_of(name: str) -> str:
     try:
         base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise InputError(f"{folder / CONFIG_NAME}: not an adapter's configuration") from error
+        raise InputError(f"{folder / CONFIG_NAME}: expected an adapter's configuration in JSON: {error!r}") from error
     check_base(str(folder), base)
     return base
 
 
 def check_base(trained: str, base: str) -> None:
-    """Refuse a base model that was a folder and is gone.
+    """Check that the base model of a trained adapter is still there, if it was a folder.
+
+    Args:
+        trained: Where the adapter is, for the message.
+        base: Absolute path, or hub id.
 
     Raises:
-        InputError: It is.
+        InputError: The folder is gone.
     """
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise InputError(f"{trained}: the model that it was trained on, {base}, is gone")

@@ -1,4 +1,4 @@
-"""Adapters without ranks: what they are put into, how they are merged, and which settings are refused."""
+"""Adapters without ranks: which layers get one, how they are merged, and which settings are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import saving
 from selfgen_ds.config import (
     DataConfig,
     LoraConfig,
@@ -153,7 +153,7 @@ def test_a_checkpoint_is_expected_to_take_what_is_trained() -> None:
     adapted = ModelConfig(lora=LoraConfig(r=2, target_modules=["q_proj"]))
     trained = trained_parameter_count(adapted, LLAMA)
     assert trained == 2 * 2 * (16 + 16)
-    assert checkpoint.required_bytes(trained, "bfloat16") == trained * 14
+    assert saving.required_bytes(trained, "bfloat16") == trained * 14
     assert trained_parameter_count(ModelConfig(), LLAMA) == sum(p.numel() for p in built(LLAMA).parameters())
 
 
@@ -170,7 +170,7 @@ def test_an_adapter_folder_is_pefts(tmp_path: Path) -> None:
     assert lora.base_of(str(tmp_path)) == str(tmp_path)
     assert lora.base_of("some/hub-id") == "some/hub-id"
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match="not an adapter's configuration"):
+    with pytest.raises(InputError, match=r"adapter_config\.json: expected an adapter's configuration in JSON"):
         lora.base_of(str(tmp_path))
 
 
@@ -218,7 +218,7 @@ def test_the_command_line_makes_and_changes_an_adapter_and_the_resolved_recipe_i
 
 
 def written(recipe: Recipe, **without: list[str]) -> None:
-    """What a run leaves in its folder, as an older version that did not know some settings would have."""
+    """Write a run's `config.yaml` and `ds_config.json` as an older version, which lacked some settings, would have."""
     settings = yaml.safe_load(to_yaml(recipe))
     for section, names in without.items():
         for name in names:
