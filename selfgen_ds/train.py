@@ -9,7 +9,7 @@ import time
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
@@ -159,7 +159,7 @@ class BetweenSteps:
             return
         scores = self._evaluate(resumed.step)
         self._log(resumed.unevaluated, scores)
-        checkpoint.record_evaluation(resumed, scores, self._run.folder.storage)
+        saving.record_evaluation(resumed, scores, self._run.folder.storage)
         if not self._is_last(resumed.step):
             self._watch.poll()
 
@@ -197,8 +197,8 @@ class BetweenSteps:
             return False
         verdict, metric = [False], self._recipe.eval.best
         if dist.get_rank() == 0:
-            best = checkpoint.best_of(checkpoint.complete_checkpoints(self._checkpoints), metric)
-            verdict = [best is None or checkpoint.better(scores[metric], best.metrics[metric], metric)]
+            best = manifest.best_of(manifest.complete_checkpoints(self._checkpoints), metric)
+            verdict = [best is None or manifest.better(scores[metric], best.metrics[metric], metric)]
         dist.broadcast_object_list(verdict, src=0)
         return verdict[0]
 
@@ -206,7 +206,7 @@ class BetweenSteps:
         self._watch.pause()
         self.metrics_logger.sync()
         run, recipe, storage = self._run, self._recipe, self._run.folder.storage
-        checkpoint.save(
+        saving.save(
             run.engine,
             self._checkpoints,
             step,
@@ -218,4 +218,4 @@ class BetweenSteps:
             storage=storage,
             unevaluated=unevaluated,
         )
-        checkpoint.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)
+        retention.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest
 from selfgen_ds.config import CheckpointConfig, EvalConfig, Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.files import lock
 from tests.distributed import runs
@@ -38,10 +38,10 @@ POINTS = (
     "selfgen_ds.rounds.store:Writer.finish",
     "deepspeed:DeepSpeedEngine.save_checkpoint",
     "torch:save",
-    "selfgen_ds.checkpoint.checkpoint:sync_and_sum",
-    "selfgen_ds.checkpoint.checkpoint:write_marker",
-    "selfgen_ds.checkpoint.checkpoint:retain",
-    "selfgen_ds.checkpoint.checkpoint:_remove",
+    "selfgen_ds.checkpoint.saving:sync_and_sum",
+    "selfgen_ds.checkpoint.saving:write_marker",
+    "selfgen_ds.checkpoint.retention:retain",
+    "selfgen_ds.checkpoint.retention:remove",
     "os:replace",
     "os:fsync",
     "os:unlink",
@@ -147,7 +147,7 @@ def break_and_resume(against: Whole, folder: Path, rank: int, point: Point) -> O
 
     steps = len(runs.metrics(settings)) if (Path(settings.output_dir) / "metrics.jsonl").exists() else 0
     checkpoints = Path(settings.output_dir) / "checkpoints"
-    complete = checkpoint.complete_checkpoints(checkpoints)
+    complete = manifest.complete_checkpoints(checkpoints)
     newest = complete[-1].step if complete else 0
     assert newest >= (steps - 1) // EVERY * EVERY, "a checkpoint that was complete is lost"
     for each in complete:
@@ -168,9 +168,9 @@ def check_equal(settings: Recipe, against: Whole) -> None:
     assert runs.untimed(settings) == against.metrics, "other metrics"
 
 
-def broken_files(complete: checkpoint.Checkpoint) -> list[str]:
+def broken_files(complete: manifest.Checkpoint) -> list[str]:
     """Return the broken files of a checkpoint, of all ranks."""
-    return [name for files in complete.files for name in checkpoint.broken_files(complete, files)]
+    return [name for files in complete.files for name in manifest.broken_files(complete, files)]
 
 
 def _shared_memory_left() -> set[str]:

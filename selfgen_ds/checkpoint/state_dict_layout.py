@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face folder: which of the model's they are made of.
+"""How the tensors of a model are named and laid out in its Hugging Face folder.
 
-Transformers renames tensors when it loads a folder and joins some of them (the matrices of all experts become
-one); a saved folder has them as the loaded one had.
+Transformers renames tensors when it loads a folder, and joins some of them (the matrices of all experts become one
+tensor). A folder that is saved has the same tensors as the folder that was loaded.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from selfgen_ds.checkpoint.manifest import HF_FOLDER
 from selfgen_ds.model import lora
 
 _FILE = "tensors.json"
-_HF_FOLDER = "huggingface"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors that have to be converted together."""
+    """Tensors that are converted together."""
 
     tensors: list[str]
     """Names in the model."""
     stored: dict[str, Tensor]
-    """What the folder has of them: name -> tensor without data."""
+    """The tensors that the folder has for them: name -> tensor on the meta device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateDictLayout:
-    """What of a model is stored, and how."""
+    """Which tensors of a model are stored, and how."""
 
     tensors: dict[str, tuple[torch.Size, torch.dtype]]
-    """Parameters and buffers of the model, tied ones once."""
+    """Shape and dtype of the model's parameters and buffers, by name; tied ones once."""
     conversions: list[WeightTransform]
-    """What transformers applied, or would apply, when it loads them."""
+    """The conversions that transformers applies when it loads the folder."""
     config: PretrainedConfig
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> StateDictLayout:
-        """Of a model whose parameters may be partitioned."""
+        """Return the layout of a model, whose parameters may be partitioned."""
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:
             conversions = _default_conversions(model)
         return cls(
-            # a partitioned parameter is empty; `ds_shape` is its real shape
+            # A partitioned parameter is empty; `ds_shape` is its full shape.
             tensors={n: (getattr(t, "ds_shape", t.shape), t.dtype) for n, t in plain_tensors(model).items()},
             conversions=conversions,
             config=model.config,
         )
 
     def write(self, folder: Path) -> None:
-        """Into a checkpoint, for `read`."""
+        """Write the layout into a checkpoint's folder, for `read`."""
         content = {
             "tensors": {name: [list(shape), str(dtype)] for name, (shape, dtype) in self.tensors.items()},
             "conversions": [repr(conversion) for conversion in self.conversions],
@@ -72,9 +72,9 @@ class StateDictLayout:
 
     @classmethod
     def read(cls, folder: Path) -> StateDictLayout:
-        """Of a checkpoint; needs none of its tensors."""
+        """Read the layout of a checkpoint's model, without its tensors."""
         content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder / _HF_FOLDER)
+        config = AutoConfig.from_pretrained(folder / HF_FOLDER)
         conversions = []
         if content["conversions"]:
             with torch.device("meta"):
@@ -90,7 +90,7 @@ class StateDictLayout:
         )
 
     def groups(self) -> list[Group]:
-        """All tensors, in the fewest that can be converted by themselves."""
+        """Return the smallest groups of tensors that can be converted separately."""
         reversed_ = [conversion.reverse_transform() for conversion in self.conversions[::-1]]
         converters = [conversion for conversion in reversed_ if isinstance(conversion, WeightConverter)]
         members: dict[str, list[str]] = {}
@@ -106,14 +106,14 @@ class StateDictLayout:
         }
 
     def convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the model as they are stored; all of a group at once."""
+        """Return the stored tensors for tensors of the model, which must be one or more whole groups."""
         return revert_weight_conversion(
             SimpleNamespace(_weight_conversions=self.conversions, config=self.config), tensors
         )
 
 
 def plain_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is stored of a model, tied tensors once, under the names that they have without adapters."""
+    """Return the tensors of a model that are stored, tied ones once, by their names in the model without adapters."""
     persistent = model.state_dict().keys()
     tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
     ignored = model._keys_to_ignore_on_save or ()
@@ -122,6 +122,6 @@ def plain_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _default_conversions(model: PreTrainedModel) -> list[WeightTransform]:
-    """Of a model that comes from no folder: the folder is to look as others of its type do."""
+    """Return the conversions for a model that was not loaded from a folder: those of its model type."""
     known = get_model_conversion_mapping(model, add_legacy=False)
     return [conversion for conversion in known if not isinstance(conversion, PrefixChange)]

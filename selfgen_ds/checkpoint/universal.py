@@ -1,7 +1,6 @@
-"""A checkpoint of other ranks, converted by DeepSpeed into its universal form, which any number of ranks can load.
+"""Convert a checkpoint to DeepSpeed's universal form, which any number of ranks can load.
 
-The tool that DeepSpeed has for it works in this process, without workers: what `unpickling.py` forbids
-holds for it as well.
+DeepSpeed's conversion runs in this process, without worker processes, so that `unpickling.py` protects it too.
 """
 
 from __future__ import annotations
@@ -25,39 +24,46 @@ from deepspeed.checkpoint import ds_to_universal
 from selfgen_ds.checkpoint import unpickling
 from selfgen_ds.errors import InputError
 from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
 
 log = logging.getLogger("selfgen_ds")
 
-FOLDER = "universal.partial"  # beside the checkpoints, and never taken for one
+FOLDER = "universal.partial"  # beside the checkpoints, under a name that is no checkpoint's
 
 
 @contextmanager
 def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
-    """The folder that has a checkpoint converted, under its name, for as long as it is needed. Collective.
+    """Convert the checkpoint at `path`; yield a folder that holds the result under the checkpoint's name.
+
+    Rank 0 converts. The folder is removed when all ranks have left the context.
+
+    Collective: every rank must enter and leave this context.
 
     Args:
-        engine: That is going to load it.
+        engine: The engine that will load the result.
 
     Raises:
-        InputError: There is no room for it, or the engine cannot load it.
+        InputError: The disk has no room for the conversion, the engine cannot load the result, or a file holds more
+            than plain data.
     """
     folder = path.parent / FOLDER
-    for problem in filter(None, process_group.all_gather_object(_has_no_share(engine, path) or _has_no_room(path))):
+    problems = process_group.all_gather_object(_problem_of_groups(engine, path) or _problem_of_space(path))
+    for problem in filter(None, problems):
         raise InputError(problem)
-    log.info("converting %s for %d ranks, in %.1f MB of disk", path, dist.get_world_size(), _needed(path) / 1e6)
+    log.info("converting %s for %d ranks, in %.1f MB of disk", path, dist.get_world_size(), _bytes_needed(path) / 1e6)
     started = time.perf_counter()
-    if dist.get_rank() == 0:
-        _convert(path, folder)
-    dist.barrier()
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0:
+            _convert(path, folder)
     log.info("converted in %.1f s", time.perf_counter() - started)
     yield folder
-    dist.barrier()  # everybody has read it
+    dist.barrier()  # all ranks have read the files
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
 
 
-def _has_no_share(engine: deepspeed.DeepSpeedEngine, path: Path) -> str | None:
-    """What is wrong if this rank has nothing of a parameter group, which DeepSpeed cannot load before stage 3."""
+def _problem_of_groups(engine: deepspeed.DeepSpeedEngine, path: Path) -> str | None:
+    """Return a line if this rank has no element of some parameter group: below stage 3 DeepSpeed cannot load that."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         return None
@@ -70,8 +76,8 @@ def _has_no_share(engine: deepspeed.DeepSpeedEngine, path: Path) -> str | None:
     )
 
 
-def _has_no_room(path: Path) -> str | None:
-    need, free = _needed(path), shutil.disk_usage(path).free
+def _problem_of_space(path: Path) -> str | None:
+    need, free = _bytes_needed(path), shutil.disk_usage(path).free
     if need <= free:
         return None
     return (
@@ -80,15 +86,15 @@ def _has_no_room(path: Path) -> str | None:
     )
 
 
-def _needed(path: Path) -> int:
-    """Bytes: the pieces of the optimizer's shards, these put together, and a copy of the rest."""
+def _bytes_needed(path: Path) -> int:
+    """Bytes of the optimizer's shards in pieces, of the pieces put together, and of a copy of the model states."""
     optimizer, model = (sum(f.stat().st_size for f in path.glob(f"*{kind}_states.pt")) for kind in ("optim", "model"))
     return 2 * optimizer + model
 
 
 def _convert(path: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as plain, redirect_stdout(StringIO()):
-        # DeepSpeed takes paths for patterns: a link keeps away what would mean something else in one
+        # DeepSpeed uses paths as glob patterns; the link's path has no characters that mean something in a pattern.
         link = Path(plain) / "checkpoints"
         link.symlink_to(path.parent.absolute())
         ds_to_universal.main(
@@ -102,13 +108,13 @@ def _convert(path: Path, folder: Path) -> None:
                 inject_missing_state=True,
             )
         )
-    # every rank loads this one whole; of ZeRO-3 it has all of a rank's shard, which nothing reads
+    # Every rank loads this file. Under ZeRO-3 it also holds the tensors of one rank's shard, which nothing reads.
     common = folder / path.name / "zero" / "optimizer_state.pt"
     torch.save(_without_tensors(unpickling.load(common)), common)
 
 
 def _without_tensors(state: Any) -> Any:
-    """Numbers stay, whatever they are in."""
+    """Replace tensors of more than one element by None, in nested containers."""
     if isinstance(state, dict):
         return {key: _without_tensors(value) for key, value in state.items()}
     if isinstance(state, list | tuple):

@@ -20,7 +20,7 @@ from deepspeed import DeepSpeedEngine
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import resuming
 from selfgen_ds.config import Recipe, to_yaml
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     engine, hf_config = _build(recipe, json_config, inputs, folder)
     starting_model = weights_checksum(engine) if isinstance(inputs.method, RoundMethod) else ""
     if folder.resumed is not None:
-        checkpoint.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
+        resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
     _log_start(recipe, inputs, folder)
     ends = end_tokens([*inputs.samples, *(inputs.eval_samples or [])], inputs.tokenizer)
     policy = engine_policy(recipe, engine, ends)

@@ -9,12 +9,12 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest, resuming
+from selfgen_ds.checkpoint.storage import Storage, find_out
 from selfgen_ds.config import Recipe
 from selfgen_ds.errors import Problems
 from selfgen_ds.files import lock, make_folder
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
-from selfgen_ds.ranks.storage import Storage, find_out
 from selfgen_ds.validation.output_folder import check_same_run
 
 log = logging.getLogger("selfgen_ds")
@@ -26,7 +26,7 @@ class RunFolder:
 
     path: Path
     storage: Storage
-    resumed: checkpoint.Checkpoint | None
+    resumed: manifest.Checkpoint | None
     """The checkpoint that the run resumes from; None if the run starts from the beginning."""
     lock: IO[str] | None
     """The open lock file on the ranks that write to the folder; closing the file releases the lock."""
@@ -57,7 +57,7 @@ def open_run_folder(recipe: Recipe, json_config: dict[str, Any]) -> RunFolder:
             lock_file = _check_and_lock(recipe, json_config)
     resumed = None
     if recipe.resume == "auto":
-        resumed = checkpoint.find(path / "checkpoints", storage, recipe.trust_checkpoint)
+        resumed = resuming.find(path / "checkpoints", storage)
     return RunFolder(path=path, storage=storage, resumed=resumed, lock=lock_file)
 
 

@@ -6,18 +6,16 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest, saving
+from selfgen_ds.checkpoint.storage import Storage
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.model.loading import most_positions, trained_parameter_count
-from selfgen_ds.ranks import process_group
-from selfgen_ds.ranks.storage import Storage
 
 log = logging.getLogger("selfgen_ds")
 
@@ -39,11 +37,10 @@ def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfi
     """Refuse a run whose first checkpoint does not fit on the disk, and warn about one whose later ones do not."""
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
-    need = checkpoint.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)
-    if not storage.shared:  # each host keeps the part of its own ranks
-        need = need * process_group.local_world_size() // dist.get_world_size()
+    checkpoint_size = saving.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)
+    need = storage.bytes_per_host(checkpoint_size)
     room = f"a checkpoint takes {need / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB free"
-    if need > free and not checkpoint.complete_checkpoints(folder / "checkpoints"):
+    if need > free and not manifest.complete_checkpoints(folder / "checkpoints"):
         problems.add(f"output_dir: {room}")
     if need * (recipe.checkpoint.keep + 2) > free:  # the newest ones, the best one, and the one being written
         log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)

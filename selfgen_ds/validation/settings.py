@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfgen_ds import methods
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest
 from selfgen_ds.config import Recipe, SelfgenConfig, sources
 from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import Problems
@@ -65,6 +65,6 @@ def _check_unread_settings(problems: Problems, selfgen: SelfgenConfig, overrides
 
 def _first_ranks(recipe: Recipe) -> int | None:
     """Return the number of ranks that the run in `output_dir` was started with, or None if it has no checkpoint."""
-    complete = checkpoint.complete_checkpoints(Path(recipe.output_dir) / "checkpoints")
+    complete = manifest.complete_checkpoints(Path(recipe.output_dir) / "checkpoints")
     rows_per_rank = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     return complete[-1].step_size // rows_per_rank if complete else None

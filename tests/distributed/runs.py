@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import saving
 from selfgen_ds.config import (
     CheckpointConfig,
     DataConfig,
@@ -131,7 +131,7 @@ def steps(
 
 def save(run: Run, settings: Recipe, step: int) -> None:
     """A checkpoint as the training loop writes it, without evaluation."""
-    checkpoint.save(
+    saving.save(
         run.engine,
         Path(settings.output_dir) / "checkpoints",
         step,

@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import selfgen_ds
-from selfgen_ds.checkpoint import checkpoint, export
+from selfgen_ds.checkpoint import export, manifest
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
 from selfgen_ds.data.samples import end_tokens, take
 from selfgen_ds.data.tokenizer import byte_tokenizer
@@ -140,7 +140,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
     settings.model.preset = runs.PRESET | DROPOUT
     settings.train.max_steps = 12
     two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
-    names = [c.path.name for c in checkpoint.complete_checkpoints(Path(settings.output_dir) / "checkpoints")]
+    names = [c.path.name for c in manifest.complete_checkpoints(Path(settings.output_dir) / "checkpoints")]
     assert names == ["step-000005", "step-000010", "step-000012"]
     whole, whole_metrics, whole_rounds = runs.weights(settings), runs.untimed(settings), rounds(settings)
     whole_audits = [audit(settings, name) for name in whole_rounds]

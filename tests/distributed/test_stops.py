@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest
 from selfgen_ds.config import Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.ranks.watch import Watch
 from tests import faults
@@ -51,13 +51,13 @@ def test_a_signal_to_one_rank_stops_all_in(unbroken: Unbroken, tmp_path: Path, w
     assert run.wait() == STOPPED, run.output(0)[-3000:]
     assert "Traceback" not in run.output(0) + run.output(1)
     assert not (tmp_path / "run" / "model").exists()
-    complete = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    complete = manifest.complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert (complete[-1].step if complete else 0) == step
     settings.checkpoint = replace(settings.checkpoint, keep=9)
     again = faults.start(settings, tmp_path / "resumed")
     assert again.wait() == [0, 0], again.output(0)[-3000:]
     faults.check_equal(settings, against)
-    found = checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    found = manifest.complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert not any(c.unevaluated for c in found)
     assert {c.step for c in found if c.metrics} >= {8, 12} if where == "an evaluation" else {12}
 
@@ -66,10 +66,10 @@ def test_a_second_signal_changes_nothing(unbroken: Unbroken, tmp_path: Path) -> 
     against = unbroken("scheduled_sampling")
     settings = replace(against.settings, output_dir=str(tmp_path / "run"))
     first = Point(function="selfgen_ds.train:train_step", call=8, signal=signal.SIGTERM)
-    second = Point(function="selfgen_ds.checkpoint.checkpoint:sync_and_sum", call=11, signal=signal.SIGTERM)
+    second = Point(function="selfgen_ds.checkpoint.saving:sync_and_sum", call=11, signal=signal.SIGTERM)
     run = faults.start(settings, tmp_path / "stopped", {0: first, 1: second})
     assert run.wait() == STOPPED, run.output(0)[-3000:]
-    assert checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 8
+    assert manifest.complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 8
     assert faults.start(settings, tmp_path / "resumed").wait() == [0, 0]
     faults.check_equal(settings, against)
 
@@ -149,7 +149,7 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
         assert run.wait() == {"deepspeed": 3, "torchrun": 1}[launcher], run.output()[-3000:]
     assert "received SIGUSR1: saving, then stopping" in run.output()
     steps = runs.count_lines(output / "metrics.jsonl")
-    assert [c.step for c in checkpoint.complete_checkpoints(output / "checkpoints")] == [steps]
+    assert [c.step for c in manifest.complete_checkpoints(output / "checkpoints")] == [steps]
 
 
 def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path) -> None:

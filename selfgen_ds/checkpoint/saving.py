@@ -1,0 +1,148 @@
+"""Write checkpoints that count only when they are complete and read back from the disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from selfgen_ds.checkpoint import retention
+from selfgen_ds.checkpoint.generators import save_generators
+from selfgen_ds.checkpoint.manifest import BROKEN, HF_FOLDER, MARKER, Checkpoint, write_marker
+from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout
+from selfgen_ds.checkpoint.storage import Storage
+from selfgen_ds.config import LoraConfig, ModelConfig
+from selfgen_ds.files import absolute_folder, intact, sync_and_sum, sync_folder
+from selfgen_ds.ranks import process_group
+
+log = logging.getLogger("selfgen_ds")
+
+_ADAPTED = "adapted_model.json"
+
+
+def required_bytes(parameters: int, dtype: str) -> int:
+    """Return the size of a checkpoint: the trained weights, their float32 master weights and two Adam moments.
+
+    Args:
+        parameters: Number of trained parameters.
+        dtype: `float32` or `bfloat16`: the dtype of the weights.
+    """
+    return parameters * ((4 if dtype == "float32" else 2) + 3 * 4)
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    step: int,
+    data: int,
+    metrics: dict[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    *,
+    step_size: int,
+    storage: Storage,
+    unevaluated: dict[str, float] | None = None,
+) -> None:
+    """Write a checkpoint at an optimizer step's boundary. A crash at any moment leaves older checkpoints untouched.
+
+    A complete checkpoint of this step is left as it is: this run has written or loaded it. The checkpoint of a model
+    with adapters holds the adapters and the location of the model. A checkpoint that does not come back from the disk
+    as it was written is marked as broken, and training continues.
+
+    Collective: every rank must call this.
+
+    Raises:
+        RuntimeError: The checkpoint cannot be written, for example because the disk is full.
+    """
+    path = folder / f"step-{step:06d}"
+    if any(checkpoint.step == step for checkpoint in storage.complete(folder)):
+        return
+    if storage.writes and path.exists():
+        retention.remove(path)  # a killed run left it half-written
+    dist.barrier()
+    try:
+        _write(engine, path, tokenizer, model, storage)
+    except dist.DistError:  # another rank is gone, and the disk is not to blame
+        raise
+    except (OSError, RuntimeError) as error:  # on a full disk torch reports an unexpected position in the file
+        free = shutil.disk_usage(folder).free
+        raise RuntimeError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {error}") from error
+
+    files, damaged = _read_back(path, storage)
+    if damaged:
+        log.warning("%s did not come back from the disk as it was written (%s); keeping older ones", path, damaged)
+    if storage.writes:
+        for written_to in (path / HF_FOLDER, folder, folder.parent):
+            sync_folder(written_to)
+        checkpoint = Checkpoint(
+            path=path,
+            step=step,
+            step_size=step_size,
+            data=data,
+            metrics=metrics,
+            files=files,
+            shared=storage.shared,
+            unevaluated=unevaluated,
+        )
+        write_marker(checkpoint, BROKEN if damaged else MARKER)
+    dist.barrier()
+
+
+def _write(
+    engine: deepspeed.DeepSpeedEngine,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    storage: Storage,
+) -> None:
+    engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
+    save_generators(path, engine.device)
+    if storage.writes:
+        engine.module.config.save_pretrained(path / HF_FOLDER)
+        engine.module.generation_config.save_pretrained(path / HF_FOLDER)
+        tokenizer.save_pretrained(path / HF_FOLDER)
+        StateDictLayout.of(engine.module).write(path)
+        if model.lora is not None and model.name_or_path is not None:
+            located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
+            (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
+
+
+def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]], str]:
+    """Bring the files of a checkpoint to the disk, and verify them from there.
+
+    Every file is read twice, by the rank that wrote it: from memory for its checksum, and from the disk.
+
+    Returns:
+        Each rank's files, by rank (name -> [bytes, CRC-32]), and the names of all files that are damaged.
+    """
+    files, damaged = {}, []
+    for file in (file for file in path.rglob("*") if file.is_file() and storage.wrote(file.name)):
+        name = str(file.relative_to(path))
+        files[name] = sync_and_sum(file)
+        if not intact(file, files[name]):
+            damaged.append(name)
+    gathered = process_group.all_gather_object((files, damaged))
+    return [files for files, _ in gathered], ", ".join(sorted({name for _, names in gathered for name in names}))
+
+
+def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage: Storage) -> None:
+    """Add the step's evaluation to a checkpoint that was saved before the evaluation was done."""
+    if storage.writes:
+        write_marker(replace(checkpoint, metrics=metrics, unevaluated=None))
+
+
+def adapted_model(path: Path) -> ModelConfig | None:
+    """Return the model that a checkpoint's adapters belong to; None if the checkpoint holds a whole model.
+
+    The path of a model's folder is absolute.
+    """
+    if not (path / _ADAPTED).exists():
+        return None
+    settings = json.loads((path / _ADAPTED).read_text(encoding="utf-8"))
+    return ModelConfig(**settings | {"lora": LoraConfig(**settings["lora"])})

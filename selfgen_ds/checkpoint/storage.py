@@ -1,0 +1,144 @@
+"""Everything that depends on whether the hosts of a run share the output folder.
+
+In a shared folder rank 0 makes, marks and removes checkpoints. If every host has a folder of its own, the first rank of
+each host does so for the files that the host's ranks write, and a checkpoint counts only if it is complete on all
+hosts.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+
+from selfgen_ds.checkpoint.manifest import Checkpoint, complete_checkpoints
+from selfgen_ds.errors import InputError
+from selfgen_ds.ranks import process_group
+
+_RANK_IN_NAME = re.compile(r"(?:zero_pp|generators)_rank_(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage(ABC):
+    """What this rank does in the output folder."""
+
+    writes: bool
+    """Whether this rank makes, marks and removes folders."""
+    shared: ClassVar[bool]
+    """Whether all ranks see the same folder."""
+    broken: ClassVar[str]
+    """What is wrong if no checkpoint can be loaded."""
+
+    def wrote(self, name: str) -> bool:
+        """Return whether this rank wrote a file of a checkpoint.
+
+        DeepSpeed and `generators.py` name the rank in a file that every rank writes. Any other file is written by the
+        ranks that make folders.
+        """
+        rank = _RANK_IN_NAME.search(name)
+        return int(rank[1]) == dist.get_rank() if rank else self.writes
+
+    @abstractmethod
+    def complete(self, folder: Path) -> list[Checkpoint]:
+        """Return the checkpoints that are complete on every host, oldest first; on all ranks the same list.
+
+        Collective: every rank must call this.
+        """
+
+    @abstractmethod
+    def check_world_size(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that the present number of ranks cannot load from this storage.
+
+        Raises:
+            InputError: It was written by another number of ranks, and hosts share no folder to convert it in.
+        """
+
+    @abstractmethod
+    def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
+        """Return the files of a checkpoint that this rank reads to verify them: name -> [bytes, CRC-32].
+
+        The ranks together read every file on every host.
+        """
+
+    @abstractmethod
+    def bytes_per_host(self, size: int) -> int:
+        """Return how many of the `size` bytes of a checkpoint one host writes."""
+
+
+class SharedFolder(Storage):
+    """One output folder, which all ranks see."""
+
+    shared = True
+    broken = "is broken"
+
+    def complete(self, folder: Path) -> list[Checkpoint]:
+        # Rank 0 looks for all ranks: over NFS another host may not see a new file yet.
+        agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(agreed, src=0)
+        return agreed[0]
+
+    def check_world_size(self, checkpoint: Checkpoint) -> None:
+        pass  # `universal.py` converts the checkpoint
+
+    def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
+        shares = checkpoint.files[dist.get_rank() :: dist.get_world_size()]
+        return {name: entry for files in shares for name, entry in files.items()}
+
+    def bytes_per_host(self, size: int) -> int:
+        return size
+
+
+class FolderPerHost(Storage):
+    """An output folder on every host, which holds the files that the host's ranks wrote."""
+
+    shared = False
+    broken = "is broken, or not whole on hosts that share none"
+
+    def complete(self, folder: Path) -> list[Checkpoint]:
+        views = process_group.all_gather_object(complete_checkpoints(folder))
+        everywhere = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
+        return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in everywhere]
+
+    def check_world_size(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.world_size != dist.get_world_size():
+            raise InputError(
+                f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks; for {dist.get_world_size()} "
+                f"it is converted where all hosts share {checkpoint.path.parent}, but here they do not"
+            )
+
+    def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
+        return checkpoint.files[dist.get_rank()]
+
+    def bytes_per_host(self, size: int) -> int:
+        return size * process_group.local_world_size() // dist.get_world_size()
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint's manifest says on every host. Its evaluation may be recorded on one host only."""
+    return repr((checkpoint.step, checkpoint.step_size, checkpoint.data, checkpoint.files))
+
+
+def find_out(folder: Path) -> Storage:
+    """Find out whether all ranks see the same folder: do they see a file that rank 0 makes in it?
+
+    Collective: every rank must call this.
+    """
+    rank, name = dist.get_rank(), [f".{uuid.uuid4().hex}.tmp"]
+    dist.broadcast_object_list(name, src=0)
+    probe = folder / name[0]
+    if rank == 0:
+        probe.touch()
+    dist.barrier()
+    with suppress(OSError):  # a host that cannot make the folder does not share it
+        # NFS caches that a folder does not exist; making the folder asks the server anew.
+        folder.mkdir(parents=True, exist_ok=True)
+    shared = all(process_group.all_gather_object(probe.exists()))
+    if rank == 0:
+        probe.unlink()
+    return SharedFolder(writes=rank == 0) if shared else FolderPerHost(writes=process_group.local_rank() == 0)
