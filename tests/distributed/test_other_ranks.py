@@ -1,4 +1,4 @@
-"""A run goes on with other ranks than it was started with as it would have with those."""
+"""A run that is resumed with another number of ranks computes what it would have computed with the first number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
-from selfgen_ds.checkpoint import checkpoint, universal
+from selfgen_ds.checkpoint import manifest, universal
 from selfgen_ds.config import CheckpointConfig, LoraConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.rounds.store import Writer, load_table
@@ -41,18 +41,18 @@ def ranks(one_rank: Ranks, two_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
 
 
 class Steps(NamedTuple):
-    """What a rank saw."""
+    """Steps of one rank."""
 
     losses: list[float]
     contexts: dict[tuple[int, int], list[int]]
     accumulation: int
     checksum: str
-    """Of the weights that it started with."""
+    """Checksum of the weights before the first step."""
     logged: list[str]
 
 
 def steps(settings: Recipe, save_at: int = 0, until: int = STEPS) -> Steps:
-    """Start, or go on where a checkpoint is, and write another one behind step `save_at`."""
+    """Start or resume a run, and take its steps up to `until`; save a checkpoint after step `save_at`."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -73,22 +73,22 @@ def steps(settings: Recipe, save_at: int = 0, until: int = STEPS) -> Steps:
     return Steps([result.loss for result in results], contexts, run.windows.accumulation, checksum, records)
 
 
-def together(found: list[Steps]) -> tuple[list[float], dict[tuple[int, int], list[int]]]:
-    """Losses, and the contexts of all ranks."""
-    assert all(steps.losses == found[0].losses for steps in found)
-    return found[0].losses, {key: row for steps in found for key, row in steps.contexts.items()}
+def joined(by_rank: list[Steps]) -> tuple[list[float], dict[tuple[int, int], list[int]]]:
+    """Return the losses, which all ranks agree on, and the contexts of all ranks."""
+    assert all(steps.losses == by_rank[0].losses for steps in by_rank)
+    return by_rank[0].losses, {key: row for steps in by_rank for key, row in steps.contexts.items()}
 
 
-def goes_on(before: list[Steps], found: list[Steps]) -> None:
-    """As those of other ranks would have from step `SAVED` on."""
-    losses, contexts = together(before)
-    its_losses, its_contexts = together(found)
-    assert its_losses == pytest.approx(losses[SAVED:], rel=1e-6)
-    assert its_contexts == {key: row for key, row in contexts.items() if key[0] >= SAVED}
+def check_continues(before: list[Steps], after: list[Steps]) -> None:
+    """Check that a resumed run has the losses and contexts that the first one had after step `SAVED`."""
+    losses, contexts = joined(before)
+    resumed_losses, resumed_contexts = joined(after)
+    assert resumed_losses == pytest.approx(losses[SAVED:], rel=1e-6)
+    assert resumed_contexts == {key: row for key, row in contexts.items() if key[0] >= SAVED}
 
 
 def resumed(settings: Recipe, name: str) -> Recipe:
-    """The same command, on a copy of what the run has written."""
+    """Return a recipe that resumes a copy of the run's output folder."""
     copy = replace(settings, output_dir=f"{settings.output_dir}-{name}", resume="auto")
     shutil.copytree(settings.output_dir, copy.output_dir)
     return copy
@@ -103,7 +103,7 @@ def small(folder: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def two(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Steps]]:
-    """A run of 2 ranks with a checkpoint in the middle; the JSON has the batch sizes of 2 ranks in numbers."""
+    """A run of 2 ranks with a checkpoint in the middle. Its JSON states the batch sizes of 2 ranks as numbers."""
     folder = tmp_path_factory.mktemp("two")
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 2}
@@ -116,46 +116,59 @@ def two(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.mark.parametrize(("number", "accumulation"), [(1, 4), (3, 2), (4, 1)])
-def test_a_run_of_two_ranks_goes_on_with_others(
+def test_a_run_of_two_ranks_continues_with_another_number(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]], number: int, accumulation: int
 ) -> None:
     settings, before = two
-    found = ranks[number].run(steps, resumed(settings, str(number)))
-    goes_on(before, found)
-    assert sum(len(steps.contexts) for steps in found) == 8 * (STEPS - SAVED)
-    assert {steps.accumulation for steps in found} == {accumulation}
+    after = ranks[number].run(steps, resumed(settings, str(number)))
+    check_continues(before, after)
+    assert sum(len(steps.contexts) for steps in after) == 8 * (STEPS - SAVED)
+    assert {steps.accumulation for steps in after} == {accumulation}
     told = f"2 ranks before, {number} now: a step keeps its 8 rows, as {accumulation} micro-batches of 2 a rank"
-    assert told in found[0].logged
-    assert not any("nothing to do" in line for line in found[0].logged)
+    assert told in after[0].logged
+    assert not any("nothing to do" in line for line in after[0].logged)
 
 
 def test_a_run_goes_to_more_ranks_and_back(ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]) -> None:
     settings, before = two
     there = resumed(settings, "there")
-    losses = together(ranks[3].run(steps, there, SAVED + 1, SAVED + 1))[0]
-    losses += together(ranks[2].run(steps, there))[0]
-    assert losses == pytest.approx(together(before)[0][SAVED:], rel=1e-6)
-    assert [c.world_size for c in checkpoint.complete_checkpoints(Path(there.output_dir) / "checkpoints")] == [2, 3]
+    losses = joined(ranks[3].run(steps, there, SAVED + 1, SAVED + 1))[0]
+    losses += joined(ranks[2].run(steps, there))[0]
+    assert losses == pytest.approx(joined(before)[0][SAVED:], rel=1e-6)
+    assert [c.world_size for c in manifest.complete_checkpoints(Path(there.output_dir) / "checkpoints")] == [2, 3]
 
 
 def test_a_step_of_three_ranks_does_not_divide_by_two(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     settings = small(tmp_path, train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=1))
     settings.train.max_steps = STEPS
     before = ranks[3].run(steps, settings, SAVED)
-    found = ranks[2].run(steps, replace(settings, resume="auto"))
-    goes_on(before, found)
-    assert found[0].accumulation == 2
-    assert len(found[0].contexts) == 2 * len(found[1].contexts) == 4 * (STEPS - SAVED)
+    after = ranks[2].run(steps, replace(settings, resume="auto"))
+    check_continues(before, after)
+    assert after[0].accumulation == 2
+    assert len(after[0].contexts) == 2 * len(after[1].contexts) == 4 * (STEPS - SAVED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind",
-    ["stage 0", "stage 1", "stage 2", "stage 3 bf16", "stage 2 bf16", "offload", "lora", "tied", "experts", "packing"],
+    ("kind", "number"),
+    [
+        ("stage 0", 3),
+        ("stage 1", 3),
+        ("stage 2", 1),
+        ("stage 3 bf16", 1),
+        ("stage 2 bf16", 3),
+        ("offload", 1),
+        ("lora", 3),
+        ("tied", 1),
+        ("experts", 3),
+        ("packing", 3),
+    ],
 )
 @pytest.mark.timeout(600)
-def test_every_kind_of_run_goes_on_with_one_rank_and_with_three(
-    ranks: dict[int, Ranks], tmp_path: Path, kind: str
+def test_every_kind_of_run_continues_with_another_number_of_ranks(
+    ranks: dict[int, Ranks], tmp_path: Path, kind: str, number: int
 ) -> None:
+    """Every path of the code that saves and loads runs once, alternately with fewer and with more ranks."""
     settings = small(tmp_path)
     if kind.startswith("stage"):
         (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": int(kind.split()[1])}}))
@@ -175,32 +188,31 @@ def test_every_kind_of_run_goes_on_with_one_rank_and_with_three(
     before = ranks[2].run(steps, settings, SAVED, timeout=400.0)  # an op may be compiled
     weights = ranks[2].run(steps, resumed(settings, "2"), 0, SAVED)[0].checksum
     assert weights != before[0].checksum
-    for number in (1, 3):
-        found = ranks[number].run(steps, resumed(settings, str(number)), timeout=TIMEOUT)
-        assert {steps.checksum for steps in found} == {weights}
-        if kind.endswith("bf16"):  # of gradients that are summed in it, the order of the sum shows
-            assert together(found)[0] == pytest.approx(together(before)[0][SAVED:], rel=1e-3)
-        else:
-            goes_on(before, found)
+    after = ranks[number].run(steps, resumed(settings, str(number)), timeout=TIMEOUT)
+    assert {steps.checksum for steps in after} == {weights}
+    if kind.endswith("bf16"):  # gradients are summed in bfloat16, in another order
+        assert joined(after)[0] == pytest.approx(joined(before)[0][SAVED:], rel=1e-3)
+    else:
+        check_continues(before, after)
 
 
 def test_ranks_beyond_the_rows_of_a_step_have_nothing_to_do(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     settings = small(tmp_path, train=TrainConfig(micro_batch_size=1, gradient_accumulation_steps=1))
     settings.train.max_steps = STEPS
     before = ranks[2].run(steps, settings, SAVED)
-    found = ranks[4].run(steps, replace(settings, resume="auto"))
-    goes_on(before, found)
-    assert [len(steps.contexts) for steps in found] == [3, 3, 0, 0]
-    assert "a step has fewer micro-batches than there are ranks: 2 of them have nothing to do" in found[0].logged
+    after = ranks[4].run(steps, replace(settings, resume="auto"))
+    check_continues(before, after)
+    assert [len(steps.contexts) for steps in after] == [3, 3, 0, 0]
+    assert "a step has fewer micro-batches than there are ranks: 2 of them have nothing to do" in after[0].logged
 
 
 def random_number(settings: Recipe) -> float:
-    """What dropout would see first."""
+    """Return the first random number after a resume, which dropout would use."""
     prepare(settings, set())
     return float(torch.rand(1))
 
 
-def test_what_is_random_on_other_ranks_is_the_same_in_every_attempt_and_no_beginning(
+def test_another_number_of_ranks_has_new_random_numbers_which_every_attempt_repeats(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
 ) -> None:
     settings = two[0]
@@ -214,7 +226,7 @@ def test_what_is_random_on_other_ranks_is_the_same_in_every_attempt_and_no_begin
 
 
 def rounds(settings: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """What was drawn."""
+    """Return the rows of every round, by the name of its folder."""
     folders = sorted((Path(settings.output_dir) / "rollouts").glob("round-*"))
     return {folder.name: list(load_table(folder).with_format(None)) for folder in folders}
 
@@ -226,7 +238,7 @@ def curve(settings: Recipe) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def bash(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A run of 12 steps, 5 a round, with checkpoints at 5, 7, 10 and 12."""
+    """A run of 12 steps, 5 per round, with checkpoints at 5, 7, 10 and 12."""
     selfgen = SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0, schedule="linear")
     checkpoints = CheckpointConfig(every=7, keep=9)
     settings = small(tmp_path_factory.mktemp("bash"), selfgen=selfgen, checkpoint=checkpoints)
@@ -236,27 +248,27 @@ def bash(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> R
     return settings
 
 
-def goes_on_alike(ranks: Ranks, settings: Recipe, whole: Recipe) -> None:
+def check_same_rounds(ranks: Ranks, settings: Recipe, whole: Recipe) -> None:
     ranks.run(runs.run_training, settings, timeout=TIMEOUT)
-    found, expected = curve(settings), curve(whole)
-    assert found.keys() == expected.keys()
-    for key, values in found.items():
+    metrics, expected = curve(settings), curve(whole)
+    assert metrics.keys() == expected.keys()
+    for key, values in metrics.items():
         assert values == pytest.approx(expected[key], rel=1e-6), key
     assert rounds(settings) == rounds(whole)
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_round_goes_on_in_its_middle_and_the_next_one_draws_the_same(
+def test_a_round_continues_in_its_middle_and_the_next_round_draws_the_same(
     ranks: dict[int, Ranks], bash: Recipe, number: int
 ) -> None:
     part = resumed(bash, f"middle-{number}")
     for path in ("checkpoints/step-000010", "checkpoints/step-000012", "rollouts/round-03", "model"):
         shutil.rmtree(Path(part.output_dir) / path)
-    goes_on_alike(ranks[number], part, bash)
+    check_same_rounds(ranks[number], part, bash)
 
 
 def die_in_the_second_round(settings: Recipe) -> None:
-    """A SIGKILL to each rank when it has written two chunks of it."""
+    """Send SIGKILL to each rank when it has written two chunks of the second round."""
     write, seen = Writer.write, []
 
     def counted(self: Writer, *arguments: Any) -> None:
@@ -270,7 +282,7 @@ def die_in_the_second_round(settings: Recipe) -> None:
 
 
 def killed(function: Any, *arguments: Any, number: int = 2) -> None:
-    """Ranks of their own that die."""
+    """Run a function, which kills its ranks, on new ranks."""
     group, deadline = Ranks(number), time.monotonic() + TIMEOUT
     try:
         group.begin(function, *arguments)
@@ -281,13 +293,13 @@ def killed(function: Any, *arguments: Any, number: int = 2) -> None:
         group.stop()
 
 
-def test_a_round_that_was_being_drawn_is_drawn_on(ranks: dict[int, Ranks], bash: Recipe) -> None:
+def test_drawing_a_round_continues_with_another_number_of_ranks(ranks: dict[int, Ranks], bash: Recipe) -> None:
     part = replace(bash, output_dir=bash.output_dir + "-killed", resume="auto")
     killed(die_in_the_second_round, part)
     partial = Path(part.output_dir) / "rollouts" / "round-02.partial"
     before = {path.name: path.stat().st_ino for path in partial.glob("*.arrow") if path.with_suffix(".json").exists()}
     assert 2 <= len(before) < 8
-    goes_on_alike(ranks[3], part, bash)
+    check_same_rounds(ranks[3], part, bash)
     after = {path.name: path.stat().st_ino for path in partial.with_suffix("").glob("*.arrow")}
     assert {name: after[name] for name in before} == before
     assert len(after) == 8
@@ -297,7 +309,7 @@ def test_a_round_that_was_being_drawn_is_drawn_on(ranks: dict[int, Ranks], bash:
 
 
 def die_converting(settings: Recipe) -> None:
-    """A SIGKILL to rank 0 between the two halves of a conversion."""
+    """Send SIGKILL to rank 0 between the two halves of a conversion."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ds_to_universal, "_merge_zero3_slice_files", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         prepare(settings, set())
@@ -311,10 +323,10 @@ def test_a_killed_conversion_is_never_taken_for_a_checkpoint_and_is_removed(
     left = Path(part.output_dir) / "checkpoints" / universal.FOLDER
     killed(die_converting, part, number=1)
     assert any(path.is_file() for path in left.rglob("*"))
-    assert [c.step for c in checkpoint.complete_checkpoints(left.parent)] == [SAVED]
+    assert [c.step for c in manifest.complete_checkpoints(left.parent)] == [SAVED]
     again = resumed(part, "as-it-was")
-    losses = together(ranks[2].run(steps, again))[0]
-    assert losses == together(before)[0][SAVED:]  # with as many ranks nothing has to be converted
+    losses = joined(ranks[2].run(steps, again))[0]
+    assert losses == joined(before)[0][SAVED:]  # with as many ranks nothing has to be converted
     ranks[1].run(steps, part)
     for run in (part, again):
         names = {path.name for path in (Path(run.output_dir) / "checkpoints").iterdir() if path.is_dir()}
@@ -322,7 +334,7 @@ def test_a_killed_conversion_is_never_taken_for_a_checkpoint_and_is_removed(
 
 
 def bytes_of_common_state(settings: Recipe) -> int:
-    """Of the file that every rank loads whole."""
+    """Return the size of the one converted file that every rank loads."""
     engine = prepare(replace(settings, resume=None, output_dir=settings.output_dir + "-new"), set()).engine
     with universal.converted(engine, Path(settings.output_dir) / "checkpoints" / f"step-{SAVED:06d}") as folder:
         return (folder / f"step-{SAVED:06d}" / "zero" / "optimizer_state.pt").stat().st_size
@@ -348,7 +360,7 @@ def test_a_conversion_that_the_disk_has_no_room_for_is_one_clear_line(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
 ) -> None:
     part = resumed(two[0], "full")
-    files = checkpoint.complete_checkpoints(Path(part.output_dir) / "checkpoints")[0].files
+    files = manifest.complete_checkpoints(Path(part.output_dir) / "checkpoints")[0].files
     optimizer = sum(size for of_rank in files for name, (size, _) in of_rank.items() if "optim" in name)
     line = (
         r"InputError: resume: .*step-000003 was written by another number of ranks; converting it takes \d\.\d MB, and "
@@ -367,16 +379,16 @@ def test_ranks_that_would_have_none_of_the_norms_are_refused_before_stage_3(
     settings = small(tmp_path, deepspeed=str(tmp_path / "ds.json"))
     tiny = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
     settings.model.preset = runs.PRESET | tiny  # 12 numbers in all
-    losses = together(ranks[2].run(steps, settings, SAVED))[0]
+    losses = joined(ranks[2].run(steps, settings, SAVED))[0]
     part = replace(settings, resume="auto")
     with pytest.raises(
         AssertionError, match=r"InputError: resume: .* cannot be loaded by 4 ranks, .*; fewer ranks can"
     ):
         ranks[4].run(steps, part)
-    assert together(ranks[3].run(steps, part))[0] == pytest.approx(losses[SAVED:], rel=1e-6)
+    assert joined(ranks[3].run(steps, part))[0] == pytest.approx(losses[SAVED:], rel=1e-6)
 
 
 def test_a_folder_may_have_any_name(ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]) -> None:
     settings, before = two
-    losses = together(ranks[1].run(steps, resumed(settings, "a+b (c)")))[0]
-    assert losses == pytest.approx(together(before)[0][SAVED:], rel=1e-6)
+    losses = joined(ranks[1].run(steps, resumed(settings, "a+b (c)")))[0]
+    assert losses == pytest.approx(joined(before)[0][SAVED:], rel=1e-6)

@@ -1,6 +1,7 @@
-"""Hosts that do not share the output folder keep a part of each checkpoint each.
+"""Hosts that do not share the output folder each keep a part of every checkpoint.
 
-A host is a working directory here: ranks of several hosts have the same relative `output_dir`, and see other folders.
+A host is a working directory here: ranks on different hosts have the same relative `output_dir`, which is another
+folder on each host.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from selfgen_ds.checkpoint import checkpoint
+from selfgen_ds.checkpoint import manifest, resuming
+from selfgen_ds.checkpoint.storage import find_out
 from selfgen_ds.config import CheckpointConfig, Recipe, SelfgenConfig
-from selfgen_ds.ranks.storage import find_out
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.distributed.test_lora import with_stage
@@ -34,7 +35,7 @@ def four_ranks() -> Iterator[Ranks]:
 
 
 def on_hosts(hosts: Path, ranks_a_host: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it on this rank's host."""
+    """Call a function on this rank's host."""
     host, local_rank = divmod(dist.get_rank(), ranks_a_host)
     folder, before = hosts / f"host-{host}", os.environ["LOCAL_RANK"]
     folder.mkdir(exist_ok=True)
@@ -55,28 +56,52 @@ def first_step(settings: Recipe) -> int:
     return prepare(replace(settings, resume="auto"), set()).first_step
 
 
-def keeps() -> tuple[bool, bool]:
-    found = find_out(Path())
-    return found.shared, found.writes
+def shares_and_writes() -> tuple[bool, bool]:
+    storage = find_out(Path())
+    return storage.shared, storage.writes
 
 
-@pytest.fixture
-def settings(folder: Path) -> Recipe:
+def recipe(folder: Path) -> Recipe:
+    """A run of 6 steps at ZeRO stage 2, saved at 4 and 6."""
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=2), deepspeed=with_stage(folder, 2))
     settings.optim.schedule, settings.train.max_steps = "constant", 6
     return replace(settings, output_dir=RUN)
 
 
 @pytest.fixture
-def saved(two_ranks: Ranks, folder: Path, settings: Recipe) -> Recipe:
-    two_ranks.run(on_hosts, folder, 1, train, settings)
+def settings(folder: Path) -> Recipe:
+    return recipe(folder)
+
+
+@pytest.fixture(scope="module")
+def trained_on_hosts(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of two hosts with one rank each."""
+    folder = tmp_path_factory.mktemp("hosts")
+    runs.write_rows(folder)
+    two_ranks.run(on_hosts, folder, 1, train, recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(trained_on_hosts: Path, folder: Path, settings: Recipe) -> Recipe:
+    """A copy of the finished run, which the test may change."""
+    for host in ("host-0", "host-1"):
+        shutil.copytree(trained_on_hosts / host, folder / host)
+        config = folder / host / RUN / "config.yaml"
+        config.write_text(config.read_text().replace(str(trained_on_hosts), str(folder)))
     return settings
+
+
+def found_step() -> int | None:
+    """Return the step of the checkpoint that a resume would load."""
+    checkpoint = resuming.find(Path(RUN) / "checkpoints", find_out(Path(RUN)))
+    return None if checkpoint is None else checkpoint.step
 
 
 def steps_on(folder: Path, host: int) -> list[str]:
     checkpoints = folder / f"host-{host}" / RUN / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == [
-        c.path.name for c in checkpoint.complete_checkpoints(checkpoints)
+        c.path.name for c in manifest.complete_checkpoints(checkpoints)
     ]
     return sorted(path.name for path in checkpoints.glob("step-*"))
 
@@ -88,7 +113,7 @@ def steps_on(folder: Path, host: int) -> list[str]:
 def test_ranks_find_out_whether_their_hosts_share_a_folder(
     four_ranks: Ranks, tmp_path: Path, ranks_a_host: int, expected: list[tuple[bool, bool]]
 ) -> None:
-    assert four_ranks.run(on_hosts, tmp_path, ranks_a_host, keeps) == expected
+    assert four_ranks.run(on_hosts, tmp_path, ranks_a_host, shares_and_writes) == expected
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -106,7 +131,7 @@ def test_every_host_has_its_ranks_files_and_removes_its_own_folders(
             "tensors.json",
             f"zero_pp_rank_{host}_mp_rank_00_optim_states.pt",
         }
-        files = checkpoint.complete_checkpoints(newest.parent)[-1].files[host]
+        files = manifest.complete_checkpoints(newest.parent)[-1].files[host]
         written = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
         assert files.keys() == written - {"complete.json"}
         assert (folder / f"host-{host}" / RUN / "config.yaml").exists()
@@ -114,9 +139,7 @@ def test_every_host_has_its_ranks_files_and_removes_its_own_folders(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_goes_on_where_it_stopped_bit_for_bit(
-    two_ranks: Ranks, folder: Path, settings: Recipe, stage: int
-) -> None:
+def test_a_run_resumes_bit_for_bit(two_ranks: Ranks, folder: Path, settings: Recipe, stage: int) -> None:
     settings.deepspeed = with_stage(folder, stage)
     whole = replace(settings, output_dir=str(folder / "whole"))
     two_ranks.run(runs.run_training, whole)
@@ -127,8 +150,8 @@ def test_a_run_goes_on_where_it_stopped_bit_for_bit(
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["no marker", "no folder", "its ranks' file", "what its ranks share"])
-def test_a_checkpoint_that_a_host_has_not_whole_is_passed_over_by_all(
+@pytest.mark.parametrize("damage", ["no marker", "no folder", "a rank's file", "a file of all ranks"])
+def test_a_checkpoint_that_is_incomplete_on_one_host_is_passed_over_on_all(
     two_ranks: Ranks, folder: Path, saved: Recipe, damage: str
 ) -> None:
     newest = folder / "host-1" / RUN / "checkpoints" / "step-000006"
@@ -137,13 +160,13 @@ def test_a_checkpoint_that_a_host_has_not_whole_is_passed_over_by_all(
     else:
         name = {
             "no marker": "complete.json",
-            "its ranks' file": "generators_rank_1.pt",
-            "what its ranks share": "mp_rank_00_model_states.pt",
+            "a rank's file": "generators_rank_1.pt",
+            "a file of all ranks": "mp_rank_00_model_states.pt",
         }[damage]
         (newest / name).unlink()
     for _ in range(2):
-        assert two_ranks.run(on_hosts, folder, 1, first_step, saved) == [4, 4]
-    assert (folder / "host-0" / RUN / "checkpoints" / "step-000006" / checkpoint.BROKEN).exists()
+        assert two_ranks.run(on_hosts, folder, 1, found_step) == [4, 4]
+    assert (folder / "host-0" / RUN / "checkpoints" / "step-000006" / manifest.BROKEN).exists()
 
 
 def resumed(settings: Recipe) -> dict[str, float]:
@@ -152,21 +175,18 @@ def resumed(settings: Recipe) -> dict[str, float]:
     return found.metrics
 
 
-def test_an_evaluation_that_only_some_hosts_have_recorded_is_rank_0s(
-    two_ranks: Ranks, folder: Path, saved: Recipe
-) -> None:
+def test_if_hosts_recorded_different_evaluations_rank_0s_counts(two_ranks: Ranks, folder: Path, saved: Recipe) -> None:
     for host, loss in ((0, 1.5), (1, float("nan"))):
         path = folder / f"host-{host}" / RUN / "checkpoints" / "step-000006"
-        found = checkpoint.complete_checkpoints(path.parent)[-1]
-        content = {name: value for name, value in vars(found).items() if name != "path"}
-        checkpoint.write_marker(path, content | {"metrics": {"loss": loss}})
+        checkpoint = manifest.complete_checkpoints(path.parent)[-1]
+        manifest.write_marker(replace(checkpoint, metrics={"loss": loss}))
     assert two_ranks.run(on_hosts, folder, 1, resumed, saved) == [{"loss": 1.5}] * 2
 
 
-def test_where_no_checkpoint_is_whole_on_all_hosts_the_run_stops_and_loses_none(
+def test_if_no_checkpoint_is_complete_on_all_hosts_the_run_stops_and_loses_none(
     two_ranks: Ranks, folder: Path, saved: Recipe
 ) -> None:
-    """As on other hosts than before."""
+    """For example when the run is started again on other hosts."""
     (folder / "host-1").rename(folder / "elsewhere")
     with pytest.raises(AssertionError) as caught:
         two_ranks.run(on_hosts, folder, 1, first_step, saved)
@@ -183,7 +203,7 @@ def test_another_number_of_ranks_needs_a_shared_folder(four_ranks: Ranks, folder
         four_ranks.run(on_hosts, folder, 2, first_step, saved)
 
 
-def test_a_host_without_the_other_ones_parts_says_so(one_rank: Ranks, folder: Path, saved: Recipe) -> None:
+def test_a_host_without_the_other_hosts_parts_says_so(one_rank: Ranks, folder: Path, saved: Recipe) -> None:
     line = "run/checkpoints/step-000006 was written by 2 ranks, on hosts that share no folder; not all of its parts are"
     with pytest.raises(AssertionError, match=line):
         one_rank.run(on_hosts, folder, 1, first_step, saved)

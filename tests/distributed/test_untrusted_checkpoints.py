@@ -1,4 +1,4 @@
-"""Code in a checkpoint is not run: not by a resume, a conversion or an export, unless it is trusted."""
+"""A resume, a conversion and an export do not run code that is in a checkpoint, unless the checkpoint is trusted."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 import pickle
 import re
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from selfgen_ds.checkpoint import checkpoint, universal, unpickling
+from selfgen_ds.checkpoint import export, manifest, universal
 from selfgen_ds.config import Recipe
+from selfgen_ds.errors import InputError
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.forked import command
@@ -30,15 +32,27 @@ class Exploit:
 
 @pytest.fixture
 def infected(saved: Recipe) -> tuple[Recipe, Path, Path]:
-    """A run whose newest checkpoint holds code, in a file that is otherwise as it was: the file, and what it makes."""
+    """A run whose newest checkpoint holds code, the file with the code, and the file that the code would make."""
     newest = Path(saved.output_dir) / "checkpoints" / "step-000006"
     file, made = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt", newest.parent / "made"
     torch.save(torch.load(file, weights_only=False) | {"more": Exploit(str(made))}, file)
-    found = vars(checkpoint.complete_checkpoints(newest.parent)[-1])
-    found["files"][1][file.name] = [file.stat().st_size, zlib.crc32(file.read_bytes())]
-    checkpoint.write_marker(newest, {name: value for name, value in found.items() if name != "path"})
+    write_sum(file)
     saved.resume = "auto"
     return saved, file, made
+
+
+def write_sum(file: Path) -> None:
+    """Have the manifest say that a file is as it was written."""
+    checkpoint = manifest.complete_checkpoints(file.parent.parent)[-1]
+    for files in checkpoint.files:
+        if file.name in files:
+            files[file.name] = [file.stat().st_size, zlib.crc32(file.read_bytes())]
+    manifest.write_marker(checkpoint)
+
+
+def last_lines(error: AssertionError) -> list[str]:
+    """Return the last line of each failed rank's traceback."""
+    return [failure.strip().splitlines()[-1] for failure in re.split(r"^rank \d: ", str(error), flags=re.MULTILINE)[1:]]
 
 
 REFUSED = r"expected tensors and plain containers, found something else \(posix.system\), .*trust_checkpoint"
@@ -52,9 +66,10 @@ def test_code_in_a_checkpoint_is_refused_in_one_clear_line(
     ranks = {1: one_rank, 2: two_ranks}[number]
     with pytest.raises(AssertionError) as caught:
         ranks.run(runs.first_step, settings)
-    lines = [line for line in str(caught.value).splitlines() if "InputError: " in line]
+    lines = last_lines(caught.value)
     assert len(lines) == number
-    assert re.search(f"InputError: {file}: {REFUSED}", lines[0])
+    for line in lines:
+        assert re.search(f"InputError: {file}: {REFUSED}", line)
     assert not made.exists()
 
 
@@ -106,9 +121,23 @@ def test_code_in_a_checkpoint_is_not_run_by_an_export_unless_it_is_trusted(
     assert (folder / "exported" / "model.safetensors").exists()
 
 
-def test_a_file_that_torch_did_not_write_is_refused_too(saved: Recipe) -> None:
-    file = Path(saved.output_dir) / "checkpoints" / "step-000006" / "generators_rank_0.pt"
-    assert unpickling.refused([file]) == []
+@pytest.mark.parametrize(
+    "name",
+    ["generators_rank_0.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+)
+def test_a_file_that_torch_did_not_write_is_refused_too(two_ranks: Ranks, saved: Recipe, name: str) -> None:
+    file = Path(saved.output_dir) / "checkpoints" / "step-000006" / name
     file.write_bytes(pickle.dumps(Exploit(str(file.parent / "made"))))
-    assert len(unpickling.refused([file])) == 1
+    write_sum(file)
+    saved.resume = "auto"
+    with pytest.raises(AssertionError) as caught:
+        two_ranks.run(runs.first_step, saved)
+    lines = last_lines(caught.value)
+    assert len(lines) == 2
+    assert all(
+        re.search(f"InputError: {file}: expected tensors and plain containers, .*trust_checkpoint", line)
+        for line in lines
+    )
+    with pytest.raises(InputError, match=f"{file}: expected tensors") if "generators" not in name else nullcontext():
+        export.export_checkpoint(file.parent, file.parent.parent / "exported")
     assert not (file.parent / "made").exists()
