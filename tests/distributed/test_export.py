@@ -15,7 +15,7 @@ from tests.distributed import runs
 from tests.ranks import Ranks
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.check), True])
 def test_the_exported_model_is_what_was_trained(two_ranks: Ranks, folder: Path, tied: bool) -> None:
     settings = runs.recipe(folder)
     settings.model.preset = runs.PRESET | {"tie_word_embeddings": tied}

@@ -37,7 +37,7 @@ STOPS = {
 }
 
 
-ONE = pytest.param("a step", marks=pytest.mark.check)
+ONE = pytest.param("a step", marks=pytest.mark.check)  # which resumes to the same bits as well
 OTHERS = [pytest.param(where, marks=pytest.mark.slow) for where in STOPS if where != "a step"]
 
 
