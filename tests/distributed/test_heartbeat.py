@@ -70,7 +70,9 @@ def test_a_run_on_the_port_of_another_one_is_refused_and_leaves_that_alone(folde
         metrics = Path(settings.output_dir) / "metrics.jsonl"
         first.until(lambda: runs.count_lines(metrics) > 0)
         second = ["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / "second")]
-        for rank, problem in enumerate(["is taken on 127.0.0.1, by another run", "at 127.0.0.1 is another run's"]):
+        for rank, problem in enumerate(
+            ["is taken on 127.0.0.1, perhaps by another run", "at 127.0.0.1 is another run's"]
+        ):
             of_rank = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
             assert command(second, folder / "log", of_rank | {"MASTER_PORT": str(first.port)}) == 2
             assert f"MASTER_PORT: {first.port} {problem}" in (folder / "log").read_text()
