@@ -130,7 +130,8 @@ def refused(one_rank: Ranks, folder: Path) -> Callable[..., str]:
 
 
 def test_rows_without_room_for_a_response_are_one_clear_line(folder: Path, refused: Callable[..., str]) -> None:
-    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 128, "completion": "b"}))
+    rows = [{"prompt": prompt, "completion": "b"} for prompt in ("a", "a" * 128)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert "leave no room for a response" in refused()
 
 
@@ -140,7 +141,10 @@ HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers":
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["--data.train", "builtin:none"], "data.train: unknown task 'builtin:none'; known are builtin:pointer_chase"),
+        (
+            ["--data.train", "builtin:none"],
+            "data.train: unknown task 'none'; the built-in tasks are builtin:pointer_chase, builtin:running_sum",
+        ),
         (
             ["--selfgen.method", "none"],
             "selfgen.method: expected one of sft, scheduled_sampling, bash, rac, or module:Class, got 'none'",
