@@ -84,7 +84,7 @@ class Contenders:
         self.steps = steps
         self.prompt = recipe.data.max_length // 4
         self.passes: dict[str, int] = {}
-        rows = torch.stack([self.batches(step)[0].target for step in range(steps)]).cpu()
+        rows = torch.stack([self.batches(step)[0].target_ids for step in range(steps)]).cpu()
         # in the order of the trainers' data loaders: step by step, a batch per rank
         self.rows = torch.stack(process_group.all_gather_object(rows), dim=1).flatten(0, 2)
 
@@ -209,16 +209,16 @@ class Contenders:
         for step in count():
             hold()
             [batch] = self.batches(step)
-            drawn = (torch.rand(batch.target.shape, device=batch.target.device) < P) & batch.replaceable
+            drawn = (torch.rand(batch.target_ids.shape, device=batch.target_ids.device) < P) & batch.replaceable_mask
             model.eval()  # in training mode, activation checkpointing with a cache gives wrong tokens
             with torch.no_grad(), unwrap_model_for_generation(engine) if gathered else nullcontext():
                 context = model.generate(
-                    batch.target[:, : self.prompt],
+                    batch.target_ids[:, : self.prompt],
                     generation_config=settings,
-                    logits_processor=LogitsProcessorList([KeepReference(batch.target, drawn)]),
+                    logits_processor=LogitsProcessorList([KeepReference(batch.target_ids, drawn)]),
                     synced_gpus=not gathered,
                 )
             model.train()
             logits = engine(input_ids=context, use_cache=False).logits[:, self.prompt - 1 : -1]
-            engine.backward(F.cross_entropy(logits.float().flatten(0, 1), batch.target[:, self.prompt :].flatten()))
+            engine.backward(F.cross_entropy(logits.float().flatten(0, 1), batch.target_ids[:, self.prompt :].flatten()))
             engine.step()

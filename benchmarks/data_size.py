@@ -91,10 +91,10 @@ def train(path: Path, rows: int, **settings: Any) -> None:
         )
     middle = step_batches.steps() // 2
     with measured(f"{name}: first batches in the middle, step {middle}"):
-        step_batches.window(middle)
+        step_batches.at(middle)
     with measured(f"{name}: batches of {_STEPS} more steps"):
         for step in range(middle + 1, middle + 1 + _STEPS):
-            step_batches.window(step)
+            step_batches.at(step)
 
 
 def in_new_process(function: Callable[..., None], *arguments: Any, **settings: Any) -> None:

@@ -63,7 +63,7 @@ def measure(run: Run, variants: dict[str, StepBatches]) -> tuple[dict[str, list[
     shares: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(1 + _STEPS):
         for name, step_batches in variants.items():
-            batches = step_batches.window(step)
+            batches = step_batches.at(step)
             dist.barrier()
             started = time.perf_counter()
             result = train_step(run.engine, run.method.contexts(batches, run.policy, run.total_steps - 1), 0.0)

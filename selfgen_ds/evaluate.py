@@ -17,6 +17,7 @@ from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
+from selfgen_ds.evaluation.recovery import forced_errors
 from selfgen_ds.evaluation.scores import corrected_length, evaluate
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
@@ -59,6 +60,7 @@ def run(options: EvaluateOptions) -> None:
         chosen,
         tokenizer,
         options.batch_size,
+        forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,
         seed=options.seed,
         correction=asked,

@@ -6,7 +6,6 @@ tokens, replaceable tokens and drawn tokens. Runs in one process, without DeepSp
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -16,10 +15,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.samples import Sample, Samples, end_tokens
+from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.samples import Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
-from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
 from selfgen_ds.model.policy import EnginePolicy
@@ -82,9 +82,9 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     method = load_method(recipe, tokenizer, samples, step_batches, total_steps=1)
     if rows:
         if draw and "replace_probability" in method.settings:
-            p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)
+            p = method.replace_probability(1 if method.as_round_method() is None else 0)
             console.print(f"drawn with p = {p:g}, the value in the last step or round\n")
-        batch = step_batches.window(0)[0]
+        batch = step_batches.at(0)[0]
         _print_rows(console, _draw(recipe, batch, samples, tokenizer, method) if draw else batch, tokenizer)
 
 
@@ -97,19 +97,15 @@ def _draw(
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, logits_form, vocabulary(tokenizer)).to(process_group.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
-    if isinstance(method, RoundMethod):
-        references = _samples_of(batch, samples)
-        rows, _ = method.rows(references, policy, 0)
-        drawn = collate([[row.sample()] for row in rows])
-        if not method.keeps_lengths:
-            return drawn
-        return replace(drawn, replaceable=collate([[sample] for sample in references]).replaceable)
+    if (round_method := method.as_round_method()) is not None:
+        rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)
+        return collate([[row] for row in rows])
     # of 1 step in all, step 1 is past the last, where a growing schedule has reached its final value
     (drawn,) = method.contexts([batch.to(policy.device)], policy, 1)
     return drawn.to("cpu")
 
 
-def _samples_of(batch: TokenBatch, samples: list[Samples]) -> list[Sample]:
+def _samples_of(batch: TokenBatch, samples: list[Samples]) -> list[TrainingRow]:
     """Return the samples that a batch holds rows of."""
     shown = batch.sample_ids[batch.sample_ids >= 0].unique()
     rows = ((source, source.first_id + np.array(source.table["sample_id"])) for source in samples)
@@ -144,13 +140,19 @@ def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokeni
     if not console.is_terminal:
         legend.append("for: the tokens of the reference that were replaced\n")
     console.print(legend)
-    for row in range(len(batch.context)):
+    for row in range(len(batch.context_ids)):
         for sample_id in dict.fromkeys(batch.sample_ids[row][batch.sample_ids[row] >= 0].tolist()):
             of_sample = batch.sample_ids[row] == sample_id
             console.rule(f"row {row + 1}, sample {sample_id}, {int(of_sample.sum())} tokens", align="left")
             replaceable, learned, drawn, context, target = (
                 values[row][of_sample].numpy()
-                for values in (batch.replaceable, batch.loss_mask, batch.drawn, batch.context, batch.target)
+                for values in (
+                    batch.replaceable_mask,
+                    batch.loss_mask,
+                    batch.replaced_mask,
+                    batch.context_ids,
+                    batch.target_ids,
+                )
             )
             kinds = np.where(learned, np.where(replaceable, "replaceable", "target"), "prompt")
             kinds = np.where(drawn, np.where(learned, "drawn", "answer"), kinds)

@@ -46,10 +46,10 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         between_steps.catch_up()
         for step in range(run.first_step, run.total_steps):
             round_started = time.perf_counter()
-            step_batches = run.windows if run.rounds is None else run.rounds.windows(step)
+            step_batches = run.windows if run.rounds is None else run.rounds.step_batches(step)
             started, forwards = time.perf_counter(), watch.forwards
             get_accelerator().reset_peak_memory_stats()
-            batches = [batch.to(run.engine.device) for batch in step_batches.window(step)]
+            batches = [batch.to(run.engine.device) for batch in step_batches.at(step)]
             pass_started = time.perf_counter()
             batches = run.method.contexts(batches, run.policy, step)
             get_accelerator().synchronize()
@@ -174,8 +174,8 @@ class BetweenSteps:
         run = self._run
         if run.eval_samples is None or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
-        size = self._recipe.eval.batch_size
-        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, poll=self._watch.poll))
+        size, errors = self._recipe.eval.batch_size, run.forced_errors
+        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, errors, poll=self._watch.poll))
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})

@@ -5,19 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.row import TrainingRow
 
 
-def sample(prompt: list[int], response: list[int], sample_id: int = 0) -> Sample:
+def sample(prompt: list[int], response: list[int], sample_id: int = 0) -> TrainingRow:
     """Return a sample; each response token but the last may be replaced."""
     ids = [*prompt, *response]
-    turns = np.array([[len(prompt), len(ids) - 1, len(ids)]])
-    return Sample(sample_id=sample_id, input_ids=np.array(ids), turns=turns)
+    return TrainingRow.reference(sample_id, np.array(ids), np.array([[len(prompt), len(ids) - 1, len(ids)]]))
 
 
 def padded(prompts: list[list[int]], responses: list[list[int]], sample_ids: list[int]) -> TokenBatch:
     """Return a batch with one sample per row."""
     return collate([[sample(*values)] for values in zip(prompts, responses, sample_ids, strict=True)])
+
+
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """Return the start and the end of each run of true values in a `[length]` bool array."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def lengths(batch: TokenBatch) -> list[int]:

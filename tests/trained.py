@@ -95,7 +95,7 @@ def token_by_token(
     model: PreTrainedModel, batch: TokenBatch, mask: Tensor, sampling: Sampling, keys: tuple[int, ...]
 ) -> list[list[int]]:
     """Return the context of each row, its masked tokens drawn one after the other. A row must hold one sample."""
-    context = batch.target.clone()
+    context = batch.target_ids.clone()
     uniforms = hashing.uniform(*keys, batch.sample_ids, batch.position_ids)
     for t in range(1, context.shape[1]):
         rows = mask[:, t].nonzero().flatten()

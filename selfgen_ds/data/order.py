@@ -1,6 +1,7 @@
-"""The order of training: any position of an endless stream of rows, without the ones before it.
+"""The order of training: which row stands at any position of an endless stream.
 
-Nothing here grows with the number of rows: the order of an epoch is a function, not a list.
+The order of an epoch is a function and not a list: its memory does not grow with the number of rows, and any position
+can be computed without the positions before it.
 """
 
 from __future__ import annotations
@@ -13,32 +14,37 @@ import torch
 from selfgen_ds import hashing
 from selfgen_ds.errors import InputError
 
-_ROUNDS = 6
-_SMALL = 1024  # rows that are sorted by random numbers: there are too few networks of so few bits
+_ROUNDS = 6  # of the Feistel network
+_SMALL = 1024
+"""Most rows that are ordered by sorting random numbers. A Feistel network of so few bits can only be one of a few
+permutations."""
 
 
 def permute(positions: np.ndarray, size: int, *keys: int) -> np.ndarray:
-    """A pseudo-random permutation of `range(size)`, another one for other keys.
+    """Map positions by a pseudo-random permutation of `range(size)`, which the keys choose.
 
-    Of many rows a Feistel network over the next even power of two, walked until the result lies inside (Black &
-    Rogaway 2002, "Ciphers with arbitrary finite domains").
+    For many rows, the permutation is a Feistel network over the next even power of two that is applied again until
+    the result lies in `range(size)` (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         positions: int64 in [0, size).
+
+    Returns:
+        `[positions]` int64 in [0, size).
     """
     seeds = np.random.SeedSequence([size, *keys])
     if size <= _SMALL:
         return np.argsort(seeds.generate_state(size, np.uint64), kind="stable")[positions]
-    half = -(-(size - 1).bit_length() // 2)  # bits
-    low = (1 << half) - 1
+    half_bits = -(-(size - 1).bit_length() // 2)
+    low = (1 << half_bits) - 1
     round_keys = seeds.generate_state(_ROUNDS, np.uint64).view(np.int64).tolist()
     result = torch.empty(len(positions), dtype=torch.int64)
     pending, values = torch.arange(len(positions)), torch.from_numpy(positions)
     while len(pending):
-        left, right = values >> half, values & low
+        left, right = values >> half_bits, values & low
         for key in round_keys:
             left, right = right, left ^ (hashing.mix(right ^ key) & low)
-        values = left << half | right
+        values = left << half_bits | right
         inside = values < size
         result[pending[inside]] = values[inside]
         pending, values = pending[~inside], values[~inside]
@@ -48,16 +54,17 @@ def permute(positions: np.ndarray, size: int, *keys: int) -> np.ndarray:
 class Stream:
     """The rows of several sources as one endless stream, epoch after epoch, each shuffled by (seed, epoch) alone.
 
-    An epoch has as many positions as there are rows. Without weights each row comes once; with weights every
-    source gets its share of the positions, and goes through its own rows in a shuffled order from epoch to epoch.
+    An epoch has as many positions as there are rows. Without weights, each row comes once per epoch. With weights,
+    every source gets its share of the positions, and its rows follow each other in a shuffled order that continues
+    from epoch to epoch.
 
     Args:
         sizes: Rows of each source.
         weights: Shares of the sources, or None.
-        least: Rows an epoch that every source must come to.
+        least: Fewest rows per epoch that a source's share may come to.
 
     Raises:
-        InputError: A share is less than that.
+        InputError: The share of a source comes to fewer rows.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int, least: int = 1) -> None:
@@ -72,27 +79,34 @@ class Stream:
         self._starts = self._ends - self._quotas
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Source and row, `[positions, 2]` int64, at some positions (int64, from 0) of the stream."""
-        found = np.empty((len(positions), 2), dtype=np.int64)
+        """Return the source and the row at some positions of the stream.
+
+        Args:
+            positions: int64, from 0.
+
+        Returns:
+            `[positions, 2]` int64: the number of the source, and the number of the row in the source.
+        """
+        places = np.empty((len(positions), 2), dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.size)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             slots = permute(offsets[here], self.size, self._seed, int(epoch))
             sources = np.searchsorted(self._ends, slots, side="right")
-            found[here, 0] = sources
-            found[here, 1] = slots - self._starts[sources]
+            places[here, 0] = sources
+            places[here, 1] = slots - self._starts[sources]
         for source, (size, quota) in enumerate(zip(self._sizes, self._quotas, strict=True)):
             if quota != size:
-                here = found[:, 0] == source
-                rounds, places = np.divmod(epochs[here] * quota + found[here, 1], size)
-                for lap in np.unique(rounds):
-                    rows = permute(places[rounds == lap], size, self._seed, source, int(lap))
-                    found[np.flatnonzero(here)[rounds == lap], 1] = rows
-        return found
+                here = places[:, 0] == source
+                laps, offsets_in_lap = np.divmod(epochs[here] * quota + places[here, 1], size)
+                for lap in np.unique(laps):
+                    rows = permute(offsets_in_lap[laps == lap], size, self._seed, source, int(lap))
+                    places[np.flatnonzero(here)[laps == lap], 1] = rows
+        return places
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in shares of the weights, by largest remainders."""
+    """Divide `total` into whole shares by weight, with the method of largest remainders."""
     exact = np.array(weights) / sum(weights) * total
     shares = np.floor(exact).astype(int)
     for i in np.argsort(shares - exact, kind="stable")[: total - shares.sum()]:

@@ -16,7 +16,7 @@ from selfgen_ds.data.cache import cache_folder, content_hash
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.formats import READERS, RawRow, first_line, read_file
 from selfgen_ds.data.hub import use_cache_without_network
-from selfgen_ds.data.tasks import TASKS, Row, generate
+from selfgen_ds.data.tasks import TASKS, TextPair, generate
 from selfgen_ds.data.validation import Columns, validated
 from selfgen_ds.errors import InputError
 
@@ -30,7 +30,7 @@ class Opened:
     name: str
     fingerprint: list[str]
     """Strings that change whenever the rows do."""
-    rows: Iterable[Row | Conversation]
+    rows: Iterable[TextPair | Conversation]
     """The rows, which are read while they are iterated over."""
 
 
@@ -67,7 +67,7 @@ def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from error
 
-    def rows() -> Iterator[Row | Conversation]:
+    def rows() -> Iterator[TextPair | Conversation]:
         for file in files:
             empty = True
             for row in validated(str(file), read_file(file), columns):

@@ -1,8 +1,8 @@
-"""Built-in tasks: procedural rows whose answer is a deterministic function of the prompt.
+"""Built-in tasks: procedural pairs of texts whose answer is a deterministic function of the prompt.
 
-The reference therefore stays the right target after a wrong token, which is what `recovery` measures: one
-wrong token is forced into the answer, the model goes on by itself, and its tokens are held against the
-reference.
+The reference therefore stays the right target after a wrong token. The recovery metrics of the evaluation rest on
+that: the answer is given a start that ends with one wrong token, the model continues it, and its tokens are compared
+with the reference.
 """
 
 from __future__ import annotations
@@ -11,34 +11,41 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 _TRAIN_ROWS = 65_536
 _TEST_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One example as text."""
+class TextPair:
+    """One example as two texts."""
 
     prompt: str
     completion: str
     where: str = field(default="", compare=False)
-    """Files: file and line that it was read from."""
-    forced: str | None = None
-    """Built-in tasks: start of the completion, up to and with one wrong token."""
-    rest: str | None = None
-    """Built-in tasks: what is right after `forced`."""
+    """File and line of the example; empty for a built-in task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedError:
+    """A completion that starts with an error, as two texts."""
+
+    start: str
+    """The start of the completion; its last token is wrong."""
+    rest: str
+    """The rest of the completion, which is right."""
 
 
 _SYMBOLS, _HOPS = 8, 6
 
 
-def _pointer_chase(rng: random.Random) -> Row:
+def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedError]:
     """Follow a random 8-cycle: `FaBc...A=` -> `cCdD...`; capitals are keys, small letters values.
 
-    The prompt holds the 8 pairs KEY value in random order, a start key and `=`; the answer 6 hops, each
-    written as the value and restated as the key. Restating what was just written is all that teacher
-    forcing needs after the look-up, so that one wrong value sends the rest along a wrong path.
+    The prompt holds the 8 pairs KEY value in random order, a start key and `=`. The answer is 6 hops, each written
+    as the value and restated as the key. Restating the value that was just written is all that teacher forcing needs
+    after the look-up, so that one wrong value sends the rest along a wrong path.
     """
     cycle = rng.sample(range(_SYMBOLS), _SYMBOLS)
     following = {cycle[i]: cycle[(i + 1) % _SYMBOLS] for i in range(_SYMBOLS)}
@@ -49,55 +56,65 @@ def _pointer_chase(rng: random.Random) -> Row:
     for _ in range(_HOPS):
         path.append(following[path[-1]])
     completion = "".join(value[s] + key[s] for s in path[1:])
-    at = 4  # the value of the third hop
-    wrong = rng.choice([v for v in value if v != completion[at]])
-    return Row(
-        prompt=f"{pairs}{key[start]}=",
-        completion=completion,
-        forced=completion[:at] + wrong,
-        rest=completion[at + 1 :],
+    third_hop = 4
+    return (
+        TextPair(prompt=f"{pairs}{key[start]}=", completion=completion),
+        _forced_error(completion, third_hop, value, rng),
     )
 
 
 _OPERANDS = 16
 
 
-def _running_sum(rng: random.Random) -> Row:
+def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedError]:
     """Running sums modulo 10: `3141592653589793=` -> `3489...`.
 
-    A control: each sum can be read off the operands so far, teacher forcing is enough.
+    A control: each sum can be read off the operands so far, so that teacher forcing is enough.
     """
     operands = [rng.randrange(10) for _ in range(_OPERANDS)]
     sums = [sum(operands[: i + 1]) % 10 for i in range(_OPERANDS)]
     completion = "".join(map(str, sums))
-    at = 2
-    wrong = rng.choice([str(d) for d in range(10) if d != sums[at]])
-    return Row(
-        prompt="".join(map(str, operands)) + "=",
-        completion=completion,
-        forced=completion[:at] + wrong,
-        rest=completion[at + 1 :],
+    third_sum = 2
+    return (
+        TextPair(prompt="".join(map(str, operands)) + "=", completion=completion),
+        _forced_error(completion, third_sum, "0123456789", rng),
     )
 
 
-TASKS: dict[str, Callable[[random.Random], Row]] = {
+def _forced_error(completion: str, place: int, alphabet: str, rng: random.Random) -> ForcedError:
+    """Put another character of the alphabet at one place of a completion."""
+    wrong = rng.choice([character for character in alphabet if character != completion[place]])
+    return ForcedError(start=completion[:place] + wrong, rest=completion[place + 1 :])
+
+
+TASKS: dict[str, Callable[[random.Random], tuple[TextPair, ForcedError]]] = {
     "pointer_chase": _pointer_chase,
     "running_sum": _running_sum,
 }
 
 
-def generate(task: str, split: str) -> Iterator[Row]:
-    """The rows of a built-in task's `train` or `test` set, the same ones in every run.
+def generate(task: str, split: str) -> Iterator[TextPair]:
+    """Yield the rows of a built-in task's `train` or `test` set, the same rows in every run."""
+    return (pair for pair, _ in _examples(task, split))
 
-    A prompt belongs to the test set if its checksum says so, hence the sets cannot overlap. No prompt
-    comes twice.
+
+@cache
+def forced_errors(task: str) -> list[ForcedError]:
+    """Return an error for every row of a built-in task's `test` set, in the order of `generate`."""
+    return [error for _, error in _examples(task, "test")]
+
+
+def _examples(task: str, split: str) -> Iterator[tuple[TextPair, ForcedError]]:
+    """Yield every prompt once.
+
+    A prompt belongs to the test set if its checksum says so, hence the sets cannot overlap.
     """
     count = _TRAIN_ROWS if split == "train" else _TEST_ROWS
     rng = random.Random(f"{task}/{split}")
     seen: set[str] = set()
     while len(seen) < count:
-        row = TASKS[task](rng)
-        in_test = zlib.crc32(row.prompt.encode()) % 16 == 0
-        if row.prompt not in seen and in_test == (split == "test"):
-            seen.add(row.prompt)
-            yield row
+        pair, error = TASKS[task](rng)
+        in_test = zlib.crc32(pair.prompt.encode()) % 16 == 0
+        if pair.prompt not in seen and in_test == (split == "test"):
+            seen.add(pair.prompt)
+            yield pair, error

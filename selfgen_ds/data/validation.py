@@ -9,7 +9,7 @@ from typing import Any
 
 from selfgen_ds.data.chat import SURROGATE, Conversation
 from selfgen_ds.data.formats import RawRow
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.errors import InputError
 
 
@@ -22,7 +22,7 @@ class Columns:
     messages: str = "messages"
 
 
-def validated(name: str, raw_rows: Iterable[RawRow], columns: Columns) -> Iterator[Row | Conversation]:
+def validated(name: str, raw_rows: Iterable[RawRow], columns: Columns) -> Iterator[TextPair | Conversation]:
     """Yield the rows of one file. The first row tells whether all of them are pairs of texts or conversations.
 
     Raises:
@@ -41,7 +41,7 @@ def validated(name: str, raw_rows: Iterable[RawRow], columns: Columns) -> Iterat
             yield _conversation(messages, fields, where)
 
 
-def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Conversation:
+def _pair(fields: dict[str, Any], where: str, columns: Columns) -> TextPair | Conversation:
     prompt, completion = (_field(fields, column, where) for column in (columns.prompt, columns.completion))
     both = f"{where}, fields {columns.prompt!r} and {columns.completion!r}"
     if _are_messages(prompt) and _are_messages(completion):
@@ -50,7 +50,7 @@ def _pair(fields: dict[str, Any], where: str, columns: Columns) -> Row | Convers
         raise InputError(f"{both}: expected two texts or two lists of messages, got one of each")
     for column, text in ((columns.prompt, prompt), (columns.completion, completion)):
         _check_text(text, f"{where}, field {column!r}")
-    return Row(prompt=prompt, completion=completion, where=where)
+    return TextPair(prompt=prompt, completion=completion, where=where)
 
 
 def _field(fields: dict[str, Any], column: str, where: str) -> Any:

@@ -113,7 +113,7 @@ def _target_weights(batch: TokenBatch, drawn_context_weight: float) -> Tensor | 
     if drawn_context_weight == 1.0:
         return None
     # A sample's first token is never a target, so a target follows a token of its own sample.
-    follows_drawn = F.pad(batch.drawn[:, :-1], (1, 0))
+    follows_drawn = F.pad(batch.replaced_mask[:, :-1], (1, 0))
     return torch.where(follows_drawn[batch.loss_mask], drawn_context_weight, 1.0)
 
 
@@ -127,10 +127,10 @@ def forward_losses(
     Args:
         weights: `[targets]`, the weight of each target in row-major order; None means 1.
     """
-    reduction = head.loss_sum(batch.target[batch.loss_mask], label_smoothing, weights)
+    reduction = head.loss_sum(batch.target_ids[batch.loss_mask], label_smoothing, weights)
     routed = batch.sample_ids >= 0 if engine.module.router_loss_coefficient else None
     result = engine(
-        batch.context,
+        batch.context_ids,
         positions=batch.loss_mask,
         reduction=reduction,
         position_ids=batch.packed_position_ids,
@@ -144,9 +144,9 @@ def _totals(batches: list[TokenBatch], losses: list[Tensor], router_losses: list
 
     The sums are: loss, router loss, drawn tokens, drawn tokens that differ from the target, and real tokens.
     """
-    drawn = [b.drawn & b.loss_mask for b in batches]  # other drawn tokens have no target to differ from
+    drawn = [b.replaced_mask & b.loss_mask for b in batches]  # other drawn tokens have no target to differ from
     counts = [
-        torch.stack([d.sum(), (d & (b.context != b.target)).sum(), (b.sample_ids >= 0).sum()])
+        torch.stack([d.sum(), (d & (b.context_ids != b.target_ids)).sum(), (b.sample_ids >= 0).sum()])
         for b, d in zip(batches, drawn, strict=True)
     ]
     sums = [torch.stack(values).double().sum() for values in (losses, router_losses)]

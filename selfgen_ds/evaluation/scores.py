@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from selfgen_ds import hashing
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.correction import Correction
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.evaluation.metrics import SampleScore
+from selfgen_ds.evaluation.recovery import ForcedError
 from selfgen_ds.model.loading import most_positions
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.ranks import process_group
@@ -24,9 +24,10 @@ from selfgen_ds.ranks import process_group
 
 def evaluate(
     policy: EnginePolicy,
-    samples: list[Sample],
+    samples: list[TrainingRow],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
+    forced_errors: dict[int, ForcedError] | None = None,
     sample_temperature: float = 0.0,
     seed: int = 0,
     correction: Correction | None = None,
@@ -40,6 +41,8 @@ def evaluate(
 
     Args:
         batch_size: Rows that a rank holds at once.
+        forced_errors: A forced error for every sample id (`selfgen_ds.evaluation.recovery`), or none at all: without
+            them, recovery is not scored.
         sample_temperature: If above 0, answers sampled at this temperature are scored as well.
         seed: Seed of the sampled answers.
         correction: How the model is asked to correct its answers, `correction_rounds` times. Answers are then cut at
@@ -50,9 +53,11 @@ def evaluate(
         The scores of all rows on every rank, in the order of their sample ids.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = list(_batches(samples, batch_size, world_size, most_positions(policy.model.config)))
-    longest = max(_longest([sample for share in shares for sample in share]) for shares in batches)
+    errors = forced_errors or {}
+    batches = list(_batches(samples, batch_size, world_size, most_positions(policy.model.config), errors))
+    longest = max(_longest([sample for share in shares for sample in share], errors) for shares in batches)
     questions = _Questions(
+        errors=errors,
         sample_temperature=sample_temperature,
         seed=seed,
         correction=correction,
@@ -72,8 +77,12 @@ def evaluate(
 
 
 def _batches(
-    samples: list[Sample], batch_size: int, world_size: int, positions: int | None
-) -> Iterator[list[list[Sample]]]:
+    samples: list[TrainingRow],
+    batch_size: int,
+    world_size: int,
+    positions: int | None,
+    errors: dict[int, ForcedError],
+) -> Iterator[list[list[TrainingRow]]]:
     """Yield, batch by batch, the rows of every rank; rows of similar length come together.
 
     The last batch may leave a rank without rows.
@@ -82,10 +91,10 @@ def _batches(
         positions: Positions of the model; None if the model sets no limit. The longest prompt and the longest answer
             of a batch must fit into them together, because all rows are continued until the last one has ended.
     """
-    batch: list[Sample] = []
+    batch: list[TrainingRow] = []
     longest_prompt = longest_answer = 0
-    for sample in sorted(samples, key=lambda sample: len(sample.input_ids)):
-        prompt, answer = _prompt_length(sample), len(sample.response_ids)
+    for sample in sorted(samples, key=len):
+        prompt, answer = _prompt_length(sample, errors), len(sample.response_ids)
         longest = max(longest_prompt, prompt) + max(longest_answer, answer)
         if batch and (len(batch) == batch_size * world_size or (positions is not None and longest > positions)):
             yield [batch[rank::world_size] for rank in range(world_size)]
@@ -95,21 +104,21 @@ def _batches(
     yield [batch[rank::world_size] for rank in range(world_size)]
 
 
-def _prompt_length(sample: Sample) -> int:
+def _prompt_length(sample: TrainingRow, errors: dict[int, ForcedError]) -> int:
     """Tokens of a prompt, with the forced error that may follow it."""
-    return len(sample.prompt_ids) + (0 if sample.forced_ids is None else len(sample.forced_ids))
+    return len(sample.prompt_ids) + (len(errors[sample.sample_id].start_ids) if errors else 0)
 
 
-def _longest(samples: list[Sample]) -> int:
+def _longest(samples: list[TrainingRow], errors: dict[int, ForcedError]) -> int:
     """Tokens of the longest row of a batch whose rows are all continued until the last one has ended."""
-    return max(map(_prompt_length, samples)) + _longest_response(samples)
+    return max(_prompt_length(sample, errors) for sample in samples) + _longest_response(samples)
 
 
-def _longest_response(samples: list[Sample]) -> int:
+def _longest_response(samples: list[TrainingRow]) -> int:
     return max(len(sample.response_ids) for sample in samples)
 
 
-def corrected_length(samples: list[Sample], correction: Correction) -> int:
+def corrected_length(samples: list[TrainingRow], correction: Correction) -> int:
     """Return the most tokens that prompt, answer, cue and corrected answer may come to together."""
     prompt = max(len(sample.prompt_ids) for sample in samples)
     return prompt + 2 * _longest_response(samples) + len(correction.closing_ids) + len(correction.cue_ids)
@@ -119,6 +128,8 @@ def corrected_length(samples: list[Sample], correction: Correction) -> int:
 class _Questions:
     """What the model is asked in addition to greedy answers."""
 
+    errors: dict[int, ForcedError]
+    """Forced errors by sample id; empty if recovery is not scored."""
     sample_temperature: float
     seed: int
     correction: Correction | None
@@ -129,7 +140,7 @@ class _Questions:
 
 def _score(
     policy: EnginePolicy,
-    shares: list[list[Sample]],
+    shares: list[list[TrainingRow]],
     rank: int,
     tokenizer: PreTrainedTokenizerBase,
     questions: _Questions,
@@ -147,7 +158,7 @@ def _score(
     # the order of these calls is the same on every rank
     teacher_forced, log_probabilities = _predict(policy, samples)
     answers = policy.complete(prompts, longest)
-    recovery = _recover(policy, samples, all_samples)
+    recovery = _recover(policy, samples, all_samples, questions.errors)
     sampled = _sample(policy, samples, longest, questions)
     corrected = _correct(policy, prompts, answers, longest, questions)
 
@@ -164,7 +175,7 @@ def _score(
             tokens=len(log_probabilities[i]),
             teacher_forced=teacher_forced[i][-len(references[i]) :].tolist(),
             free_running=_right(answers[i], references[i]),
-            recovery=None if recovery is None else _right(recovery[i], _array(sample.rest_ids).tolist()),
+            recovery=None if recovery is None else _right(recovery[i], questions.errors[sample.sample_id].rest_ids),
             sampled=None if sampled is None else _right(sampled[i], references[i]),
             sampled_answer=None if sampled is None else text(sampled[i]),
             corrected_answers=None if corrected is None else [text(some[i]) for some in corrected],
@@ -173,7 +184,7 @@ def _score(
     ]
 
 
-def _predict(policy: EnginePolicy, samples: list[Sample]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _predict(policy: EnginePolicy, samples: list[TrainingRow]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Predict every target token given the reference before it.
 
     Returns:
@@ -182,20 +193,24 @@ def _predict(policy: EnginePolicy, samples: list[Sample]) -> tuple[tuple[Tensor,
     """
     batch = collate([[sample] for sample in samples])
     most_probable, log_probabilities = policy.predict(batch.to(policy.device))
-    right = most_probable.cpu() == batch.target[batch.loss_mask]
+    right = most_probable.cpu() == batch.target_ids[batch.loss_mask]
     sizes = batch.loss_mask.sum(dim=1).tolist()
     return right.split(sizes), log_probabilities.cpu().split(sizes)
 
 
-def _recover(policy: EnginePolicy, samples: list[Sample], all_samples: list[Sample]) -> list[list[int]] | None:
-    """Return the greedy answers after a forced error; None unless the rows are of a built-in task."""
-    if all_samples[0].rest_ids is None:
+def _recover(
+    policy: EnginePolicy, samples: list[TrainingRow], all_samples: list[TrainingRow], errors: dict[int, ForcedError]
+) -> list[list[int]] | None:
+    """Return the greedy answers after a forced error; None without forced errors."""
+    if not errors:
         return None
-    longest = max(len(_array(sample.rest_ids)) for sample in all_samples)
-    return policy.complete([[*s.prompt_ids.tolist(), *_array(s.forced_ids).tolist()] for s in samples], longest)
+    longest = max(len(errors[sample.sample_id].rest_ids) for sample in all_samples)
+    return policy.complete([[*s.prompt_ids.tolist(), *errors[s.sample_id].start_ids] for s in samples], longest)
 
 
-def _sample(policy: EnginePolicy, samples: list[Sample], longest: int, questions: _Questions) -> list[list[int]] | None:
+def _sample(
+    policy: EnginePolicy, samples: list[TrainingRow], longest: int, questions: _Questions
+) -> list[list[int]] | None:
     """Return answers drawn at `sample_temperature`; None if that is 0.
 
     The draws depend on seed, sample id and position alone: not on the batch, nor on the number of ranks.
@@ -223,12 +238,6 @@ def _correct(
         answers = policy.complete(asked, longest)
         rounds.append(answers)
     return rounds
-
-
-def _array(ids: np.ndarray | None) -> np.ndarray:
-    """Return an array that every sample of a built-in task has."""
-    assert ids is not None
-    return ids
 
 
 def _right(answer: list[int], reference: list[int]) -> list[bool]:

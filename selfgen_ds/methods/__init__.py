@@ -1,7 +1,7 @@
 """The methods: each one chooses the context that the model reads; the target is always the reference.
 
-A new method is one class (`selfgen_ds.methods.method.Method`), here or in a module of the user's:
-`selfgen.method: module:Class`.
+A new method is one subclass of `selfgen_ds.methods.method.Method`, in this package or in a module of the user, which
+the recipe names: `selfgen.method: module:Class`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ METHODS: dict[str, type[Method]] = {
 
 
 def find(name: str) -> type[Method]:
-    """The class of a method: a name of `METHODS`, or `module:Class`.
+    """Return the class of a method.
+
+    Args:
+        name: A name of `METHODS`, or `module:Class`.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such method.
     """
     if name in METHODS:
         return METHODS[name]
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute) if attribute else None
-    except Exception as error:  # a module of the user's can raise anything
+    except Exception as error:  # a module of the user can raise anything
         raise InputError(f"selfgen.method: {name!r}: {' '.join(str(error).split())}") from error
     if not (isinstance(found, type) and issubclass(found, Method) and found is not RoundMethod):
         raise InputError(f"selfgen.method: expected one of {', '.join(METHODS)}, or module:Class, got {name!r}")

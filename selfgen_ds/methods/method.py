@@ -1,4 +1,4 @@
-"""What a method is, what it is told about the run, and what it may ask of the model."""
+"""The interface of a method: what the run tells a method, and what a method may ask of the model."""
 
 from __future__ import annotations
 
@@ -14,87 +14,98 @@ from transformers import PreTrainedTokenizerBase
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.data.correction import Correction
-from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.samples import Samples
 
 AnswerNoise = Callable[[Tensor, Tensor], Tensor]
-"""`(prompts, positions) -> uniforms`: float64 in (0, 1) for the token at `positions` (int64, from 0) of the answers to
-some of the given prompts (int64, their numbers), all `[N]`."""
+"""The noise of answers: `(prompts, positions) -> uniforms`, all `[N]`.
+
+`prompts` are int64 numbers of prompts and `positions` int64 positions in the answers, from 0. The result is float64
+in (0, 1): one uniform for each of these tokens.
+"""
 
 
 class Policy:
-    """The model, as a method sees it. Collective: every rank makes the same calls, whatever rows it holds."""
+    """The model, as a method sees it.
+
+    Every call is collective: under ZeRO-3 a forward gathers weights from all ranks, so that every rank must make the
+    same calls, whatever rows it holds.
+    """
 
     device = torch.device("cpu")
-    """Of windows, masks and noise."""
+    """Device of the batches, masks and noise."""
 
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        """Draw the masked tokens of a window, each from the model's distribution given its prefix in the context.
+    def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """Draw the masked tokens, each from the model's distribution given the tokens before it in the context.
 
         Args:
-            window: The micro-batches of one optimizer step.
-            masks: `[batch, length]` bool, the tokens to draw; never a sample's first.
-            uniforms: Float64 in (0, 1), one a masked token, in row-major order: the noise of the draw.
+            batches: The micro-batches of one optimizer step.
+            masks: For each batch, `[batch, length]` bool: the tokens to draw; never a sample's first token.
+            uniforms: For each batch, `[masked]` float64 in (0, 1) in row-major order: the noise of the draws.
 
         Returns:
-            The drawn ids, one `[masked]` int64 tensor a micro-batch, in the same order.
+            The drawn ids of each batch, `[masked]` int64 in the same order.
         """
         raise NotImplementedError
 
     @property
     def can_draw_in_order(self) -> bool:
-        """Whether there is `draw_in_order` now; the same on all ranks."""
+        """Whether `draw_in_order` can be called now; the same on all ranks."""
         return False
 
-    def draw_in_order(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        """As `draw`, but each token is drawn given those that were drawn before it: an exact draw.
+    def draw_in_order(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        """Draw as `draw` does, but each token given the tokens drawn before it: an exact draw.
 
         Args:
-            window: Rows of one sample each.
+            batches: Micro-batches whose rows hold one sample each.
         """
         raise NotImplementedError
 
     def complete(
         self, prompts: list[list[int]], max_new_tokens: int, noise: AnswerNoise | None = None
     ) -> list[list[int]]:
-        """The model's own answers, up to and with an end token.
+        """Generate the model's answers, each up to and including its end token.
 
         Args:
-            prompts: Token ids, one list a row, none empty; there may be no row.
-            max_new_tokens: The same on every rank.
-            noise: Of the draws; none means greedy.
+            prompts: Token ids, one list per row, none of them empty. A rank may have no row.
+            max_new_tokens: Most tokens of an answer; the same on every rank.
+            noise: The noise of the draws; without it, decoding is greedy.
         """
         raise NotImplementedError
 
     def max_over_ranks(self, value: int) -> int:
-        """The largest of the ranks' values; there is one rank unless a policy knows of more."""
+        """Return the largest of the ranks' values. A policy that knows of one rank alone returns the value."""
         return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a method is told about the run."""
+    """What the run tells a method."""
 
     seed: int
     total_steps: int
+    """Optimizer steps of the whole run."""
     step_size: int
-    """Rows an optimizer step takes, over all ranks."""
+    """Rows of one optimizer step, over all ranks."""
     epoch_size: int
-    """Rows of an epoch."""
+    """Rows of one epoch."""
     micro_batch_size: int
     max_length: int
+    """Most tokens of a row (`data.max_length`)."""
     tokenizer: PreTrainedTokenizerBase
     correction: Correction
 
 
 class Method:
-    """Chooses the context `c` that the model reads; the target is always the reference. As it is: teacher forcing.
+    """Chooses the context that the model reads; the target is always the reference. This base class: teacher forcing.
 
     A method holds no state that a restart needs.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `selfgen` that it reads; others are refused in its recipes."""
+    """Fields of `selfgen` that the method reads. A recipe for the method may set no other field."""
+    keeps_rows: ClassVar[bool] = True
+    """Whether the method trains on one row per sample, as long as the sample. Only such rows can be packed."""
     passes: int = 0
     """Self-generated-token passes of the last step."""
 
@@ -102,13 +113,27 @@ class Method:
         self.config = config
         self.plan = plan
 
+    def as_round_method(self) -> RoundMethod | None:
+        """Return the method if it draws contexts in rounds, otherwise None."""
+        return None
+
+    def check(self, samples: list[Samples]) -> None:
+        """Refuse data that the method cannot work with, before the first step.
+
+        Raises:
+            InputError: The method cannot work with these samples.
+        """
+
     def replace_probability(self, step: int) -> float:
-        """p of the mixture in this optimizer step (from 0)."""
+        """Return p of the mixture in an optimizer step (from 0)."""
         return 0.0
 
-    def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
-        """The micro-batches of one optimizer step with contexts to read. Collective if it asks the policy."""
-        return window
+    def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
+        """Return the micro-batches of one optimizer step with the contexts that the model is to read.
+
+        Every rank must call this, because the method may ask the policy.
+        """
+        return batches
 
 
 class RoundMethod(Method):
@@ -117,27 +142,20 @@ class RoundMethod(Method):
     A round lasts `selfgen.epochs_per_round` epochs of the data set; rounds count from 0.
     """
 
-    keeps_lengths: ClassVar[bool] = True
-    """Whether its rows are as long as the samples, so that they can be packed."""
-
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.longest = plan.max_length
-        """Tokens of the longest row that it has the model read or generate."""
+        """Tokens of the longest row that the method has the model read or generate."""
 
-    def check(self, samples: list[Samples]) -> None:
-        """Refuse data that the method cannot work with, before the first step.
-
-        Raises:
-            InputError: It cannot.
-        """
+    def as_round_method(self) -> RoundMethod:
+        return self
 
     def round_of(self, step: int) -> int:
-        """The round of an optimizer step."""
+        """Return the round of an optimizer step."""
         return step * self.plan.step_size // (self.config.epochs_per_round * self.plan.epoch_size)
 
     def first_step(self, number: int) -> int:
-        """The first optimizer step of a round."""
+        """Return the first optimizer step of a round."""
         return -(-number * self.config.epochs_per_round * self.plan.epoch_size // self.plan.step_size)
 
     @property
@@ -145,22 +163,30 @@ class RoundMethod(Method):
         """Rounds of the whole run."""
         return self.round_of(self.plan.total_steps - 1) + 1
 
-    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
-        """What the model reads and learns in a round in the place of some samples. Collective.
+    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
+        """Draw the rows that a round trains on in the place of some samples.
+
+        Every rank must call this, because the method asks the policy.
 
         Args:
-            samples: Some of the data set; none on a rank that has nothing left to draw.
+            samples: Some rows of the data set; none on a rank that has nothing left to draw.
+            number: The round.
 
         Returns:
-            The rows, in the order of the samples, and counts for the record, of which `passes` is not summed up.
+            The rows, in the order of the samples, and counts for the record of the round. The counts of all calls
+            are added up, except for `passes`, whose largest value counts.
         """
         raise NotImplementedError
 
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
-        """The rows of a source that are trained on: their numbers, ascending int64.
+        """Choose the rows of a source that the round trains on. A method that leaves any out has no `keeps_rows`.
 
         Args:
             sample_ids: `[rows]` int64.
-            equal: `[rows]` bool, whether the own answer is the reference.
+            equal: `[rows]` bool: whether the model's answer is the reference.
+            number: The round.
+
+        Returns:
+            Numbers of rows, ascending int64.
         """
         return np.arange(len(sample_ids))

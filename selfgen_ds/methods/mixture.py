@@ -1,12 +1,12 @@
-"""The context mixture: which reference tokens give way to tokens that the model drew.
+"""The context mixture: tokens that the model draws replace some tokens of the reference.
 
     c_t = y_t                      where M_t = 0
     c_t ~ p_theta( . | c_<t )      where M_t = 1,      M_t ~ Bernoulli(p) over replaceable tokens
 
-(Cen et al., TMLR 2025, arXiv 2410.14655; Bengio et al. 2015.) With the noise of every position held fixed,
-a draw is a deterministic function of its prefix, so k parallel passes ("parallel scheduled sampling",
-Duckworth et al. 2019; k = 1: Mihaylova & Martins 2019) recompute all masked tokens from the last pass's
-contexts. Where nothing changes any more, the context is what drawing token after token gives: an exact draw
+(Cen et al., TMLR 2025, arXiv 2410.14655; Bengio et al. 2015, arXiv 1506.03099.) If the noise of every position is held
+fixed, a draw is a deterministic function of its prefix. Each of k parallel passes ("parallel scheduled sampling",
+Duckworth et al. 2019; k = 1: Mihaylova & Martins 2019) recomputes all masked tokens from the contexts of the pass
+before. When a pass changes nothing, the contexts are those that token-by-token drawing gives: an exact draw
 (fixed-point sampling: Wiggers & Hoogeboom 2020, arXiv 2002.09928; Song et al. 2021, arXiv 2002.03629).
 """
 
@@ -24,7 +24,7 @@ from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods.method import Policy
 
 _FURTHER_PASSES = 8
-"""What drawing in order is worth: 3 to 17 passes were measured, by size of the model and number of rows."""
+"""Passes that cost as much as drawing in order: 3 to 17 were measured, depending on the model and the rows."""
 
 Position = Literal["even", "early", "late"]
 
@@ -42,118 +42,131 @@ MIXTURE = frozenset(
         "drawn_context_weight",
     }
 )
-"""Settings of every method that mixes."""
+"""Settings that every method with a mixture reads."""
 
 
 def replacement_mask(
     batch: TokenBatch, probability: float, keys: tuple[int, ...], position: Position = "even"
 ) -> Tensor:
-    """M of one micro-batch: `[batch, length]` bool, a function of keys, sample id and position in it alone.
+    """Draw the mask M of one micro-batch: a function of the keys, the sample ids and the positions alone.
 
     Args:
-        probability: p of every replaceable token; of the first (`early`) or last (`late`) one of an answer, from
-            where it falls linearly to p / n over the answer's n replaceable tokens.
-        keys: Of the noise: stream, seed, and step or round.
+        probability: p. With `even`, every replaceable token is masked with this probability. With `early`, the first of
+            an answer's n replaceable tokens is, and the probability falls linearly to p / n at the last; with `late`,
+            it rises from p / n to p.
+        keys: Keys of the noise: its purpose (`selfgen_ds.hashing`), the seed, and the step or round.
+
+    Returns:
+        `[batch, length]` bool.
     """
     coin = hashing.uniform(*keys, batch.sample_ids, batch.position_ids)
     if position == "even":
-        return (coin < probability) & batch.replaceable
-    from_start, from_end = _places(batch.replaceable), _places(batch.replaceable.flip(1)).flip(1)
+        return (coin < probability) & batch.replaceable_mask
+    from_start, from_end = _places(batch.replaceable_mask), _places(batch.replaceable_mask.flip(1)).flip(1)
     place = from_end if position == "early" else from_start
-    return (coin < probability * place.double() / (from_start + from_end - 1)) & batch.replaceable
+    return (coin < probability * place.double() / (from_start + from_end - 1)) & batch.replaceable_mask
 
 
 def mix(
-    window: list[TokenBatch],
+    batches: list[TokenBatch],
     policy: Policy,
     masks: list[Tensor],
     passes: int | Literal["exact"],
     keys: tuple[int, ...],
     max_differing_share: float = 1.0,
 ) -> tuple[list[TokenBatch], int]:
-    """Replace the masked tokens of a window's contexts by draws; targets and loss masks stay as they are. Collective.
+    """Replace the masked tokens of the contexts by draws; targets and loss masks stay as they are.
 
-    A pass recomputes what can still change: in each sample, the masked tokens behind the first one that the last
-    pass changed. All others have read what stands before them now. So every pass settles a masked token of each
-    sample at least, and `exact` needs as many passes as a sample has masked tokens at most. Where the policy can draw
-    token after token, `exact` does so once more than 8 further passes like the last one would be needed.
+    Every rank must call this and makes the same number of passes, because the policy's draws are collective.
+
+    A pass recomputes the tokens that can still change: in each sample, the masked tokens after the first token that
+    the last pass changed. All other tokens were drawn from the prefix that stands before them now. Every pass
+    therefore settles at least one masked token of each sample, and `exact` needs at most as many passes as a sample
+    has masked tokens. If the policy can draw in order, `exact` does so when more than 8 further passes like the last
+    one would be needed.
 
     Args:
-        window: The micro-batches of one optimizer step.
-        masks: `[batch, length]` bool a micro-batch, from `replacement_mask`.
-        passes: Parallel passes, 1 or more; `exact`: until nothing changes on any rank.
-        keys: Of the noise: stream, seed, and step or round.
-        max_differing_share: Of a sample's response tokens; at the first differing token beyond it the draws stop.
+        batches: The micro-batches of one optimizer step.
+        masks: For each micro-batch, `[batch, length]` bool from `replacement_mask`.
+        passes: Parallel passes, 1 or more; with `exact`, passes are made until nothing changes on any rank.
+        keys: Keys of the noise: its purpose (`selfgen_ds.hashing`), the seed, and the step or round.
+        max_differing_share: Largest share of a sample's response tokens that may differ from the reference. The draws
+            stop at the first differing token beyond this share.
 
     Returns:
-        The window, and the passes that were made: fewer than asked for where nothing could change any more. Tokens
-        that were drawn in order count as one.
+        The micro-batches, and the passes that were made: fewer than asked for if nothing could change any more. Tokens
+        that were drawn in order count as one pass.
     """
-    window = [replace(batch, drawn=mask) for batch, mask in zip(window, masks, strict=True)]
+    batches = [replace(batch, replaced_mask=mask) for batch, mask in zip(batches, masks, strict=True)]
     pending, made, before = masks, 0, 0
     while made != passes and (left := policy.max_over_ranks(int(torch.stack([mask.sum() for mask in pending]).sum()))):
         uniforms = [
             hashing.uniform(*keys, batch.sample_ids[mask], batch.position_ids[mask])
-            for batch, mask in zip(window, pending, strict=True)
+            for batch, mask in zip(batches, pending, strict=True)
         ]
-        in_order = passes == "exact" and policy.can_draw_in_order and not window[0].packed
+        in_order = passes == "exact" and policy.can_draw_in_order and not batches[0].packed
         in_order = in_order and made > 0 and left > _FURTHER_PASSES * (before - left)
-        old, drawn = window, (policy.draw_in_order if in_order else policy.draw)(window, pending, uniforms)
-        window = [
-            replace(batch, context=batch.context.masked_scatter(mask, tokens))
-            for batch, mask, tokens in zip(window, pending, drawn, strict=True)
+        old, drawn = batches, (policy.draw_in_order if in_order else policy.draw)(batches, pending, uniforms)
+        batches = [
+            replace(batch, context_ids=batch.context_ids.masked_scatter(mask, tokens))
+            for batch, mask, tokens in zip(batches, pending, drawn, strict=True)
         ]
         pending = [
             torch.zeros_like(mask) if in_order else _pending(mask, was, batch, max_differing_share)
-            for mask, was, batch in zip(pending, old, window, strict=True)
+            for mask, was, batch in zip(pending, old, batches, strict=True)
         ]
         made, before = made + 1, left
-    return [stop(batch, _differing_too_much(batch, max_differing_share)) for batch in window], made
+    return [stop(batch, _differing_too_much(batch, max_differing_share)) for batch in batches], made
 
 
 def stop(batch: TokenBatch, marked: Tensor) -> TokenBatch:
-    """Put the reference back from the first marked token of each sample on.
+    """Put the reference back from the first marked token of each sample to the end of the sample.
 
-    The prefix before it stays what it was: a draw of the process that stops there.
+    The tokens before the first marked one stay: they are a draw of the process that stops there.
 
     Args:
         marked: `[batch, length]` bool.
     """
-    behind = _running_count(batch, marked) > 0
-    context = torch.where(behind, batch.target, batch.context)
-    return replace(batch, context=context, drawn=batch.drawn & ~behind)
+    stopped = _running_count(batch, marked) > 0
+    context_ids = torch.where(stopped, batch.target_ids, batch.context_ids)
+    return replace(batch, context_ids=context_ids, replaced_mask=batch.replaced_mask & ~stopped)
 
 
 def _pending(pending: Tensor, before: TokenBatch, after: TokenBatch, max_differing_share: float) -> Tensor:
-    """`[batch, length]` bool: what may still change, of what was pending in the pass from `before` to `after`."""
-    changed = before.context != after.context
+    """Return the tokens that may still change after a pass: `[batch, length]` bool.
+
+    Args:
+        pending: The tokens that the pass drew.
+        before, after: The batch before and after the pass.
+    """
+    changed = before.context_ids != after.context_ids
     pending = pending & (_running_count(after, changed) - changed.long() > 0)
-    # where the draws stop at a settled token, those behind it are not needed
+    # if the draws stop at a settled token, the tokens after it are not needed
     settled_stop = _differing_too_much(after, max_differing_share) & ~pending
     return pending & (_running_count(after, settled_stop) == 0)
 
 
 def _differing_too_much(batch: TokenBatch, share: float) -> Tensor:
-    """`[batch, length]` bool: differing tokens beyond this share of their sample's response tokens."""
-    differing = batch.context != batch.target
+    """Mark the differing tokens beyond a share of their sample's response tokens: `[batch, length]` bool."""
+    differing = batch.context_ids != batch.target_ids
     first = _first_columns(batch)
     counts = torch.zeros_like(first).scatter_add(1, first, batch.loss_mask.long()).gather(1, first)
-    allowed = (counts.double() * share + 1e-9).floor()  # 0.29 * 100 is less than 29
+    allowed = (counts.double() * share + 1e-9).floor()  # in floating point, 0.29 * 100 is less than 29
     return differing & (_running_count(batch, differing) > allowed)
 
 
 def _running_count(batch: TokenBatch, marked: Tensor) -> Tensor:
-    """`[batch, length]` int64: marked tokens of the same sample, up to and with each token."""
+    """Count the marked tokens of the same sample up to and including each token: `[batch, length]` int64."""
     counts = marked.long().cumsum(dim=1)
     return counts - F.pad(counts, (1, 0)).gather(1, _first_columns(batch))
 
 
 def _first_columns(batch: TokenBatch) -> Tensor:
-    """`[batch, length]` int64: the column of the first token of each token's sample."""
-    return torch.arange(batch.context.shape[1], device=batch.context.device) - batch.position_ids
+    """Return the column of the first token of each token's sample: `[batch, length]` int64."""
+    return torch.arange(batch.context_ids.shape[1], device=batch.context_ids.device) - batch.position_ids
 
 
 def _places(mask: Tensor) -> Tensor:
-    """`[batch, length]` int64: the place, from 1, of each marked token in its run of marked tokens."""
+    """Number the marked tokens of each run of marked tokens, from 1: `[batch, length]` int64."""
     counts = mask.long().cumsum(dim=1)
     return counts - counts.masked_fill(mask, 0).cummax(dim=1).values

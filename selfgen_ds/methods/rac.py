@@ -1,15 +1,17 @@
 """`rac`: Reference-Answer-based Correction (Cen et al., TMLR 2025, arXiv 2410.14655).
 
-The model reads its own answer and learns to correct it to the reference:
+The model reads its answer a to a prompt x and learns to correct the answer to the reference y:
 
     c = x + a + cue + y,    a ~ p_theta( . | x ) at the round's start,    loss = - sum_t log p( y_t | x, a, cue, y_<t )
 
-on the reference y alone. A share of the samples is trained on as it is, so that direct answering stays.
+The loss falls on the reference alone. A share of the samples (`selfgen.sft_share`) is trained on as it is, so that the
+model does not forget how to answer directly.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from selfgen_ds import hashing
 from selfgen_ds.config import SelfgenConfig
-from selfgen_ds.data.samples import Sample, Samples
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import Plan, Policy, RoundMethod
 from selfgen_ds.methods.reject import first_rejected, load_reject
@@ -28,7 +30,7 @@ log = logging.getLogger("selfgen_ds")
 
 
 class Rac(RoundMethod):
-    """A sample becomes `answers_per_prompt` rows with an own answer each, or one without."""
+    """Turns a sample into `answers_per_prompt` corrections, each of another answer, or leaves the sample as it is."""
 
     settings: ClassVar[frozenset[str]] = frozenset(
         {
@@ -47,7 +49,7 @@ class Rac(RoundMethod):
         }
     )
 
-    keeps_lengths: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -62,22 +64,25 @@ class Rac(RoundMethod):
         if self.config.sft_share < 1 and room.max() < (self.config.max_new_tokens or 1):
             setting = "data.max_length" if self.config.max_new_tokens is None else "selfgen.max_new_tokens"
             raise InputError(
-                f"{setting}: an own answer of {self.config.max_new_tokens or 1} tokens fits into no row "
+                f"{setting}: an answer of {self.config.max_new_tokens or 1} tokens fits into no row "
                 f"of data.max_length={self.plan.max_length}: prompt, cue and reference take "
                 f"{self.plan.max_length - room.max()} tokens or more"
             )
         if self.config.answers_per_prompt > self.config.epochs_per_round and self.config.sft_share < 1:
             log.warning(
-                "rac: a round of %d epochs reads about as many of the %d answers to a prompt",
+                "rac: a round of %d epochs reads about %d of the %d answers to each prompt",
+                self.config.epochs_per_round,
                 self.config.epochs_per_round,
                 self.config.answers_per_prompt,
             )
         if full := int((room < 1).sum()):
-            log.warning("rac: %d of %d rows have no room for an own answer, and are trained without", full, len(room))
+            log.warning(
+                "rac: %d of %d rows have no room for the model's answer and are trained without one", full, len(room)
+            )
         if self.config.max_new_tokens and (little := int((room < self.config.max_new_tokens).sum()) - full):
-            log.warning("rac: own answers of %d of %d rows are cut before selfgen.max_new_tokens", little, len(room))
+            log.warning("rac: answers to %d of %d rows are cut before selfgen.max_new_tokens", little, len(room))
 
-    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
         corrected = hashing.uniform(hashing.PLAIN, self.plan.seed, number, ids) >= self.config.sft_share
         draws = self.config.answers_per_prompt
@@ -95,12 +100,12 @@ class Rac(RoundMethod):
 
         prompts = [samples[i].prompt_ids.tolist() for i, _ in asked]
         answers = policy.complete(prompts, self.max_new_tokens, answer_noise)
-        own: dict[int, list[list[int]]] = {}
+        by_sample: dict[int, list[list[int]]] = {}
         for (i, _), answer in zip(asked, answers, strict=True):
-            own.setdefault(i, []).append(self.plan.correction.content(answer))
+            by_sample.setdefault(i, []).append(self.plan.correction.content(answer))
         ends = self.plan.correction.end_tokens
         counts = {
-            "own_answers": len(answers),
+            "answers": len(answers),
             "unfinished_answers": sum(not answer or answer[-1] not in ends for answer in answers),
             "rejected_answers": 0,
             "cut_answers": 0,
@@ -108,17 +113,18 @@ class Rac(RoundMethod):
         }
         rows = []
         for i, sample in enumerate(samples):
-            counts["no_room"] += bool(corrected[i]) and i not in own
-            some = [row for answer in own.get(i, []) if (row := self._row(sample, answer, counts)) is not None]
-            rows += some or [StoredRow.of(sample)]
+            counts["no_room"] += bool(corrected[i]) and i not in by_sample
+            corrections = [self._correction(sample, answer, counts) for answer in by_sample.get(i, [])]
+            plain = replace(sample, replaceable_mask=np.zeros(len(sample), bool))
+            rows += [row for row in corrections if row is not None] or [plain]
         return rows, counts
 
-    def _room(self, sample: Sample) -> int:
-        """Tokens that an own answer may take."""
+    def _room(self, sample: TrainingRow) -> int:
+        """Return the tokens that an answer may take, with the cue and the reference after it."""
         return self.plan.max_length - len(sample.prompt_ids) - len(sample.response_ids) - self._between
 
-    def _row(self, sample: Sample, answer: list[int], counts: dict[str, int]) -> StoredRow | None:
-        """A correction of an answer; None if it is rejected."""
+    def _correction(self, sample: TrainingRow, answer: list[int], counts: dict[str, int]) -> TrainingRow | None:
+        """Return the row that corrects an answer, or None if the answer is rejected."""
         if first_rejected(answer, list(range(len(answer))), self.rejected, self.plan.tokenizer) is not None:
             counts["rejected_answers"] += 1
             return None
@@ -130,11 +136,12 @@ class Rac(RoundMethod):
         context = np.array([*before, *sample.response_ids])
         places = np.arange(len(context))
         first = len(sample.prompt_ids)
-        return StoredRow(
+        return TrainingRow(
             sample_id=sample.sample_id,
             context_ids=context,
             target_ids=context,
             loss_mask=places >= len(before),
+            replaceable_mask=np.zeros(len(context), bool),
             replaced_mask=(places >= first) & (places < first + len(answer)),
             answer_equal=equal,
         )
@@ -145,7 +152,8 @@ class Rac(RoundMethod):
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
         others = int((~equal).sum())
         share = self.config.max_equal_share
-        kept = len(equal) if share == 1 else int(share * others / (1 - share) + 1e-9)  # 0.12 * 22 / 0.88 is less than 3
+        # in floating point, 0.12 * 22 / 0.88 is less than 3
+        kept = len(equal) if share == 1 else int(share * others / (1 - share) + 1e-9)
         order = hashing.uniform(hashing.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
         some = np.flatnonzero(equal)[np.argsort(order, kind="stable")[:kept]]
         return np.sort(np.concatenate([np.flatnonzero(~equal), some]))

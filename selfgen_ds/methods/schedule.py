@@ -10,7 +10,7 @@ here p = peak * (1 - ε) grows. With i optimizer steps done and x = i / (share *
 | `exponential` | k^i | k = 0.01^(1 / (share * total)) | peak * (1 - 0.01^x) |
 | `inverse_sigmoid` | k / (k + exp(i' / k)) | k = e^6, i' = 12 k x | peak / (1 + exp(6 - 12 x)) |
 
-so that every growing schedule starts at 1 % of `peak` or less and is at 99 % or more when x = 1.
+so that every growing schedule starts at 1 % of `peak` or less and has reached 99 % or more at x = 1.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: min(x, 1.0),
     "exponential": lambda x: 1.0 - 0.01**x,
-    # written so that exp's argument is at most 6: the paper's form overflows in long runs
+    # in this form the argument of exp is at most 6; the form of the paper overflows in long runs
     "inverse_sigmoid": lambda x: 1.0 / (1.0 + math.exp(6.0 - 12.0 * x)),
 }
 
 
 def replace_probability(schedule: str, peak: float, share: float, step: int, total_steps: int) -> float:
-    """p for one optimizer step.
+    """Return p for one optimizer step.
 
     Args:
         schedule: A name of the table above.
         peak: The largest p, in [0, 1].
         share: Share of the run, in (0, 1], over which p grows.
-        step: Optimizer steps done so far, from 0.
+        step: Optimizer steps already done.
         total_steps: Optimizer steps of the whole run.
     """
     return peak * _SHAPES[schedule](step / (share * total_steps))

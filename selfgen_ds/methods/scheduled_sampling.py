@@ -1,7 +1,8 @@
-"""`scheduled_sampling`: in every step the model's own tokens replace some reference tokens of the context.
+"""`scheduled_sampling`: in every step, tokens that the model draws replace some reference tokens of the context.
 
-Bengio et al. 2015, drawn in parallel passes: with `passes: 1` two-pass scheduled sampling (Mihaylova & Martins
-2019), with k passes parallel scheduled sampling (Duckworth et al. 2019), with `exact` the sequential process itself.
+This is Bengio et al. 2015 (arXiv 1506.03099), drawn in parallel passes: `passes: 1` is two-pass scheduled sampling
+(Mihaylova & Martins 2019), k passes are parallel scheduled sampling (Duckworth et al. 2019), and `exact` is the
+sequential process itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask
 
 
 class ScheduledSampling(Method):
-    """The target stays the reference: `loss = - sum_t log p(y_t | c_<t)`."""
+    """Mixes the contexts of every step; the target stays the reference: `loss = - sum_t log p(y_t | c_<t)`."""
 
     settings: ClassVar[frozenset[str]] = MIXTURE
 
@@ -24,9 +25,9 @@ class ScheduledSampling(Method):
         c, total_steps = self.config, self.plan.total_steps
         return schedule.replace_probability(c.schedule, c.replace_probability, c.schedule_share, step, total_steps)
 
-    def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
+    def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(step)
-        masks = [replacement_mask(batch, p, (hashing.REPLACE, seed, step), c.position) for batch in window]
-        draws = (hashing.DRAW, seed, step)
-        window, self.passes = mix(window, policy, masks, c.passes or 1, draws, c.max_differing_share)
-        return window
+        masks = [replacement_mask(batch, p, (hashing.REPLACE, seed, step), c.position) for batch in batches]
+        keys = (hashing.DRAW, seed, step)
+        batches, self.passes = mix(batches, policy, masks, c.passes or 1, keys, c.max_differing_share)
+        return batches

@@ -6,4 +6,4 @@ from selfgen_ds.methods.method import Method
 
 
 class Sft(Method):
-    """The baseline that every other method is compared with."""
+    """The baseline that the other methods are compared with."""

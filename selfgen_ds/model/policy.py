@@ -80,7 +80,7 @@ class EnginePolicy(GatherableModel, Policy):
         context, mask, noise = _stack_step(batches, masks, uniforms)
         position_ids = _stack([batch.position_ids for batch in batches])
         lengths = _lengths_to_last_masked(mask)
-        most = self.budget.tokens(max(batch.context.numel() for batch in batches)) if self.budget else math.inf
+        most = self.budget.tokens(max(batch.context_ids.numel() for batch in batches)) if self.budget else math.inf
         groups = split_rows(lengths, min(most, self._most_tokens()))
         self.groups = self.max_over_ranks(len(groups))
 
@@ -145,18 +145,18 @@ class EnginePolicy(GatherableModel, Policy):
             The most probable tokens, `[responses]` int64, and the log-probabilities of the references, `[responses]`
             float32, both in row-major order.
         """
-        rows_at_once = len(batch.context)
+        rows_at_once = len(batch.context_ids)
         if not self.sharded:  # no other rank waits for this one, so the number of forwards is free
-            rows_at_once = max(1, int(min(rows_at_once, self._most_tokens() // batch.context.shape[1])))
+            rows_at_once = max(1, int(min(rows_at_once, self._most_tokens() // batch.context_ids.shape[1])))
         parts = []
         with evaluating(self.forward):
-            for first in range(0, len(batch.context), rows_at_once):
+            for first in range(0, len(batch.context_ids), rows_at_once):
                 rows = slice(first, first + rows_at_once)
                 positions, packed = batch.loss_mask[rows], batch.packed_position_ids
                 part = self._module(
-                    batch.context[rows],
+                    batch.context_ids[rows],
                     positions=positions,
-                    reduction=head.predict(batch.target[rows][positions]),
+                    reduction=head.predict(batch.target_ids[rows][positions]),
                     position_ids=None if packed is None else packed[rows],
                 )
                 parts.append(part)
@@ -229,7 +229,7 @@ def _stack_step(
     The noise is 0 where nothing is drawn.
     """
     noise = [u.new_zeros(mask.shape).masked_scatter(mask, u) for mask, u in zip(masks, uniforms, strict=True)]
-    return _stack([batch.context for batch in batches]), _stack(masks), _stack(noise)
+    return _stack([batch.context_ids for batch in batches]), _stack(masks), _stack(noise)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
-"""What a round has drawn: `rollouts/round-01/`, a folder for `datasets.load_from_disk`.
+"""The files of a round: `rollouts/round-01/`, a folder for `datasets.load_from_disk`.
 
-It is filled chunk by chunk by all ranks, as `round-01.partial/`, and takes its name when it is complete. A chunk counts
-once its counts are there, which are written last. `round.json` says what drew it.
+All ranks fill the folder chunk by chunk, as `round-01.partial/`; it is renamed when it is complete. A chunk is complete
+when the file with its counts exists, which is written last. `round.json`, the audit, records the weights and settings
+that drew the round.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
-from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import intact, sync_and_sum, sync_folder, write_atomically
 
@@ -40,34 +40,33 @@ _FEATURES = datasets.Features(
 
 
 class StoredRows:
-    """Some rows of a round, of one source, in the place of its samples.
+    """Some rows of a round, all of one source, that are trained on in the place of its samples.
 
     Args:
-        rows: `[rows]` int64, their numbers in the table.
+        rows: `[rows]` int64: numbers of the rows in the table.
     """
 
     def __init__(self, table: datasets.Dataset, rows: np.ndarray) -> None:
         self._table = table
         self._rows = rows
-        column = pc.list_value_length(table.data.column("context_ids"))
-        self._lengths = column.to_numpy()[rows]
+        self._lengths = pc.list_value_length(table.data.column("context_ids")).to_numpy()[rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        return StoredRow(**self._table[int(self._rows[index])]).sample()
+    def __getitem__(self, index: int) -> TrainingRow:
+        return read_row(self._table, int(self._rows[index]))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of some rows: int64."""
+        """Return the tokens of some rows: int64."""
         return self._lengths[indices].astype(np.int64)
 
 
 def read_audit(folder: Path) -> dict[str, Any]:
-    """What drew a round.
+    """Return the record of what drew a round.
 
     Raises:
-        InputError: The folder does not say.
+        InputError: The folder has no such record.
     """
     try:
         audit = json.loads((folder / AUDIT).read_text(encoding="utf-8"))
@@ -78,38 +77,44 @@ def read_audit(folder: Path) -> dict[str, Any]:
 
 
 def broken_files(folder: Path) -> list[str]:
-    """Those of a complete round that are not as they were written. They are all read.
+    """Return the files of a complete round that are not as they were written. All files are read.
 
     Raises:
-        InputError: The folder has no record of them.
+        InputError: The folder has no record of its files.
     """
     files = read_audit(folder).get("files", {})
     return [name for name, entry in files.items() if not intact(folder / name, entry)]
 
 
 def load_table(folder: Path) -> datasets.Dataset:
-    """A complete round, memory-mapped.
+    """Return a complete round, memory-mapped.
 
     Raises:
-        InputError: It is damaged, or something else.
+        InputError: The folder is damaged, or holds something else.
     """
     rows = read_audit(folder).get("counts", {}).get("rows")
     try:
         table = datasets.load_from_disk(str(folder))
         if not isinstance(table, datasets.Dataset) or table.features != _FEATURES:
             raise ValueError(f"expected a data set of {', '.join(_FEATURES)}")
-        if len(table) != rows:  # a file that is cut between batches can be read
-            raise ValueError(f"{len(table)} rows, of which {AUDIT} tells {rows}")
+        if len(table) != rows:  # a file that is cut between two batches of rows can be read without an error
+            raise ValueError(f"expected {rows} rows, as {AUDIT} says, got {len(table)}")
         return table.with_format("numpy")
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise InputError(f"{folder}: not a complete round: {' '.join(str(error).split())}") from error
 
 
+def read_row(table: datasets.Dataset, number: int) -> TrainingRow:
+    """Return one row of a round. Nothing of it is replaceable any more."""
+    columns = table[number]
+    return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
+
+
 class Writer:
-    """A round that is being drawn.
+    """Writes a round while it is drawn.
 
     Args:
-        folder: Its name when it is complete.
+        folder: The folder of the complete round.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,13 +122,14 @@ class Writer:
         self.partial = folder.with_name(folder.name + ".partial")
 
     def start(self, audit: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Begin, or go on where an earlier start was stopped. On one rank alone.
+        """Begin the round, or continue one that an earlier process began. Only one rank may call this.
 
         Args:
-            audit: What draws it. `chunk_size` may be another one in a round that goes on.
+            audit: Record of what draws the round.
 
         Returns:
-            The audit that holds, and whether chunks that something else had drawn were thrown away.
+            The audit to continue with, and whether chunks were deleted because other weights or settings had drawn
+            them. A round that is continued keeps its chunk size, which may differ from that of `audit`.
         """
         superseded = False
         if (self.partial / AUDIT).exists():
@@ -137,12 +143,11 @@ class Writer:
         return audit, superseded
 
     def missing(self, chunks: int) -> list[int]:
-        """Chunks that are yet to be drawn."""
-        found = {chunk: self._counts(chunk) for chunk in range(chunks)}
-        return [chunk for chunk, counts in found.items() if not (counts.exists() and self._intact(chunk))]
+        """Return the chunks that are still to be drawn."""
+        return [chunk for chunk in range(chunks) if not (self._counts(chunk).exists() and self._intact(chunk))]
 
-    def write(self, chunk: int, rows: Sequence[StoredRow], counts: dict[str, int]) -> None:
-        """Write one chunk; it survives whatever happens from then on."""
+    def write(self, chunk: int, rows: Sequence[TrainingRow], counts: dict[str, int]) -> None:
+        """Write one chunk. It is on the disk when this returns."""
         path = self.partial / _file(chunk)
         with ArrowWriter(features=_FEATURES, path=str(path), writer_batch_size=1000) as writer:
             for row in rows:
@@ -160,10 +165,10 @@ class Writer:
         write_atomically(self._counts(chunk), json.dumps({"file": sync_and_sum(path), "counts": summed | counts}))
 
     def finish(self, chunks: int, audit: dict[str, Any]) -> dict[str, Any]:
-        """Complete the round, when all chunks are there. On one rank alone.
+        """Complete the round when all chunks are written. Only one rank may call this.
 
         Returns:
-            The audit, with the counts of all chunks: sums, and of `passes` the largest.
+            The audit with the counts of all chunks added up, except for `passes`, whose largest value counts.
         """
         counts: Counter[str] = Counter()
         passes = 0

@@ -21,8 +21,7 @@ from transformers import GenerationConfig
 
 from selfgen_ds.config import Recipe, SelfgenConfig
 from selfgen_ds.data.batches import collate
-from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Plan, RoundMethod
@@ -68,7 +67,7 @@ class _Rounds:
         block = Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
         self.benchmark = BlockBenchmark(recipe, json_config, block)
         self.samples, self.answer_length = _random_samples(recipe, self.benchmark.vocabulary)
-        self.longest = max(len(sample.input_ids) for sample in self.samples)
+        self.longest = max(map(len, self.samples))
         self.methods = _methods(self.benchmark.plan, self.answer_length)
         self.passes: dict[str, dict[str, int]] = {name: {} for name in self.methods}
         self.weights_fit_gathered = False
@@ -83,7 +82,7 @@ class _Rounds:
             self._train(name, rows)
             if policy.sharded:
                 self._draw(name, method, "sharded")
-        self._train("sft", [StoredRow.of(sample) for sample in self.samples])
+        self._train("sft", self.samples)
         with policy.gathered(self.longest):
             self.weights_fit_gathered = not policy.sharded
             self._timed("generate", "generate", self._generate)
@@ -114,11 +113,11 @@ class _Rounds:
             )
         return rows
 
-    def _draw(self, name: str, method: RoundMethod, weights: str) -> list[StoredRow]:
+    def _draw(self, name: str, method: RoundMethod, weights: str) -> list[TrainingRow]:
         """Draw a round with `gathered` or `sharded` weights."""
         policy = self.benchmark.policy
 
-        def draw() -> tuple[list[StoredRow], dict[str, int]]:
+        def draw() -> tuple[list[TrainingRow], dict[str, int]]:
             with policy.gathered(self.longest) if weights == "gathered" else nullcontext():
                 return method.rows(self.samples, policy, 0)
 
@@ -126,12 +125,12 @@ class _Rounds:
         self.passes[name][weights] = counts.get("passes", 0)
         return rows
 
-    def _train(self, name: str, rows: Sequence[StoredRow]) -> None:
+    def _train(self, name: str, rows: Sequence[TrainingRow]) -> None:
         size = self.benchmark.recipe.train.micro_batch_size
 
-        def train(rows: Sequence[StoredRow]) -> None:
+        def train(rows: Sequence[TrainingRow]) -> None:
             for first in range(0, len(rows), size):
-                batch = collate([[row.sample()] for row in rows[first : first + size]])
+                batch = collate([[row] for row in rows[first : first + size]])
                 train_step(self.benchmark.engine, [batch.to(self.benchmark.policy.device)], 0.0)
 
         train(rows[:size])  # so that the work before the epoch has no part in the epoch's time
@@ -164,7 +163,7 @@ class _Rounds:
         return tokens / float(np.median(self.seconds[name, activity]))
 
 
-def _random_samples(recipe: Recipe, vocabulary: int) -> tuple[list[Sample], int]:
+def _random_samples(recipe: Recipe, vocabulary: int) -> tuple[list[TrainingRow], int]:
     """Return this rank's rows of random tokens, and the length of their answers.
 
     Rows leave room for an answer of the model between the prompt and the reference, as `rac` needs.
@@ -176,7 +175,7 @@ def _random_samples(recipe: Recipe, vocabulary: int) -> tuple[list[Sample], int]
     for i, prompt in enumerate(np.linspace(length // 8, length // 4, _ROWS).astype(int).tolist()):
         ids = random.integers(0, vocabulary, prompt + answer)
         turns = np.array([[prompt, prompt + answer - 1, prompt + answer]])
-        samples.append(Sample(sample_id=rank * _ROWS + i, input_ids=ids, turns=turns))
+        samples.append(TrainingRow.reference(rank * _ROWS + i, ids, turns))
     return samples, answer
 
 

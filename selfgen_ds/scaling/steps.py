@@ -20,7 +20,7 @@ from tqdm import tqdm
 from selfgen_ds.config import Recipe, SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.correction import Correction
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.method import Method, Plan
@@ -218,7 +218,7 @@ def random_batches(recipe: Recipe, vocabulary: int, turn: int) -> list[TokenBatc
     batches = []
     for number, rows in enumerate(ids):
         first = (number * dist.get_world_size() + dist.get_rank()) * len(rows)
-        samples = [[Sample(sample_id=first + i, input_ids=row, turns=turns)] for i, row in enumerate(rows)]
+        samples = [[TrainingRow.reference(first + i, row, turns)] for i, row in enumerate(rows)]
         batches.append(collate(samples).to(process_group.device()))
     return batches
 

@@ -14,7 +14,7 @@ from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.rows import Columns
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.errors import InputError
-from selfgen_ds.methods.method import Method, Plan, RoundMethod
+from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.model.policy import Sampling
 
 
@@ -86,14 +86,12 @@ def load_method(
         correction=correction(samples, tokenizer, recipe.selfgen.cue) if asks else Correction(),
     )
     method = method_class(recipe.selfgen, plan)
-    if isinstance(method, RoundMethod):
-        selects = type(method).select is not RoundMethod.select
-        if recipe.data.packing and (selects or not method.keeps_lengths):
-            raise InputError(
-                f"data.packing: expected false with {recipe.selfgen.method}, whose rows are not as many or as long as "
-                "the samples; data.group_by_length saves padding"
-            )
-        method.check(samples)
+    if recipe.data.packing and not method.keeps_rows:
+        raise InputError(
+            f"data.packing: expected false with {recipe.selfgen.method}, whose rows are not as many or as long as "
+            "the samples; data.group_by_length saves padding"
+        )
+    method.check(samples)
     return method
 
 

@@ -23,12 +23,14 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from selfgen_ds.checkpoint import resuming
 from selfgen_ds.config import Recipe, to_yaml
 from selfgen_ds.data.batches import StepBatches
-from selfgen_ds.data.samples import Sample, Samples, end_tokens, take
+from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.samples import Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
-from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.head import LogitTransform
@@ -36,7 +38,8 @@ from selfgen_ds.model.loading import model_config
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
-from selfgen_ds.rounds.rounds import Fingerprint, Rounds
+from selfgen_ds.rounds.checks import Fingerprint
+from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
@@ -87,7 +90,9 @@ class Run:
     rounds: Rounds | None
     """For methods that have rounds: the rows that are trained on in place of the data set."""
     tokenizer: PreTrainedTokenizerBase
-    eval_samples: list[Sample] | None
+    eval_samples: list[TrainingRow] | None
+    forced_errors: dict[int, ForcedError]
+    """For every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
     data: int
     """Checksum of the training data."""
     folder: RunFolder
@@ -119,7 +124,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     folder = open_run_folder(recipe, json_config)
     inputs = _load_inputs(recipe, folder)
     engine, hf_config = _build(recipe, json_config, inputs, folder)
-    starting_model = weights_checksum(engine) if isinstance(inputs.method, RoundMethod) else ""
+    starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
     _log_start(recipe, inputs, folder)
@@ -139,6 +144,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         rounds=rounds,
         tokenizer=inputs.tokenizer,
         eval_samples=None if inputs.eval_samples is None else take(inputs.eval_samples, recipe.eval.max_samples),
+        forced_errors=forced_errors(inputs.eval_samples or [], inputs.tokenizer),
         data=inputs.data,
         folder=folder,
         total_steps=inputs.total_steps,
@@ -168,8 +174,8 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         if total_steps == 0:
             raise InputError(f"train.epochs: {recipe.train.epochs} of {len(step_batches)} rows is no row")
         method = load_method(recipe, tokenizer, samples, step_batches, total_steps)
-        if isinstance(method, RoundMethod):
-            check_rounds(problems, recipe, method, folder.storage)
+        if (round_method := method.as_round_method()) is not None:
+            check_rounds(problems, recipe, round_method, folder.storage)
         problems.raise_all()
     data = zlib.crc32(repr([source.checksum for source in samples]).encode())
     check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
@@ -249,8 +255,8 @@ def _open_rounds(
     poll: Callable[[], None],
 ) -> Rounds | None:
     """Return the rounds of the run, or None for a method that has none."""
-    method, selfgen = inputs.method, recipe.selfgen
-    if not isinstance(method, RoundMethod):
+    method, selfgen = inputs.method.as_round_method(), recipe.selfgen
+    if method is None:
         return None
     settings = {"method": selfgen.method}
     settings |= {name: getattr(selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
@@ -263,7 +269,7 @@ def _open_rounds(
             policy=policy,
             method=method,
             samples=inputs.samples,
-            windows=inputs.windows,
+            step_batches=inputs.windows,
             folder=folder.path / "rollouts",
             shared=None if selfgen.rollouts is None else Path(selfgen.rollouts),
             fingerprint=fingerprint,

@@ -121,10 +121,10 @@ def steps(
     """The trainer's steps from `first` on; what each gave, and the contexts that were read, by (step, sample id)."""
     results, contexts = [], {}
     for step in range(first, number):
-        window = run.method.contexts(run.windows.window(step), run.policy, step)
+        window = run.method.contexts(run.windows.at(step), run.policy, step)
         for batch in window:
             for sample in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
-                contexts[step, sample] = batch.context[batch.sample_ids == sample].tolist()
+                contexts[step, sample] = batch.context_ids[batch.sample_ids == sample].tolist()
         results.append(train_step(run.engine, window, label_smoothing))
     return results, contexts
 

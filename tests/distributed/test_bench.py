@@ -43,9 +43,9 @@ def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
     """Run a pass after a training step; return the numbers of drawn tokens and of parameters left gathered."""
     run = prepare(settings, set())
     runs.steps(run, 1)
-    batches = run.method.contexts(run.windows.window(1), run.policy, 1)
+    batches = run.method.contexts(run.windows.at(1), run.policy, 1)
     left = [p for p in run.engine.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
-    return sum(int(batch.drawn.sum()) for batch in batches), len(left)
+    return sum(int(batch.replaced_mask.sum()) for batch in batches), len(left)
 
 
 def test_a_pass_leaves_no_parameter_gathered(two_ranks: Ranks, tmp_path: Path) -> None:
@@ -190,4 +190,4 @@ def test_every_variant_of_a_turn_gets_the_same_rows_and_every_turn_gets_others(o
 
 
 def contexts_of_turns(settings: Recipe) -> list[list[list[int]]]:
-    return [steps.random_batches(settings, 100, turn)[0].context.tolist() for turn in (3, 3, 4)]
+    return [steps.random_batches(settings, 100, turn)[0].context_ids.tolist() for turn in (3, 3, 4)]

@@ -50,7 +50,7 @@ def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
     run = prepare(recipe, set())
     read, results = [], []
     for step in range(STEPS):
-        batches = run.method.contexts(run.windows.window(step), run.policy, step)
+        batches = run.method.contexts(run.windows.at(step), run.policy, step)
         read.append(batches)
         results.append(train_step(run.engine, batches, SMOOTHING, weight))
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
@@ -71,8 +71,8 @@ def plain_steps(path: Path, steps: list[list[TokenBatch]], weight: float) -> tup
         for batch in batches:
             for sample_id in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
                 here = batch.sample_ids == sample_id
-                context, target = batch.context[here], batch.target[here]
-                drawn, loss_mask = batch.drawn[here].tolist(), batch.loss_mask[here].tolist()
+                context, target = batch.context_ids[here], batch.target_ids[here]
+                drawn, loss_mask = batch.replaced_mask[here].tolist(), batch.loss_mask[here].tolist()
                 logits = model(context[None]).logits[0]
                 for t in range(1, len(target)):
                     if loss_mask[t]:
@@ -95,7 +95,7 @@ def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
     recipe = settings(tmp_path, data=data)
     ranks = two_ranks.run(weighted_steps, recipe, weight)
     steps = [[*one, *two] for one, two in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True)]
-    assert any(batch.drawn.any() for batch in steps[0])
+    assert any(batch.replaced_mask.any() for batch in steps[0])
     losses, parameters = plain_steps(tmp_path / "model", steps, weight)
     unweighted, _ = plain_steps(tmp_path / "model", steps[:1], 1.0)
     assert abs(losses[0] - unweighted[0]) > 1e-3, "the test could not see the weight"
@@ -122,8 +122,8 @@ def hand_made_steps(recipe: Recipe) -> list[Any]:
     run = prepare(recipe, set())
     batch = collate([[sample([5, 6, 7, 8], [9, 10, 11])]])
     answer = torch.tensor([[False, True, True, False, False, False, False]])
-    in_prompt = replace(batch, context=batch.target + answer, drawn=answer)
-    everywhere = replace(batch, drawn=torch.ones_like(answer))
+    in_prompt = replace(batch, context_ids=batch.target_ids + answer, replaced_mask=answer)
+    everywhere = replace(batch, replaced_mask=torch.ones_like(answer))
     nothing = collate([])
     results = []
     for batches in ([in_prompt, nothing], [everywhere, nothing], [nothing, nothing]):

@@ -221,7 +221,7 @@ def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[Toke
             rank=rank,
             world_size=2,
             epochs=settings.train.epochs,
-        ).window(step)
+        ).at(step)
     ]
 
 
@@ -300,7 +300,7 @@ def assert_contexts_are_drawn_from(
         for row, sample in enumerate(batch.sample_ids[:, 0].tolist()):
             expected = reference_context(model, batch, row, mask, 1, sampling, settings.seed, 0)
             assert contexts[0, sample] == expected
-            changed += expected != batch.target[row, : len(expected)].tolist()
+            changed += expected != batch.target_ids[row, : len(expected)].tolist()
     assert changed >= 4
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from selfgen_ds import hashing
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import collate
-from selfgen_ds.data.samples import Format, Sample, load, take
+from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.samples import Format, load, take
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.mixture import mix, replacement_mask
@@ -57,13 +58,13 @@ def exact_steps(recipe: Recipe) -> dict[str, Any]:
     contexts: dict[tuple[int, int], list[int]] = {}
     passes, rows = [], []
     for step in range(run.total_steps):
-        window = run.method.contexts(run.windows.window(step), run.policy, step)
+        batches = run.method.contexts(run.windows.at(step), run.policy, step)
         passes.append(run.method.passes)
-        ids = [int(i) for batch in window for i in batch.sample_ids[batch.sample_ids >= 0].unique()]
+        ids = [int(i) for batch in batches for i in batch.sample_ids[batch.sample_ids >= 0].unique()]
         rows.append(len(ids))
         for i in ids:
-            contexts[step, i] = [t for batch in window for t in batch.context[batch.sample_ids == i].tolist()]
-        train_step(run.engine, window, 0.0)
+            contexts[step, i] = [t for batch in batches for t in batch.context_ids[batch.sample_ids == i].tolist()]
+        train_step(run.engine, batches, 0.0)
     return {"contexts": contexts, "passes": passes, "rows": rows, "thrown away": len(thrown_away)}
 
 
@@ -71,7 +72,7 @@ def together(results: Iterable[dict[str, Any]]) -> dict[tuple[int, int], list[in
     return {key: context for result in results for key, context in result["contexts"].items()}
 
 
-def samples_of(recipe: Recipe) -> list[Sample]:
+def samples_of(recipe: Recipe) -> list[TrainingRow]:
     return take(load(recipe.data.train, "train", byte_tokenizer(), Format(max_length=100)))
 
 
@@ -111,15 +112,15 @@ def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
 def chains(recipe: Recipe, gathered: bool) -> tuple[int, list[int]]:
     """Rank 0 holds nothing, a short answer, then a long one; rank 1 the other way round."""
     run = prepare(recipe, set())
-    some = sorted(take(run.samples), key=lambda sample: len(sample.input_ids))
+    some = sorted(take(run.samples), key=lambda sample: len(sample))
     held = [[], [some[0]], [some[-1]]]
     passes = []
     for mine in held if dist.get_rank() == 0 else held[::-1]:
-        window = [collate([[sample] for sample in mine])]
+        batches = [collate([[sample] for sample in mine])]
         keys = (hashing.DRAW, SEED, 0)
-        masks = [batch.replaceable for batch in window]
+        masks = [batch.replaceable_mask for batch in batches]
         with run.policy.gathered(100) if gathered else nullcontext():
-            passes.append(mix(window, run.policy, masks, "exact", keys)[1])
+            passes.append(mix(batches, run.policy, masks, "exact", keys)[1])
     return len(some[-1].response_ids), passes
 
 

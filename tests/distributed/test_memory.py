@@ -131,12 +131,12 @@ def _renamed(preset: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
 def largest_tensor(settings: Recipe) -> tuple[int, int]:
     """Return the bytes of the largest tensor of pass, step, and evaluation, and the elements of all logits."""
     run = prepare(settings, set())
-    batches = run.windows.window(0)
+    batches = run.windows.at(0)
     samples = take(run.samples)
     with LiveTensors() as tensors:
         train_step(run.engine, run.method.contexts(batches, run.policy, 0), 0.0)
         evaluate(run.policy, samples, run.tokenizer, batch_size=len(samples))
-    return tensors.largest, batches[0].context.numel() * run.engine.module.config.vocab_size
+    return tensors.largest, batches[0].context_ids.numel() * run.engine.module.config.vocab_size
 
 
 def test_no_path_makes_logits_of_a_whole_batch(two_ranks: Ranks, tmp_path: Path) -> None:

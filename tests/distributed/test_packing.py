@@ -44,7 +44,7 @@ def apart(run: Run, batches: list[TokenBatch]) -> list[TokenBatch]:
 
 def by_sample(batches: list[TokenBatch]) -> dict[int, list[int]]:
     ids = {int(sample) for batch in batches for sample in batch.sample_ids[batch.sample_ids >= 0].unique()}
-    return {i: [t for batch in batches for t in batch.context[batch.sample_ids == i].tolist()] for i in sorted(ids)}
+    return {i: [t for batch in batches for t in batch.context_ids[batch.sample_ids == i].tolist()] for i in sorted(ids)}
 
 
 def predictions(run: Run, batches: list[TokenBatch]) -> dict[int, list[float]]:
@@ -59,7 +59,7 @@ def predictions(run: Run, batches: list[TokenBatch]) -> dict[int, list[float]]:
 
 def step_packed_or_apart(recipe: Recipe, packed: bool) -> dict[str, Any]:
     run = prepare(recipe, set())
-    batches = run.windows.window(0)
+    batches = run.windows.at(0)
     samples_per_row = [len(batch.sample_ids[row].unique()) for batch in batches for row in range(len(batch.sample_ids))]
     if not packed:
         batches = apart(run, batches)
@@ -111,7 +111,7 @@ def test_a_packed_run_trains_evaluates_and_ends(two_ranks: Ranks, tmp_path: Path
 
 def tokens_of_an_epoch(recipe: Recipe) -> list[int]:
     run = prepare(recipe, set())
-    ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.windows.window(step)]
+    ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.windows.at(step)]
     rank_ids = [int(i) for batch in ids for i in batch[batch >= 0].unique()]
     gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, rank_ids)

@@ -288,12 +288,12 @@ def inside_and_outside(settings: Recipe) -> tuple[bool, list[int]]:
     """
     run = prepare(settings, set())
     runs.steps(run, 2)
-    batches = run.windows.window(2)
+    batches = run.windows.at(2)
     forwards: list[None] = []
     run.policy.model.model.register_forward_pre_hook(lambda *_: forwards.append(None))
 
     def drawn() -> list[Tensor]:
-        contexts = [batch.context for batch in run.method.contexts(batches, run.policy, 2)]
+        contexts = [batch.context_ids for batch in run.method.contexts(batches, run.policy, 2)]
         return [*contexts, *run.policy.predict(batches[0])]
 
     before = drawn()

@@ -63,14 +63,14 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "none"))
     assert line == f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got '{folder / 'none'}'"
     line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "first"))
-    assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no round")
+    assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no complete round")
 
     assert train(folder, *sharing, "--selfgen.replace_probability", "0.9", "--train.max_steps", "21")[0] == 0, (
         "what was refused leaves a folder behind that a run can start in"
     )
     log = (folder / "log").read_text()
-    assert f"{store / 'round-01'} was drawn with other settings: replace_probability 0.5 there, 0.9 here" in log
-    assert f"{store} holds no round-02: it is drawn here" in log
+    assert f"{store / 'round-01'} was drawn with other settings: replace_probability was 0.5 and is now 0.9" in log
+    assert f"{store} holds no round-02; drawing it here" in log
     assert [path.name for path in (folder / "run" / "rollouts").glob("round-*")] == ["round-02"]
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [0.9]  # of what is read
@@ -79,7 +79,7 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     shutil.rmtree(store)
     resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")
     assert train(folder, *bash, *resume)[0] == 0
-    assert f"{store / 'round-01'} is gone, and is drawn anew in the middle of the round" in (folder / "log").read_text()
+    assert f"{store / 'round-01'} is gone; drawing it again with the weights of step" in (folder / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
         ),
         (
             ["rac", "--selfgen.max_new_tokens", "120"],
-            "selfgen.max_new_tokens: an own answer of 120 tokens fits into no row",
+            "selfgen.max_new_tokens: an answer of 120 tokens fits into no row",
         ),
         (["rac", "--data.packing", "true"], "data.packing: expected false with rac"),
         (

@@ -231,10 +231,10 @@ def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_w
 
 
 def tokens_drawn(settings: Recipe) -> int:
-    """Drawn tokens of the first window."""
+    """Number of drawn tokens in the first step's batches of this rank."""
     run = prepare(settings, set())
     assert run.rounds is not None
-    return sum(int(batch.drawn.sum()) for batch in run.rounds.windows(0).window(0))
+    return sum(int(batch.replaced_mask.sum()) for batch in run.rounds.step_batches(0).at(0))
 
 
 def test_a_runs_own_round_goes_before_another_runs(one_rank: Ranks, folder: Path) -> None:
@@ -270,7 +270,7 @@ def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
             return rows(*arguments)
 
         patch.setattr(run.method, "rows", watched)
-        run.rounds.windows(0)
+        run.rounds.step_batches(0)
     return weights_checksum(run.engine), seen
 
 
@@ -392,7 +392,7 @@ def test_fewer_chunks_than_ranks_and_empty_answers_are_trained_on(
     assert [row["sample_id"] for row in rows] == list(range(count))
     assert all(row["loss"] > 0 for row in runs.metrics(settings))
     if empty:
-        assert audit(settings, "round-01")["counts"]["own_answers"] == 3
+        assert audit(settings, "round-01")["counts"]["answers"] == 3
         assert not any(any(row["replaced_mask"]) for row in rows)
         texts = [byte_tokenizer().decode(row["context_ids"]) for row in rows]
         assert [text.split(":")[1] for text in texts] == [" \nCorrected answer"] * 3
@@ -466,7 +466,7 @@ def invalidations(settings: Recipe, free: int) -> int:
         assert run.rounds is not None
         seen = count_invalidations(run.engine)
         for step in range(7):
-            train_step(run.engine, run.rounds.windows(step).window(step), 0.0)
+            train_step(run.engine, run.rounds.step_batches(step).at(step), 0.0)
     assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
     return len(seen)
 
@@ -485,14 +485,14 @@ def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     """Peaks of drawing a round and of a training step, and the bytes of the weights."""
     run = prepare(settings, set())
     assert run.rounds is not None
-    window = run.windows.window(0)
-    train_step(run.engine, window, 0.0)  # optimizer states and gradient buffers exist from here on
+    batches = run.windows.at(0)
+    train_step(run.engine, batches, 0.0)  # optimizer states and gradient buffers exist from here on
     with LiveTensors() as tensors:
-        run.rounds.windows(0)
+        run.rounds.step_batches(0)
     drawing = tensors.peak
     tensors.reset()
     with tensors:
-        train_step(run.engine, window, 0.0)
+        train_step(run.engine, batches, 0.0)
     return drawing, tensors.peak, sum(4 * p.ds_numel for p in run.engine.module.parameters())
 
 

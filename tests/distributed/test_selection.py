@@ -6,14 +6,14 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
 from selfgen_ds.config import DataConfig, Recipe, SelfgenConfig, Source, TrainConfig
-from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy
 from selfgen_ds.setup.prepare import prepare
@@ -24,12 +24,16 @@ from tests.ranks import Ranks
 class Half(Bash):
     """Trains on the even samples in the first round, on the odd ones in the next."""
 
+    keeps_rows: ClassVar[bool] = False
+
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
         return np.flatnonzero(sample_ids % 2 == number % 2)
 
 
 class Nobody(Bash):
     """Selects no row of the second of two sources."""
+
+    keeps_rows: ClassVar[bool] = False
 
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
         return np.flatnonzero(sample_ids < 40)
@@ -38,7 +42,7 @@ class Nobody(Bash):
 class Lossy(Bash):
     """Loses a row of what one rank draws."""
 
-    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         rows, counts = super().rows(samples, policy, number)
         return rows[1:] if dist.get_rank() else rows, counts
 
@@ -47,8 +51,8 @@ def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
     """The sample ids that this rank reads in some steps, of a run that is not trained."""
     run = prepare(settings, set())
     assert run.rounds is not None
-    windows = [run.rounds.windows(step).window(step) for step in steps]
-    return [[i for batch in window for i in batch.sample_ids[:, 0].tolist() if i >= 0] for window in windows]
+    by_step = [run.rounds.step_batches(step).at(step) for step in steps]
+    return [[i for batch in batches for i in batch.sample_ids[:, 0].tolist() if i >= 0] for batches in by_step]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

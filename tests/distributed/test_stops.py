@@ -155,7 +155,7 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
 def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path) -> None:
     settings = faults.recipe(folder, "scheduled_sampling")
     settings.train = replace(settings.train, stall_seconds=7.0)
-    point = Point(function="selfgen_ds.data.batches:StepBatches.window", call=3, signal=None)
+    point = Point(function="selfgen_ds.data.batches:StepBatches.at", call=3, signal=None)
     run = faults.start(settings, folder, {1: point})
     assert run.wait() == [1, 1]
     stall = r"no rank has made a forward for {} s \(train\.stall_seconds\); the others wait for rank 1 on \S+; "

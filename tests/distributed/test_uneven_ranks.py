@@ -34,7 +34,7 @@ def uneven_draws(settings: Recipe) -> tuple[list[int], int]:
     train_step(run.engine, mixed, 0.0)
     nothing = [torch.zeros_like(mask) for mask in masks]
     assert mix(batches, run.policy, nothing, 2, DRAW)[1] == 0
-    assert [m.context.shape for m in mixed] == [b.context.shape for b in batches]
+    assert [m.context_ids.shape for m in mixed] == [b.context_ids.shape for b in batches]
     return drawn, groups
 
 
@@ -73,7 +73,7 @@ def sweeps(settings: Recipe) -> int:
     groups = run.policy.groups
     run.policy.budget = None
     for one, other in zip(whole, mix(batches, run.policy, masks, 1, DRAW)[0], strict=True):
-        assert torch.equal(one.context, other.context)
+        assert torch.equal(one.context_ids, other.context_ids)
     return groups
 
 

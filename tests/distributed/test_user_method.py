@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Method, Policy, RoundMethod
 from selfgen_ds.rounds.store import load_table
 from tests.distributed import runs
@@ -23,17 +23,18 @@ class LastToken(Method):
 
     settings: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
-    def contexts(self, window: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
+    def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         masks = []
-        for batch in window:
-            last = (batch.replaceable * torch.arange(batch.context.shape[1])).argmax(dim=1)
-            masks.append(torch.zeros_like(batch.replaceable).scatter(1, last[:, None], True) & batch.replaceable)
+        for batch in batches:
+            allowed = batch.replaceable_mask
+            last = (allowed * torch.arange(allowed.shape[1])).argmax(dim=1)
+            masks.append(torch.zeros_like(allowed).scatter(1, last[:, None], True) & allowed)
         middle = [torch.full((int(mask.sum()),), 0.5, dtype=torch.float64) for mask in masks]
-        drawn = policy.draw(window, masks, middle)
+        drawn = policy.draw(batches, masks, middle)
         self.passes = 1
         return [
-            replace(batch, context=batch.context.masked_scatter(mask, tokens), drawn=mask)
-            for batch, mask, tokens in zip(window, masks, drawn, strict=True)
+            replace(batch, context_ids=batch.context_ids.masked_scatter(mask, tokens), replaced_mask=mask)
+            for batch, mask, tokens in zip(batches, masks, drawn, strict=True)
         ]
 
 
@@ -41,20 +42,21 @@ class OwnStart(RoundMethod):
     """In rounds: what the model would answer stands before the prompt, where there is no loss."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"epochs_per_round", "max_new_tokens"})
-    keeps_lengths: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
 
-    def rows(self, samples: list[Sample], policy: Policy, number: int) -> tuple[list[StoredRow], dict[str, int]]:
+    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         answers = policy.complete([s.prompt_ids.tolist() for s in samples], self.config.max_new_tokens or 8)
         return [self._row(sample, answer) for sample, answer in zip(samples, answers, strict=True)], {}
 
-    def _row(self, sample: Sample, answer: list[int]) -> StoredRow:
-        ids = torch.tensor([*answer, *sample.input_ids]).numpy()
+    def _row(self, sample: TrainingRow, answer: list[int]) -> TrainingRow:
+        ids = torch.tensor([*answer, *sample.target_ids]).numpy()
         places = torch.arange(len(ids)).numpy()
-        return StoredRow(
+        return TrainingRow(
             sample_id=sample.sample_id,
             context_ids=ids,
             target_ids=ids,
             loss_mask=places >= len(answer) + len(sample.prompt_ids),
+            replaceable_mask=np.zeros(len(ids), bool),
             replaced_mask=places < len(answer),
         )
 

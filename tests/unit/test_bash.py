@@ -12,11 +12,11 @@ from torch import Tensor
 from selfgen_ds import hashing
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Policy
+from tests.batches import runs
 from tests.plans import plan
 
 SEED = 5
@@ -36,14 +36,14 @@ class PrefixPolicy(Policy):
 
     draws = 0
 
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         self.draws += 1
         drawn = []
-        for batch, mask, noises in zip(window, masks, uniforms, strict=True):
+        for batch, mask, noises in zip(batches, masks, uniforms, strict=True):
             tokens = []
             for (row, column), uniform in zip(mask.nonzero().tolist(), noises.tolist(), strict=True):
                 first = column - int(batch.position_ids[row, column])
-                tokens.append(_next(batch.context[row, first:column].tolist(), uniform))
+                tokens.append(_next(batch.context_ids[row, first:column].tolist(), uniform))
             drawn.append(torch.tensor(tokens, dtype=torch.int64))
         return drawn
 
@@ -54,7 +54,7 @@ class WritingPolicy(Policy):
     def __init__(self, texts: dict[int, list[int]]) -> None:
         self.texts = texts
 
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         return [
             torch.tensor(
                 [
@@ -65,7 +65,7 @@ class WritingPolicy(Policy):
                 ],
                 dtype=torch.int64,
             )
-            for batch, mask in zip(window, masks, strict=True)
+            for batch, mask in zip(batches, masks, strict=True)
         ]
 
 
@@ -74,7 +74,7 @@ def _bash(*, rounds: int = 3, micro_batch_size: int = 3, seed: int = SEED, **con
     return Bash(SelfgenConfig(method="bash", **config), told)
 
 
-def _random_samples(seed: int, count: int = 9, first_id: int = 40) -> list[Sample]:
+def _random_samples(seed: int, count: int = 9, first_id: int = 40) -> list[TrainingRow]:
     """Samples of one to three turns and random lengths, ids below 4; the last token is never replaceable."""
     rng = np.random.default_rng(seed)
     samples = []
@@ -86,7 +86,7 @@ def _random_samples(seed: int, count: int = 9, first_id: int = 40) -> list[Sampl
             end = content_end + int(rng.integers(1, 3))
             turns.append([start, content_end, end])
         ids = rng.integers(0, 4, end)
-        samples.append(Sample(sample_id=first_id + 3 * number, input_ids=ids, turns=np.array(turns)))
+        samples.append(TrainingRow.reference(first_id + 3 * number, ids, np.array(turns)))
     return samples
 
 
@@ -95,7 +95,7 @@ def _share(position: str, place: int, length: int) -> float:
 
 
 def _plain(
-    sample: Sample,
+    sample: TrainingRow,
     number: int,
     p: float,
     passes: int | Literal["exact"],
@@ -108,10 +108,10 @@ def _plain(
         keys = (torch.tensor(sample.sample_id), torch.tensor(place))
         return float(hashing.uniform(stream, SEED, number, *keys))
 
-    reference = sample.input_ids.tolist()
+    reference = sample.target_ids.tolist()
     masked = {
         place
-        for start, end, _ in sample.turns.tolist()
+        for start, end in runs(sample.replaceable_mask)
         for place in range(start, end)
         if uniform(hashing.ROUND_REPLACE, place) < p * _share(position, place - start, end - start)
     }
@@ -121,13 +121,13 @@ def _plain(
         for place in sorted(masked):
             prefix = (context if passes == "exact" else before)[:place]
             context[place] = _next(prefix, uniform(hashing.ROUND_DRAW, place))
-    allowed = int(most_differing * sum(end - start for start, _, end in sample.turns.tolist()) + 1e-9)
+    allowed = int(most_differing * sample.loss_mask.sum() + 1e-9)
     differing = [place for place in range(len(reference)) if context[place] != reference[place]]
     stop = differing[allowed] if len(differing) > allowed else len(reference)
     return context[:stop] + reference[stop:], [place in masked and place < stop for place in range(len(reference))]
 
 
-def _same(rows: list[StoredRow], others: list[StoredRow]) -> bool:
+def _same(rows: list[TrainingRow], others: list[TrainingRow]) -> bool:
     names = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
     return [row.sample_id for row in rows] == [row.sample_id for row in others] and all(
         np.array_equal(getattr(row, name), getattr(other, name))
@@ -136,19 +136,15 @@ def _same(rows: list[StoredRow], others: list[StoredRow]) -> bool:
     )
 
 
-def _check(rows: list[StoredRow], samples: list[Sample]) -> None:
+def _check(rows: list[TrainingRow], samples: list[TrainingRow]) -> None:
     """What holds of rows whatever was drawn."""
     assert [row.sample_id for row in rows] == [sample.sample_id for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
-        replaceable = np.zeros(len(sample.input_ids), bool)
-        response = replaceable.copy()
-        for start, content_end, end in sample.turns:
-            replaceable[start:content_end] = response[start:end] = True
-        assert row.target_ids.tolist() == sample.input_ids.tolist()
-        assert row.loss_mask.tolist() == response.tolist()
+        for name in ("target_ids", "loss_mask", "replaceable_mask"):
+            assert getattr(row, name).tolist() == getattr(sample, name).tolist()
         assert row.context_ids.shape == row.replaced_mask.shape == row.target_ids.shape
         assert row.context_ids[~row.replaced_mask].tolist() == row.target_ids[~row.replaced_mask].tolist()
-        assert not (row.replaced_mask & ~replaceable).any()
+        assert not (row.replaced_mask & ~row.replaceable_mask).any()
 
 
 @PASSES
@@ -211,7 +207,7 @@ def test_p_grows_over_the_rounds_from_the_first_to_the_peak_in_the_last() -> Non
     samples = _random_samples(4, 100)
     for number, p in enumerate((0.2, 0.4, 0.6, 0.8)):
         rows, _ = method.rows(samples, PrefixPolicy(), number)
-        replaceable = sum(int((sample.turns[:, 1] - sample.turns[:, 0]).sum()) for sample in samples)
+        replaceable = sum(int(sample.replaceable_mask.sum()) for sample in samples)
         assert sum(int(row.replaced_mask.sum()) for row in rows) == pytest.approx(p * replaceable, rel=0.15)
 
 
@@ -228,7 +224,7 @@ def test_the_last_round_has_reached_the_peak(schedule: Any, rounds: int) -> None
 def test_a_probability_of_0_is_teacher_forcing_without_a_draw() -> None:
     samples, policy = _random_samples(5), PrefixPolicy()
     rows, counts = _bash(replace_probability=0.0).rows(samples, policy, 0)
-    assert _same(rows, [StoredRow.of(sample) for sample in samples])
+    assert _same(rows, samples)
     assert policy.draws == counts["passes"] == 0
 
 
@@ -236,7 +232,7 @@ def test_a_probability_of_1_draws_all_that_may_be_replaced() -> None:
     samples = _random_samples(6)
     rows, _ = _bash(replace_probability=1.0).rows(samples, PrefixPolicy(), 0)
     for row, sample in zip(rows, samples, strict=True):
-        assert row.replaced_mask.tolist() == collate([[sample]]).replaceable[0].tolist()
+        assert row.replaced_mask.tolist() == collate([[sample]]).replaceable_mask[0].tolist()
 
 
 class InStep(PrefixPolicy):
@@ -267,7 +263,7 @@ def test_passes_are_counted() -> None:
 # --- rejected draws ---
 
 
-def _text(row: StoredRow) -> str:
+def _text(row: TrainingRow) -> str:
     return BYTES.decode(row.context_ids)
 
 
@@ -286,7 +282,7 @@ def _written(
         ids += [opening, *content, closing]
         written += [opening, *others, closing]
         turns.append([start, start + len(content), len(ids)])
-    sample = Sample(sample_id=sample_id, input_ids=np.array(ids), turns=np.array(turns))
+    sample = TrainingRow.reference(sample_id, np.array(ids), np.array(turns))
     method = _bash(replace_probability=1.0, reject=reject)
     (row,), counts = method.rows([sample], WritingPolicy({sample_id: written}), 0)
     _check([row], [sample])
@@ -391,11 +387,9 @@ def test_whatever_is_drawn_the_targets_are_the_reference_and_so_is_every_token_t
     rows, counts = method.rows(samples, PrefixPolicy(), number)
     _check(rows, samples)
     for row, sample in zip(rows, samples, strict=True):
-        read = row.sample()
-        assert read.input_ids.tolist() == sample.input_ids.tolist()
-        batch, plain = collate([[read]]), collate([[sample]])
+        batch, plain = collate([[row]]), collate([[sample]])
         assert torch.equal(batch.loss_mask, plain.loss_mask)
-        assert torch.equal(batch.target, plain.target)
+        assert torch.equal(batch.target_ids, plain.target_ids)
         response = int(row.loss_mask.sum())
         assert (row.context_ids != row.target_ids).sum() <= most_differing * response + 1e-6
-    assert counts["rejected_rows"] <= counts["rejected_tokens"] <= sum(len(sample.input_ids) for sample in samples)
+    assert counts["rejected_rows"] <= counts["rejected_tokens"] <= sum(len(sample) for sample in samples)

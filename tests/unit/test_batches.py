@@ -10,9 +10,10 @@ from torch import Tensor
 
 from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
 from selfgen_ds.data.packing import load_packs
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Sample, Samples, load_samples, numbered
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.samples import Format, Samples, load_samples, numbered
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.batches import lengths, padded, sample
 
@@ -26,11 +27,11 @@ def batch() -> TokenBatch:
 
 
 def test_a_row_is_its_prompt_and_response_padded_on_the_right(batch: TokenBatch) -> None:
-    assert batch.target.tolist() == [[1, 2, 3, 4, 0], [0, 0, 0, 0, 0], [9, 7, 0, 0, 0]]
+    assert batch.target_ids.tolist() == [[1, 2, 3, 4, 0], [0, 0, 0, 0, 0], [9, 7, 0, 0, 0]]
 
 
 def test_the_context_of_a_collated_batch_is_the_reference(batch: TokenBatch) -> None:
-    assert torch.equal(batch.context, batch.target)
+    assert torch.equal(batch.context_ids, batch.target_ids)
 
 
 def test_every_token_has_its_samples_id_and_padding_has_none(batch: TokenBatch) -> None:
@@ -47,37 +48,36 @@ def test_the_loss_is_on_the_response_and_never_on_prompt_or_padding(batch: Token
 
 
 def test_every_response_token_but_the_last_is_replaceable(batch: TokenBatch) -> None:
-    assert batch.replaceable.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert batch.replaceable_mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 
 def test_nothing_of_a_collated_batch_is_drawn(batch: TokenBatch) -> None:
-    assert not batch.drawn.any()
+    assert not batch.replaced_mask.any()
 
 
 def test_every_tensor_has_its_documented_type(batch: TokenBatch) -> None:
-    for ids in (batch.sample_ids, batch.position_ids, batch.context, batch.target):
+    for ids in (batch.sample_ids, batch.position_ids, batch.context_ids, batch.target_ids):
         assert (ids.dtype, ids.shape) == (torch.int64, (3, 5))
-    for mask in (batch.loss_mask, batch.replaceable, batch.drawn):
+    for mask in (batch.loss_mask, batch.replaceable_mask, batch.replaced_mask):
         assert (mask.dtype, mask.shape) == (torch.bool, (3, 5))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_batch_without_rows_can_be_read_but_has_no_targets(packed: bool) -> None:
     empty = collate([], packed=packed)
-    assert empty.context.shape == (1, 2)
-    assert not (empty.loss_mask | empty.replaceable | empty.drawn).any()
+    assert empty.context_ids.shape == (1, 2)
+    assert not (empty.loss_mask | empty.replaceable_mask | empty.replaced_mask).any()
     assert empty.sample_ids.tolist() == [[-1, -1]]
 
 
-TURNS = Sample(
-    sample_id=20, input_ids=np.arange(30, 39), turns=np.array([[2, 3, 4], [6, 7, 8]])
-)  # two turns, each of a replaceable token and the one that closes it
+TURNS = TrainingRow.reference(20, np.arange(30, 39), np.array([[2, 3, 4], [6, 7, 8]]))
+# two turns, each of a replaceable token and the one that closes it
 
 
 def test_of_several_turns_each_has_loss_and_its_own_closing_token() -> None:
     batch = collate([[TURNS]])
     assert batch.loss_mask[0].int().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 0]
-    assert batch.replaceable[0].int().tolist() == [0, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert batch.replaceable_mask[0].int().tolist() == [0, 0, 1, 0, 0, 0, 1, 0, 0]
 
 
 def test_packed_samples_follow_each_other_and_each_counts_from_zero() -> None:
@@ -85,11 +85,11 @@ def test_packed_samples_follow_each_other_and_each_counts_from_zero() -> None:
         [[sample([1, 2], [3, 4, 0], 10), TURNS, sample([9], [7], 12)], [sample([5], [6, 8], 13)]], packed=True
     )
     assert batch.packed
-    assert batch.target.tolist() == [[1, 2, 3, 4, 0, *range(30, 39), 9, 7], [5, 6, 8, *[0] * 13]]
+    assert batch.target_ids.tolist() == [[1, 2, 3, 4, 0, *range(30, 39), 9, 7], [5, 6, 8, *[0] * 13]]
     assert batch.sample_ids.tolist() == [[10] * 5 + [20] * 9 + [12] * 2, [13] * 3 + [-1] * 13]
     assert batch.position_ids.tolist() == [[*range(5), *range(9), 0, 1], [0, 1, 2, *[0] * 13]]
     assert batch.loss_mask[0].int().tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
-    assert batch.replaceable[0].int().tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert batch.replaceable_mask[0].int().tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_positions_are_told_to_the_model_only_where_samples_are_packed() -> None:
@@ -122,12 +122,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _samples(sizes: list[int]) -> Samples:
     """A source of samples with so many tokens each, 3 or more."""
-    rows = [Row(prompt="p", completion="c" * (size - 2)) for size in sizes]
+    rows = [TextPair(prompt="p", completion="c" * (size - 2)) for size in sizes]
     opened = Opened(name="rows.jsonl", fingerprint=[repr(sizes)], rows=rows)
     return load_samples(opened, byte_tokenizer(), Format(max_length=100))
 
 
-def _windows(
+def _step_batches(
     count: int = 24, *, sources: list[Samples] | None = None, packing: bool = False, **others: Any
 ) -> StepBatches:
     samples = sources or [_samples([3 + number % 5 for number in range(count)])]
@@ -151,9 +151,9 @@ def _batch_ids(batch: TokenBatch) -> list[int]:
     return batch.sample_ids[firsts].tolist()
 
 
-def _ids(windows: StepBatches, steps: range) -> list[int]:
-    """Sample ids in the order in which one rank sees them."""
-    return [i for step in steps for batch in windows.window(step) for i in _batch_ids(batch)]
+def _ids(step_batches: StepBatches, steps: range) -> list[int]:
+    """TrainingRow ids in the order in which one rank sees them."""
+    return [i for step in steps for batch in step_batches.at(step) for i in _batch_ids(batch)]
 
 
 LONG = [3 + (7 * number) % 50 for number in range(120)]
@@ -170,25 +170,25 @@ def _of_kind(kind: str, **others: Any) -> StepBatches:
         "several": {"sources": several, "group_by_length": True},
         "several packed": {"sources": several, "packing": True},
     }
-    return _windows(**({"sources": [_samples(LONG)]} | settings[kind] | others))
+    return _step_batches(**({"sources": [_samples(LONG)]} | settings[kind] | others))
 
 
-def test_a_window_holds_the_micro_batches_of_one_step() -> None:
-    window = _windows(micro_batch_size=3, accumulation=4).window(0)
-    assert [len(batch.context) for batch in window] == [3] * 4
+def test_a_step_has_its_micro_batches() -> None:
+    batches = _step_batches(micro_batch_size=3, accumulation=4).at(0)
+    assert [len(batch.context_ids) for batch in batches] == [3] * 4
 
 
 def test_a_rows_tokens_come_with_its_sample_id() -> None:
     source = _samples([3 + number % 5 for number in range(24)])
-    for batch in _windows(sources=[source]).window(3):
+    for batch in _step_batches(sources=[source]).at(3):
         for row, size in enumerate(lengths(batch)):
-            assert batch.context[row, :size].tolist() == source[int(batch.sample_ids[row, 0])].input_ids.tolist()
+            assert batch.context_ids[row, :size].tolist() == source[int(batch.sample_ids[row, 0])].target_ids.tolist()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_an_epoch_visits_every_row_once(ranks: int) -> None:
     steps = range(24 // (4 * ranks))
-    seen = [i for rank in range(ranks) for i in _ids(_windows(rank=rank, world_size=ranks), steps)]
+    seen = [i for rank in range(ranks) for i in _ids(_step_batches(rank=rank, world_size=ranks), steps)]
     assert sorted(seen) == list(range(24))
 
 
@@ -196,7 +196,7 @@ def test_an_epoch_visits_every_row_once(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str, ranks: int) -> None:
     runs = [_of_kind(kind, rank=rank, world_size=ranks, epochs=2) for rank in range(ranks)]
-    seen = Counter(i for windows in runs for i in _ids(windows, range(windows.steps())))
+    seen = Counter(i for step_batches in runs for i in _ids(step_batches, range(step_batches.steps())))
     if kind == "weighted":
         assert sum(seen.values()) == 240
         assert sum(seen[i] for i in range(70)) == 60
@@ -206,7 +206,7 @@ def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str, ranks: int
 
 
 def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -> None:
-    seen = Counter(_ids(_windows(7), range(7)))  # 7 steps of 4 rows are 4 epochs of 7
+    seen = Counter(_ids(_step_batches(7), range(7)))  # 7 steps of 4 rows are 4 epochs of 7
     assert set(seen.values()) == {4}
 
 
@@ -215,9 +215,9 @@ def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -
 def test_a_step_has_the_same_rows_on_any_number_of_ranks(kind: str, ranks: int, micro: int) -> None:
     whole = _of_kind(kind, micro_batch_size=8, accumulation=1)
     parts = [_of_kind(kind, step_size=8, micro_batch_size=micro, rank=rank, world_size=ranks) for rank in range(ranks)]
-    assert {len(windows.window(0)) for windows in parts} == {-(-8 // (micro * ranks))}
+    assert {len(step_batches.at(0)) for step_batches in parts} == {-(-8 // (micro * ranks))}
     for step in range(6):
-        rows = [i for windows in parts for i in _ids(windows, range(step, step + 1))]
+        rows = [i for step_batches in parts for i in _ids(step_batches, range(step, step + 1))]
         assert sorted(rows) == sorted(_ids(whole, range(step, step + 1)))
 
 
@@ -225,10 +225,10 @@ def test_a_step_has_the_same_rows_on_any_number_of_ranks(kind: str, ranks: int, 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 def test_micro_batches_are_the_same_on_any_number_of_ranks(kind: str, ranks: int) -> None:
     parts = [
-        _of_kind(kind, step_size=8, micro_batch_size=2, rank=rank, world_size=ranks).window(3) for rank in range(ranks)
+        _of_kind(kind, step_size=8, micro_batch_size=2, rank=rank, world_size=ranks).at(3) for rank in range(ranks)
     ]
     dealt = [_batch_ids(batch) for in_turn in zip(*parts, strict=True) for batch in in_turn]
-    alone = _of_kind(kind, step_size=8, micro_batch_size=2).window(3)
+    alone = _of_kind(kind, step_size=8, micro_batch_size=2).at(3)
     assert dealt[:4] == [_batch_ids(batch) for batch in alone]
     assert not any(dealt[4:])
 
@@ -244,39 +244,39 @@ def test_any_step_alone_is_what_it_is_in_sequence(kind: str) -> None:
 
 @KINDS
 def test_the_order_changes_with_the_epoch_and_the_seed(kind: str) -> None:
-    windows = _of_kind(kind, epochs=2)
-    half = windows.steps() // 2
-    assert _ids(windows, range(half)) != _ids(windows, range(half, 2 * half))
+    step_batches = _of_kind(kind, epochs=2)
+    half = step_batches.steps() // 2
+    assert _ids(step_batches, range(half)) != _ids(step_batches, range(half, 2 * half))
     assert _ids(_of_kind(kind, seed=0), range(3)) != _ids(_of_kind(kind, seed=1), range(3))
 
 
 def test_rows_are_shuffled() -> None:
-    assert _ids(_windows(), range(6)) != list(range(24))
+    assert _ids(_step_batches(), range(6)) != list(range(24))
 
 
-def test_a_run_of_epochs_ends_with_a_short_window() -> None:
-    windows = _windows(5, epochs=2)  # 10 rows: 4, 4, 2
-    assert windows.steps() == 3
-    assert [len(_ids(windows, range(step, step + 1))) for step in range(4)] == [4, 4, 2, 0]
+def test_a_run_of_epochs_ends_with_a_short_step() -> None:
+    step_batches = _step_batches(5, epochs=2)  # 10 rows: 4, 4, 2
+    assert step_batches.steps() == 3
+    assert [len(_ids(step_batches, range(step, step + 1))) for step in range(4)] == [4, 4, 2, 0]
 
 
-def test_a_grouped_run_ends_with_a_short_window_too() -> None:
-    windows = _windows(5, epochs=2, group_by_length=True)
-    assert [len(_ids(windows, range(step, step + 1))) for step in (0, 1, 2, 3, 60)] == [4, 4, 2, 0, 0]
+def test_a_grouped_run_ends_with_a_short_step_too() -> None:
+    step_batches = _step_batches(5, epochs=2, group_by_length=True)
+    assert [len(_ids(step_batches, range(step, step + 1))) for step in (0, 1, 2, 3, 60)] == [4, 4, 2, 0, 0]
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_rank_without_rows_left_still_has_its_micro_batches(packing: bool) -> None:
     source = [_samples([100] * 4)]  # each fills a packed row
-    windows = _windows(sources=source, packing=packing, rank=1, world_size=2, accumulation=3, epochs=1)
-    window = windows.window(0)
-    assert [len(_batch_ids(batch)) for batch in window] == [2, 0, 0]
-    assert {batch.packed for batch in window} == {packing}
+    step_batches = _step_batches(sources=source, packing=packing, rank=1, world_size=2, accumulation=3, epochs=1)
+    batches = step_batches.at(0)
+    assert [len(_batch_ids(batch)) for batch in batches] == [2, 0, 0]
+    assert {batch.packed for batch in batches} == {packing}
 
 
 def test_half_an_epoch_visits_half_of_the_rows_once() -> None:
-    windows = _windows(24, epochs=0.5)
-    seen = _ids(windows, range(windows.steps()))
+    step_batches = _step_batches(24, epochs=0.5)
+    seen = _ids(step_batches, range(step_batches.steps()))
     assert len(seen) == len(set(seen)) == 12
 
 
@@ -284,47 +284,47 @@ def test_half_an_epoch_visits_half_of_the_rows_once() -> None:
     ("epochs", "ranks", "steps"), [(1.0, 1, 6), (1.0, 2, 3), (2.5, 1, 15), (1.0, 5, 2), (0.01, 1, 0)]
 )
 def test_steps_are_as_many_as_the_epochs_take(epochs: float, ranks: int, steps: int) -> None:
-    assert _windows(24, world_size=ranks, epochs=epochs).steps() == steps
+    assert _step_batches(24, world_size=ranks, epochs=epochs).steps() == steps
 
 
 def test_epochs_done_are_rows_seen_over_rows() -> None:
-    windows = _windows(24)  # 4 rows a step
-    assert [windows.epoch(step) for step in (0, 3, 6, 60)] == [0.0, 0.5, 1.0, 10.0]
+    step_batches = _step_batches(24)  # 4 rows a step
+    assert [step_batches.epoch(step) for step in (0, 3, 6, 60)] == [0.0, 0.5, 1.0, 10.0]
 
 
 def test_epochs_done_never_pass_the_epochs_of_the_run() -> None:
-    windows = _windows(5, epochs=2)
-    assert windows.epoch(windows.steps()) == 2.0
+    step_batches = _step_batches(5, epochs=2)
+    assert step_batches.epoch(step_batches.steps()) == 2.0
 
 
 def test_an_epoch_of_packed_rows_is_as_many_rows_as_there_are_packs() -> None:
-    windows = _of_kind("packed", epochs=1)
-    assert len(windows) == len(load_packs(_samples(LONG), 100)) < 60
-    assert windows.steps() == -(-len(windows) // 4)
+    step_batches = _of_kind("packed", epochs=1)
+    assert len(step_batches) == len(load_packs(_samples(LONG), 100)) < 60
+    assert step_batches.steps() == -(-len(step_batches) // 4)
 
 
 def test_packed_rows_are_nearly_full() -> None:
-    batches = [batch for step in range(5) for batch in _of_kind("packed").window(step)]
+    batches = [batch for step in range(5) for batch in _of_kind("packed").at(step)]
     assert all(batch.packed for batch in batches)
-    assert sum(sum(lengths(batch)) for batch in batches) > 0.9 * 100 * sum(len(batch.context) for batch in batches)
+    assert sum(sum(lengths(batch)) for batch in batches) > 0.9 * 100 * sum(len(batch.context_ids) for batch in batches)
 
 
 def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
     # an id counts the rows that were read: the first source's refused ones too
-    rows = [Row(prompt="p" * (200 if number % 2 else 1), completion="a") for number in range(10)]
+    rows = [TextPair(prompt="p" * (200 if number % 2 else 1), completion="a") for number in range(10)]
     first = load_samples(Opened(name="a", fingerprint=["odd"], rows=rows), byte_tokenizer(), Format(max_length=100))
     assert first.refused == 5
-    windows = _windows(sources=numbered([first, _samples([4, 5, 6])]), epochs=1)
-    assert sorted(_ids(windows, range(windows.steps()))) == [0, 2, 4, 6, 8, 10, 11, 12]
-    for batch in windows.window(0):
+    step_batches = _step_batches(sources=numbered([first, _samples([4, 5, 6])]), epochs=1)
+    assert sorted(_ids(step_batches, range(step_batches.steps()))) == [0, 2, 4, 6, 8, 10, 11, 12]
+    for batch in step_batches.at(0):
         for row, size in enumerate(lengths(batch)):
             assert size == {10: 4, 11: 5, 12: 6}.get(int(batch.sample_ids[row, 0]), 3)
 
 
-def _padding(windows: StepBatches, steps: int) -> float:
+def _padding(step_batches: StepBatches, steps: int) -> float:
     """Share of padding."""
-    batches = [batch for step in range(steps) for batch in windows.window(step)]
-    return 1 - sum(sum(lengths(batch)) for batch in batches) / sum(batch.context.numel() for batch in batches)
+    batches = [batch for step in range(steps) for batch in step_batches.at(step)]
+    return 1 - sum(sum(lengths(batch)) for batch in batches) / sum(batch.context_ids.numel() for batch in batches)
 
 
 def test_grouping_saves_most_of_the_padding() -> None:
@@ -332,15 +332,17 @@ def test_grouping_saves_most_of_the_padding() -> None:
 
 
 def test_grouped_steps_are_not_in_the_order_of_their_lengths() -> None:
-    windows = _of_kind("grouped")
-    longest = [max(max(lengths(batch)) for batch in windows.window(step)) for step in range(50)]
+    step_batches = _of_kind("grouped")
+    longest = [max(max(lengths(batch)) for batch in step_batches.at(step)) for step in range(50)]
     assert abs(np.corrcoef(np.arange(50), longest)[0, 1]) < 0.4
 
 
 def test_every_group_of_grouped_steps_has_an_order_of_its_own() -> None:
     lengths_once = list(range(3, 53))  # as many rows as a group has steps
-    windows = _windows(sources=[_samples(lengths_once)], group_by_length=True, micro_batch_size=1, accumulation=1)
-    groups = [[lengths(windows.window(step)[0])[0] for step in range(first, first + 50)] for first in (0, 50, 100)]
+    step_batches = _step_batches(
+        sources=[_samples(lengths_once)], group_by_length=True, micro_batch_size=1, accumulation=1
+    )
+    groups = [[lengths(step_batches.at(step)[0])[0] for step in range(first, first + 50)] for first in (0, 50, 100)]
     assert all(sorted(group) == lengths_once for group in groups)
     assert len({tuple(group) for group in groups}) == 3
 
@@ -357,19 +359,19 @@ class ListRows:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def __getitem__(self, index: int, /) -> Sample:
+    def __getitem__(self, index: int, /) -> TrainingRow:
         row = sample([0] * (int(self._lengths[index]) - 2), [1, 1], self._first_id + index)
-        return row if self._context is None else replace(row, context_ids=np.full(len(row.input_ids), self._context))
+        return row if self._context is None else replace(row, context_ids=np.full(len(row), self._context))
 
     def lengths(self, indices: np.ndarray, /) -> np.ndarray:
         return self._lengths[indices]
 
 
-def _drawn(windows: StepBatches) -> list[ListRows]:
+def _drawn(step_batches: StepBatches) -> list[ListRows]:
     """The rows of a method that keeps lengths: one for every sample, with another context."""
     return [
         ListRows([int(n) for n in source.lengths(np.arange(len(source)))], getattr(source, "first_id", 0), context=7)
-        for source in windows._samples
+        for source in step_batches._samples
     ]
 
 
@@ -378,19 +380,19 @@ def _drawn(windows: StepBatches) -> list[ListRows]:
 @pytest.mark.parametrize("steps", [range(0, 17), range(17, 61), range(3, 4), range(61, 140)])
 def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, ranks: int, steps: range) -> None:
     for rank in range(ranks):
-        windows = _of_kind(kind, rank=rank, world_size=ranks)
-        others = windows.over(_drawn(windows), steps)
+        step_batches = _of_kind(kind, rank=rank, world_size=ranks)
+        others = step_batches.over(_drawn(step_batches), steps)
         for step in steps:
-            for ours, theirs in zip(others.window(step), windows.window(step), strict=True):
+            for ours, theirs in zip(others.at(step), step_batches.at(step), strict=True):
                 assert torch.equal(ours.sample_ids, theirs.sample_ids)
                 assert torch.equal(ours.position_ids, theirs.position_ids)
-                assert (ours.context[ours.sample_ids >= 0] == 7).all()
+                assert (ours.context_ids[ours.sample_ids >= 0] == 7).all()
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_as_many_rows_of_other_lengths_come_once_an_epoch(grouped: bool) -> None:
-    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped)
-    others = windows.over([ListRows(LONG[60:] + LONG[:60])], range(30, 60))
+    step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
+    others = step_batches.over([ListRows(LONG[60:] + LONG[:60])], range(30, 60))
     assert sorted(_ids(others, range(30, 60))) == list(range(120))
 
 
@@ -403,8 +405,8 @@ ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # of 4 ro
 def test_of_fewer_or_more_rows_none_comes_twice_more_than_another_within_a_round(
     count: int, grouped: bool, steps: range
 ) -> None:
-    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped)
-    others = windows.over([ListRows([3 + (5 * i) % 40 for i in range(count)])], steps)
+    step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
+    others = step_batches.over([ListRows([3 + (5 * i) % 40 for i in range(count)])], steps)
     seen = Counter(_ids(others, steps))
     times = [seen[row] for row in range(count)]
     assert sum(times) == 4 * len(steps)
@@ -412,19 +414,19 @@ def test_of_fewer_or_more_rows_none_comes_twice_more_than_another_within_a_round
 
 
 def test_of_more_rows_another_round_has_others() -> None:
-    windows = _windows(sources=[_samples(LONG)])
+    step_batches = _step_batches(sources=[_samples(LONG)])
     rows = [ListRows([5] * 480)]
-    first, second = (set(_ids(windows.over(rows, steps), steps)) for steps in ROUNDS[:2])
+    first, second = (set(_ids(step_batches.over(rows, steps), steps)) for steps in ROUNDS[:2])
     assert len(first) == len(second) == 120
     assert first != second
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_other_rows_of_several_sources_keep_their_shares(grouped: bool) -> None:
-    windows = _of_kind("weighted", group_by_length=grouped)
+    step_batches = _of_kind("weighted", group_by_length=grouped)
     rows = [ListRows([4] * 35), ListRows([5] * 45, first_id=1000)]
     for steps in ROUNDS[:2]:
-        others = windows.over(rows, steps)
+        others = step_batches.over(rows, steps)
         seen = _ids(others, steps)
         assert sum(i >= 1000 for i in seen) == pytest.approx(0.75 * 120, abs=12)
     unweighted = _of_kind("several", group_by_length=grouped)
@@ -435,12 +437,18 @@ def test_other_rows_of_several_sources_keep_their_shares(grouped: bool) -> None:
 @pytest.mark.parametrize("count", [50, 120, 500])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
-    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2)  # 239 rows
-    others = windows.over([ListRows([5] * count)], range(16, 30))
-    assert (others.steps(), len(others), others.step_size) == (windows.steps(), len(windows), windows.step_size)
-    assert [others.epoch(step) for step in range(40)] == [windows.epoch(step) for step in range(40)]
+    step_batches = _step_batches(
+        sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2
+    )  # 239 rows
+    others = step_batches.over([ListRows([5] * count)], range(16, 30))
+    assert (others.steps(), len(others), others.step_size) == (
+        step_batches.steps(),
+        len(step_batches),
+        step_batches.step_size,
+    )
+    assert [others.epoch(step) for step in range(40)] == [step_batches.epoch(step) for step in range(40)]
     ranks = [
-        _windows(sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2, rank=rank).over(
+        _step_batches(sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2, rank=rank).over(
             [ListRows([5] * count)], range(16, 30)
         )
         for rank in range(2)
@@ -450,15 +458,15 @@ def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_any_step_over_other_rows_alone_is_what_it_is_in_sequence(grouped: bool) -> None:
-    windows = _windows(sources=[_samples(LONG)], group_by_length=grouped)
+    step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
     rows, steps = [ListRows([3 + (5 * i) % 40 for i in range(333)])], range(61, 191)
-    expected = [_ids(windows.over(rows, steps), range(step, step + 1)) for step in steps]
-    uninterrupted = windows.over(rows, steps)
+    expected = [_ids(step_batches.over(rows, steps), range(step, step + 1)) for step in steps]
+    uninterrupted = step_batches.over(rows, steps)
     assert [_ids(uninterrupted, range(step, step + 1)) for step in steps] == expected
 
 
-def test_the_data_sets_own_windows_stay_as_they_were() -> None:
-    windows = _of_kind("grouped")
-    before = _ids(windows, range(60))
-    windows.over([ListRows([5] * 9)], range(60)).window(3)
-    assert _ids(windows, range(60)) == before
+def test_the_data_sets_own_batches_stay_as_they_were() -> None:
+    step_batches = _of_kind("grouped")
+    before = _ids(step_batches, range(60))
+    step_batches.over([ListRows([5] * 9)], range(60)).at(3)
+    assert _ids(step_batches, range(60)) == before

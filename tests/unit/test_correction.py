@@ -9,7 +9,7 @@ from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.correction import TEXT_CUE, TURN_CUE, Correction, correction
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, FAMILIES, build, tokenizer
@@ -67,7 +67,7 @@ def test_an_answer_ends_at_its_end_token_or_where_it_was_cut(family: str) -> Non
     chat_tokenizer = tokenizer(family)
     samples, asked = _chat(chat_tokenizer, None)
     answer = samples[0].response_ids.tolist()
-    content = answer[: samples[0].turns[0, 1] - samples[0].turns[0, 0]]
+    content = answer[: int(samples[0].replaceable_mask.sum())]
     assert asked.content(answer) == content
     assert asked.content([*content, chat_tokenizer.eos_token_id]) == content
     assert asked.content(content[:-1]) == content[:-1]
@@ -137,7 +137,7 @@ def test_a_template_that_leaves_out_empty_messages_takes_no_empty_cue() -> None:
 @pytest.mark.parametrize(("cue", "expected"), [(None, TEXT_CUE), ("Now: ", "Now: "), ("</s>", "</s>"), ("", "")])
 def test_between_texts_the_cue_stands_as_it_is(cue: str | None, expected: str) -> None:
     plain = byte_tokenizer()
-    asked = correction([_samples([Row(prompt="1+1=", completion="2")], plain)], plain, cue)
+    asked = correction([_samples([TextPair(prompt="1+1=", completion="2")], plain)], plain, cue)
     end, answer = plain.eos_token_id, plain("3")["input_ids"]
     written = asked.prompt(plain("1+1=")["input_ids"], [*answer, end])
     assert end not in written
@@ -147,14 +147,14 @@ def test_between_texts_the_cue_stands_as_it_is(cue: str | None, expected: str) -
 
 def test_a_text_cue_gets_no_begin_token() -> None:
     llama3 = tokenizer("llama3")
-    asked = correction([_samples([Row(prompt="a", completion="b")], llama3)], llama3, "Now: ")
+    asked = correction([_samples([TextPair(prompt="a", completion="b")], llama3)], llama3, "Now: ")
     assert asked.cue_ids == llama3("Now: ", add_special_tokens=False)["input_ids"]
     assert asked.closing_ids == []
 
 
 def test_conversations_beside_texts_have_no_one_cue() -> None:
     chat_tokenizer = tokenizer("chatml")
-    both = [_conversation("a", "b"), Row(prompt="a", completion="b"), Row(prompt="c", completion="d")]
+    both = [_conversation("a", "b"), TextPair(prompt="a", completion="b"), TextPair(prompt="c", completion="d")]
     with pytest.raises(InputError, match=r"^--cue: .* got 1 conversations among 3 rows$"):
         correction([_samples(both, chat_tokenizer)], chat_tokenizer, None, "--cue")
     apart = [_samples([row], chat_tokenizer) for row in both]

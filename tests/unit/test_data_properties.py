@@ -139,13 +139,13 @@ def _check_accounts(samples: Samples, max_length: int) -> None:
     ids = [sample.sample_id for sample in take([samples])]
     assert ids == sorted(set(ids))
     assert ids[-1] < samples.read
-    for sample in take([samples]):
-        assert 1 < len(sample.input_ids) <= max_length
+    for number, sample in enumerate(take([samples])):
+        assert 1 < len(sample) <= max_length
         last = 0
-        for start, replaceable, end in sample.turns.tolist():
-            assert max(last, 1) <= start <= replaceable <= end <= len(sample.input_ids)
+        for start, replaceable, end in samples.table[number]["turns"].reshape(-1, 3).tolist():
+            assert max(last, 1) <= start <= replaceable <= end <= len(sample)
             assert start < end
-            assert replaceable < len(sample.input_ids)
+            assert replaceable < len(sample)
             last = end
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.methods import mixture
 from selfgen_ds.methods.mixture import mix, replacement_mask
@@ -25,7 +25,7 @@ from tests.trained import reference_probabilities, texts, token_by_token, traine
 REPLACE, DRAW = (hashing.REPLACE, 5, 7), (hashing.DRAW, 5, 7)
 
 
-def samples() -> list[Sample]:
+def samples() -> list[TrainingRow]:
     end = byte_tokenizer().eos_token_id
     rows = texts(16)
     return [sample([*p.encode()], [*c.encode(), end], i) for i, (p, c) in enumerate(rows)]
@@ -38,19 +38,19 @@ def extended() -> PreTrainedModel:
     return add_reductions(model)
 
 
-def windows() -> dict[str, list[TokenBatch]]:
+def layouts() -> dict[str, list[TokenBatch]]:
     """The same samples, one a row and several a row, in micro-batches."""
     some = samples()
-    rows = pack([len(s.input_ids) for s in some], 100)
+    rows = pack([len(s) for s in some], 100)
     return {
         "padded": [collate([[s] for s in some[:5]]), collate([[s] for s in some[5:]])],
         "packed": [collate([[some[i] for i in row] for row in rows[k::2]], packed=True) for k in range(2)],
     }
 
 
-def contexts(window: list[TokenBatch]) -> dict[int, list[int]]:
-    ids = {int(i) for batch in window for i in batch.sample_ids[batch.sample_ids >= 0]}
-    return {i: [t for batch in window for t in batch.context[batch.sample_ids == i].tolist()] for i in ids}
+def contexts(batches: list[TokenBatch]) -> dict[int, list[int]]:
+    ids = {int(i) for batch in batches for i in batch.sample_ids[batch.sample_ids >= 0]}
+    return {i: [t for batch in batches for t in batch.context_ids[batch.sample_ids == i].tolist()] for i in ids}
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -73,11 +73,13 @@ def test_exact_draws_what_a_loop_over_the_tokens_draws(
     alone = collate([[s] for s in samples()])
     mask = replacement_mask(alone, p, REPLACE)
     expected = token_by_token(trained_model(), alone, mask, sampling, DRAW)
-    window = windows()[layout]
-    masks = [replacement_mask(batch, p, REPLACE) for batch in window]
-    mixed, made = mix(window, EnginePolicy(extended, extended, end_tokens=[0], sampling=sampling), masks, "exact", DRAW)
+    batches = layouts()[layout]
+    masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
+    mixed, made = mix(
+        batches, EnginePolicy(extended, extended, end_tokens=[0], sampling=sampling), masks, "exact", DRAW
+    )
     assert contexts(mixed) == dict(enumerate(expected))
-    assert contexts(mixed) != contexts(window)
+    assert contexts(mixed) != contexts(batches)
     longest = int(mask.sum(dim=1).max())
     assert made <= longest
     if p == 1.0:
@@ -87,9 +89,9 @@ def test_exact_draws_what_a_loop_over_the_tokens_draws(
 class InOrderPolicy(EnginePolicy):
     """Keeps the rows of each batch that was drawn in order."""
 
-    def draw_in_order(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw_in_order(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         self.rows = [int(mask.any(dim=1).sum()) for mask in masks]
-        return super().draw_in_order(window, masks, uniforms)
+        return super().draw_in_order(batches, masks, uniforms)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
@@ -103,36 +105,36 @@ def test_what_is_drawn_in_order_is_what_passes_draw(
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 260, "initializer_range": 0.5}
     model = add_reductions(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
-    window = windows()["padded"]
-    masks = [replacement_mask(batch, p, REPLACE) for batch in window]
+    batches = layouts()["padded"]
+    masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
     policy = InOrderPolicy(model, model, end_tokens=[0], generation_batch_size=rows_at_once)
-    by_passes, many = mix(window, policy, masks, "exact", DRAW, max_differing_share=0.9)
+    by_passes, many = mix(batches, policy, masks, "exact", DRAW, max_differing_share=0.9)
     assert not hasattr(policy, "rows")
     with policy.gathered(100):
-        in_order, few = mix(window, policy, masks, "exact", DRAW, max_differing_share=0.9)
+        in_order, few = mix(batches, policy, masks, "exact", DRAW, max_differing_share=0.9)
     assert sum(policy.rows) > 3
     assert contexts(in_order) == contexts(by_passes)
-    assert [batch.drawn.tolist() for batch in in_order] == [batch.drawn.tolist() for batch in by_passes]
+    assert [batch.replaced_mask.tolist() for batch in in_order] == [batch.replaced_mask.tolist() for batch in by_passes]
     assert few < many
 
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.25])
 def test_a_trained_model_needs_few_passes_and_draws_nothing_in_order(extended: PreTrainedModel, p: float) -> None:
-    window = windows()["padded"]
-    masks = [replacement_mask(batch, p, REPLACE) for batch in window]
+    batches = layouts()["padded"]
+    masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
     policy = InOrderPolicy(extended, extended, end_tokens=[0])
     with policy.gathered(100):
-        _, made = mix(window, policy, masks, "exact", DRAW)
+        _, made = mix(batches, policy, masks, "exact", DRAW)
     assert made > 1
     assert not hasattr(policy, "rows")
 
 
 def test_packed_samples_are_never_drawn_in_order(extended: PreTrainedModel) -> None:
-    window = windows()["packed"]
+    batches = layouts()["packed"]
     policy = InOrderPolicy(extended, extended, end_tokens=[0], sampling=Sampling(temperature=5.0))
     with policy.gathered(100):
-        inside, made = mix(window, policy, [batch.replaceable for batch in window], "exact", DRAW)
-    outside, _ = mix(window, policy, [batch.replaceable for batch in window], "exact", DRAW)
+        inside, made = mix(batches, policy, [batch.replaceable_mask for batch in batches], "exact", DRAW)
+    outside, _ = mix(batches, policy, [batch.replaceable_mask for batch in batches], "exact", DRAW)
     assert made > 10
     assert contexts(inside) == contexts(outside)
     assert not hasattr(policy, "rows")
@@ -146,12 +148,12 @@ def test_rows_are_drawn_in_order_so_many_at_once_and_leave_when_they_are_done(ex
     hook = extended.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    uniforms = torch.full((int(batch.replaceable.sum()),), 0.5, dtype=torch.float64)
+    uniforms = torch.full((int(batch.replaceable_mask.sum()),), 0.5, dtype=torch.float64)
     for rows_at_once, expected in ((64, [3] * 32 + [1] * 8), (1, [1] * (40 + 4 + 4))):
         policy = EnginePolicy(extended, extended, end_tokens=[0], generation_batch_size=rows_at_once)
         with policy.gathered(60):
             seen.clear()
-            [drawn] = policy.draw_in_order([batch], [batch.replaceable], [uniforms])
+            [drawn] = policy.draw_in_order([batch], [batch.replaceable_mask], [uniforms])
         assert seen == expected
         assert len(drawn) == sum(lengths)
     hook.remove()
@@ -167,12 +169,12 @@ def test_models_that_keep_states_are_not_drawn_from_in_order() -> None:
 
 
 def test_a_number_of_passes_is_never_drawn_in_order(extended: PreTrainedModel) -> None:
-    window = windows()["padded"]
-    masks = [batch.replaceable for batch in window]
+    batches = layouts()["padded"]
+    masks = [batch.replaceable_mask for batch in batches]
     policy = InOrderPolicy(extended, extended, end_tokens=[0])
     with policy.gathered(100):
-        inside, made = mix(window, policy, masks, 3, DRAW)
-    outside, _ = mix(window, policy, masks, 3, DRAW)
+        inside, made = mix(batches, policy, masks, 3, DRAW)
+    outside, _ = mix(batches, policy, masks, 3, DRAW)
     assert made == 3
     assert contexts(inside) == contexts(outside)
     assert not hasattr(policy, "rows")
@@ -180,23 +182,23 @@ def test_a_number_of_passes_is_never_drawn_in_order(extended: PreTrainedModel) -
 
 def test_one_pass_is_not_the_loop(extended: PreTrainedModel) -> None:
     alone = collate([[s] for s in samples()])
-    expected = token_by_token(trained_model(), alone, alone.replaceable, Sampling(), DRAW)
-    mixed, _ = mix([alone], EnginePolicy(extended, extended, end_tokens=[0]), [alone.replaceable], 1, DRAW)
+    expected = token_by_token(trained_model(), alone, alone.replaceable_mask, Sampling(), DRAW)
+    mixed, _ = mix([alone], EnginePolicy(extended, extended, end_tokens=[0]), [alone.replaceable_mask], 1, DRAW)
     assert contexts(mixed) != dict(enumerate(expected))
 
 
 class CountingPolicy(EnginePolicy):
     """Keeps how many rows and tokens each pass drew."""
 
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         self.drawn = [*getattr(self, "drawn", []), (sum(int(m.any(1).sum()) for m in masks), sum(map(len, uniforms)))]
-        return super().draw(window, masks, uniforms)
+        return super().draw(batches, masks, uniforms)
 
 
 def test_later_passes_read_fewer_rows_and_draw_fewer_tokens(extended: PreTrainedModel) -> None:
-    window = windows()["padded"]
+    batches = layouts()["padded"]
     policy = CountingPolicy(extended, extended, end_tokens=[0])
-    mix(window, policy, [batch.replaceable for batch in window], "exact", DRAW)
+    mix(batches, policy, [batch.replaceable_mask for batch in batches], "exact", DRAW)
     for (rows, tokens), (later_rows, later_tokens) in zip(policy.drawn, policy.drawn[1:], strict=False):
         assert later_rows <= rows
         assert later_tokens < tokens
@@ -249,7 +251,7 @@ def chi_square(model: PreTrainedModel, mask: list[bool], sampling: Sampling, pas
     masks = [torch.tensor([False, False, *mask]).expand(ROWS, -1)]
     policy = EnginePolicy(model, model, end_tokens=[0], sampling=sampling)
     (mixed,), _ = mix([batch], policy, masks, passes, DRAW)  # type: ignore[arg-type]
-    ids, counts = mixed.context[:, len(PROMPT) :].unique(dim=0, return_counts=True)
+    ids, counts = mixed.context_ids[:, len(PROMPT) :].unique(dim=0, return_counts=True)
     seen = dict(zip(map(tuple, ids.tolist()), counts.tolist(), strict=True))
     expected = {key: ROWS * value for key, value in joint(model, mask, sampling).items()}
     often = [key for key, value in expected.items() if value >= 5]

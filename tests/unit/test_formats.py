@@ -14,7 +14,7 @@ from selfgen_ds.config import Source
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.formats import read_file
 from selfgen_ds.data.rows import Columns, open_source
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.errors import InputError
 
 Rows = list[dict[str, Any]]
@@ -37,12 +37,14 @@ CHATS: Rows = [
 PROMPT_AND_COMPLETION: Rows = [{"prompt": row["messages"][:2], "completion": row["messages"][2:]} for row in CHATS]
 
 
-def _read(path: Path, use: str = "train", columns: Columns | None = None, **source: Any) -> list[Row | Conversation]:
+def _read(
+    path: Path, use: str = "train", columns: Columns | None = None, **source: Any
+) -> list[TextPair | Conversation]:
     return list(open_source(Source(path=str(path), **source), use, columns or Columns()).rows)
 
 
-def _as_rows(rows: Rows) -> list[Row]:
-    return [Row(prompt=row["prompt"], completion=row["completion"]) for row in rows]
+def _as_rows(rows: Rows) -> list[TextPair]:
+    return [TextPair(prompt=row["prompt"], completion=row["completion"]) for row in rows]
 
 
 def _error(path: Path, **others: Any) -> str:
@@ -205,7 +207,7 @@ def test_a_file_may_be_one_large_batch(tmp_path: Path, form: str) -> None:
         new = pa.ipc.new_stream if form == "arrow stream" else pa.ipc.new_file
         with new(str(path), table.schema) as writer:
             writer.write_table(table)
-    rows = [row for row in _read(path) if isinstance(row, Row)]
+    rows = [row for row in _read(path) if isinstance(row, TextPair)]
     assert [row.prompt for row in rows] == list(map(str, range(2500)))
     assert rows[2100].where == f"{path}, row 2101"
 
@@ -213,7 +215,7 @@ def test_a_file_may_be_one_large_batch(tmp_path: Path, form: str) -> None:
 def test_text_is_kept_to_the_character(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": " né\\n", "completion": "\\ud83d\\ude00\\t 😀 "}'.encode())
-    assert _read(path) == [Row(prompt=" né\n", completion="😀\t 😀 ")]
+    assert _read(path) == [TextPair(prompt=" né\n", completion="😀\t 😀 ")]
 
 
 def test_a_csv_cell_may_be_longer_than_a_megabyte(tmp_path: Path) -> None:
@@ -562,13 +564,13 @@ def test_bad_content_is_an_error_that_names_file_row_and_field(
 def test_a_json_array_may_come_after_any_white_space(tmp_path: Path, space: bytes) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(space + b'[{"prompt": "a",\n"completion": "b"}]')
-    assert _read(path) == [Row(prompt="a", completion="b")]
+    assert _read(path) == [TextPair(prompt="a", completion="b")]
 
 
 def test_an_unused_csv_column_may_hold_any_bytes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion,\xff\na,b,\xe9\n")
-    assert _read(path) == [Row(prompt="a", completion="b")]
+    assert _read(path) == [TextPair(prompt="a", completion="b")]
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:

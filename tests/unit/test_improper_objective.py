@@ -21,7 +21,7 @@ class TabularModel(Policy):
         self.first = torch.zeros(2, requires_grad=True)
         self.second = torch.zeros(2, 2, requires_grad=True)
 
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+    def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         probability_of_0 = self.first.detach().softmax(0)[0]
         return [(u > probability_of_0).long() for u in uniforms]
 
@@ -41,7 +41,7 @@ def test_the_second_token_follows_the_first_with_1_minus_half_the_replaced_share
     for step in range(STEPS):
         mask = replacement_mask(batch, replaced, (hashing.REPLACE, 0, step))
         (mixed,), _ = mix([batch], model, [mask], 1, (hashing.DRAW, 0, step))
-        gradients = torch.autograd.grad(model.loss(mixed.context, mixed.target), [model.first, model.second])
+        gradients = torch.autograd.grad(model.loss(mixed.context_ids, mixed.target_ids), [model.first, model.second])
         with torch.no_grad():
             model.first -= LEARNING_RATE * gradients[0]
             model.second -= LEARNING_RATE * gradients[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from selfgen_ds import methods
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Policy
 from tests.plans import plan
 
@@ -22,17 +22,17 @@ DRAWN = 1000  # ids from here on are drawn ones
 class MarkingPolicy(Policy):
     """Draws now the reference, now a token that no reference holds, by noise and prefix."""
 
-    def draw(self, window: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        return [self._draw(*values) for values in zip(window, masks, uniforms, strict=True)]
+    def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
+        return [self._draw(*values) for values in zip(batches, masks, uniforms, strict=True)]
 
     def _draw(self, batch: TokenBatch, mask: Tensor, uniforms: Tensor) -> Tensor:
-        before = batch.context.roll(1, dims=1)[mask]
+        before = batch.context_ids.roll(1, dims=1)[mask]
         kept = uniforms * (1 + before % 3) < 0.6
-        return torch.where(kept, batch.target[mask], DRAWN + before % 50)
+        return torch.where(kept, batch.target_ids[mask], DRAWN + before % 50)
 
 
 @st.composite
-def samples(draw: Callable, sample_id: int) -> Sample:
+def samples(draw: Callable, sample_id: int) -> TrainingRow:
     """A prompt and up to three turns with what stands between them."""
     length, turns = draw(st.integers(1, 4)), []
     for _ in range(draw(st.integers(1, 3))):
@@ -40,23 +40,23 @@ def samples(draw: Callable, sample_id: int) -> Sample:
         turns.append([length, length + answer, length + answer + closing])
         length += answer + closing + between
     # the last token is never replaceable
-    return Sample(sample_id=sample_id, input_ids=np.arange(length + 1) % 97, turns=np.array(turns))
+    return TrainingRow.reference(sample_id, np.arange(length + 1) % 97, np.array(turns))
 
 
 @st.composite
-def windows(draw: Callable) -> list[TokenBatch]:
-    window: list[TokenBatch] = []
+def batch_lists(draw: Callable) -> list[TokenBatch]:
+    batches: list[TokenBatch] = []
     sample_id = 0
     packed = draw(st.booleans())
     for _ in range(draw(st.integers(1, 3))):
-        rows: list[list[Sample]] = []
+        rows: list[list[TrainingRow]] = []
         for _ in range(draw(st.integers(0, 3))):
             rows.append([])
             for _ in range(draw(st.integers(1, 3)) if packed else 1):
                 rows[-1].append(draw(samples(sample_id)))
                 sample_id += 1
-        window.append(collate(rows, packed=packed))
-    return window
+        batches.append(collate(rows, packed=packed))
+    return batches
 
 
 CONFIGS = st.builds(
@@ -72,19 +72,19 @@ CONFIGS = st.builds(
 
 @pytest.mark.parametrize("name", ["sft", "scheduled_sampling"])
 @settings(max_examples=150, deadline=None)
-@given(window=windows(), config=CONFIGS, seed=st.integers(0, 2**31 - 1), step=st.integers(0, 99))
+@given(batches=batch_lists(), config=CONFIGS, seed=st.integers(0, 2**31 - 1), step=st.integers(0, 99))
 def test_no_target_is_ever_a_drawn_token(
-    name: str, window: list[TokenBatch], config: SelfgenConfig, seed: int, step: int
+    name: str, batches: list[TokenBatch], config: SelfgenConfig, seed: int, step: int
 ) -> None:
     method = methods.find(name)(config, plan(seed=seed, total_steps=100))
-    read = method.contexts(window, MarkingPolicy(), step)
-    for before, after in zip(window, read, strict=True):
-        assert (after.target[after.loss_mask] < DRAWN).all()
-        for unchanged in ("target", "loss_mask", "replaceable", "sample_ids", "position_ids"):
+    read = method.contexts(batches, MarkingPolicy(), step)
+    for before, after in zip(batches, read, strict=True):
+        assert (after.target_ids[after.loss_mask] < DRAWN).all()
+        for unchanged in ("target_ids", "loss_mask", "replaceable_mask", "sample_ids", "position_ids"):
             assert torch.equal(getattr(after, unchanged), getattr(before, unchanged))
-        assert not (after.drawn & ~after.replaceable).any()
-        assert torch.equal(after.context[~after.drawn], after.target[~after.drawn])
+        assert not (after.replaced_mask & ~after.replaceable_mask).any()
+        assert torch.equal(after.context_ids[~after.replaced_mask], after.target_ids[~after.replaced_mask])
         for sample_id in after.sample_ids[after.sample_ids >= 0].unique():
             here = after.sample_ids == sample_id
-            differing = (here & (after.context != after.target)).sum()
+            differing = (here & (after.context_ids != after.target_ids)).sum()
             assert differing <= config.max_differing_share * (here & after.loss_mask).sum() + 1e-6

@@ -11,7 +11,7 @@ from selfgen_ds.data import order
 from selfgen_ds.data.packing import load_packs, pack
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 
 
@@ -22,7 +22,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _samples(lengths: list[int], max_length: int) -> Samples:
     """Make samples of the given lengths, each at least 3 tokens."""
-    rows = [Row(prompt="p", completion="c" * (length - 2)) for length in lengths]
+    rows = [TextPair(prompt="p", completion="c" * (length - 2)) for length in lengths]
     opened = Opened(name="rows.jsonl", fingerprint=[json.dumps(lengths)], rows=rows)
     return load_samples(opened, byte_tokenizer(), Format(max_length=max_length))
 

@@ -76,7 +76,7 @@ def reference_context(
     step: int = STEP,
 ) -> list[int]:
     """Return the context of one row that passes over the full logits draw."""
-    context = batch.target[row, : lengths(batch)[row]].clone()
+    context = batch.target_ids[row, : lengths(batch)[row]].clone()
     for _ in range(passes):
         logits = model(context[None]).logits[0]
         drawn = context.clone()
@@ -105,8 +105,8 @@ def test_the_pass_draws_from_the_model_given_the_context_before(
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
         for row, length in enumerate(lengths(batch)):
             expected = reference_context(plain, batch, row, mask, passes, sampling)
-            assert result.context[row, :length].tolist() == expected
-            changed += expected != batch.target[row, :length].tolist()
+            assert result.context_ids[row, :length].tolist() == expected
+            changed += expected != batch.target_ids[row, :length].tolist()
     assert changed >= 4
 
 
@@ -125,7 +125,7 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     for batch, mask, result in zip(batches, masks, mixed, strict=True):
         for row, length in enumerate(lengths(batch)):
             expected = reference_context(plain, batch, row, mask, 2, policy.sampling)
-            assert result.context[row, :length].tolist() == expected
+            assert result.context_ids[row, :length].tolist() == expected
     assert_predictions_are_those_of(plain, policy)
     for prompt, answer in zip([[1, 2, 3], [4]], policy.complete([[1, 2, 3], [4]], 6), strict=True):
         output = plain.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=END)
@@ -183,10 +183,10 @@ def assert_predictions_are_those_of(plain: PreTrainedModel, policy: EnginePolicy
     expected_best, expected = [], []
     with torch.no_grad():
         for row, length in enumerate(lengths(batch)):
-            p = plain(batch.target[row : row + 1, :length]).logits[0].log_softmax(dim=-1)
+            p = plain(batch.target_ids[row : row + 1, :length]).logits[0].log_softmax(dim=-1)
             for t in batch.loss_mask[row].nonzero().flatten().tolist():
                 expected_best.append(int(p[t - 1].argmax()))
-                expected.append(float(p[t - 1, batch.target[row, t]]))
+                expected.append(float(p[t - 1, batch.target_ids[row, t]]))
     assert best.tolist() == expected_best
     assert log_probabilities.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 

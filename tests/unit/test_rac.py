@@ -14,14 +14,15 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.correction import TURN_CUE, correction
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Sample, Samples, load_samples, numbered
-from selfgen_ds.data.stored_row import StoredRow
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.samples import Format, Samples, load_samples, numbered
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.methods.rac import Rac
+from tests.batches import runs
 from tests.chat_tokenizers import FAMILIES, tokenizer
 from tests.plans import plan
 
@@ -82,7 +83,7 @@ def _load(
 
 
 def _texts(*pairs: tuple[str, str], max_length: int = 99) -> Samples:
-    return _load([Row(prompt=prompt, completion=completion) for prompt, completion in pairs], max_length)
+    return _load([TextPair(prompt=prompt, completion=completion) for prompt, completion in pairs], max_length)
 
 
 def _rac(
@@ -100,11 +101,11 @@ def _rac(
     return method
 
 
-def _all(samples: Samples) -> list[Sample]:
+def _all(samples: Samples) -> list[TrainingRow]:
     return [samples[i] for i in range(len(samples))]
 
 
-def _same(rows: list[StoredRow], others: list[StoredRow]) -> bool:
+def _same(rows: list[TrainingRow], others: list[TrainingRow]) -> bool:
     names = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
     return [(row.sample_id, row.answer_equal) for row in rows] == [(o.sample_id, o.answer_equal) for o in others] and (
         all(
@@ -115,7 +116,7 @@ def _same(rows: list[StoredRow], others: list[StoredRow]) -> bool:
     )
 
 
-def _marked(row: StoredRow, its_tokenizer: PreTrainedTokenizerFast = BYTES) -> dict[str, str]:
+def _marked(row: TrainingRow, its_tokenizer: PreTrainedTokenizerFast = BYTES) -> dict[str, str]:
     """The text of a row, of what is drawn in it, and of what is learned."""
     return {
         "read": its_tokenizer.decode(row.context_ids),
@@ -124,8 +125,8 @@ def _marked(row: StoredRow, its_tokenizer: PreTrainedTokenizerFast = BYTES) -> d
     }
 
 
-def _is_plain(row: StoredRow, sample: Sample) -> bool:
-    return _same([row], [StoredRow.of(sample)])
+def _is_plain(row: TrainingRow, sample: TrainingRow) -> bool:
+    return _same([row], [sample])
 
 
 # --- the rows ---
@@ -139,7 +140,7 @@ def test_a_row_is_prompt_own_answer_cue_and_reference() -> None:
     assert np.array_equal(row.context_ids, row.target_ids)
     assert policy.prompts == [_ids("1+1=")]
     assert counts == {
-        "own_answers": 1,
+        "answers": 1,
         "unfinished_answers": 0,
         "rejected_answers": 0,
         "cut_answers": 0,
@@ -166,7 +167,7 @@ def test_an_empty_answer_is_corrected_too() -> None:
     samples = _texts(("1+1=", "two"))
     ((row,), counts) = _rac(samples).rows(_all(samples), SayingPolicy([END]), 0)
     assert _marked(row) == {"read": "1+1=|two</s>", "drawn": "", "learned": "two</s>"}
-    assert counts["own_answers"] == 1
+    assert counts["answers"] == 1
 
 
 def test_an_empty_cue_puts_the_reference_behind_the_answer() -> None:
@@ -178,11 +179,11 @@ def test_an_empty_cue_puts_the_reference_behind_the_answer() -> None:
 def test_what_is_trained_on_is_the_reference_in_a_batch() -> None:
     samples = _texts(("1+1=", "two"))
     ((row,), _) = _rac(samples, max_new_tokens=9).rows(_all(samples), SayingPolicy([*_ids("three"), END]), 0)
-    batch = collate([[row.sample()]])
-    assert BYTES.decode(batch.target[batch.loss_mask]) == "two</s>"
-    assert BYTES.decode(batch.context[batch.drawn]) == "three"
-    assert torch.equal(batch.context, batch.target)
-    assert not batch.replaceable[batch.drawn].any()
+    batch = collate([[row]])
+    assert BYTES.decode(batch.target_ids[batch.loss_mask]) == "two</s>"
+    assert BYTES.decode(batch.context_ids[batch.replaced_mask]) == "three"
+    assert torch.equal(batch.context_ids, batch.target_ids)
+    assert not batch.replaceable_mask[batch.replaced_mask].any()
 
 
 def _conversation(*contents: str, **others: Any) -> Conversation:
@@ -231,7 +232,7 @@ def _many(count: int = 60) -> Samples:
     return _texts(*((f"{number}: ", "word" * (1 + number % 5)) for number in range(count)))
 
 
-def _corrected(rows: list[StoredRow], samples: Samples) -> list[bool]:
+def _corrected(rows: list[TrainingRow], samples: Samples) -> list[bool]:
     return [not _is_plain(row, sample) for row, sample in zip(rows, _all(samples), strict=True)]
 
 
@@ -240,7 +241,7 @@ def test_a_share_of_0_corrects_every_sample_and_a_share_of_1_none() -> None:
     assert all(_corrected(_rac(samples, sft_share=0.0).rows(_all(samples), NoisePolicy(), 0)[0], samples))
     policy = SayingPolicy()
     rows, counts = _rac(samples, sft_share=1.0).rows(_all(samples), policy, 0)
-    assert _same(rows, [StoredRow.of(sample) for sample in _all(samples)])
+    assert _same(rows, _all(samples))
     assert (policy.prompts, len(policy.asked_for)) == ([], 1)  # it still makes the call that other ranks make
     assert set(counts.values()) == {0}
 
@@ -299,7 +300,7 @@ def test_every_answer_is_a_row_in_the_order_of_the_samples() -> None:
     samples = _many(6)
     rows, counts = _rac(samples, answers_per_prompt=3).rows(_all(samples), NoisePolicy(), 0)
     assert [row.sample_id for row in rows] == [i for i in range(6) for _ in range(3)]
-    assert counts["own_answers"] == 18
+    assert counts["answers"] == 18
 
 
 def test_no_samples_are_no_rows_but_a_call() -> None:
@@ -325,7 +326,7 @@ def test_a_rejected_answer_leaves_its_sample_plain() -> None:
     rows, counts = _rac(samples, reject=["bad"], max_new_tokens=20).rows(_all(samples), policy, 0)
     assert _is_plain(rows[0], samples[0])
     assert _marked(rows[1])["drawn"] == "good"
-    assert (counts["rejected_answers"], counts["own_answers"]) == (1, 2)
+    assert (counts["rejected_answers"], counts["answers"]) == (1, 2)
 
 
 def test_of_several_answers_those_that_are_not_rejected_are_rows() -> None:
@@ -348,11 +349,11 @@ def test_a_sample_without_room_for_an_answer_is_plain_and_counted(caplog: pytest
     policy = SayingPolicy([*_ids("own"), END])
     with caplog.at_level(logging.WARNING, "selfgen_ds"):
         method = _rac(samples, max_length=20)
-    assert "1 of 3 rows have no room for an own answer" in caplog.text
+    assert "1 of 3 rows have no room for the model's answer" in caplog.text
     rows, counts = method.rows(_all(samples), policy, 0)
     assert policy.prompts == [_ids("p" * 8), _ids("q")]
     assert _is_plain(rows[1], samples[1])
-    assert (counts["no_room"], counts["own_answers"]) == (1, 2)
+    assert (counts["no_room"], counts["answers"]) == (1, 2)
 
 
 def test_a_sample_that_would_be_plain_anyway_does_not_count_as_without_room() -> None:
@@ -379,7 +380,7 @@ def test_rows_whose_answers_are_cut_are_warned_of(caplog: pytest.LogCaptureFixtu
     samples = _texts(("p" * 8, "r" * 7), ("q", "r"), max_length=20)
     with caplog.at_level(logging.WARNING, "selfgen_ds"):
         _rac(samples, max_length=20, max_new_tokens=4)
-    assert "own answers of 1 of 2 rows are cut before selfgen.max_new_tokens" in caplog.text
+    assert "answers to 1 of 2 rows are cut before selfgen.max_new_tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,8 @@ def test_more_answers_than_a_round_reads_are_warned_of(
 ) -> None:
     with caplog.at_level(logging.WARNING, "selfgen_ds"):
         _rac(_many(3), answers_per_prompt=answers, epochs_per_round=epochs, sft_share=share)
-    assert (f"a round of {epochs} epochs reads about as many of the {answers} answers" in caplog.text) == warned
+    warning = f"a round of {epochs} epochs reads about {epochs} of the {answers} answers"
+    assert (warning in caplog.text) == warned
 
 
 def test_a_truncated_response_fills_its_row_and_stays_as_it_is() -> None:
@@ -407,9 +409,9 @@ def test_a_truncated_response_fills_its_row_and_stays_as_it_is() -> None:
         # 20 tokens, 3 of prompt and reference, 1 of the cue
         (
             {"max_new_tokens": 17},
-            "selfgen.max_new_tokens: an own answer of 17 tokens fits into no row of data.max_length=20: ",
+            "selfgen.max_new_tokens: an answer of 17 tokens fits into no row of data.max_length=20: ",
         ),
-        ({"cue": "x" * 17}, "data.max_length: an own answer of 1 tokens fits into no row"),
+        ({"cue": "x" * 17}, "data.max_length: an answer of 1 tokens fits into no row"),
     ],
 )
 def test_answers_that_fit_into_no_row_are_refused(config: dict[str, Any], expected: str) -> None:
@@ -439,7 +441,7 @@ def test_an_answer_that_is_the_reference_is_marked() -> None:
 
 def test_of_an_answer_the_words_are_compared_and_not_the_tokens() -> None:
     chat_tokenizer = tokenizer("chatml")
-    samples = _load([Row(prompt="a", completion="the answer")], 99, chat_tokenizer)
+    samples = _load([TextPair(prompt="a", completion="the answer")], 99, chat_tokenizer)
     letters = [token for letter in "the answer" for token in chat_tokenizer(letter)["input_ids"]]
     assert letters != samples[0].response_ids.tolist()[:-1]
     method = _rac(samples, its_tokenizer=chat_tokenizer, max_new_tokens=20)
@@ -540,8 +542,8 @@ def test_nothing_is_longer_than_a_row_and_no_target_is_drawn(
         assert row.target_ids[row.loss_mask].tolist() == sample.response_ids.tolist()
         assert row.context_ids[: len(sample.prompt_ids)].tolist() == sample.prompt_ids.tolist()
         assert not row.replaced_mask[: len(sample.prompt_ids)].any()
-        read = row.sample()
-        assert read.response_ids.tolist() == sample.response_ids.tolist()
-        assert len(read.turns) == 1
-    assert counts["own_answers"] == len(policy.prompts)
-    assert counts["own_answers"] - counts["rejected_answers"] <= len(rows)
+        assert row.response_ids.tolist() == sample.response_ids.tolist()
+        assert len(runs(row.loss_mask)) == 1
+        assert not row.replaceable_mask.any()
+    assert counts["answers"] == len(policy.prompts)
+    assert counts["answers"] - counts["rejected_answers"] <= len(rows)

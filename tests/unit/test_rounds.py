@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from selfgen_ds.config import SelfgenConfig
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.methods.rac import Rac
-from selfgen_ds.rounds.rounds import Fingerprint, Rounds, _chunk_size
+from selfgen_ds.rounds.checks import Fingerprint, rows_problem
+from selfgen_ds.rounds.rounds import Rounds, _chunk_size
 from selfgen_ds.rounds.store import Writer
 from tests.batches import sample
 from tests.plans import plan
@@ -32,10 +33,7 @@ def _drawn(
     settings: dict[str, Any] | None = None,
 ) -> Path:
     """A complete round."""
-    ids = np.arange(length)
-    row = StoredRow(
-        sample_id=0, context_ids=ids, target_ids=ids, loss_mask=ids > 1, replaced_mask=ids > length, answer_equal=False
-    )
+    row = _row(0, length)
     writer = Writer(folder / f"round-{number:02d}")
     origin = OURS | {"weights": "w"} | (fingerprint or {})
     audit, _ = writer.start(
@@ -46,12 +44,12 @@ def _drawn(
     return writer.folder
 
 
-def _open(folder: Path, shared: Path | None = None, step: int = 0, method: type[RoundMethod] = Bash) -> Rounds:
+def _open(folder: Path, shared: Path | None = None, step: int = 0) -> Rounds:
     """The rounds of a run of `bash`, as far as they are looked at before the first step."""
-    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "windows"))
+    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "step_batches"))
     return Rounds(
         **parts,
-        method=method(SelfgenConfig(method="bash"), plan(max_length=6)),
+        method=Bash(SelfgenConfig(method="bash"), plan(max_length=6)),
         samples=[],
         folder=folder,
         shared=shared,
@@ -79,7 +77,7 @@ def test_a_round_of_another_origin_is_refused_with_both_fingerprints(
         _open(tmp_path / "none", tmp_path / "rollouts") if is_shared else _open(tmp_path / "rollouts")
     setting = "selfgen.rollouts" if is_shared else "output_dir"
     origin = {"model": "starting model"}.get(what, what)
-    assert str(caught.value) == f"{setting}: {folder} was drawn from another {origin}: x9 there, {OURS[what]} here"
+    assert str(caught.value) == f"{setting}: {folder} was drawn from another {origin}: expected {OURS[what]}, got x9"
 
 
 def test_a_round_of_another_method_is_refused(tmp_path: Path) -> None:
@@ -100,7 +98,7 @@ def test_a_round_drawn_with_other_settings_is_taken_with_a_warning(
     folder = _drawn(tmp_path, settings={"method": "bash", "temperature": 2.0})
     with caplog.at_level(logging.WARNING, "selfgen_ds"):
         _open(tmp_path)
-    assert caplog.messages == [f"{folder} was drawn with other settings: temperature 2.0 there, None here"]
+    assert caplog.messages == [f"{folder} was drawn with other settings: temperature was 2.0 and is now None"]
 
 
 def test_a_damaged_round_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -138,7 +136,7 @@ def test_a_shared_round_that_is_gone_is_drawn_with_a_warning(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING, "selfgen_ds"):
         _open(tmp_path / "own", shared, step=2)  # of the second round
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [f"{shared / 'round-02'} is gone: the round is drawn here"]
+    assert warnings == [f"{shared / 'round-02'} is gone; drawing this round here"]
 
 
 def test_another_runs_rounds_are_those_that_there_were_at_the_first_start(tmp_path: Path) -> None:
@@ -159,7 +157,10 @@ def test_a_round_that_is_being_drawn_is_not_looked_at(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("rollouts", "holds no round, such as round-01"), ("nothing", "expected an existing folder, another run's")],
+    [
+        ("rollouts", "holds no complete round, such as round-01"),
+        ("nothing", "expected an existing folder, another run's"),
+    ],
 )
 def test_a_folder_without_a_complete_round_is_refused(name: str, expected: str, tmp_path: Path) -> None:
     _drawn(tmp_path / "rollouts").rename(tmp_path / "rollouts" / "round-01.partial")
@@ -186,20 +187,22 @@ def test_chunks_show_progress_and_are_enough_to_generate_at_once(
     assert _chunk_size(samples, rows_at_once) == expected
 
 
-def _row(sample_id: int, length: int, **changes: Any) -> StoredRow:
-    ids = np.arange(length)
-    row = StoredRow(sample_id=sample_id, context_ids=ids, target_ids=ids, loss_mask=ids > 1, replaced_mask=ids > length)
+def _row(sample_id: int, length: int, **changes: Any) -> TrainingRow:
+    row = TrainingRow.reference(sample_id, np.arange(length), np.array([[2, length, length]]))
     return replace(row, **changes)
 
 
 SAMPLES = [sample([1, 2], [3, 4], 7), sample([1], [3, 4], 8)]
 
 
-def test_rows_that_fit_their_samples_are_taken(tmp_path: Path) -> None:
-    assert _open(tmp_path)._problem(SAMPLES, [_row(7, 4), _row(8, 3)]) is None
-    own_lengths = _open(tmp_path, method=Rac)
+def _method(kind: type[RoundMethod]) -> RoundMethod:
+    return kind(SelfgenConfig(method="bash"), plan(max_length=6))
+
+
+def test_rows_that_fit_their_samples_are_taken() -> None:
+    assert rows_problem(_method(Bash), SAMPLES, [_row(7, 4), _row(8, 3)]) is None
     for rows in ([_row(7, 4), _row(8, 3)], [_row(7, 6), _row(7, 5), _row(8, 6)], [_row(8, 2)], []):
-        assert own_lengths._problem(SAMPLES, rows) is None
+        assert rows_problem(_method(Rac), SAMPLES, rows) is None
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,5 @@ def test_rows_that_fit_their_samples_are_taken(tmp_path: Path) -> None:
         (Rac, [_row(7, 4, loss_mask=np.ones(3, bool))], "sample 7 has arrays of several lengths"),
     ],
 )
-def test_rows_that_do_not_fit_are_named(
-    method: type[RoundMethod], rows: list[StoredRow], expected: str, tmp_path: Path
-) -> None:
-    assert re.search(expected, _open(tmp_path, method=method)._problem(SAMPLES, rows) or "")
+def test_rows_that_do_not_fit_are_named(method: type[RoundMethod], rows: list[TrainingRow], expected: str) -> None:
+    assert re.search(expected, rows_problem(_method(method), SAMPLES, rows) or "")

@@ -14,7 +14,7 @@ from selfgen_ds.config import Source
 from selfgen_ds.data import hub
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.rows import Columns, _open_hub, _read_hub, open_source
-from selfgen_ds.data.tasks import Row, generate
+from selfgen_ds.data.tasks import TextPair, generate
 from selfgen_ds.errors import InputError
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
@@ -68,12 +68,12 @@ def test_rows_before_a_bad_line_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n{\n")
     rows = open_source(Source(path=str(path)), "train", Columns()).rows
-    assert next(iter(rows)) == Row(prompt="1+1=", completion="2")
+    assert next(iter(rows)) == TextPair(prompt="1+1=", completion="2")
 
 
 def test_rows_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     lines = [f'{{"prompt": "p{i}", "completion": "c{i}"}}\n'.encode() for i in range(50)]
-    assert _read(tmp_path, b"".join(lines)) == [Row(prompt=f"p{i}", completion=f"c{i}") for i in range(50)]
+    assert _read(tmp_path, b"".join(lines)) == [TextPair(prompt=f"p{i}", completion=f"c{i}") for i in range(50)]
 
 
 def test_blank_lines_are_skipped(tmp_path: Path) -> None:
@@ -85,17 +85,17 @@ def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
-    assert _read(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD) == [Row(prompt="1+1=", completion="2")] * 2
+    assert _read(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD) == [TextPair(prompt="1+1=", completion="2")] * 2
 
 
 def test_columns_are_found_by_the_names_given(tmp_path: Path) -> None:
     content = b'{"prompt": "no", "completion": "no", "question": "q", "answer": "a"}'
-    assert _read(tmp_path, content, "question", "answer") == [Row(prompt="q", completion="a")]
+    assert _read(tmp_path, content, "question", "answer") == [TextPair(prompt="q", completion="a")]
 
 
 def test_other_fields_may_hold_anything(tmp_path: Path) -> None:
     content = b'{"prompt": "p", "completion": "c", "id": 3, "tags": [null]}'
-    assert _read(tmp_path, content) == [Row(prompt="p", completion="c")]
+    assert _read(tmp_path, content) == [TextPair(prompt="p", completion="c")]
 
 
 # --- conversations ---
@@ -198,7 +198,7 @@ def test_settings_of_the_template_that_are_not_an_object_are_an_error(tmp_path: 
 def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "b.JsonL").write_bytes(GOOD)
     rows = list(open_source(Source(path=str(tmp_path / "b.JsonL")), "train", Columns()).rows)
-    assert rows == [Row(prompt="1+1=", completion="2")]
+    assert rows == [TextPair(prompt="1+1=", completion="2")]
 
 
 def test_a_file_of_a_folder_that_datasets_ignores_for_its_suffix_is_refused(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_hub_data_set_is_the_rows_of_its_files(
     source = Source(path=_hub(tmp_path, monkeypatch), subset="b", split=given)
     use = "train" if given else split
     opened = _open_hub(source, use, Columns())
-    assert list(opened.rows) == [Row(prompt=f"b {split} {i}", completion="c") for i in range(5)]
+    assert list(opened.rows) == [TextPair(prompt=f"b {split} {i}", completion="c") for i in range(5)]
     assert opened.fingerprint == _open_hub(source, use, Columns()).fingerprint
     other = _open_hub(Source(path=source.path, subset="a", split=given), use, Columns())
     assert opened.fingerprint[-1] != other.fingerprint[-1]
@@ -331,4 +331,4 @@ def test_files_that_a_readme_does_not_name_are_left_out_on_purpose(tmp_path: Pat
     card = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: train-*}\n"
     (tmp_path / "README.md").write_text(f"---\n{card}---\n")
     rows = open_source(Source(path=str(tmp_path)), "train", Columns()).rows
-    assert [row.prompt for row in rows if isinstance(row, Row)] == ["train"]
+    assert [row.prompt for row in rows if isinstance(row, TextPair)] == ["train"]

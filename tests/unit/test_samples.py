@@ -15,19 +15,18 @@ from transformers import PreTrainedTokenizerFast
 
 from selfgen_ds.config import DataConfig, Recipe, Source
 from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.encoding import CHUNK_CHARACTERS, chunks
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.samples import (
-    _CHARACTERS,
     Format,
     Samples,
-    _chunks,
     end_tokens,
     load,
     load_samples,
     numbered,
     take,
 )
-from selfgen_ds.data.tasks import Row
+from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.validation.inputs import check_shares
@@ -48,12 +47,12 @@ def _ids(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
 
 
-def _opened(rows: list[Row] | list[Conversation], name: str = "rows.jsonl") -> Opened:
+def _opened(rows: list[TextPair] | list[Conversation], name: str = "rows.jsonl") -> Opened:
     return Opened(name=name, fingerprint=[name, repr(rows)], rows=rows)
 
 
 def _tokenize(*rows: tuple[str, str], max_length: int = 100) -> Samples:
-    texts = [Row(prompt=prompt, completion=completion) for prompt, completion in rows]
+    texts = [TextPair(prompt=prompt, completion=completion) for prompt, completion in rows]
     return load_samples(_opened(texts), TOKENIZER, Format(max_length=max_length))
 
 
@@ -61,6 +60,12 @@ def _only(samples: Samples) -> tuple[list[int], list[int]]:
     """Prompt and response of the one sample."""
     (sample,) = take([samples])
     return sample.prompt_ids.tolist(), sample.response_ids.tolist()
+
+
+def _turns(samples: Samples, index: int = 0) -> list[list[int]]:
+    """Start, end of the replaceable part and end of each response, as the table stores them."""
+    turns: list[list[int]] = samples.table[index]["turns"].reshape(-1, 3).tolist()
+    return turns
 
 
 def _chat(*contents: str, **others: Any) -> Conversation:
@@ -77,7 +82,7 @@ def test_a_response_is_the_completion_and_the_end_token() -> None:
 
 
 def test_all_of_a_response_but_the_end_token_is_replaceable() -> None:
-    assert _tokenize(("ask", "tell"))[0].turns.tolist() == [[3, 7, 8]]
+    assert _turns(_tokenize(("ask", "tell"))) == [[3, 7, 8]]
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:
@@ -92,7 +97,7 @@ def test_only_the_prompt_gets_what_a_tokenizer_puts_around_a_text_and_never_its_
         single="<pad> $A </s>",
         special_tokens=[("<pad>", framing.pad_token_id), ("</s>", framing.eos_token_id)],
     )
-    samples = load_samples(_opened([Row(prompt="ask", completion="tell")]), framing, Format(max_length=100))
+    samples = load_samples(_opened([TextPair(prompt="ask", completion="tell")]), framing, Format(max_length=100))
     assert _only(samples) == ([framing.pad_token_id, *_ids("ask")], [*_ids("tell"), END])
 
 
@@ -109,7 +114,7 @@ def test_a_row_without_room_for_the_end_token_is_truncated() -> None:
 def test_a_response_is_cut_exactly_at_the_longest_length() -> None:
     samples = _tokenize(("abc", "defghijk"), max_length=5)
     assert _only(samples) == (_ids("abc"), _ids("de"))
-    assert samples[0].turns.tolist() == [[3, 4, 5]]  # nothing reads the last token
+    assert _turns(samples) == [[3, 4, 5]]  # nothing reads the last token
 
 
 def test_truncated_rows_are_counted() -> None:
@@ -133,7 +138,7 @@ def test_every_row_read_is_used_or_refused_and_the_truncated_are_used() -> None:
     assert samples.read == 64 == len(samples) + samples.refused
     assert samples.refused == 16
     assert samples.truncated == sum(p + c + 1 > 7 for p in range(1, 7) for c in range(1, 9))
-    cut = sum(int(samples[i].input_ids[-1] != END) for i in range(len(samples)))
+    cut = sum(int(samples[i].target_ids[-1] != END) for i in range(len(samples)))
     assert samples.truncated == cut
 
 
@@ -160,39 +165,27 @@ def test_sample_ids_go_on_past_a_thousand_rows() -> None:
     assert samples.read == 2500
 
 
-def test_a_forced_error_and_the_rest_are_tokenised() -> None:
-    row = Row(prompt="p", completion="abcd", forced="ax", rest="cd")
-    sample = load_samples(_opened([row]), TOKENIZER, Format(max_length=100))[0]
-    assert sample.forced_ids is not None
-    assert sample.rest_ids is not None
-    assert (sample.forced_ids.tolist(), sample.rest_ids.tolist()) == (_ids("ax"), [*_ids("cd"), END])
-
-
-def test_rows_of_a_file_have_no_forced_error() -> None:
-    sample = _tokenize(("a", "b"))[0]
-    assert (sample.forced_ids, sample.rest_ids) == (None, None)
-
-
 def test_a_sample_has_its_documented_types() -> None:
     samples = _tokenize(("a", "b"), ("c", "de"))
     sample = samples[1]
     assert type(sample.sample_id) is int
-    assert (sample.input_ids.dtype, sample.input_ids.shape) == (np.int64, (4,))
-    assert (sample.turns.dtype, sample.turns.shape) == (np.int64, (1, 3))
+    assert (sample.target_ids.dtype, sample.target_ids.shape) == (np.int64, (4,))
+    for mask in (sample.loss_mask, sample.replaceable_mask, sample.replaced_mask):
+        assert (mask.dtype, mask.shape) == (bool, (4,))
     lengths = samples.lengths(np.array([1, 0, 1]))
     assert (lengths.dtype, lengths.tolist()) == (np.int64, [4, 3, 4])
 
 
 def test_a_limit_is_of_rows_read_the_first_ones() -> None:
-    rows = [Row(prompt="a", completion=str(number)) for number in range(5)]
+    rows = [TextPair(prompt="a", completion=str(number)) for number in range(5)]
     samples = load_samples(_opened(rows), TOKENIZER, Format(max_length=9, limit=2))
     assert (samples.read, len(samples)) == (2, 2)
     assert samples[1].response_ids.tolist() == [*_ids("1"), END]
 
 
 def test_what_follows_the_limit_is_not_read() -> None:
-    def rows() -> Iterator[Row]:
-        yield Row(prompt="a", completion="b")
+    def rows() -> Iterator[TextPair]:
+        yield TextPair(prompt="a", completion="b")
         raise AssertionError
 
     assert (
@@ -201,25 +194,25 @@ def test_what_follows_the_limit_is_not_read() -> None:
 
 
 def _sizes(rows: list[Any]) -> list[int]:
-    chunks = list(_chunks(iter(rows)))
-    assert [id(row) for chunk in chunks for row in chunk] == [id(row) for row in rows]
-    return [len(chunk) for chunk in chunks]
+    cut = list(chunks(iter(rows)))
+    assert [id(row) for chunk in cut for row in chunk] == [id(row) for row in rows]
+    return [len(chunk) for chunk in cut]
 
 
 def test_rows_are_tokenised_in_chunks_of_so_many_rows_and_about_so_much_text() -> None:
-    third = "x" * (_CHARACTERS // 3 + 1)
+    third = "x" * (CHUNK_CHARACTERS // 3 + 1)
     assert _sizes([]) == []
-    assert _sizes([Row(prompt="a", completion="b")] * 2500) == [1000, 1000, 500]
-    assert _sizes([Row(prompt=third, completion="b")] * 6) == [3, 3]
-    assert _sizes([Row(prompt="a", completion=third)] * 7) == [3, 3, 1]
+    assert _sizes([TextPair(prompt="a", completion="b")] * 2500) == [1000, 1000, 500]
+    assert _sizes([TextPair(prompt=third, completion="b")] * 6) == [3, 3]
+    assert _sizes([TextPair(prompt="a", completion=third)] * 7) == [3, 3, 1]
     assert _sizes([_chat("a", third)] * 7) == [3, 3, 1]
-    assert _sizes([Row(prompt=third * 9, completion="b")] * 2) == [1, 1]
+    assert _sizes([TextPair(prompt=third * 9, completion="b")] * 2) == [1, 1]
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     assert _sizes([Conversation(messages=[{"role": "user", "content": third}, call])] * 4) == [3, 1]
 
 
 def test_chunks_that_text_ends_are_numbered_on() -> None:
-    rows = [Row(prompt="a" * (_CHARACTERS if i % 3 else 1), completion=str(i)) for i in range(7)]
+    rows = [TextPair(prompt="a" * (CHUNK_CHARACTERS if i % 3 else 1), completion=str(i)) for i in range(7)]
     samples = load_samples(_opened(rows), TOKENIZER, Format(max_length=9))
     assert samples.table["sample_id"][:].tolist() == [0, 3, 6]
     assert (samples.read, samples.refused, samples.first_refused) == (7, 4, "row 2")
@@ -230,20 +223,20 @@ def test_chunks_that_text_ends_are_numbered_on() -> None:
 
 def test_a_conversation_is_cut_in_a_later_turn() -> None:
     chat = _chat("a", "b", "c", "defghi")
-    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))[0]
-    (first, second) = whole.turns.tolist()
+    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))
+    (first, second) = _turns(whole)
     longest = second[0] + 2
     cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=longest))
     assert (cut.truncated, cut.refused) == (1, 0)
-    assert cut[0].input_ids.tolist() == whole.input_ids[:longest].tolist()
-    assert cut[0].turns.tolist() == [first, [second[0], longest - 1, longest]]
+    assert cut[0].target_ids.tolist() == whole[0].target_ids[:longest].tolist()
+    assert _turns(cut) == [first, [second[0], longest - 1, longest]]
 
 
 def test_a_conversation_cut_before_a_later_turn_keeps_the_first() -> None:
     chat = _chat("a", "b", "c" * 20, "d")
-    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))[0]
-    cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=int(whole.turns[1, 0])))
-    assert (cut.truncated, cut.refused, cut[0].turns.tolist()) == (1, 0, whole.turns[:1].tolist())
+    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))
+    cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=_turns(whole)[1][0]))
+    assert (cut.truncated, cut.refused, _turns(cut)) == (1, 0, _turns(whole)[:1])
 
 
 def test_a_conversation_without_a_turn_left_is_refused_by_its_line() -> None:
@@ -255,20 +248,21 @@ def test_a_conversation_without_a_turn_left_is_refused_by_its_line() -> None:
 
 def test_what_a_template_writes_behind_the_last_turn_is_no_truncation() -> None:
     chat = _chat("a", "b")
-    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))[0]
-    end = int(whole.turns[-1, 2])
-    assert end < len(whole.input_ids)
+    whole = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=1000))
+    [[start, _, end]] = _turns(whole)
+    assert end < len(whole[0])
     cut = load_samples(_opened([chat]), tokenizer("chatml"), Format(max_length=end))
     assert cut.truncated == 0
-    assert cut[0].turns.tolist() == [[whole.turns[0, 0], end - 1, end]]
+    assert _turns(cut) == [[start, end - 1, end]]
 
 
 @pytest.mark.parametrize("assistant_turns", ["all", "last"])
 def test_the_turns_that_are_learned_are_all_or_the_last(assistant_turns: str) -> None:
     chat = _chat("a", "bcd", "e", "fgh")
     form = Format(max_length=1000, assistant_turns=assistant_turns)
-    sample = load_samples(_opened([chat]), tokenizer("chatml"), form)[0]
-    learned = [tokenizer("chatml").decode(sample.input_ids[start:end]) for start, _, end in sample.turns]
+    samples = load_samples(_opened([chat]), tokenizer("chatml"), form)
+    sample = samples[0]
+    learned = [tokenizer("chatml").decode(sample.target_ids[start:end]) for start, _, end in _turns(samples)]
     assert learned == ["bcd<|im_end|>", "fgh<|im_end|>"][-1 if assistant_turns == "last" else 0 :]
     assert tokenizer("chatml").decode(sample.response_ids) == "fgh<|im_end|>"
     assert tokenizer("chatml").decode(sample.prompt_ids).endswith("e<|im_end|>\n<|im_start|>assistant\n")
@@ -282,10 +276,12 @@ HEADER_INSIDE_MARKERS = """
 
 def test_a_first_token_gets_no_loss() -> None:
     marked = build(HEADER_INSIDE_MARKERS, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    sample = load_samples(_opened([_chat("", "b", "c", "d")]), marked, Format(max_length=99))[0]
-    learned = [marked.decode(sample.input_ids[start:end]) for start, _, end in sample.turns]
+    samples = load_samples(_opened([_chat("", "b", "c", "d")]), marked, Format(max_length=99))
+    learned = [marked.decode(samples[0].target_ids[start:end]) for start, _, end in _turns(samples)]
     assert learned == ["b<|im_end|>\n", "<|im_start|>", "d<|im_end|>\n"]
-    assert sample.turns[0, 0] == 1
+    assert _turns(samples)[0][0] == 1
+    assert marked.decode(samples[0].response_ids) == "d<|im_end|>\n"  # without the header, which is learned too
+    assert marked.decode(samples[0].prompt_ids).endswith("c<|im_start|>")
 
     bare = HEADER_INSIDE_MARKERS.replace("'<|im_start|>' + ", "")
     bare = build(bare, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
@@ -309,7 +305,7 @@ def test_a_turn_without_a_token_is_no_turn() -> None:
 
 def test_closing_tokens_are_the_end_token_or_what_the_template_closes_turns_with() -> None:
     llama3 = tokenizer("llama3")
-    pairs = load_samples(_opened([Row(prompt="a", completion="b")]), llama3, Format(max_length=99))
+    pairs = load_samples(_opened([TextPair(prompt="a", completion="b")]), llama3, Format(max_length=99))
     chats = load_samples(_opened([_chat("a", "b", "c", "d")]), llama3, Format(max_length=99))
     end_of_turn = llama3.convert_tokens_to_ids("<|eot_id|>")
     assert pairs.closing_ids == [llama3.eos_token_id]
@@ -328,10 +324,10 @@ def test_turns_that_nothing_closes_are_warned_of(caplog: pytest.LogCaptureFixtur
 
 def test_rows_and_conversations_of_one_source_keep_their_order() -> None:
     rows: list[Any] = [
-        Row(prompt="a", completion="b"),
+        TextPair(prompt="a", completion="b"),
         _chat("c", "d"),
         _chat("e", "f"),
-        Row(prompt="g", completion="h"),
+        TextPair(prompt="g", completion="h"),
     ]
     samples = load_samples(_opened(rows), tokenizer("chatml"), Format(max_length=99))
     texts = [tokenizer("chatml").decode(sample.response_ids) for sample in take([samples])]
@@ -418,7 +414,7 @@ def _file(tmp_path: Path, content: str = '{"prompt": "a", "completion": "b"}\n')
 def _unread(opened: Opened) -> Opened:
     """The same source, whose rows must not be read."""
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[TextPair]:
         raise AssertionError("read again")
         yield
 
@@ -430,7 +426,7 @@ def _stores(cache: Path) -> int:
 
 
 def test_a_second_load_reads_no_row(tmp_path: Path, cache: Path) -> None:
-    rows = [Row(prompt="abcde", completion="f", where="line 1"), Row(prompt="a", completion="bcdefgh")] * 3
+    rows = [TextPair(prompt="abcde", completion="f", where="line 1"), TextPair(prompt="a", completion="bcdefgh")] * 3
     first = load_samples(_opened(rows), TOKENIZER, Format(max_length=5))
     second = load_samples(_unread(_opened(rows)), byte_tokenizer(), Format(max_length=5))
     assert [str(sample) for sample in take([first])] == [str(sample) for sample in take([second])]
@@ -444,9 +440,9 @@ def test_a_used_tokenizer_finds_what_a_fresh_one_stored(tmp_path: Path) -> None:
     shipped.backend_tokenizer.enable_padding(length=9)
     shipped.save_pretrained(tmp_path / "tokenizer")
     fresh = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
-    opened = _opened([Row(prompt="a", completion="b" * 20)])
+    opened = _opened([TextPair(prompt="a", completion="b" * 20)])
     samples = load_samples(opened, fresh, Format(max_length=50))
-    assert len(samples[0].input_ids) == 22
+    assert len(samples[0]) == 22
     load_samples(_unread(opened), fresh, Format(max_length=50))
     load_samples(
         _unread(opened), PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer"), Format(max_length=50)
@@ -456,7 +452,7 @@ def test_a_used_tokenizer_finds_what_a_fresh_one_stored(tmp_path: Path) -> None:
 def test_a_changed_file_makes_new_samples(tmp_path: Path, cache: Path) -> None:
     first = load_samples(_file(tmp_path), TOKENIZER, Format(max_length=9))
     second = load_samples(_file(tmp_path, '{"prompt": "a", "completion": "c"}\n'), TOKENIZER, Format(max_length=9))
-    assert first[0].input_ids.tolist() != second[0].input_ids.tolist()
+    assert first[0].target_ids.tolist() != second[0].target_ids.tolist()
     assert first.checksum != second.checksum
     assert _stores(cache) == 2
 
@@ -490,9 +486,9 @@ def test_every_setting_of_the_format_and_the_tokenizer_makes_new_samples(tmp_pat
 
 
 def test_what_was_half_written_is_made_anew(tmp_path: Path, cache: Path) -> None:
-    opened = _opened([Row(prompt="a", completion="b")])
+    opened = _opened([TextPair(prompt="a", completion="b")])
     first = load_samples(opened, TOKENIZER, Format(max_length=9))
-    expected = first[0].input_ids.tolist()
+    expected = first[0].target_ids.tolist()
     content = (first.folder / "samples.arrow").read_bytes()
     partial = first.folder.with_suffix(".partial")
     first.folder.rename(partial)
@@ -500,7 +496,7 @@ def test_what_was_half_written_is_made_anew(tmp_path: Path, cache: Path) -> None
     (partial / "samples.arrow").unlink()
     (partial / "samples.arrow").write_bytes(content[:100])
     again = load_samples(opened, TOKENIZER, Format(max_length=9))
-    assert again[0].input_ids.tolist() == expected
+    assert again[0].target_ids.tolist() == expected
     assert not partial.exists()
 
 
@@ -526,7 +522,7 @@ def _load_in_process(path: str, cache: str, log: str, connection: Connection) ->
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     opened = open_source(Source(path=path), "train", Columns())
 
-    def rows() -> Iterator[Row | Conversation]:
+    def rows() -> Iterator[TextPair | Conversation]:
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
         yield from opened.rows
@@ -537,7 +533,7 @@ def _load_in_process(path: str, cache: str, log: str, connection: Connection) ->
     connection.recv()
     try:
         samples = load_samples(watched, given, Format(max_length=50))
-        connection.send([sample.input_ids.tolist() for sample in take([samples])])
+        connection.send([sample.target_ids.tolist() for sample in take([samples])])
     except InputError as error:
         connection.send(str(error))
 
@@ -583,7 +579,7 @@ def test_samples_are_mapped_from_the_disk_and_not_held(tmp_path: Path) -> None:
     samples = _tokenize(*(("a", "b" * 80) for _ in range(3)))
     files = [file["filename"] for file in samples.table.cache_files]
     assert files == [str(samples.folder / "samples.arrow")]
-    assert list(chain(samples[0].input_ids))
+    assert list(chain(samples[0].target_ids))
 
 
 @pytest.mark.parametrize("template", ["chatml", "chatml with generation markers", "llama2", "qwen3"])

@@ -32,7 +32,7 @@ def test_a_step_at_probability_0_takes_no_pass() -> None:
     policy = CountingPolicy()
     (read,) = mixing.contexts([batch()], policy, 0)  # the schedule starts at 0
     assert mixing.passes == len(policy.calls) == 0
-    assert torch.equal(read.context, read.target)
+    assert torch.equal(read.context_ids, read.target_ids)
     mixing.contexts([batch()], policy, 9)
     assert mixing.passes > 1
 
@@ -40,7 +40,7 @@ def test_a_step_at_probability_0_takes_no_pass() -> None:
 def test_early_and_late_put_the_draws_where_they_say() -> None:
     def drawn(position: str) -> float:
         (read,) = method(replace_probability=1.0, position=position).contexts([batch()], StickyPolicy(), 0)
-        return float(read.position_ids[read.drawn].double().mean())
+        return float(read.position_ids[read.replaced_mask].double().mean())
 
     assert drawn("early") < drawn("even") - 3 < drawn("late") - 6
 
@@ -50,6 +50,6 @@ def test_the_largest_share_of_differing_tokens_is_kept() -> None:
     (capped,) = method(replace_probability=1.0, passes="exact", max_differing_share=0.1).contexts(
         [batch()], StickyPolicy(), 0
     )
-    counts = [(read.context != read.target).sum(dim=1) for read in (free, capped)]
+    counts = [(read.context_ids != read.target_ids).sum(dim=1) for read in (free, capped)]
     assert int(counts[0].max()) > 4
     assert torch.equal(counts[1], counts[0].clamp(max=4))

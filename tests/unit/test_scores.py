@@ -6,7 +6,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from selfgen_ds.data.correction import Correction
-from selfgen_ds.data.samples import Sample
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, SampleScore, aggregate, curves
 from selfgen_ds.evaluation.scores import _batches, _right, corrected_length, evaluate
@@ -107,7 +107,7 @@ def test_the_score_of_a_perfect_row_is_perfect() -> None:
     assert all(math.isclose(value, 0.0 if name == "loss" else 1.0) for name, value in metrics.items())
 
 
-def _uneven(count: int) -> list[Sample]:
+def _uneven(count: int) -> list[TrainingRow]:
     """Long prompts with short answers and short prompts with long answers, in turn.
 
     Each row fits into 32 positions; the longest prompt and the longest answer of two kinds do not.
@@ -116,7 +116,7 @@ def _uneven(count: int) -> list[Sample]:
 
 
 def test_the_longest_prompt_and_the_longest_answer_of_a_batch_fit_the_models_positions() -> None:
-    batches = list(_batches(_uneven(10), 2, 2, 32))
+    batches = list(_batches(_uneven(10), 2, 2, 32, {}))
     for shares in batches:
         samples = [sample for share in shares for sample in share]
         prompt = max(len(sample.prompt_ids) for sample in samples)
@@ -125,7 +125,7 @@ def test_the_longest_prompt_and_the_longest_answer_of_a_batch_fit_the_models_pos
 
 
 def test_batches_are_full_if_the_model_sets_no_limit() -> None:
-    batches = _batches(_uneven(10), 2, 2, None)
+    batches = _batches(_uneven(10), 2, 2, None, {})
     assert [[len(share) for share in shares] for shares in batches] == [[2, 2], [2, 2], [1, 1]]
 
 
@@ -153,7 +153,7 @@ class Scripted(EnginePolicy):
 BYTES = byte_tokenizer()
 
 
-def _text_sample(prompt: str, response: str, sample_id: int) -> Sample:
+def _text_sample(prompt: str, response: str, sample_id: int) -> TrainingRow:
     return sample(BYTES(prompt)["input_ids"], [*BYTES(response)["input_ids"], BYTES.eos_token_id], sample_id)
 
 

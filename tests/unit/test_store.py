@@ -8,16 +8,14 @@ import datasets
 import numpy as np
 import pytest
 
-from selfgen_ds.data.batches import collate
-from selfgen_ds.data.samples import Sample
-from selfgen_ds.data.stored_row import StoredRow
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
-from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit
+from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit, read_row
 
 COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
 
 
-def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[StoredRow]:
+def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[TrainingRow]:
     """Rows of several turns, some tokens of which are drawn."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -28,11 +26,12 @@ def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[StoredRow]:
         drawn = loss_mask & (rng.random(length) < 0.5)
         context = np.where(drawn & (rng.random(length) < 0.5), ids + 1, ids)
         rows.append(
-            StoredRow(
+            TrainingRow(
                 sample_id=first_id + number,
                 context_ids=context,
                 target_ids=ids,
                 loss_mask=loss_mask,
+                replaceable_mask=np.zeros(length, bool),
                 replaced_mask=drawn,
                 answer_equal=bool(number % 2),
             )
@@ -53,7 +52,7 @@ def _audit(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def _complete(folder: Path, chunks: int = 3, **audit: Any) -> list[StoredRow]:
+def _complete(folder: Path, chunks: int = 3, **audit: Any) -> list[TrainingRow]:
     """A finished round; its rows."""
     writer = Writer(folder)
     begun, _ = writer.start(_audit(**audit))
@@ -69,34 +68,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "rollouts" / "round-01"
 
 
-def _equal(row: StoredRow, other: StoredRow) -> bool:
+def _equal(row: TrainingRow, other: TrainingRow) -> bool:
     return (row.sample_id, row.answer_equal) == (other.sample_id, other.answer_equal) and all(
         np.array_equal(getattr(row, name), getattr(other, name)) for name in COLUMNS
     )
-
-
-# --- one row ---
-
-
-def test_a_row_of_a_sample_is_teacher_forcing_on_it() -> None:
-    sample = Sample(sample_id=7, input_ids=np.arange(30, 39), turns=np.array([[2, 3, 4], [4, 7, 8]]))
-    row = StoredRow.of(sample)
-    assert row.context_ids.tolist() == row.target_ids.tolist() == sample.input_ids.tolist()
-    assert row.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0]
-    assert (row.replaced_mask.any(), row.answer_equal, row.sample_id) == (False, False, 7)
-    before, after = collate([[sample]]), collate([[row.sample()]])
-    for name in ("sample_ids", "position_ids", "context", "target", "loss_mask", "drawn"):
-        assert (getattr(before, name) == getattr(after, name)).all()
-
-
-def test_a_row_is_trained_on_as_it_is() -> None:
-    for row in _rows(1, 50):
-        batch = collate([[row.sample()]])
-        assert batch.context[0].tolist() == row.context_ids.tolist()
-        assert batch.target[0].tolist() == row.target_ids.tolist()
-        assert batch.loss_mask[0].tolist() == row.loss_mask.tolist()
-        assert batch.drawn[0].tolist() == row.replaced_mask.tolist()
-        assert not batch.replaceable.any()
 
 
 # --- a whole round ---
@@ -130,7 +105,7 @@ def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -
     rows = _complete(folder)
     table = load_table(folder)
     assert len(table) == 15
-    assert all(_equal(StoredRow(**table[i]), row) for i, row in enumerate(rows))
+    assert all(_equal(read_row(table, i), row) for i, row in enumerate(rows))
     for numbers in (np.arange(15), np.array([3, 4, 11])):
         stored = StoredRows(table, numbers)
         assert len(stored) == len(numbers)
@@ -139,8 +114,8 @@ def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -
         assert stored.lengths(some).dtype == np.int64
         for i, number in enumerate(numbers):
             sample = stored[i]
-            assert sample.context_ids is not None
-            assert sample.context_ids.tolist() == rows[number].context_ids.tolist()
+            assert _equal(sample, rows[number])
+            assert not sample.replaceable_mask.any()
             assert (sample.context_ids.dtype, sample.sample_id) == (np.int64, number)
 
 
@@ -218,7 +193,7 @@ def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> 
     assert writer.missing(3) == [2]
     writer.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
     writer.finish(3, audit)
-    assert all(_equal(StoredRow(**load_table(folder)[i]), row) for i, row in enumerate(expected))
+    assert all(_equal(read_row(load_table(folder), i), row) for i, row in enumerate(expected))
     assert read_audit(folder) == read_audit(tmp_path / "whole")
     whole = _files(tmp_path / "whole")
     assert {name: content for name, content in _files(folder).items() if name in whole} == whole

@@ -3,12 +3,12 @@ from itertools import islice
 
 import pytest
 
-from selfgen_ds.data.tasks import TASKS, Row, generate
+from selfgen_ds.data.tasks import TASKS, ForcedError, TextPair, forced_errors, generate
 
 BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
 
 
-def _rows(task: str, split: str = "train", count: int = 500) -> list[Row]:
+def _rows(task: str, split: str = "train", count: int = 500) -> list[TextPair]:
     return list(islice(generate(task, split), count))
 
 
@@ -50,24 +50,22 @@ def test_running_sum_answers_are_the_sums_modulo_ten() -> None:
     [("pointer_chase", 5, "abcdefgh"), ("running_sum", 3, "0123456789")],
 )
 def test_the_forced_error_is_the_third_result_and_nothing_else(task: str, length: int, alphabet: str) -> None:
-    for row in _rows(task):
-        assert row.forced is not None
-        assert len(row.forced) == length
-        assert row.forced[:-1] == row.completion[: length - 1]
-        assert row.forced[-1] != row.completion[length - 1]
-        assert row.forced[-1] in alphabet
+    for pair, error in zip(generate(task, "test"), forced_errors(task), strict=True):
+        assert len(error.start) == length
+        assert error.start[:-1] == pair.completion[: length - 1]
+        assert error.start[-1] != pair.completion[length - 1]
+        assert error.start[-1] in alphabet
 
 
 @BOTH_TASKS
-def test_the_rest_is_what_follows_the_forced_error(task: str) -> None:
-    for row in _rows(task):
-        assert row.forced is not None
-        assert row.rest == row.completion[len(row.forced) :]
+def test_the_rest_follows_the_forced_error(task: str) -> None:
+    for pair, error in zip(generate(task, "test"), forced_errors(task), strict=True):
+        assert error.rest == pair.completion[len(error.start) :]
 
 
 @BOTH_TASKS
 def test_the_forced_error_takes_every_wrong_value(task: str) -> None:
-    errors = {row.forced[-1] for row in _rows(task) if row.forced}
+    errors = {error.start[-1] for error in forced_errors(task)}
     assert len(errors) == (8 if task == "pointer_chase" else 10)
 
 
@@ -86,10 +84,10 @@ def test_the_test_set_has_512_rows(task: str) -> None:
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> str:
     """A task with 1000 prompts: rows would repeat and sets would overlap were it left to chance."""
 
-    def row(rng: random.Random) -> Row:
-        return Row(prompt=f"{rng.randrange(1000)}", completion="x")
+    def example(rng: random.Random) -> tuple[TextPair, ForcedError]:
+        return TextPair(prompt=f"{rng.randrange(1000)}", completion="x"), ForcedError(start="y", rest="")
 
-    monkeypatch.setitem(TASKS, "tiny", row)
+    monkeypatch.setitem(TASKS, "tiny", example)
     return "tiny"
 
 

@@ -1,0 +1,78 @@
+"""One training row: what the model reads, what it learns, and which of its tokens a draw may replace or has replaced.
+
+The tokenised data set gives such rows, a round writes and reads them, and a batch is a padded stack of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRow:
+    """One row of tokens. All arrays are `[length]` and aligned position by position, without a shift.
+
+    The fields have the names of the columns of a round (`rollouts/round-01/`) and of the tensors of a `TokenBatch`.
+    """
+
+    sample_id: int
+    """Number of the row in the data set, from 0; a later source goes on after the rows of the sources before it."""
+    context_ids: np.ndarray
+    """int64: the tokens that the model reads."""
+    target_ids: np.ndarray
+    """int64: the tokens that it learns where there is a loss; the reference, whatever the context."""
+    loss_mask: np.ndarray
+    """bool: the response tokens of the reference. Never the first token: nothing predicts it."""
+    replaceable_mask: np.ndarray
+    """bool: response tokens that a draw may replace: not what closes a turn, and never the last token of the row."""
+    replaced_mask: np.ndarray
+    """bool: where the context holds a token that the model drew."""
+    answer_equal: bool = False
+    """Rounds: whether the answer that the model drew has the text of the reference."""
+    response_start: int | None = None
+    """Where the last response starts; by default at the start of the last run of `loss_mask`. A chat template can
+    write learned tokens directly before a response, so that the run starts earlier."""
+
+    @staticmethod
+    def reference(sample_id: int, ids: np.ndarray, turns: np.ndarray) -> TrainingRow:
+        """Return the row of teacher forcing: the context is the reference.
+
+        Args:
+            ids: `[length]` int64.
+            turns: `[turns, 3]` int: where a response starts, where its replaceable part ends, and where it ends.
+        """
+        loss_mask, replaceable_mask = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+        for start, replaceable_end, end in turns:
+            loss_mask[start:end] = True
+            replaceable_mask[start:replaceable_end] = True
+        return TrainingRow(
+            sample_id=sample_id,
+            context_ids=ids,
+            target_ids=ids,
+            loss_mask=loss_mask,
+            replaceable_mask=replaceable_mask,
+            replaced_mask=np.zeros(len(ids), bool),
+            response_start=int(turns[-1, 0]),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.context_ids)
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """Tokens of the reference before the last response: int64."""
+        return self.target_ids[: self._response.start]
+
+    @property
+    def response_ids(self) -> np.ndarray:
+        """Tokens of the last response of the reference: int64."""
+        return self.target_ids[self._response]
+
+    @property
+    def _response(self) -> slice:
+        edges = np.flatnonzero(np.diff(self.loss_mask, prepend=False, append=False))
+        start = edges[-2] if self.response_start is None else self.response_start
+        return slice(int(start), int(edges[-1]))

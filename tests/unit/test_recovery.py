@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import datasets
+import pytest
+
+from selfgen_ds.config import Source
+from selfgen_ds.data.samples import Format, Samples, load
+from selfgen_ds.data.tasks import forced_errors as forced_texts
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.evaluation.recovery import forced_errors
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def _load(*paths: str, limit: int | None = None) -> list[Samples]:
+    return load([Source(path=path) for path in paths], "test", TOKENIZER, Format(max_length=64, limit=limit))
+
+
+def test_every_row_of_a_task_has_its_forced_error_as_tokens() -> None:
+    samples = _load("builtin:running_sum", "builtin:pointer_chase", limit=6)
+    errors = forced_errors(samples, TOKENIZER)
+    for source in samples:
+        texts = forced_texts(source.name.removeprefix("builtin:"))
+        for number in range(len(source)):
+            row = source[number]
+            error = errors[row.sample_id]
+            assert error.start_ids == TOKENIZER(texts[number].start)["input_ids"]
+            assert error.rest_ids == [*TOKENIZER(texts[number].rest)["input_ids"], TOKENIZER.eos_token_id]
+            response = row.response_ids.tolist()
+            assert error.start_ids[:-1] == response[: len(error.start_ids) - 1]
+            assert error.start_ids[-1] != response[len(error.start_ids) - 1]
+            assert error.rest_ids == response[len(error.start_ids) :]
+
+
+def test_rows_of_a_file_have_no_forced_error_even_beside_a_task(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert forced_errors(_load(str(tmp_path / "rows.jsonl")), TOKENIZER) == {}
+    assert forced_errors(_load("builtin:running_sum", str(tmp_path / "rows.jsonl")), TOKENIZER) == {}
