@@ -1,1 +1,1 @@
-"""Rows -> (prompt, response) -> tokens -> micro-batches."""
+"""Data: sources of text -> tokenized rows -> the micro-batches of each optimizer step."""

@@ -1,1 +1,1 @@
-"""The rounds of BASH and RAC: drawn, written, and read as training rows."""
+"""Rounds: drawn by a method, written to disk, and read as training rows."""

@@ -1,4 +1,4 @@
-"""A model corrects its own answers: as plain transformers would, on any number of ranks, or not at all."""
+"""A model corrects its answers as plain transformers do, on any number of ranks; impossible requests are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTIONS = {
 
 
 def write_model(folder: Path, its_tokenizer: PreTrainedTokenizerFast, positions: int = 256) -> Path:
-    """Random weights, large enough for answers that differ by prompt."""
+    """A model of random weights, large enough for answers that differ by prompt."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **runs.PRESET | {"max_position_embeddings": positions},
@@ -57,7 +57,7 @@ def write_conversations(folder: Path) -> Path:
 
 
 def evaluated(options: EvaluateOptions) -> str:
-    """The error, if there is one."""
+    """Return the error message, if there is an error."""
     try:
         evaluate.run(options)
     except Exception as error:
@@ -70,7 +70,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def greedy(model: Any, ids: list[int], longest: int) -> list[int]:
-    """By plain transformers."""
+    """Return the greedy answer of plain transformers."""
     settings = GenerationConfig(
         max_new_tokens=longest, eos_token_id=model.config.eos_token_id, pad_token_id=model.config.eos_token_id
     )

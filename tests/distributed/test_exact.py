@@ -1,4 +1,4 @@
-"""Contexts drawn to the fixed point from a sharded model, whatever rows the ranks hold."""
+"""A sharded model draws exact contexts, whatever rows the ranks hold."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def settings(folder: Path, packing: bool, selfgen: SelfgenConfig) -> Recipe:
         data=DataConfig(train=str(folder / "rows.jsonl"), max_length=100, packing=packing),
         model=ModelConfig(name_or_path=str(folder / "model"), dtype="float32"),
         train=TrainConfig(epochs=1, micro_batch_size=2, gradient_accumulation_steps=2),
-        optim=OptimConfig(learning_rate=0.0),  # steps, but the same model
+        optim=OptimConfig(learning_rate=0.0),  # steps that leave the model as it is
         selfgen=selfgen,
     )
 
 
 def exact_steps(recipe: Recipe) -> dict[str, Any]:
-    """Contexts by step and sample, passes and this rank's rows by step, and traces that ZeRO-3 threw away."""
+    """Return contexts by step and sample, passes and rows by step, and the traces that ZeRO-3 discarded."""
     run = prepare(recipe, set())
     thrown_away = count_invalidations(run.engine)
     contexts: dict[tuple[int, int], list[int]] = {}
@@ -110,7 +110,7 @@ def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
 
 
 def chains(recipe: Recipe, gathered: bool) -> tuple[int, list[int]]:
-    """Rank 0 holds nothing, a short answer, then a long one; rank 1 the other way round."""
+    """Give rank 0 no row, then a short answer, then a long one, and rank 1 the reverse."""
     run = prepare(recipe, set())
     some = sorted(take(run.samples), key=lambda sample: len(sample))
     held = [[], [some[0]], [some[-1]]]
@@ -136,4 +136,4 @@ def test_ranks_with_chains_of_any_length_draw_them_in_order_together(two_ranks: 
     selfgen = SelfgenConfig(temperature=3.0)
     (_, passes), (_, other) = two_ranks.run(chains, settings(folder, False, selfgen), True, timeout=60.0)
     assert passes == other
-    assert passes[0] == passes[2] == 2  # one in parallel, then one in order
+    assert passes[0] == passes[2] == 2  # one pass in parallel, then one in order

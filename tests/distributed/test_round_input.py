@@ -1,4 +1,4 @@
-"""Rounds of another run and settings that do not fit: one clear line, through the command line."""
+"""The command line refuses rounds of another run and settings that do not fit in one clear line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.forked import command
 
 
 def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:
-    """The exit code of `selfgen-ds train`, and its error lines."""
+    """Run `selfgen-ds train`; return its exit code and its error lines."""
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     code = command(["train", "--config", str(folder / "recipe.yaml"), *overrides], folder / "log")
     output = (folder / "log").read_text()
@@ -25,7 +25,7 @@ def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:
 
 
 def refused(folder: Path, *overrides: str) -> str:
-    """The one error line of a run that ends with exit code 2 before its first step."""
+    """Return the only error line of a run that ends with exit code 2 before its first step."""
     code, lines = train(folder, *overrides)
     assert code == 2, (folder / "log").read_text()[-3000:]
     assert not (folder / "run" / "metrics.jsonl").exists()
@@ -73,7 +73,9 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     assert f"{store} holds no round-02; drawing it here" in log
     assert [path.name for path in (folder / "run" / "rollouts").glob("round-*")] == ["round-02"]
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [0.9]  # of what is read
+    assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [
+        0.9
+    ]  # p of the round that is read, not of this run
     assert metrics[20]["round_time_s"] > 10 * metrics[19]["round_time_s"] > 0
 
     shutil.rmtree(store)

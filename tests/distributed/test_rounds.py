@@ -1,4 +1,4 @@
-"""BASH and RAC on real ranks: what does not change their result, kills and resumes, rounds of other runs, refusals."""
+"""BASH and RAC on real ranks: equal results on any ranks, kills and resumes, rounds of other runs, refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.distributed.test_lora import adapting, with_stage
 from tests.ranks import Ranks
 
 TIMEOUT = 90.0
-DROPOUT = {"attention_dropout": 0.1}  # torch's generators matter too
+DROPOUT = {"attention_dropout": 0.1}  # so that the state of torch's generators matters too
 METHODS = {
     "bash": SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0),
     "rac": SelfgenConfig(method="rac", temperature=2.0, max_new_tokens=12),
@@ -57,7 +57,7 @@ def drawn(settings: Recipe, name: str) -> list[dict[str, Any]]:
 
 
 def audit(settings: Recipe, name: str) -> dict[str, Any]:
-    """What drew a round, without times."""
+    """Return the record of what drew a round, without times."""
     found = read_audit(Path(settings.output_dir) / "rollouts" / name)
     return {key: value for key, value in found.items() if key not in ("started", "seconds_of_last_start")}
 
@@ -101,7 +101,7 @@ def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bi
 
 
 def kill(settings: Recipe, moment: Callable[[], bool], delay: float) -> None:
-    """Start the run, wait for the moment, and SIGKILL all ranks."""
+    """Start the run, wait for the moment, and send SIGKILL to all ranks."""
     ranks = Ranks(2)
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -116,7 +116,7 @@ def kill(settings: Recipe, moment: Callable[[], bool], delay: float) -> None:
 
 
 def chunks(folder: Path) -> dict[str, tuple[int, int]]:
-    """The chunks that count, of all rounds: inode and time of change."""
+    """Return inode and modification time of the complete chunks of all rounds."""
     found = {}
     for path in folder.glob("round-*/rows-*.arrow"):
         if path.parent.suffix != ".partial" or path.with_suffix(".json").exists():
@@ -125,7 +125,7 @@ def chunks(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def counted(partial: Path) -> int:
-    """The chunks that count in a round that is being drawn, and may become complete at any moment."""
+    """Return the complete chunks of a round that is being drawn, and that may become complete at any moment."""
     try:
         return sum(name.startswith("rows-") and name.endswith(".json") for name in os.listdir(partial))
     except FileNotFoundError:
@@ -166,7 +166,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
         return runs.count_lines(out / "metrics.jsonl")
 
     def drawing(number: int, more: int) -> bool:
-        """Whether so many chunks more than at the last kill are there, or all."""
+        """Whether there are enough more chunks than at the last kill, or all chunks."""
         complete = out / "rollouts" / f"round-{number:02d}"
         return complete.exists() or counted(complete.with_suffix(".partial")) >= more + len(known) % 8
 
@@ -189,7 +189,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
         if name.startswith("drawing"):
             partial += (out / "rollouts").glob("*.partial")
         assert not (out / "model").exists()
-        if method == "rac":  # may change without anything being drawn anew
+        if method == "rac":  # this setting may change without a new draw
             settings.selfgen = replace(settings.selfgen, generation_batch_size=60)
     assert partial, "no kill came before a round was complete"
     two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
@@ -256,7 +256,7 @@ def test_a_runs_own_round_goes_before_another_runs(one_rank: Ranks, folder: Path
 
 
 def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
-    """Draw it. Returns the weights' checksum, and whether they were sharded while it was drawn."""
+    """Draw a round; return the checksum of the weights, and whether they were sharded meanwhile."""
     seen = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathering, "free_bytes", lambda: free)
@@ -306,7 +306,7 @@ def test_the_same_is_drawn_on_any_number_of_ranks_at_any_stage_gathered_or_shard
 
 
 def checksums(settings: Recipe) -> None:
-    """It tells any two models apart, and the same one is told again after a resume."""
+    """The checksum differs for any two models, and is the same after a resume."""
     run = prepare(settings, set())
     before = weights_checksum(run.engine)
     seen = {before}
@@ -360,7 +360,7 @@ def train_with(settings: Recipe, free: int) -> None:
 
 
 def write_model_that_says_nothing(folder: Path) -> Path:
-    """Its hidden state is the same everywhere, and the end token the most probable one."""
+    """A model whose hidden state is the same everywhere, so that the end token is always the most probable."""
     path = Path(runs.write_model(folder))
     tensors = load_file(path / "model.safetensors")
     for name, tensor in tensors.items():
@@ -379,7 +379,7 @@ def test_fewer_chunks_than_ranks_and_empty_answers_are_trained_on(
     two_ranks: Ranks, tmp_path: Path, method: str, count: int, free: int
 ) -> None:
     runs.write_rows(tmp_path, count)
-    train = TrainConfig(max_steps=4, micro_batch_size=1, gradient_accumulation_steps=1)  # 2 rows a step
+    train = TrainConfig(max_steps=4, micro_batch_size=1, gradient_accumulation_steps=1)  # 2 rows per step
     selfgen = replace(METHODS[method], epochs_per_round=2)
     settings = runs.recipe(tmp_path, train=train, selfgen=selfgen)
     empty = method == "rac" and count == 3
@@ -402,7 +402,7 @@ def test_fewer_chunks_than_ranks_and_empty_answers_are_trained_on(
 
 
 def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number: int) -> float:
-    """Share of a round's rows that a model draws, in this process."""
+    """Return the share of a round's rows that the model draws in this process as well."""
     source = ModelConfig(name_or_path=str(model), dtype="float32")
     tokenizer = byte_tokenizer()
     plain = build_model(source, model_config(source, tokenizer))
@@ -424,7 +424,7 @@ def test_rounds_are_drawn_from_the_adapted_model(two_ranks: Ranks, folder: Path,
     two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
     export.export_checkpoint(Path(settings.output_dir) / "checkpoints" / "step-000005", folder / "adapted")
     rows = [drawn(settings, f"round-{n:02d}") for n in (1, 2)]
-    # merged weights are rounded otherwise
+    # merged weights are rounded in another way
     assert agreement(settings, folder / "base", rows[0], 0) > 0.9
     assert agreement(settings, folder / "adapted", rows[1], 1) > 0.9
     assert agreement(settings, folder / "base", rows[1], 1) < 0.5
@@ -442,7 +442,7 @@ def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, met
 
 @pytest.mark.parametrize("free", [LITTLE, MUCH])
 def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: Path, free: int) -> None:
-    """The longest prompt and the longest answer do not fit into them together."""
+    """The longest prompt and the longest answer do not fit into the positions together."""
     rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((40, 2), (5, 30), (20, 9)) * 2]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     preset = ARCHITECTURES["gpt2"] | {"n_positions": 64}
@@ -451,7 +451,7 @@ def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: P
     settings.selfgen = SelfgenConfig(method="rac", temperature=2.0, sft_share=0.0)
     two_ranks.run(train_with, settings, free, timeout=TIMEOUT)
     answers = [sum(row["replaced_mask"]) for row in drawn(settings, "round-01")]
-    # what is left beside prompt, cue of 19 tokens, reference and its end
+    # the room left by prompt, cue of 19 tokens, reference and end token
     assert [max(answers[i::3]) for i in range(3)] == [64 - 40 - 19 - 3, 64 - 5 - 19 - 31, 64 - 20 - 19 - 10]
 
 
@@ -459,7 +459,7 @@ def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: P
 
 
 def invalidations(settings: Recipe, free: int) -> int:
-    """How often ZeRO-3's record of the order of forwards is thrown away in a round and the start of the next one."""
+    """Count how often ZeRO-3 discards its trace in a round and at the start of the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathering, "free_bytes", lambda: free)
         run = prepare(settings, set())
@@ -476,13 +476,13 @@ def invalidations(settings: Recipe, free: int) -> int:
 def test_drawing_a_round_does_not_invalidate_the_trace(two_ranks: Ranks, folder: Path, method: str, free: int) -> None:
     few: dict[str, Any] = {"passes": 1} if method == "bash" else {"max_new_tokens": 3}
     settings = runs.recipe(folder, selfgen=replace(METHODS[method], **few), deepspeed=runs.write_limited_json(folder))
-    settings.train.max_steps = 7  # 5 a round
+    settings.train.max_steps = 7  # 5 steps per round
     assert two_ranks.run(invalidations, settings, free, timeout=TIMEOUT) == [0, 0]
     assert rounds(settings) == ["round-01", "round-02"]
 
 
 def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
-    """Peaks of drawing a round and of a training step, and the bytes of the weights."""
+    """Return the peaks of drawing a round and of a training step, and the bytes of the weights."""
     run = prepare(settings, set())
     assert run.rounds is not None
     batches = run.windows.at(0)

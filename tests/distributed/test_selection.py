@@ -1,4 +1,4 @@
-"""What a method selects of a round is what is trained on."""
+"""A run trains on the rows of a round that the method selects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Nobody(Bash):
 
 
 class Lossy(Bash):
-    """Loses a row of what one rank draws."""
+    """Loses a row that one rank draws."""
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         rows, counts = super().rows(samples, policy, number)
@@ -48,7 +48,7 @@ class Lossy(Bash):
 
 
 def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
-    """The sample ids that this rank reads in some steps, of a run that is not trained."""
+    """Return the sample ids that this rank reads in some steps; the run is not trained."""
     run = prepare(settings, set())
     assert run.rounds is not None
     by_step = [run.rounds.step_batches(step).at(step) for step in steps]

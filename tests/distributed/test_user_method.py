@@ -1,4 +1,4 @@
-"""A method of one's own: a class in a module of the user's, named in the recipe. The package is not touched."""
+"""A user's own method: a class in the user's module, named in the recipe, without a change to the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ranks import Ranks
 
 
 class LastToken(Method):
-    """Online: the last token that may be replaced is the model's most probable one, or one near it."""
+    """Replaces, in every step, the last replaceable token by a probable token of the model."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
@@ -39,7 +39,7 @@ class LastToken(Method):
 
 
 class OwnStart(RoundMethod):
-    """In rounds: what the model would answer stands before the prompt, where there is no loss."""
+    """Puts, in rounds, the model's answer before the prompt, where there is no loss."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"epochs_per_round", "max_new_tokens"})
     keeps_rows: ClassVar[bool] = False
@@ -67,14 +67,14 @@ def test_an_online_method_of_ones_own_is_trained(two_ranks: Ranks, tmp_path: Pat
     settings = runs.recipe(tmp_path, selfgen=selfgen)
     two_ranks.run(runs.run_training, settings, timeout=60)
     assert [row["passes"] for row in runs.metrics(settings)] == [1] * 4
-    assert all(0 < row["drawn_tokens"] <= 8 for row in runs.metrics(settings))  # rows a step
+    assert all(0 < row["drawn_tokens"] <= 8 for row in runs.metrics(settings))  # at most 8 rows per step
 
 
 def test_a_method_of_ones_own_with_rounds_is_trained(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
     selfgen = SelfgenConfig(method="tests.distributed.test_user_method:OwnStart", max_new_tokens=3)
     settings = runs.recipe(tmp_path, selfgen=selfgen)
-    settings.train.max_steps = 6  # 5 an epoch
+    settings.train.max_steps = 6  # 5 steps per epoch
     two_ranks.run(runs.run_training, settings, timeout=60)
     for name in ("round-01", "round-02"):
         rows = load_table(Path(settings.output_dir) / "rollouts" / name)

@@ -27,12 +27,12 @@ PASSES = pytest.mark.parametrize("passes", [1, 2, "exact"])
 
 
 def _next(prefix: Sequence[int], uniform: float) -> int:
-    """What the model below draws behind a prefix: another token after any change of it. Often the reference."""
+    """Return the token that the model below draws after a prefix. Any change of the prefix changes the token."""
     return (sum((i + 1) * token for i, token in enumerate(prefix)) + int(uniform * 3)) % 4
 
 
 class PrefixPolicy(Policy):
-    """Draws what `_next` says of each sample's prefix and the noise. Counts its draws."""
+    """Draws `_next` of each sample's prefix and the noise, and counts its calls."""
 
     draws = 0
 
@@ -49,7 +49,7 @@ class PrefixPolicy(Policy):
 
 
 class WritingPolicy(Policy):
-    """Draws given texts, whatever the prefix: by sample id, the ids of the whole sample."""
+    """Draws given texts, whatever the prefix: the ids of a whole sample by sample id."""
 
     def __init__(self, texts: dict[int, list[int]]) -> None:
         self.texts = texts
@@ -75,7 +75,7 @@ def _bash(*, rounds: int = 3, micro_batch_size: int = 3, seed: int = SEED, **con
 
 
 def _random_samples(seed: int, count: int = 9, first_id: int = 40) -> list[TrainingRow]:
-    """Samples of one to three turns and random lengths, ids below 4; the last token is never replaceable."""
+    """Return samples of one to three turns, random lengths and ids below 4; no last token is replaceable."""
     rng = np.random.default_rng(seed)
     samples = []
     for number in range(count):
@@ -102,7 +102,7 @@ def _plain(
     position: str = "even",
     most_differing: float = 1.0,
 ) -> tuple[list[int], list[bool]]:
-    """One sample's context and what of it is drawn, token after token."""
+    """Draw one sample token by token; return its context, and whether each token is drawn."""
 
     def uniform(stream: int, place: int) -> float:
         keys = (torch.tensor(sample.sample_id), torch.tensor(place))
@@ -137,7 +137,7 @@ def _same(rows: list[TrainingRow], others: list[TrainingRow]) -> bool:
 
 
 def _check(rows: list[TrainingRow], samples: list[TrainingRow]) -> None:
-    """What holds of rows whatever was drawn."""
+    """Check everything that must be true of rows, whatever was drawn."""
     assert [row.sample_id for row in rows] == [sample.sample_id for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
         for name in ("target_ids", "loss_mask", "replaceable_mask"):
@@ -236,7 +236,7 @@ def test_a_probability_of_1_draws_all_that_may_be_replaced() -> None:
 
 
 class InStep(PrefixPolicy):
-    """One of two ranks: the other one goes on for so many passes."""
+    """Acts as one of two ranks, of which the other makes a given number of passes."""
 
     def __init__(self, others: int) -> None:
         self.others = others
@@ -270,7 +270,7 @@ def _text(row: TrainingRow) -> str:
 def _written(
     reference: list[str], drawn: list[str], reject: list[str] | str | None, sample_id: int = 0
 ) -> tuple[str, dict[str, int]]:
-    """The context where the model has drawn answers of the same lengths; several turns stand between `<` and `>`."""
+    """Return the context and the counts for a model that draws given answers; each turn stands between `<` and `>`."""
     ids: list[int] = []
     written: list[int] = []
     turns = []
@@ -298,10 +298,10 @@ def test_the_reference_is_back_from_the_first_rejected_token_on() -> None:
 @pytest.mark.parametrize(
     ("drawn", "expected"),
     [
-        ("a bad way", "a bad way"),  # the match is the reference's
+        ("a bad way", "a bad way"),  # the reference matches too
         ("x bad day", "x bad day"),
         ("a bid day", "a bid day"),
-        ("a bad bad", "a bad day"),  # its second
+        ("a bad bad", "a bad day"),  # the second match alone is drawn
         ("bad a bad", "a bad day"),
     ],
 )
@@ -322,7 +322,7 @@ def test_nothing_is_rejected_without_a_match() -> None:
 
 
 def test_a_match_that_the_reference_completes_is_rejected_too() -> None:
-    # without `zz` the reference follows, and makes `ab c` of what was drawn before it
+    # after `zz` is taken back, the reference completes `ab c` with the tokens drawn before
     assert _written(["xx cd"], ["ab zz"], ["zz", "ab c"])[0] == "<xx cd>"
     assert _written(["xx cd"], ["ab zz"], ["zz"])[0] == "<ab cd>"
 
@@ -333,7 +333,7 @@ def test_a_function_rejects_like_an_expression() -> None:
 
 @pytest.mark.parametrize(("right", "own"), [("né", "nè"), ("x😀", "x😁"), ("日本", "日木")])
 def test_a_character_of_several_tokens_is_rejected_by_any_of_them(right: str, own: str) -> None:
-    # the reference's first bytes are the drawn ones: only the last byte differs
+    # reference and drawn character differ in their last byte only
     assert _written([f"{right} ok"], [f"{own} oh"], [own[-1]])[0] == f"<{right} ok>"
     assert _written([f"{right} ok"], [f"{own} oh"], ["oh"])[0] == f"<{own} ok>"
 

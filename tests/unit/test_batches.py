@@ -22,7 +22,7 @@ from tests.batches import lengths, padded, sample
 
 @pytest.fixture
 def batch() -> TokenBatch:
-    """Rows of 5, 3 and 2 tokens; token 0 is both content and padding."""
+    """Return rows of 5, 3 and 2 tokens; token 0 is both content and padding."""
     return padded([[1, 2], [0], [9]], [[3, 4, 0], [0, 0], [7]], [10, 11, 12])
 
 
@@ -71,7 +71,7 @@ def test_a_batch_without_rows_can_be_read_but_has_no_targets(packed: bool) -> No
 
 
 TURNS = TrainingRow.reference(20, np.arange(30, 39), np.array([[2, 3, 4], [6, 7, 8]]))
-# two turns, each of a replaceable token and the one that closes it
+# two turns, each of one replaceable token and the token that closes the turn
 
 
 def test_of_several_turns_each_has_loss_and_its_own_closing_token() -> None:
@@ -121,7 +121,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _samples(sizes: list[int]) -> Samples:
-    """A source of samples with so many tokens each, 3 or more."""
+    """Return a source of samples with the given numbers of tokens, each 3 or more."""
     rows = [TextPair(prompt="p", completion="c" * (size - 2)) for size in sizes]
     opened = Opened(name="rows.jsonl", fingerprint=[repr(sizes)], rows=rows)
     return load_samples(opened, byte_tokenizer(), Format(max_length=100))
@@ -146,13 +146,13 @@ def _step_batches(
 
 
 def _batch_ids(batch: TokenBatch) -> list[int]:
-    """The samples of a batch in order, each once."""
+    """Return the ids of the samples of a batch in order, each once."""
     firsts = (batch.sample_ids >= 0) & (batch.position_ids == 0)
     return batch.sample_ids[firsts].tolist()
 
 
 def _ids(step_batches: StepBatches, steps: range) -> list[int]:
-    """TrainingRow ids in the order in which one rank sees them."""
+    """Return sample ids in the order in which one rank sees them."""
     return [i for step in steps for batch in step_batches.at(step) for i in _batch_ids(batch)]
 
 
@@ -310,7 +310,7 @@ def test_packed_rows_are_nearly_full() -> None:
 
 
 def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
-    # an id counts the rows that were read: the first source's refused ones too
+    # an id counts the rows that were read, including the refused rows of the first source
     rows = [TextPair(prompt="p" * (200 if number % 2 else 1), completion="a") for number in range(10)]
     first = load_samples(Opened(name="a", fingerprint=["odd"], rows=rows), byte_tokenizer(), Format(max_length=100))
     assert first.refused == 5
@@ -322,7 +322,7 @@ def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
 
 
 def _padding(step_batches: StepBatches, steps: int) -> float:
-    """Share of padding."""
+    """Return the share of padding in the tokens of some steps."""
     batches = [batch for step in range(steps) for batch in step_batches.at(step)]
     return 1 - sum(sum(lengths(batch)) for batch in batches) / sum(batch.context_ids.numel() for batch in batches)
 
@@ -351,7 +351,7 @@ def test_every_group_of_grouped_steps_has_an_order_of_its_own() -> None:
 
 
 class ListRows:
-    """Rows of given lengths, each with a number of its own."""
+    """Rows of given lengths, with consecutive sample ids."""
 
     def __init__(self, row_lengths: list[int], first_id: int = 0, context: int | None = None) -> None:
         self._lengths, self._first_id, self._context = np.array(row_lengths), first_id, context
@@ -368,7 +368,7 @@ class ListRows:
 
 
 def _drawn(step_batches: StepBatches) -> list[ListRows]:
-    """The rows of a method that keeps lengths: one for every sample, with another context."""
+    """Return the rows of a method that keeps rows: one row per sample, with another context."""
     return [
         ListRows([int(n) for n in source.lengths(np.arange(len(source)))], getattr(source, "first_id", 0), context=7)
         for source in step_batches._samples
@@ -396,7 +396,7 @@ def test_as_many_rows_of_other_lengths_come_once_an_epoch(grouped: bool) -> None
     assert sorted(_ids(others, range(30, 60))) == list(range(120))
 
 
-ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # of 4 rows, where an epoch has 120
+ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # of steps of 4 rows; an epoch has 120 rows
 
 
 @pytest.mark.parametrize("count", [3, 50, 119, 121, 240, 500])

@@ -54,7 +54,7 @@ def test_a_correction_reads_like_a_conversation_that_asks_for_it(family: str, cu
     ((whole, turns),) = ChatEncoder(chat_tokenizer, "all").encode([_conversation(QUESTION, WRONG, request, RIGHT)])
     start, replaceable, end = turns[0]
     prompt = samples[0].prompt_ids.tolist()
-    header = prompt[start:]  # Qwen 3 writes an empty thought before the last answer alone
+    header = prompt[start:]  # Qwen 3 writes an empty thought before the last answer only
     assert (chat_tokenizer.decode(header) if header else "") == ("<think>\n\n</think>\n\n" if family == "qwen3" else "")
     expected = whole[:start] + header + whole[start:]
     written = asked.prompt(prompt, whole[start:end])

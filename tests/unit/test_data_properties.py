@@ -1,4 +1,4 @@
-"""Malformed rows thrown at the loader: a clear refusal, or every row accounted for."""
+"""The loader refuses malformed rows in one clear line, or accounts for every row."""
 
 import csv
 import io
@@ -71,12 +71,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     result = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", result / "cache")
-        patch.setattr(os, "fsync", lambda _: None)  # most of the time
+        patch.setattr(os, "fsync", lambda _: None)  # would take most of the time
         yield result
 
 
 def _tokenizer(template: str) -> Any:
-    """Bytes, with a chat template."""
+    """Return the byte tokenizer with a chat template."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
@@ -87,7 +87,7 @@ TOKENIZERS = [_tokenizer(CHATML), _tokenizer(CHATML_GENERATION)]
 
 
 def _content(name: str, rows: list[dict[str, Any]]) -> bytes:
-    """A file of the rows; of the formats with a schema, if they have one."""
+    """Return the content of a file of the rows; a format with a schema takes only rows that have one."""
     if name == "rows.json":
         return json.dumps(rows).encode()
     if name in {"rows.jsonl", "lines.json"}:
@@ -101,12 +101,12 @@ def _content(name: str, rows: list[dict[str, Any]]) -> bytes:
     try:
         table = pa.Table.from_pylist(rows)
     except (pa.ArrowException, UnicodeError, ValueError, TypeError):
-        assume(False)  # values of unlike types have no schema
+        assume(False)  # values of different types in one column have no schema
     sink = io.BytesIO()
     if name == "rows.parquet":
         try:
             pq.write_table(table, sink)
-        except pa.ArrowException:  # an object without fields
+        except pa.ArrowException:  # Parquet has no objects without fields
             assume(False)
     else:
         new = pa.ipc.new_stream if name == "rows.arrow" else pa.ipc.new_file
@@ -116,7 +116,7 @@ def _content(name: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def _load(folder: Path, name: str, content: bytes, max_length: int, template: int) -> Samples | None:
-    """The samples of a file; none if it is refused, which must be in one line that names it."""
+    """Return the samples of a file, or None if it is refused in one line that names it."""
     path = folder / name
     path.write_bytes(content)
     shutil.rmtree(folder / "cache", ignore_errors=True)

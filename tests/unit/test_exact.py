@@ -1,4 +1,4 @@
-"""Contexts drawn to the fixed point, from real models: they are those of the sequential process."""
+"""Contexts that real models draw to the fixed point are those of the sequential process."""
 
 from itertools import product
 from math import prod
@@ -39,7 +39,7 @@ def extended() -> PreTrainedModel:
 
 
 def layouts() -> dict[str, list[TokenBatch]]:
-    """The same samples, one a row and several a row, in micro-batches."""
+    """Return the same samples in micro-batches, with one sample per row and with several samples per row."""
     some = samples()
     rows = pack([len(s) for s in some], 100)
     return {
@@ -100,7 +100,7 @@ class InOrderPolicy(EnginePolicy):
 def test_what_is_drawn_in_order_is_what_passes_draw(
     name: str, p: float, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if p < 1.0:  # of so short rows passes would be few
+    if p < 1.0:  # rows this short need few passes
         monkeypatch.setattr(mixture, "_FURTHER_PASSES", 0)
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 260, "initializer_range": 0.5}
@@ -141,7 +141,7 @@ def test_packed_samples_are_never_drawn_in_order(extended: PreTrainedModel) -> N
 
 
 def test_rows_are_drawn_in_order_so_many_at_once_and_leave_when_they_are_done(extended: PreTrainedModel) -> None:
-    """Of three rows of 8 prompt tokens, one needs 40 more and two need 4."""
+    """Of three rows with 8 prompt tokens each, one needs 40 more tokens and two need 4."""
     lengths = [40, 4, 4]
     batch = collate([[sample([1] * 8, [2] * length + [0], i)] for i, length in enumerate(lengths)])
     seen: list[int] = []
@@ -234,7 +234,7 @@ PROMPT, ANSWER = [1, 2], [3, 0, 4, 1]
 
 @torch.no_grad()
 def joint(model: PreTrainedModel, mask: list[bool], sampling: Sampling) -> dict[tuple[int, ...], float]:
-    """The probability of every context that ancestral sampling of the masked tokens can give."""
+    """Return the probability of every context that ancestral sampling of the masked tokens can give."""
     found: dict[tuple[int, ...], float] = {}
     choices = [range(VOCABULARY) if masked else [token] for token, masked in zip(ANSWER, mask, strict=True)]
     for ids in product(*choices):
@@ -246,7 +246,7 @@ def joint(model: PreTrainedModel, mask: list[bool], sampling: Sampling) -> dict[
 
 
 def chi_square(model: PreTrainedModel, mask: list[bool], sampling: Sampling, passes: object) -> tuple[float, int]:
-    """Of the contexts of many samples, each with its own noise, against ancestral sampling; degrees of freedom."""
+    """Compare contexts of many samples with ancestral sampling; return chi-square and its degrees of freedom."""
     batch = padded([PROMPT] * ROWS, [ANSWER] * ROWS, list(range(ROWS)))
     masks = [torch.tensor([False, False, *mask]).expand(ROWS, -1)]
     policy = EnginePolicy(model, model, end_tokens=[0], sampling=sampling)

@@ -12,14 +12,14 @@ _WORD = 2**64
 
 
 def _mix(bits: int) -> int:
-    """splitmix64's finaliser, in Python's own integers."""
+    """Compute the finalizer of splitmix64 with Python integers."""
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % _WORD
     return bits ^ (bits >> 31)
 
 
 def _unmix(bits: int) -> int:
-    """The hash's inverse, to find the key that has a given one."""
+    """Invert the hash, to find the key that has a given hash."""
 
     def unshift(shifted: int, count: int) -> int:
         return shifted ^ (shifted >> count) ^ (shifted >> 2 * count)
@@ -37,7 +37,7 @@ def _reference(stream: int, *keys: int) -> Fraction:
 
 
 def _is_uniform(values: Tensor, bins: int = 1000) -> bool:
-    """Chi-square of a histogram, within 5 standard deviations of its mean."""
+    """Whether chi-square of a histogram is within 5 standard deviations of its mean."""
     counts = torch.histc(values, bins, 0.0, 1.0)
     expected = len(values) / bins
     chi_square = float(((counts - expected) ** 2 / expected).sum())
@@ -45,7 +45,7 @@ def _is_uniform(values: Tensor, bins: int = 1000) -> bool:
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    """In units of its standard deviation for independent values."""
+    """Return the correlation, in units of its standard deviation for independent values."""
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1]) * math.sqrt(len(a))
 
 
@@ -178,4 +178,4 @@ def test_neighbouring_values_fill_the_square_evenly() -> None:
 
 def test_every_stream_has_a_key_of_its_own_that_stays() -> None:
     streams = [hashing.REPLACE, hashing.DRAW, hashing.ROUND_REPLACE, hashing.ROUND_DRAW, hashing.ANSWER, hashing.PLAIN]
-    assert streams == [1, 2, 3, 4, 5, 6]  # other numbers would be other contexts in a run that is resumed
+    assert streams == [1, 2, 3, 4, 5, 6]  # with other numbers, a resumed run would draw other contexts

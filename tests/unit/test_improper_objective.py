@@ -1,4 +1,4 @@
-"""Huszar 2015 (arXiv 1511.05101): where the answer is not a function of the prompt, the mixed objective is biased."""
+"""Huszar 2015 (arXiv 1511.05101): if the answer is not a function of the prompt, the mixed objective is biased."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROWS, STEPS, LEARNING_RATE = 2000, 150, 4.0
 
 
 class TabularModel(Policy):
-    """p(y1) and p(y2 | c1) over the tokens 0 and 1."""
+    """A model of p(y1) and p(y2 | c1) over the tokens 0 and 1."""
 
     def __init__(self) -> None:
         self.first = torch.zeros(2, requires_grad=True)
@@ -26,7 +26,7 @@ class TabularModel(Policy):
         return [(u > probability_of_0).long() for u in uniforms]
 
     def loss(self, context: Tensor, target: Tensor) -> Tensor:
-        """Mean over rows of `prompt y1 y2`."""
+        """Return the mean loss over rows of `prompt y1 y2`."""
         first = F.cross_entropy(self.first.expand(len(target), 2), target[:, 1])
         return first + F.cross_entropy(self.second[context[:, 1]], target[:, 2])
 
@@ -35,7 +35,7 @@ class TabularModel(Policy):
 def test_the_second_token_follows_the_first_with_1_minus_half_the_replaced_share(
     replaced: float, optimum: float
 ) -> None:
-    # y is 00 or 11; its last token is never replaced, so the first one is all that can be
+    # y is 00 or 11; the last token is never replaced, so that only the first one can be
     batch = padded([[0]] * ROWS, [[row % 2, row % 2] for row in range(ROWS)], list(range(ROWS)))
     model = TabularModel()
     for step in range(STEPS):

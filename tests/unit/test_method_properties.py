@@ -1,4 +1,4 @@
-"""Any batch and any settings: the model learns the reference, whatever it reads."""
+"""For any batch and any settings, the model learns the reference, whatever tokens it reads."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Policy
 from tests.plans import plan
 
-DRAWN = 1000  # ids from here on are drawn ones
+DRAWN = 1000  # ids of 1000 and more are drawn
 
 
 class MarkingPolicy(Policy):
-    """Draws now the reference, now a token that no reference holds, by noise and prefix."""
+    """Draws the reference token or a token that no reference holds, depending on noise and prefix."""
 
     def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         return [self._draw(*values) for values in zip(batches, masks, uniforms, strict=True)]
@@ -33,7 +33,7 @@ class MarkingPolicy(Policy):
 
 @st.composite
 def samples(draw: Callable, sample_id: int) -> TrainingRow:
-    """A prompt and up to three turns with what stands between them."""
+    """Draw a sample of a prompt and up to three turns, with other tokens between the turns."""
     length, turns = draw(st.integers(1, 4)), []
     for _ in range(draw(st.integers(1, 3))):
         answer, closing, between = (draw(st.integers(0, most)) for most in (9, 2, 3))

@@ -26,7 +26,7 @@ NO_CLASS = 3
 
 
 class Nothing(Method):
-    """A method of a user's, which reads one setting."""
+    """A user's method that reads one setting."""
 
     settings = frozenset({"temperature"})
 
@@ -45,7 +45,7 @@ def _rounds(total_steps: int, step_size: int, epoch_size: int, epochs_per_round:
 def test_a_steps_round_is_that_of_its_first_row(
     step_size: int, epoch_size: int, epochs_per_round: int, total_steps: int
 ) -> None:
-    epochs_per_round = max(epochs_per_round, -(-step_size // epoch_size))  # a round holds a step at least
+    epochs_per_round = max(epochs_per_round, -(-step_size // epoch_size))  # a round has at least one step
     method = _rounds(total_steps, step_size, epoch_size, epochs_per_round)
     expected, row, number = [], 0, 0
     for _ in range(total_steps):

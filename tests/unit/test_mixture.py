@@ -20,14 +20,14 @@ REPLACE, DRAW = (hashing.REPLACE, SEED, STEP), (hashing.DRAW, SEED, STEP)
 
 
 class NoisePolicy(Policy):
-    """Draws 1000 and more: never a reference token, a function of the noise alone."""
+    """Draws ids of 1000 and more, which no reference holds, as a function of the noise alone."""
 
     def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         return [1000 + (u * 1e6).long() for u in uniforms]
 
 
 class SuccessorPolicy(Policy):
-    """Draws the token before, plus one. Keeps what it was given."""
+    """Draws the token before, plus one, and keeps the contexts that it was given."""
 
     def __init__(self) -> None:
         self.contexts: list[list[Tensor]] = []
@@ -46,7 +46,7 @@ class RecordingPolicy(NoisePolicy):
 
 
 def _random_batches(seed: int) -> list[TokenBatch]:
-    """Three micro-batches of rows of random lengths, ids below 100; the last one is without rows."""
+    """Return three micro-batches of rows of random lengths and ids below 100; the last has no row."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(least: int) -> list[int]:
@@ -185,7 +185,7 @@ def _alone() -> TokenBatch:
 
 
 def _in_company() -> TokenBatch:
-    """The same sample in the last row, behind shorter and longer ones."""
+    """Return the same sample in the last row, after a shorter and a longer one."""
     return padded([[3], [4] * 60, PROMPT], [[5] * 9, [6] * 80, RESPONSE], [1, 2, 77])
 
 
@@ -238,7 +238,7 @@ def test_the_noise_of_a_draw_is_independent_of_the_coin_that_chose_it() -> None:
     batch = padded([[1]] * 200, [[2] * 501] * 200, list(range(200)))
     policy = RecordingPolicy()
     mixture([batch], policy, _masks([batch], 0.1), 1)
-    (uniforms,) = policy.uniforms  # were it the coin, they would be below 0.1
+    (uniforms,) = policy.uniforms  # the coins of masked tokens are all below 0.1
     assert float(uniforms.mean()) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(uniforms)))
 
 
@@ -254,7 +254,7 @@ def test_every_masked_token_has_a_noise_of_its_own() -> None:
 
 
 class PrefixPolicy(Policy):
-    """Draws a function of the noise and of all that the sample's context holds before the token."""
+    """Draws a function of the noise and of all context tokens of the sample before the drawn token."""
 
     def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         return [self._draw(*values) for values in zip(batches, masks, uniforms, strict=True)]
@@ -269,7 +269,7 @@ class PrefixPolicy(Policy):
 
 
 def _some_samples(count: int) -> list[TrainingRow]:
-    """Of random lengths up to 22; some with two turns."""
+    """Return samples of random lengths up to 22, and one with two turns."""
     generator = torch.Generator().manual_seed(11)
 
     def ids(most: int) -> list[int]:
@@ -282,7 +282,7 @@ def _some_samples(count: int) -> list[TrainingRow]:
 
 
 def _by_sample(batches: list[TokenBatch], name: str) -> dict[int, list[int]]:
-    """One tensor's values, sample by sample."""
+    """Return the values of one tensor by sample id."""
     found: dict[int, list[int]] = {}
     for batch in batches:
         for row, column in (batch.sample_ids >= 0).nonzero().tolist():
@@ -328,7 +328,7 @@ def test_padding_of_packed_rows_is_never_replaced() -> None:
 
 
 class CountingPolicy(PrefixPolicy):
-    """Keeps how many tokens of each row every call drew."""
+    """Keeps, for every call, the number of tokens drawn in each row."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -339,7 +339,7 @@ class CountingPolicy(PrefixPolicy):
 
 
 class StickyPolicy(CountingPolicy):
-    """Draws of a short memory, the reference's mostly: what changes dies out."""
+    """Draws mostly the reference, from the last two tokens alone, so that changes die out."""
 
     def _draw(self, batch: TokenBatch, mask: Tensor, uniforms: Tensor) -> Tensor:
         before = batch.context_ids.roll(1, dims=1)[mask] + batch.context_ids.roll(2, dims=1)[mask]
@@ -347,7 +347,7 @@ class StickyPolicy(CountingPolicy):
 
 
 def _token_by_token(batch: TokenBatch, mask: Tensor, policy: Policy) -> Tensor:
-    """The sequential process: one masked token after the other, its prefix complete."""
+    """Run the sequential process: draw one masked token after another, each with its final prefix."""
     context = batch.target_ids.clone()
     for row, column in mask.nonzero().tolist():
         here = torch.zeros_like(mask)
@@ -358,7 +358,7 @@ def _token_by_token(batch: TokenBatch, mask: Tensor, policy: Policy) -> Tensor:
 
 
 def _packed_batches(count: int = 24) -> list[TokenBatch]:
-    """Rows of several samples, in two micro-batches and one without rows."""
+    """Return rows of several samples in two micro-batches, and a micro-batch without rows."""
     samples = _some_samples(count)
     rows = pack([len(s) for s in samples], 40)
     rows_of = [[[samples[i] for i in row] for row in rows[k::2]] for k in range(2)]
@@ -441,7 +441,7 @@ def test_fewer_passes_than_exact_needs_leave_what_every_pass_over_all_tokens_wou
 
 
 class BusyElsewherePolicy(CountingPolicy):
-    """Another rank has something to draw in the first three passes."""
+    """Acts as if another rank had tokens to draw in the first three passes."""
 
     def max_over_ranks(self, value: int) -> int:
         return max(value, len(self.calls) < 3)
@@ -560,4 +560,4 @@ def test_what_stands_behind_the_stop_is_not_drawn_again() -> None:
     batch = padded([[1]] * 3, [[5] * 40] * 3, [0, 1, 2])
     policy = CountingPolicy()
     _, made = mix([batch], policy, [batch.replaceable_mask], "exact", DRAW, 0.1)
-    assert made == 5  # four tokens that may differ, and the one that is too many
+    assert made == 5  # four tokens that may differ, and one too many

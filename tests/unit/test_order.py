@@ -66,7 +66,7 @@ def test_a_billion_rows_are_permuted_without_a_list_of_them() -> None:
 
 
 def _chi_square_is_usual(counts: np.ndarray, expected: float) -> bool:
-    """Within 5 standard deviations of its mean."""
+    """Whether chi-square is within 5 standard deviations of its mean."""
     freedom = counts.size - 1
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     return abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
@@ -184,14 +184,14 @@ def test_with_weights_a_sources_rows_come_equally_often_to_one(sizes: list[int],
 
 
 def test_with_weights_a_source_is_shuffled_anew_each_time_it_begins_again() -> None:
-    stream = Stream([10, 10], [1.0, 3.0], seed=1)  # 5 rows of the first source an epoch
+    stream = Stream([10, 10], [1.0, 3.0], seed=1)  # 5 rows of the first source per epoch
     halves = [{row for source, row in _rows(stream, 20 * epoch, 20 * epoch + 20) if source == 0} for epoch in range(8)]
     assert all(first | second == set(range(10)) for first, second in zip(halves[::2], halves[1::2], strict=True))
     assert len({frozenset(half) for half in halves[::2]}) > 1
 
 
 def test_with_weights_sources_of_one_size_have_orders_of_their_own() -> None:
-    stream = Stream([100, 100, 200], [1.0, 1.0, 6.0], seed=1)  # 50 rows of the first two an epoch
+    stream = Stream([100, 100, 200], [1.0, 1.0, 6.0], seed=1)  # 50 rows of each of the first two per epoch
     first, second = ({row for source, row in _rows(stream, 0, 400) if source == wanted} for wanted in (0, 1))
     assert len(first) == len(second) == 50
     assert 10 < len(first & second) < 40

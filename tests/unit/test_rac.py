@@ -40,7 +40,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class SayingPolicy(Policy):
-    """Answers with given ids, whatever is asked, one list after another. Keeps what it was asked."""
+    """Answers with given lists of ids in turn, whatever the prompt, and keeps the prompts."""
 
     def __init__(self, *answers: list[int]) -> None:
         self.answers = answers
@@ -57,14 +57,14 @@ class SayingPolicy(Policy):
 
 
 class NoisePolicy(Policy):
-    """Answers with letters that the noise and the prompt choose, and ends where the noise says so."""
+    """Answers with letters that noise and prompt choose, and ends when the noise says so."""
 
     def complete(
         self, prompts: list[list[int]], max_new_tokens: int, noise: AnswerNoise | None = None
     ) -> list[list[int]]:
         assert noise is not None
         answers: list[list[int]] = [[] for _ in prompts]
-        for number, prompt in reversed(list(enumerate(prompts))):  # in an order of its own
+        for number, prompt in reversed(list(enumerate(prompts))):  # in another order than that of the prompts
             while len(answers[number]) < max_new_tokens and answers[number][-1:] != [END]:
                 uniform = float(noise(torch.tensor([number]), torch.tensor([len(answers[number])])))
                 answers[number].append(END if uniform < 0.03 else 60 + (int(uniform * 1000) + sum(prompt)) % 26)
@@ -117,7 +117,7 @@ def _same(rows: list[TrainingRow], others: list[TrainingRow]) -> bool:
 
 
 def _marked(row: TrainingRow, its_tokenizer: PreTrainedTokenizerFast = BYTES) -> dict[str, str]:
-    """The text of a row, of what is drawn in it, and of what is learned."""
+    """Return the text of a row, of its drawn tokens, and of its learned tokens."""
     return {
         "read": its_tokenizer.decode(row.context_ids),
         "drawn": its_tokenizer.decode(row.context_ids[row.replaced_mask]),
@@ -204,7 +204,7 @@ def test_a_conversation_reads_like_one_in_which_the_model_was_asked_to_correct_i
     conversation = _conversation(*before, QUESTION, WRONG, request, RIGHT)
     ((whole, turns),) = ChatEncoder(chat_tokenizer, "all").encode([conversation])
     (start, content_end, end), (last_start, _, last_end) = turns[-2:]
-    header = samples[0].prompt_ids[start:].tolist()  # Qwen 3 writes an empty thought before the last answer alone
+    header = samples[0].prompt_ids[start:].tolist()  # Qwen 3 writes an empty thought before the last answer only
     method = _rac(samples, max_length=999, its_tokenizer=chat_tokenizer, cue=cue, max_new_tokens=50)
     ((row,), _) = method.rows(_all(samples), SayingPolicy(whole[start:end]), 0)
     assert row.context_ids.tolist() == [*whole[:start], *header, *whole[start:last_end]]
@@ -242,7 +242,10 @@ def test_a_share_of_0_corrects_every_sample_and_a_share_of_1_none() -> None:
     policy = SayingPolicy()
     rows, counts = _rac(samples, sft_share=1.0).rows(_all(samples), policy, 0)
     assert _same(rows, _all(samples))
-    assert (policy.prompts, len(policy.asked_for)) == ([], 1)  # it still makes the call that other ranks make
+    assert (policy.prompts, len(policy.asked_for)) == (
+        [],
+        1,
+    )  # the policy is still called, because the other ranks call it
     assert set(counts.values()) == {0}
 
 
@@ -497,7 +500,7 @@ def test_which_equal_answers_are_kept_has_nothing_to_do_with_which_samples_are_c
     chosen = _rac(_many(3), max_equal_share=0.4).select(corrected, np.arange(len(corrected)) % 2 == 0, 0)
     kept = [number for number in chosen.tolist() if number % 2 == 0]
     assert len(kept) > 500
-    assert abs(coins[corrected[kept]].mean() - 0.75) < 0.03  # five standard deviations are 0.031 of 667
+    assert abs(coins[corrected[kept]].mean() - 0.75) < 0.03  # for 667 rows, five standard deviations are 0.031
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -15,7 +15,7 @@ NO_FUNCTION = 3
 
 
 def capitals(text: str) -> list[tuple[int, int]]:
-    """A function of a user's."""
+    """A user's function: it rejects capitals."""
     return [(i, i + 1) for i, character in enumerate(text) if character.isupper()]
 
 

@@ -32,7 +32,7 @@ def _drawn(
     fingerprint: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """A complete round."""
+    """Write a complete round of one row and return its folder."""
     row = _row(0, length)
     writer = Writer(folder / f"round-{number:02d}")
     origin = OURS | {"weights": "w"} | (fingerprint or {})
@@ -45,7 +45,7 @@ def _drawn(
 
 
 def _open(folder: Path, shared: Path | None = None, step: int = 0) -> Rounds:
-    """The rounds of a run of `bash`, as far as they are looked at before the first step."""
+    """Open the rounds of a run of `bash`: the checks before the first step."""
     parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "step_batches"))
     return Rounds(
         **parts,
@@ -174,7 +174,7 @@ def test_a_folder_without_a_complete_round_is_refused(name: str, expected: str, 
     ("samples", "rows_at_once", "expected"),
     [
         (20, 64, 5),  # four chunks, so that something is left when a run is killed
-        (2123, 64, 128),  # so many that half of them can be generated at once
+        (2123, 64, 128),  # twice the rows that can be generated at once
         (2123, 8, 67),  # 32 chunks
         (1_000_000, 64, 256),
         (1_000_000, 200, 400),

@@ -57,13 +57,13 @@ def _tokenize(*rows: tuple[str, str], max_length: int = 100) -> Samples:
 
 
 def _only(samples: Samples) -> tuple[list[int], list[int]]:
-    """Prompt and response of the one sample."""
+    """Return prompt and response of the one sample."""
     (sample,) = take([samples])
     return sample.prompt_ids.tolist(), sample.response_ids.tolist()
 
 
 def _turns(samples: Samples, index: int = 0) -> list[list[int]]:
-    """Start, end of the replaceable part and end of each response, as the table stores them."""
+    """Return start, end of the replaceable part and end of each response, as the table stores them."""
     turns: list[list[int]] = samples.table[index]["turns"].reshape(-1, 3).tolist()
     return turns
 
@@ -412,7 +412,7 @@ def _file(tmp_path: Path, content: str = '{"prompt": "a", "completion": "b"}\n')
 
 
 def _unread(opened: Opened) -> Opened:
-    """The same source, whose rows must not be read."""
+    """Return the same source, but fail if its rows are read."""
 
     def rows() -> Iterator[TextPair]:
         raise AssertionError("read again")
@@ -435,7 +435,7 @@ def test_a_second_load_reads_no_row(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_used_tokenizer_finds_what_a_fresh_one_stored(tmp_path: Path) -> None:
-    shipped = byte_tokenizer()  # as files of tokenizers are that somebody has saved after a call
+    shipped = byte_tokenizer()  # the files of a tokenizer that was saved after a call hold such settings
     shipped.backend_tokenizer.enable_truncation(7)
     shipped.backend_tokenizer.enable_padding(length=9)
     shipped.save_pretrained(tmp_path / "tokenizer")
@@ -539,7 +539,7 @@ def _load_in_process(path: str, cache: str, log: str, connection: Connection) ->
 
 
 def _in_processes(tmp_path: Path, content: str, count: int = 3) -> tuple[list[Any], int]:
-    """What several processes that load at once get, and how many of them read the rows."""
+    """Load in several processes at once; return each result, and how many processes read the rows."""
     (tmp_path / "rows.jsonl").write_text(content)
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
@@ -594,7 +594,7 @@ def test_part_lengths_are_those_of_prompt_and_last_response(template: str) -> No
                 for j, role in enumerate(("user", "assistant"))
             ]
         )
-        for i in range(2300)  # tables of 1000 rows, and one that is cut
+        for i in range(2300)  # batches of 1000 rows, and a shorter one
     ]
     samples = load_samples(_opened(rows), chat_tokenizer, Format(max_length=70))
     assert samples.truncated

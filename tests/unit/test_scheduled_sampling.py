@@ -22,7 +22,7 @@ def batch() -> TokenBatch:
 @pytest.mark.parametrize(("passes", "made"), [(None, 1), (1, 1), (2, 2), ("exact", 40 - 1)])
 def test_a_step_tells_how_many_passes_it_took(passes: Any, made: int) -> None:
     mixing = method(replace_probability=1.0, passes=passes)
-    mixing.contexts([batch()], CountingPolicy(), 0)  # whose every draw changes all behind it
+    mixing.contexts([batch()], CountingPolicy(), 0)  # every draw of this policy changes all later draws
     assert mixing.passes == made
 
 

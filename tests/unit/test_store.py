@@ -16,7 +16,7 @@ COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
 
 
 def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[TrainingRow]:
-    """Rows of several turns, some tokens of which are drawn."""
+    """Return rows of several turns in which some tokens are drawn."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):
@@ -53,7 +53,7 @@ def _audit(**changes: Any) -> dict[str, Any]:
 
 
 def _complete(folder: Path, chunks: int = 3, **audit: Any) -> list[TrainingRow]:
-    """A finished round; its rows."""
+    """Write a complete round and return its rows."""
     writer = Writer(folder)
     begun, _ = writer.start(_audit(**audit))
     rows = [_rows(chunk, first_id=5 * chunk) for chunk in range(chunks)]
@@ -98,7 +98,7 @@ def test_every_file_is_on_the_disk_before_it_counts(folder: Path, monkeypatch: p
     writer.finish(1, audit)
     for name in (f".{AUDIT}.", "dataset_info.json", ".state.json."):
         assert any(Path(path).name.startswith(name) for path in synced), name
-    assert synced[-1] == "."  # the folder that the round's own name is in
+    assert synced[-1] == "."  # the folder that holds the name of the round
 
 
 def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> 
     (killed.partial / ".rows-000000.json.123.tmp").write_bytes(b'{"rows"')
 
     writer = Writer(folder)
-    # as another number of ranks would divide it; the one that began holds
+    # another number of ranks would choose another chunk size; the first one stays
     audit, superseded = writer.start(_audit(chunk_size=7, started="later"))
     assert (audit, superseded) == (_audit(), False)
     assert writer.missing(3) == [0, 2]

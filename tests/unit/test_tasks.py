@@ -82,7 +82,7 @@ def test_the_test_set_has_512_rows(task: str) -> None:
 
 @pytest.fixture
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A task with 1000 prompts: rows would repeat and sets would overlap were it left to chance."""
+    """Register a task with 1000 prompts: by chance alone, rows would repeat and the sets would overlap."""
 
     def example(rng: random.Random) -> tuple[TextPair, ForcedError]:
         return TextPair(prompt=f"{rng.randrange(1000)}", completion="x"), ForcedError(start="y", rest="")
