@@ -44,7 +44,7 @@ def variants_of(recipe: Recipe, run: Run) -> dict[str, StepBatches]:
     """Return the batches of the same samples, padded, grouped by length and packed."""
     samples = load_data(recipe, run.tokenizer)
     shape: dict[str, Any] = {
-        "step_size": run.windows.step_size,
+        "step_size": run.step_batches.step_size,
         "micro_batch_size": recipe.train.micro_batch_size,
         "rank": dist.get_rank(),
         "world_size": dist.get_world_size(),

@@ -46,7 +46,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         between_steps.catch_up()
         for step in range(run.first_step, run.total_steps):
             round_started = time.perf_counter()
-            step_batches = run.windows if run.rounds is None else run.rounds.step_batches(step)
+            step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
             started, forwards = time.perf_counter(), watch.forwards
             get_accelerator().reset_peak_memory_stats()
             batches = [batch.to(run.engine.device) for batch in step_batches.at(step)]
@@ -86,7 +86,7 @@ def _metrics(
         round_metrics = {"round": run.rounds.number + 1, "round_time_s": round_time}
     return {
         "step": step + 1,
-        "epoch": run.windows.epoch(step + 1),
+        "epoch": run.step_batches.epoch(step + 1),
         **round_metrics,
         "loss": result.loss,
         **router_loss,
@@ -214,7 +214,7 @@ class BetweenSteps:
             scores,
             run.tokenizer,
             recipe.model,
-            step_size=run.windows.step_size,
+            step_size=run.step_batches.step_size,
             storage=storage,
             unevaluated=unevaluated,
         )

@@ -16,8 +16,8 @@ from selfgen_ds.data.cache import cache_folder, content_hash
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.formats import READERS, RawRow, first_line, read_file
 from selfgen_ds.data.hub import use_cache_without_network
+from selfgen_ds.data.row_checks import Columns, validated
 from selfgen_ds.data.tasks import TASKS, TextPair, generate
-from selfgen_ds.data.validation import Columns, validated
 from selfgen_ds.errors import InputError
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}

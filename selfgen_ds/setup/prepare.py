@@ -69,7 +69,7 @@ class Inputs:
     logit_transform: LogitTransform
     samples: list[Samples]
     eval_samples: list[Samples] | None
-    windows: StepBatches
+    step_batches: StepBatches
     """The training rows in order; for methods that have rounds, the rows of the data set itself."""
     method: Method
     total_steps: int
@@ -85,7 +85,7 @@ class Run:
     policy: EnginePolicy
     method: Method
     samples: list[Samples]
-    windows: StepBatches
+    step_batches: StepBatches
     """The training rows in order; for methods that have rounds, the rows of the data set itself."""
     rounds: Rounds | None
     """For methods that have rounds: the rows that are trained on in place of the data set."""
@@ -140,7 +140,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         policy=policy,
         method=inputs.method,
         samples=inputs.samples,
-        windows=inputs.windows,
+        step_batches=inputs.step_batches,
         rounds=rounds,
         tokenizer=inputs.tokenizer,
         eval_samples=None if inputs.eval_samples is None else take(inputs.eval_samples, recipe.eval.max_samples),
@@ -187,7 +187,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         logit_transform=logit_transform,
         samples=samples,
         eval_samples=eval_samples,
-        windows=step_batches,
+        step_batches=step_batches,
         method=method,
         total_steps=total_steps,
         data=data,
@@ -227,7 +227,7 @@ def _build(
     recipe: Recipe, json_config: dict[str, Any], inputs: Inputs, folder: RunFolder
 ) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
     """Build the engine, configured for the ranks that there are now and for the checkpoint that it will load."""
-    accumulation = inputs.windows.accumulation
+    accumulation = inputs.step_batches.accumulation
     fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=accumulation))
     other_ranks = folder.resumed is not None and folder.resumed.world_size != dist.get_world_size()
     checkpointing = {
@@ -269,7 +269,7 @@ def _open_rounds(
             policy=policy,
             method=method,
             samples=inputs.samples,
-            step_batches=inputs.windows,
+            step_batches=inputs.step_batches,
             folder=folder.path / "rollouts",
             shared=None if selfgen.rollouts is None else Path(selfgen.rollouts),
             fingerprint=fingerprint,
@@ -280,7 +280,7 @@ def _open_rounds(
 
 
 def _log_start(recipe: Recipe, inputs: Inputs, folder: RunFolder) -> None:
-    batches, world_size = inputs.windows, dist.get_world_size()
+    batches, world_size = inputs.step_batches, dist.get_world_size()
     resumed = folder.resumed
     if resumed is not None and resumed.world_size != world_size:
         log.info(

@@ -121,7 +121,7 @@ def steps(
     """The trainer's steps from `first` on; what each gave, and the contexts that were read, by (step, sample id)."""
     results, contexts = [], {}
     for step in range(first, number):
-        window = run.method.contexts(run.windows.at(step), run.policy, step)
+        window = run.method.contexts(run.step_batches.at(step), run.policy, step)
         for batch in window:
             for sample in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
                 contexts[step, sample] = batch.context_ids[batch.sample_ids == sample].tolist()
@@ -139,7 +139,7 @@ def save(run: Run, settings: Recipe, step: int) -> None:
         {},
         run.tokenizer,
         settings.model,
-        step_size=run.windows.step_size,
+        step_size=run.step_batches.step_size,
         storage=run.folder.storage,
     )
 

@@ -43,7 +43,7 @@ def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
     """Run a pass after a training step; return the numbers of drawn tokens and of parameters left gathered."""
     run = prepare(settings, set())
     runs.steps(run, 1)
-    batches = run.method.contexts(run.windows.at(1), run.policy, 1)
+    batches = run.method.contexts(run.step_batches.at(1), run.policy, 1)
     left = [p for p in run.engine.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
     return sum(int(batch.replaced_mask.sum()) for batch in batches), len(left)
 

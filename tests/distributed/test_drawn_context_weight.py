@@ -50,7 +50,7 @@ def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
     run = prepare(recipe, set())
     read, results = [], []
     for step in range(STEPS):
-        batches = run.method.contexts(run.windows.at(step), run.policy, step)
+        batches = run.method.contexts(run.step_batches.at(step), run.policy, step)
         read.append(batches)
         results.append(train_step(run.engine, batches, SMOOTHING, weight))
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}

@@ -236,7 +236,7 @@ def offloaded_bytes(settings: Recipe) -> tuple[int, int]:
         patch.setattr(loading, "save_on_cpu", Counted)
         run = prepare(settings, set())
         seen.clear()
-        batches = run.method.contexts(run.windows.at(0), run.policy, 0)
+        batches = run.method.contexts(run.step_batches.at(0), run.policy, 0)
         assert not seen, "a pass saves nothing"
         train_step(run.engine, batches, 0.0)
     tokens = sum(batch.context_ids[:, :-1].numel() for batch in batches)
@@ -273,7 +273,7 @@ def kept_after_a_pass(settings: Recipe) -> tuple[int, int]:
     runs.steps(run, 2)
     counts = []
     for drawing in (False, True):
-        batches = run.windows.at(2)
+        batches = run.step_batches.at(2)
         with counted_gathers() as gathered:
             train_step(run.engine, run.method.contexts(batches, run.policy, 2) if drawing else batches, 0.0)
         counts.append(sum(gathered.values()))

@@ -58,7 +58,7 @@ def exact_steps(recipe: Recipe) -> dict[str, Any]:
     contexts: dict[tuple[int, int], list[int]] = {}
     passes, rows = [], []
     for step in range(run.total_steps):
-        batches = run.method.contexts(run.windows.at(step), run.policy, step)
+        batches = run.method.contexts(run.step_batches.at(step), run.policy, step)
         passes.append(run.method.passes)
         ids = [int(i) for batch in batches for i in batch.sample_ids[batch.sample_ids >= 0].unique()]
         rows.append(len(ids))

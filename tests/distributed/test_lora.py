@@ -193,7 +193,7 @@ def repeated(settings: Recipe) -> tuple[list[torch.Tensor], list[float]]:
     """Return two predictions and two training losses on the same batch."""
     run = prepare(settings, set())
     runs.steps(run, 2)
-    batch = run.windows.at(2)[0]
+    batch = run.step_batches.at(2)[0]
     predictions = [run.policy.predict(batch)[1] for _ in range(2)]
     reduction = head.loss_sum(batch.target_ids[batch.loss_mask], 0.0)
     losses = [run.engine(batch.context_ids, positions=batch.loss_mask, reduction=reduction).item() for _ in range(2)]

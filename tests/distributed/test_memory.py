@@ -131,7 +131,7 @@ def _renamed(preset: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
 def largest_tensor(settings: Recipe) -> tuple[int, int]:
     """Return the bytes of the largest tensor of pass, step, and evaluation, and the elements of all logits."""
     run = prepare(settings, set())
-    batches = run.windows.at(0)
+    batches = run.step_batches.at(0)
     samples = take(run.samples)
     with LiveTensors() as tensors:
         train_step(run.engine, run.method.contexts(batches, run.policy, 0), 0.0)

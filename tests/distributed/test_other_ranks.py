@@ -70,7 +70,7 @@ def steps(settings: Recipe, save_at: int = 0, until: int = STEPS) -> Steps:
         runs.save(run, settings, save_at)
         more, others = runs.steps(run, until, first=save_at)
         results, contexts = results + more, contexts | others
-    return Steps([result.loss for result in results], contexts, run.windows.accumulation, checksum, records)
+    return Steps([result.loss for result in results], contexts, run.step_batches.accumulation, checksum, records)
 
 
 def joined(by_rank: list[Steps]) -> tuple[list[float], dict[tuple[int, int], list[int]]]:

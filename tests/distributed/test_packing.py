@@ -59,7 +59,7 @@ def predictions(run: Run, batches: list[TokenBatch]) -> dict[int, list[float]]:
 
 def step_packed_or_apart(recipe: Recipe, packed: bool) -> dict[str, Any]:
     run = prepare(recipe, set())
-    batches = run.windows.at(0)
+    batches = run.step_batches.at(0)
     samples_per_row = [len(batch.sample_ids[row].unique()) for batch in batches for row in range(len(batch.sample_ids))]
     if not packed:
         batches = apart(run, batches)
@@ -111,7 +111,7 @@ def test_a_packed_run_trains_evaluates_and_ends(two_ranks: Ranks, tmp_path: Path
 
 def tokens_of_an_epoch(recipe: Recipe) -> list[int]:
     run = prepare(recipe, set())
-    ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.windows.at(step)]
+    ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.step_batches.at(step)]
     rank_ids = [int(i) for batch in ids for i in batch[batch >= 0].unique()]
     gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, rank_ids)

@@ -288,7 +288,7 @@ def inside_and_outside(settings: Recipe) -> tuple[bool, list[int]]:
     """
     run = prepare(settings, set())
     runs.steps(run, 2)
-    batches = run.windows.at(2)
+    batches = run.step_batches.at(2)
     forwards: list[None] = []
     run.policy.model.model.register_forward_pre_hook(lambda *_: forwards.append(None))
 

@@ -485,7 +485,7 @@ def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     """Return the peaks of drawing a round and of a training step, and the bytes of the weights."""
     run = prepare(settings, set())
     assert run.rounds is not None
-    batches = run.windows.at(0)
+    batches = run.step_batches.at(0)
     train_step(run.engine, batches, 0.0)  # optimizer states and gradient buffers exist from here on
     with LiveTensors() as tensors:
         run.rounds.step_batches(0)

@@ -98,7 +98,7 @@ def layer_calls(settings: Recipe) -> tuple[int, int, int]:
         action()  # type: ignore[operator]
         return len(calls) - before
 
-    batches = run.windows.at(0)
+    batches = run.step_batches.at(0)
     contexts = count(lambda: run.method.contexts(batches, run.policy, 0))
     training = count(lambda: train_step(run.engine, batches, 0.0))
     generation = count(lambda: run.policy.complete([[65, 66]], 2))
