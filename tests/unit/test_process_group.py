@@ -13,7 +13,7 @@ def test_tasks_without_rank_variables_do_not_train_models_of_their_own(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "2")
-    with pytest.raises(InputError, match="say 1 rank: the tasks would train models of their own"):
+    with pytest.raises(InputError, match="say 1 rank: several tasks would each train a model"):
         init_process_group()
 
 
