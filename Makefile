@@ -47,14 +47,14 @@ lint: install
 # Two processes run the unit tests, and one of them then the tests that start ranks: tests/conftest.py says why.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
-# The inner loop, at most 2 minutes on two cores: unit tests, and the distributed tests marked `check`.
+# The inner loop: unit tests, and the distributed tests marked `check`.
 check: install
 	@$(MAKE) --no-print-directory --jobs 2 lint check-tests
 
 check-tests: install
 	$(PYTEST) -m check tests/unit tests/distributed
 
-# All but the matrices marked `slow`, at most 10 minutes.
+# All but the matrices marked `slow`.
 test: lint
 	$(PYTEST) -m "not slow"
 
@@ -86,7 +86,7 @@ cluster-packages:
 async-io: install
 	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
 
-# Kills 100 runs at random points and lets them go on: about 12 minutes.
+# Kills 100 runs at random points and resumes each of them: about 12 minutes.
 soak: install
 	$(BIN)/python -m tests.soak --count 100 --output benchmarks/results/soak.json
 
