@@ -64,8 +64,8 @@ class Ranks:
             if failure:
                 failures.append(f"rank {rank}: {failure}")
         if failures:
-            if len(failures) < self.world_size:
-                self.stop()  # the ranks are no longer at the same collective
+            if len(failures) < self.world_size or any(failure.endswith(": died") for failure in failures):
+                self.stop()  # the ranks are no longer at the same collective, or there are none
             raise AssertionError("\n".join(failures))
         return results
 

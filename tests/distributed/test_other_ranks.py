@@ -124,8 +124,8 @@ def test_a_run_of_two_ranks_continues_with_another_number(
     check_continues(before, after)
     assert sum(len(steps.contexts) for steps in after) == 8 * (STEPS - SAVED)
     assert {steps.accumulation for steps in after} == {accumulation}
-    told = f"2 ranks before, {number} now: a step keeps its 8 rows, as {accumulation} micro-batches of 2 a rank"
-    assert told in after[0].logged
+    line = f"2 ranks before, {number} now: a step keeps its 8 rows, as {accumulation} micro-batches of 2 per rank"
+    assert line in after[0].logged
     assert not any("nothing to do" in line for line in after[0].logged)
 
 
@@ -203,7 +203,7 @@ def test_ranks_beyond_the_rows_of_a_step_have_nothing_to_do(ranks: dict[int, Ran
     after = ranks[4].run(steps, replace(settings, resume="auto"))
     check_continues(before, after)
     assert [len(steps.contexts) for steps in after] == [3, 3, 0, 0]
-    assert "a step has fewer micro-batches than there are ranks: 2 of them have nothing to do" in after[0].logged
+    assert "a step has fewer micro-batches than there are ranks: 2 ranks have nothing to do" in after[0].logged
 
 
 def random_number(settings: Recipe) -> float:
