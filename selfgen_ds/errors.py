@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -17,8 +17,8 @@ class Stopped(Exception):
 class Problems:
     """Problems of the user's input, one line each, collected so that one `InputError` reports all of them."""
 
-    def __init__(self, lines: Iterable[str] = ()) -> None:
-        self.lines = list(lines)
+    def __init__(self) -> None:
+        self.lines: list[str] = []
 
     def add(self, *lines: str) -> None:
         """Add problems that are already worded."""
