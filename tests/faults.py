@@ -56,7 +56,7 @@ def recipe(folder: Path, method: str) -> Recipe:
     settings = runs.recipe(
         folder,
         selfgen=METHODS[method],
-        train=TrainConfig(max_steps=STEPS, micro_batch_size=2, gradient_accumulation_steps=2),
+        train=TrainConfig(max_steps=STEPS, micro_batch_size=4),
         checkpoint=CheckpointConfig(every=EVERY, keep=2),
         eval=EvalConfig(every=4, max_samples=4, batch_size=1),
         resume="auto",

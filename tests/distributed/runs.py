@@ -32,7 +32,7 @@ from tests.ranks import ROOT
 PRESET: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,

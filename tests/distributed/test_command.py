@@ -57,17 +57,17 @@ LAUNCHERS = {
         *(sys.executable, "-m", "selfgen_ds"),
     ],
     "one process": [sys.executable, "-m", "selfgen_ds"],
-    "the installed command": [str(BIN / "selfgen-ds")],
 }
 
 
+@pytest.mark.slow
 def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     monkeypatch.setenv("MASTER_PORT", str(free_port()))  # mpirun's alone
     for name, launcher in LAUNCHERS.items():
         if not Path(launcher[0]).exists():
             continue  # mpirun is optional
-        ranks = 1 if name in ("one process", "the installed command") else 2
+        ranks = 1 if name == "one process" else 2
         micro = ["--train.micro_batch_size", str(4 // ranks), "--output_dir", str(folder / name / "run")]
         if name in ("deepspeed", "torchrun"):
             launcher = [launcher[0], "--master_port", str(free_port()), *launcher[1:]]
@@ -75,7 +75,7 @@ def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.Monkey
             assert run.wait() == 0, run.output()[-3000:]
         found[name] = losses(folder / name)
         assert f"{ranks} ranks" in run.output()
-    assert {"deepspeed", "torchrun", "one process", "the installed command"} <= found.keys()
+    assert {"deepspeed", "torchrun", "one process"} <= found.keys()
     for name, values in found.items():
         assert values == pytest.approx(found["one process"], rel=1e-5), name
 
@@ -92,9 +92,9 @@ def error_lines(output: str) -> list[str]:
     return [line.removeprefix(start) for line in output.splitlines() if line.startswith(start)]
 
 
-@pytest.mark.parametrize("launcher", ["one process", "the installed command"])
-def test_a_refusal_is_exit_code_2_and_one_line_that_usage_does_not_bury(folder: Path, launcher: str) -> None:
-    command = [*LAUNCHERS[launcher], *train(folder, "--optim.learning_rat", "3")]
+@pytest.mark.parametrize("start", [LAUNCHERS["one process"], [str(BIN / "selfgen-ds")]], ids=["module", "installed"])
+def test_a_refusal_is_exit_code_2_and_one_line_that_usage_does_not_bury(folder: Path, start: list[str]) -> None:
+    command = [*start, *train(folder, "--optim.learning_rat", "3")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -204,6 +204,7 @@ def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
         first.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the real GSM8K file is not here (../shared/data)")
 def test_gsm8k_is_trained_on_killed_resumed_exported_and_loaded(folder: Path) -> None:
     out = folder / "gsm8k"

@@ -85,10 +85,10 @@ def test_a_rank_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, see
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 2 MB."""
+    """Mount a disk of 1.5 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     yield disk

@@ -93,7 +93,7 @@ def test_training_equals_plain_torch_and_peft(
             moved += not torch.equal(wanted, before[f"base_model.model.{name}"])
         else:
             assert torch.equal(parameter, before[f"base_model.model.{name}"]), name
-    assert moved == 2 * 7 * 3
+    assert moved == 2 * 7 * runs.PRESET["num_hidden_layers"]
 
 
 def base_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -283,7 +283,7 @@ def test_merged_and_adapter_exports_are_what_was_trained(
             expected = tensor
             changed += not torch.equal(tensor, base[name])
         assert torch.equal(tensor, expected), name
-    assert changed == 7 * 3
+    assert changed == 7 * runs.PRESET["num_hidden_layers"]
 
     if dtype == "float32":
         wanted = prompts_logits(AutoModelForCausalLM.from_pretrained(exports["merged"]))
