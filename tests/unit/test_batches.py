@@ -1,5 +1,6 @@
 from collections import Counter
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 import datasets
@@ -120,11 +121,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def _samples(sizes: list[int]) -> Samples:
-    """Return a source of samples with the given numbers of tokens, each 3 or more."""
+@cache
+def _source(sizes: tuple[int, ...]) -> Samples:
     rows = [TextPair(prompt="p", completion="c" * (size - 2)) for size in sizes]
     opened = Opened(name="rows.jsonl", fingerprint=[repr(sizes)], rows=rows)
     return load_samples(opened, byte_tokenizer(), Format(max_length=100))
+
+
+def _samples(sizes: list[int]) -> Samples:
+    """Return a source of samples with the given numbers of tokens, each 3 or more."""
+    return _source(tuple(sizes))
 
 
 def _step_batches(
@@ -157,18 +163,19 @@ def _ids(step_batches: StepBatches, steps: range) -> list[int]:
 
 
 LONG = [3 + (7 * number) % 50 for number in range(120)]
-KINDS = pytest.mark.parametrize("kind", ["plain", "packed", "grouped", "weighted", "several", "several packed"])
+_several = cache(lambda: numbered([_samples(LONG[:70]), _samples(LONG[70:])]))
+ALL = ["plain", "packed", "grouped", "weighted", "several", "several packed"]
+KINDS = pytest.mark.parametrize("kind", ALL)
 
 
 def _of_kind(kind: str, **others: Any) -> StepBatches:
-    several = numbered([_samples(LONG[:70]), _samples(LONG[70:])])
     settings: dict[str, dict[str, Any]] = {
         "plain": {},
         "packed": {"packing": True},
         "grouped": {"group_by_length": True},
-        "weighted": {"sources": several, "weights": [1.0, 3.0]},
-        "several": {"sources": several, "group_by_length": True},
-        "several packed": {"sources": several, "packing": True},
+        "weighted": {"sources": _several(), "weights": [1.0, 3.0]},
+        "several": {"sources": _several(), "group_by_length": True},
+        "several packed": {"sources": _several(), "packing": True},
     }
     return _step_batches(**({"sources": [_samples(LONG)]} | settings[kind] | others))
 
@@ -193,9 +200,8 @@ def test_an_epoch_visits_every_row_once(ranks: int) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str, ranks: int) -> None:
-    runs = [_of_kind(kind, rank=rank, world_size=ranks, epochs=2) for rank in range(ranks)]
+def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str) -> None:
+    runs = [_of_kind(kind, rank=rank, world_size=2, epochs=2) for rank in range(2)]
     seen = Counter(i for step_batches in runs for i in _ids(step_batches, range(step_batches.steps())))
     if kind == "weighted":
         assert sum(seen.values()) == 240
@@ -210,19 +216,20 @@ def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -
     assert set(seen.values()) == {4}
 
 
-@KINDS
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (8, 1), (3, 2), (3, 1), (2, 3), (11, 1)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "micro"),
+    [("plain", *shape) for shape in [(1, 4), (2, 2), (8, 1), (3, 1), (2, 3), (11, 1)]] + [(kind, 3, 2) for kind in ALL],
+)
 def test_a_step_has_the_same_rows_on_any_number_of_ranks(kind: str, ranks: int, micro: int) -> None:
     whole = _of_kind(kind, micro_batch_size=8, accumulation=1)
     parts = [_of_kind(kind, step_size=8, micro_batch_size=micro, rank=rank, world_size=ranks) for rank in range(ranks)]
     assert {len(step_batches.at(0)) for step_batches in parts} == {-(-8 // (micro * ranks))}
-    for step in range(6):
+    for step in (0, 14, 15):  # the first two in the first epoch, the last in the second
         rows = [i for step_batches in parts for i in _ids(step_batches, range(step, step + 1))]
         assert sorted(rows) == sorted(_ids(whole, range(step, step + 1)))
 
 
-@KINDS
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("kind", "ranks"), [*(("plain", ranks) for ranks in (2, 4, 5)), *((kind, 3) for kind in ALL)])
 def test_micro_batches_are_the_same_on_any_number_of_ranks(kind: str, ranks: int) -> None:
     parts = [
         _of_kind(kind, step_size=8, micro_batch_size=2, rank=rank, world_size=ranks).at(3) for rank in range(ranks)
@@ -236,7 +243,7 @@ def test_micro_batches_are_the_same_on_any_number_of_ranks(kind: str, ranks: int
 @KINDS
 def test_any_step_alone_is_what_it_is_in_sequence(kind: str) -> None:
     uninterrupted = _of_kind(kind)
-    expected = [_ids(uninterrupted, range(step, step + 1)) for step in range(53)]
+    expected = {step: _ids(uninterrupted, range(step, step + 1)) for step in (0, 3, 49, 50, 52)}
     for step in (52, 3, 50, 0):
         assert _ids(_of_kind(kind), range(step, step + 1)) == expected[step]
         assert _ids(uninterrupted, range(step, step + 1)) == expected[step]
@@ -246,7 +253,7 @@ def test_any_step_alone_is_what_it_is_in_sequence(kind: str) -> None:
 def test_the_order_changes_with_the_epoch_and_the_seed(kind: str) -> None:
     step_batches = _of_kind(kind, epochs=2)
     half = step_batches.steps() // 2
-    assert _ids(step_batches, range(half)) != _ids(step_batches, range(half, 2 * half))
+    assert _ids(step_batches, range(3)) != _ids(step_batches, range(half, half + 3))
     assert _ids(_of_kind(kind, seed=0), range(3)) != _ids(_of_kind(kind, seed=1), range(3))
 
 
@@ -376,17 +383,15 @@ def _drawn(step_batches: StepBatches) -> list[ListRows]:
 
 
 @KINDS
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("steps", [range(0, 17), range(17, 61), range(3, 4), range(61, 140)])
-def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, ranks: int, steps: range) -> None:
-    for rank in range(ranks):
-        step_batches = _of_kind(kind, rank=rank, world_size=ranks)
-        others = step_batches.over(_drawn(step_batches), steps)
-        for step in steps:
-            for ours, theirs in zip(others.at(step), step_batches.at(step), strict=True):
-                assert torch.equal(ours.sample_ids, theirs.sample_ids)
-                assert torch.equal(ours.position_ids, theirs.position_ids)
-                assert (ours.context_ids[ours.sample_ids >= 0] == 7).all()
+@pytest.mark.parametrize("steps", [range(3, 4), range(48, 52), range(118, 122)])  # beyond 50 is another group by length
+def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, steps: range) -> None:
+    step_batches = _of_kind(kind, rank=1, world_size=2)  # 120 steps are 8 epochs
+    others = step_batches.over(_drawn(step_batches), steps)
+    for step in steps:
+        for ours, theirs in zip(others.at(step), step_batches.at(step), strict=True):
+            assert torch.equal(ours.sample_ids, theirs.sample_ids)
+            assert torch.equal(ours.position_ids, theirs.position_ids)
+            assert (ours.context_ids[ours.sample_ids >= 0] == 7).all()
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -399,9 +404,15 @@ def test_as_many_rows_of_other_lengths_come_once_an_epoch(grouped: bool) -> None
 ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # of steps of 4 rows; an epoch has 120 rows
 
 
-@pytest.mark.parametrize("count", [3, 50, 119, 121, 240, 500])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("steps", ROUNDS)
+COUNTS = [3, 50, 119, 121, 240, 500]
+
+
+@pytest.mark.parametrize(
+    ("count", "grouped", "steps"),
+    [(count, False, ROUNDS[3]) for count in COUNTS]
+    + [(count, True, ROUNDS[number % 4]) for number, count in enumerate(COUNTS)]
+    + [(50, False, steps) for steps in ROUNDS[:3]],
+)
 def test_of_fewer_or_more_rows_none_comes_twice_more_than_another_within_a_round(
     count: int, grouped: bool, steps: range
 ) -> None:
@@ -460,13 +471,14 @@ def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
 def test_any_step_over_other_rows_alone_is_what_it_is_in_sequence(grouped: bool) -> None:
     step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
     rows, steps = [ListRows([3 + (5 * i) % 40 for i in range(333)])], range(61, 191)
-    expected = [_ids(step_batches.over(rows, steps), range(step, step + 1)) for step in steps]
+    some = (61, 62, 110, 111, 160, 161, 190)  # at both ends of each group of 50
+    expected = [_ids(step_batches.over(rows, steps), range(step, step + 1)) for step in some]
     uninterrupted = step_batches.over(rows, steps)
-    assert [_ids(uninterrupted, range(step, step + 1)) for step in steps] == expected
+    assert [_ids(uninterrupted, range(step, step + 1)) for step in some] == expected
 
 
 def test_the_data_sets_own_batches_stay_as_they_were() -> None:
     step_batches = _of_kind("grouped")
-    before = _ids(step_batches, range(60))
+    before = _ids(step_batches, range(48, 52))
     step_batches.over([ListRows([5] * 9)], range(60)).at(3)
-    assert _ids(step_batches, range(60)) == before
+    assert _ids(step_batches, range(48, 52)) == before

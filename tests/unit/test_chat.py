@@ -2,7 +2,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -60,9 +60,11 @@ CONTENT = st.lists(st.sampled_from(SNIPPETS) | TEXT, min_size=1, max_size=6).map
 
 
 @EVERY_FAMILY
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT), system=st.none() | CONTENT)
 def test_the_tokens_are_those_of_the_chat_template(family: str, contents: tuple[str, ...], system: str | None) -> None:
+    # Llama 2's template strips system prompt and first content as one text, so that a blank content is refused.
+    assume(system is None or not FAMILIES[family].trims or contents[0].strip())
     chat_tokenizer = tokenizer(family)
     messages = _conversation(*contents, system=system if FAMILIES[family].system else None)
     text = "".join(message["content"] for message in messages)
@@ -239,7 +241,7 @@ def test_the_system_message_may_go_into_a_later_turn() -> None:
 MARKED = "chatml with generation markers"
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT))
 def test_turns_are_the_templates_generation_markers(contents: tuple[str, ...]) -> None:
     messages = _conversation(*(re.sub(r"<\|\w+\|>", "", content) or "x" for content in contents))

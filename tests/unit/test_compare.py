@@ -148,16 +148,11 @@ def test_a_difference_that_is_the_same_on_every_row_is_certain(tmp_path: Path) -
     assert row["high"] - row["low"] > 0.05
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path) -> None:
+def test_runs_that_differ_in_the_seed_alone_are_one_row_whose_interval_covers_their_spread(tmp_path: Path) -> None:
     a, b = (_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1))
     (row,) = _compare(tmp_path, a, b)
     assert (row["run"], row["seeds"], row["mean"]) == (a, [0, 1], 0.5)
-
-
-def test_an_interval_covers_the_spread_between_seeds(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1)]
     # drawing two seeds with replacement gives the means 0, 0.5 and 1 with probabilities 1/4, 1/2 and 1/4
-    (row,) = _compare(tmp_path, *runs)
     assert (row["low"], row["high"]) == (0.0, 1.0)
 
 
@@ -166,20 +161,16 @@ def test_seeds_that_started_from_different_models_are_one_row(tmp_path: Path) ->
     assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0, 1]]
 
 
-def test_runs_of_two_methods_are_two_rows(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / method, BASELINE, method=method) for method in ("sft", "bash")]
-    assert len(_compare(tmp_path, *runs)) == 2
-
-
-def test_runs_from_two_models_with_the_same_seed_are_two_rows(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / model, BASELINE, model=model) for model in ("1B", "8B")]
-    assert len(_compare(tmp_path, *runs)) == 2
-
-
-def test_runs_of_two_dtypes_are_two_rows(tmp_path: Path) -> None:
-    a = _run_folder(tmp_path / "a", BASELINE, dtype="float32")
-    b = _run_folder(tmp_path / "b", BASELINE, dtype="bfloat16", seed=1)
-    assert len(_compare(tmp_path, a, b)) == 2
+def test_runs_of_another_method_or_dtype_or_from_another_model_with_the_same_seed_are_rows_of_their_own(
+    tmp_path: Path,
+) -> None:
+    runs = [
+        _run_folder(tmp_path / "a", BASELINE),
+        _run_folder(tmp_path / "b", BASELINE, method="bash", seed=1),
+        _run_folder(tmp_path / "c", BASELINE, dtype="bfloat16", seed=2),
+        _run_folder(tmp_path / "d", BASELINE, model="8B"),
+    ]
+    assert [row["run"] for row in _compare(tmp_path, *runs)] == runs
 
 
 @pytest.mark.parametrize("method", ["sft", "bash"])

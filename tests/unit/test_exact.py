@@ -53,17 +53,18 @@ def contexts(batches: list[TokenBatch]) -> dict[int, list[int]]:
     return {i: [t for batch in batches for t in batch.context_ids[batch.sample_ids == i].tolist()] for i in ids}
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize(
-    "sampling",
+    ("layout", "p", "sampling"),
     [
-        Sampling(temperature=0.3),
-        Sampling(),
-        Sampling(temperature=1.5),
-        Sampling(top_p=0.9),
-        Sampling(temperature=2.0, top_p=0.5),
-        Sampling(temperature=1.5, top_k=3),
+        ("padded", 1.0, Sampling(temperature=0.3)),
+        ("packed", 0.1, Sampling()),
+        ("padded", 0.5, Sampling()),
+        ("packed", 1.0, Sampling()),
+        ("padded", 0.1, Sampling(temperature=1.5)),
+        ("packed", 1.0, Sampling(temperature=1.5)),
+        ("packed", 0.5, Sampling(top_p=0.9)),
+        ("padded", 1.0, Sampling(temperature=2.0, top_p=0.5)),
+        ("packed", 0.5, Sampling(temperature=1.5, top_k=3)),
     ],
     ids=str,
 )
@@ -94,9 +95,10 @@ class InOrderPolicy(EnginePolicy):
         return super().draw_in_order(batches, masks, uniforms)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
-@pytest.mark.parametrize("p", [0.25, 1.0])
-@pytest.mark.parametrize("rows_at_once", [3, 64])
+@pytest.mark.parametrize(
+    ("name", "p", "rows_at_once"),
+    [("llama", 0.25, 3), ("llama", 1.0, 64), ("gemma3_text", 0.25, 64), ("gemma3_text", 1.0, 3), ("gpt2", 0.25, 3)],
+)
 def test_what_is_drawn_in_order_is_what_passes_draw(
     name: str, p: float, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +120,7 @@ def test_what_is_drawn_in_order_is_what_passes_draw(
     assert few < many
 
 
-@pytest.mark.parametrize("p", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("p", [0.02, 0.25])
 def test_a_trained_model_needs_few_passes_and_draws_nothing_in_order(extended: PreTrainedModel, p: float) -> None:
     batches = layouts()["padded"]
     masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
@@ -209,7 +211,7 @@ def test_later_passes_read_fewer_rows_and_draw_fewer_tokens(extended: PreTrained
 
 # --- the law of the draws ---
 
-VOCABULARY, ROWS = 5, 20_000
+VOCABULARY = 5
 
 
 @pytest.fixture(scope="module")
@@ -245,17 +247,19 @@ def joint(model: PreTrainedModel, mask: list[bool], sampling: Sampling) -> dict[
     return found
 
 
-def chi_square(model: PreTrainedModel, mask: list[bool], sampling: Sampling, passes: object) -> tuple[float, int]:
+def chi_square(
+    model: PreTrainedModel, mask: list[bool], sampling: Sampling, passes: object, count: int = 4000
+) -> tuple[float, int]:
     """Compare contexts of many samples with ancestral sampling; return chi-square and its degrees of freedom."""
-    batch = padded([PROMPT] * ROWS, [ANSWER] * ROWS, list(range(ROWS)))
-    masks = [torch.tensor([False, False, *mask]).expand(ROWS, -1)]
+    batch = padded([PROMPT] * count, [ANSWER] * count, list(range(count)))
+    masks = [torch.tensor([False, False, *mask]).expand(count, -1)]
     policy = EnginePolicy(model, model, end_tokens=[0], sampling=sampling)
     (mixed,), _ = mix([batch], policy, masks, passes, DRAW)  # type: ignore[arg-type]
     ids, counts = mixed.context_ids[:, len(PROMPT) :].unique(dim=0, return_counts=True)
     seen = dict(zip(map(tuple, ids.tolist()), counts.tolist(), strict=True))
-    expected = {key: ROWS * value for key, value in joint(model, mask, sampling).items()}
+    expected = {key: count * value for key, value in joint(model, mask, sampling).items()}
     often = [key for key, value in expected.items() if value >= 5]
-    rest, seen_rest = (ROWS - sum(some.get(key, 0) for key in often) for some in (expected, seen))
+    rest, seen_rest = (count - sum(some.get(key, 0) for key in often) for some in (expected, seen))
     cells = [(seen.get(key, 0), expected[key]) for key in often] + ([(seen_rest, rest)] if rest >= 5 else [])
     return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
 
@@ -273,15 +277,15 @@ LAWS = pytest.mark.parametrize(
 
 
 @LAWS
+@pytest.mark.parametrize("count", [4000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_exact_draws_have_the_law_of_ancestral_sampling(
-    tiny: PreTrainedModel, mask: list[bool], sampling: Sampling
+    tiny: PreTrainedModel, mask: list[bool], sampling: Sampling, count: int
 ) -> None:
-    statistic, freedom = chi_square(tiny, mask, sampling, "exact")
+    statistic, freedom = chi_square(tiny, mask, sampling, "exact", count)
     assert freedom > 8
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-@LAWS
-def test_a_single_pass_has_another_law(tiny: PreTrainedModel, mask: list[bool], sampling: Sampling) -> None:
-    statistic, freedom = chi_square(tiny, mask, sampling, 1)
+def test_a_single_pass_has_another_law(tiny: PreTrainedModel) -> None:
+    statistic, freedom = chi_square(tiny, [True, False, True, False], Sampling(), 1)
     assert statistic > 3 * (freedom + 5 * (2 * freedom) ** 0.5)

@@ -240,8 +240,8 @@ def _draw_from(logits: list[float], uniforms: Tensor, temperature: float, top_p:
 
 
 def _sample(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """Count each token in 20 000 draws."""
-    uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(20_000))
+    """Count each token in 5000 draws."""
+    uniforms = hashing.uniform(hashing.DRAW, 0, torch.arange(5000))
     return torch.bincount(_draw_from(logits, uniforms, temperature, top_p, top_k), minlength=len(logits))
 
 
@@ -267,8 +267,7 @@ def test_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
     _assert_drawn_from(_sample(LOGITS, temperature), probabilities)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("top_k", [1, 3, 7, 100])
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (3, 1.0), (3, 2.0), (7, 1.0), (100, 1.0)])
 def test_top_k_draws_from_the_k_most_probable_tokens(top_k: int, temperature: float) -> None:
     logits = torch.tensor(LOGITS, dtype=torch.float64)
     kept = sorted(LOGITS, reverse=True)[:top_k]
@@ -365,7 +364,7 @@ def _largest_allocation(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=2.0, cap=3.0)], ids=["plain", "capped"])
 def test_the_logits_of_all_positions_never_exist_at_once(transform: LogitTransform) -> None:
-    rows, width, vocabulary = 2048, 32, 8_000
+    rows, width, vocabulary = 2048, 32, 2000
     logits_bytes = rows * vocabulary * 4
     head = LMHead(nn.Linear(width, vocabulary, bias=False), transform)
     hidden, targets = torch.randn(rows, width, requires_grad=True), torch.randint(vocabulary, (rows,))

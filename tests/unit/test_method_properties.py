@@ -71,7 +71,7 @@ CONFIGS = st.builds(
 
 
 @pytest.mark.parametrize("name", ["sft", "scheduled_sampling"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batches=batch_lists(), config=CONFIGS, seed=st.integers(0, 2**31 - 1), step=st.integers(0, 99))
 def test_no_target_is_ever_a_drawn_token(
     name: str, batches: list[TokenBatch], config: SelfgenConfig, seed: int, step: int

@@ -73,7 +73,7 @@ PROBABILITIES = pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 
 @PROBABILITIES
 def test_masked_tokens_are_the_policys_and_all_others_the_references(p: float) -> None:
-    for seed in range(20):
+    for seed in range(5):
         batches = _random_batches(seed)
         masks = _masks(batches, p)
         for before, mask, after in zip(batches, masks, mixture(batches, NoisePolicy(), masks, 1), strict=True):
@@ -107,7 +107,7 @@ def test_the_batches_given_are_left_as_they_were() -> None:
 
 @PROBABILITIES
 def test_prompt_padding_and_the_last_response_token_are_never_replaced(p: float) -> None:
-    for seed in range(100):
+    for seed in range(10):
         for batch in _random_batches(seed):
             mask = replacement_mask(batch, p, REPLACE)
             last = torch.arange(mask.shape[1]) == torch.tensor(lengths(batch))[:, None] - 1
@@ -116,11 +116,11 @@ def test_prompt_padding_and_the_last_response_token_are_never_replaced(p: float)
 
 
 def test_a_probability_of_0_replaces_nothing() -> None:
-    assert not any(mask.any() for seed in range(100) for mask in _masks(_random_batches(seed), 0.0))
+    assert not any(mask.any() for seed in range(10) for mask in _masks(_random_batches(seed), 0.0))
 
 
 def test_a_probability_of_1_replaces_every_replaceable_token() -> None:
-    for seed in range(100):
+    for seed in range(10):
         batches = _random_batches(seed)
         for batch, mask in zip(batches, _masks(batches, 1.0), strict=True):
             assert torch.equal(mask, batch.replaceable_mask)
@@ -458,10 +458,9 @@ def test_a_rank_without_masked_tokens_makes_the_passes_of_the_others() -> None:
 # --- position ---
 
 
-@pytest.mark.parametrize("position", ["even", "early", "late"])
-@PROBABILITIES
+@pytest.mark.parametrize(("position", "p"), [("even", 0.3), ("early", 0.3), ("early", 1.0), ("late", 1.0)])
 def test_the_position_decides_where_in_an_answer_tokens_are_replaced(p: float, position: Position) -> None:
-    answer, rows = 8, 20_000
+    answer, rows = 8, 4000
     batch = padded([[1, 2]] * rows, [[3] * answer + [4]] * rows, list(range(rows)))
     shares = replacement_mask(batch, p, REPLACE, position)[:, 2:].double().mean(dim=0).tolist()
     early = [p * (1 - i / answer) for i in range(answer)]
@@ -472,12 +471,12 @@ def test_the_position_decides_where_in_an_answer_tokens_are_replaced(p: float, p
 
 @pytest.mark.parametrize("position", ["early", "late"])
 def test_each_answer_of_a_conversation_has_positions_of_its_own(position: Position) -> None:
-    rows = 20_000
+    rows = 4000
     turns = np.array([[1, 3, 4], [6, 10, 10], [11, 12, 13]])  # answers of 2, 4 and 1 tokens
     batch = collate([[TrainingRow.reference(i, np.arange(13), turns)] for i in range(rows)])
     shares = replacement_mask(batch, 1.0, REPLACE, position).double().mean(dim=0).tolist()
     two, four = ([0.5, 1], [0.25, 0.5, 0.75, 1]) if position == "late" else ([1, 0.5], [1, 0.75, 0.5, 0.25])
-    assert shares == pytest.approx([0, *two, 0, 0, 0, *four, 0, 1, 0], abs=0.02)
+    assert shares == pytest.approx([0, *two, 0, 0, 0, *four, 0, 1, 0], abs=5 * math.sqrt(0.25 / rows))
 
 
 @pytest.mark.parametrize("position", ["even", "early", "late"])

@@ -31,6 +31,7 @@ from tests.batches import lengths, padded
 from tests.trained import reference_draw
 
 SEED, STEP, END = 5, 7, 39
+NARROW = SweepBudget(forward=1, training=1, prefetched=0)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,15 @@ def reference_context(
     return context.tolist()
 
 
-@pytest.mark.parametrize("passes", [1, 3])
-@pytest.mark.parametrize("budget", [None, SweepBudget(forward=1, training=1, prefetched=0)])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=2.0, top_p=0.8), Sampling(top_k=5)]
+    ("passes", "budget", "sampling"),
+    [
+        (1, None, Sampling()),
+        (3, NARROW, Sampling()),
+        (1, NARROW, Sampling(temperature=0.7)),
+        (3, None, Sampling(temperature=2.0, top_p=0.8)),
+        (3, None, Sampling(top_k=5)),
+    ],
 )
 def test_the_pass_draws_from_the_model_given_the_context_before(
     plain: LlamaForCausalLM, extended: PreTrainedModel, passes: int, budget: SweepBudget | None, sampling: Sampling

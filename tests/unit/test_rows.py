@@ -296,6 +296,7 @@ print(time.monotonic() - started)
 """
 
 
+@pytest.mark.slow
 def test_without_a_network_a_hub_id_is_refused_in_one_line_and_quickly(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE")

@@ -14,8 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from selfgen_ds.config import DataConfig, Recipe, Source
+from selfgen_ds.data import encoding
 from selfgen_ds.data.chat import Conversation
-from selfgen_ds.data.encoding import CHUNK_CHARACTERS, chunks
+from selfgen_ds.data.encoding import chunks
 from selfgen_ds.data.rows import Columns, Opened, open_source
 from selfgen_ds.data.samples import (
     Format,
@@ -199,8 +200,9 @@ def _sizes(rows: list[Any]) -> list[int]:
     return [len(chunk) for chunk in cut]
 
 
-def test_rows_are_tokenised_in_chunks_of_so_many_rows_and_about_so_much_text() -> None:
-    third = "x" * (CHUNK_CHARACTERS // 3 + 1)
+def test_rows_are_tokenised_in_chunks_of_so_many_rows_and_about_so_much_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 3000)
+    third = "x" * 1001
     assert _sizes([]) == []
     assert _sizes([TextPair(prompt="a", completion="b")] * 2500) == [1000, 1000, 500]
     assert _sizes([TextPair(prompt=third, completion="b")] * 6) == [3, 3]
@@ -211,8 +213,9 @@ def test_rows_are_tokenised_in_chunks_of_so_many_rows_and_about_so_much_text() -
     assert _sizes([Conversation(messages=[{"role": "user", "content": third}, call])] * 4) == [3, 1]
 
 
-def test_chunks_that_text_ends_are_numbered_on() -> None:
-    rows = [TextPair(prompt="a" * (CHUNK_CHARACTERS if i % 3 else 1), completion=str(i)) for i in range(7)]
+def test_chunks_that_text_ends_are_numbered_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 100)
+    rows = [TextPair(prompt="a" * (100 if i % 3 else 1), completion=str(i)) for i in range(7)]
     samples = load_samples(_opened(rows), TOKENIZER, Format(max_length=9))
     assert samples.table["sample_id"][:].tolist() == [0, 3, 6]
     assert (samples.read, samples.refused, samples.first_refused) == (7, 4, "row 2")
@@ -533,7 +536,7 @@ def _load_in_process(path: str, cache: str, log: str, connection: Connection) ->
     connection.recv()
     try:
         samples = load_samples(watched, given, Format(max_length=50))
-        connection.send([sample.target_ids.tolist() for sample in take([samples])])
+        connection.send([ids.tolist() for ids in samples.table["input_ids"][:]])
     except InputError as error:
         connection.send(str(error))
 
@@ -582,8 +585,11 @@ def test_samples_are_mapped_from_the_disk_and_not_held(tmp_path: Path) -> None:
     assert list(chain(samples[0].target_ids))
 
 
-@pytest.mark.parametrize("template", ["chatml", "chatml with generation markers", "llama2", "qwen3"])
-def test_part_lengths_are_those_of_prompt_and_last_response(template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "count"),
+    [("chatml", 1010), ("chatml with generation markers", 24), ("llama2", 24), ("qwen3", 24)],
+)
+def test_part_lengths_are_those_of_prompt_and_last_response(template: str, count: int) -> None:
     chat_tokenizer = tokenizer(template)
     texts = ["a", "the answer", "How many apples are left?", "b " * 30]
     rows = [
@@ -594,7 +600,7 @@ def test_part_lengths_are_those_of_prompt_and_last_response(template: str) -> No
                 for j, role in enumerate(("user", "assistant"))
             ]
         )
-        for i in range(2300)  # batches of 1000 rows, and a shorter one
+        for i in range(count)  # 1010: a batch of 1000 rows, and a shorter one
     ]
     samples = load_samples(_opened(rows), chat_tokenizer, Format(max_length=70))
     assert samples.truncated

@@ -105,6 +105,14 @@ def test_a_damaged_file_of_a_tokenizer_is_an_error_that_names_the_setting(
         load_tokenizer(ModelConfig(preset={}, tokenizer=str(tmp_path)))
 
 
+def test_a_hub_id_without_a_hub_is_refused_in_one_line() -> None:
+    expected = r"^model\.name_or_path: no tokenizer could be loaded from 'nobody/nothing': .+$"
+    with pytest.raises(InputError, match=expected) as caught:
+        load_tokenizer(ModelConfig(name_or_path="nobody/nothing"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
 def test_without_a_network_a_hub_id_is_refused_in_one_line_and_quickly(tmp_path: Path) -> None:
     program = (
         "import time\nfrom selfgen_ds.config import ModelConfig\nfrom selfgen_ds.errors import InputError\n"
