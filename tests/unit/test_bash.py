@@ -103,23 +103,21 @@ def _plain(
 ) -> tuple[list[int], list[bool]]:
     """Draw one sample token by token; return its context, and whether each token is drawn."""
 
-    def uniform(stream: int, place: int) -> float:
-        keys = (torch.tensor(sample.sample_id), torch.tensor(place))
-        return float(hashing.uniform(stream, SEED, number, *keys))
-
     reference = sample.target_ids.tolist()
+    keys = (SEED, number, torch.tensor(sample.sample_id), torch.arange(len(reference)))
+    coins, noise = (hashing.uniform(stream, *keys).tolist() for stream in (hashing.ROUND_REPLACE, hashing.ROUND_DRAW))
     masked = {
         place
         for start, end in runs(sample.replaceable_mask)
         for place in range(start, end)
-        if uniform(hashing.ROUND_REPLACE, place) < p * _share(position, place - start, end - start)
+        if coins[place] < p * _share(position, place - start, end - start)
     }
     context = list(reference)
     for _ in range(1 if passes == "exact" else passes):
         before = list(context)
         for place in sorted(masked):
             prefix = (context if passes == "exact" else before)[:place]
-            context[place] = _next(prefix, uniform(hashing.ROUND_DRAW, place))
+            context[place] = _next(prefix, noise[place])
     allowed = int(most_differing * sample.loss_mask.sum() + 1e-9)
     differing = [place for place in range(len(reference)) if context[place] != reference[place]]
     stop = differing[allowed] if len(differing) > allowed else len(reference)

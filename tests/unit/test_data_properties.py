@@ -150,7 +150,7 @@ def _check_accounts(samples: Samples, max_length: int) -> None:
 
 
 @EVERY_FORMAT
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=ROWS, max_length=st.integers(2, 90), template=st.integers(0, 1))
 def test_rows_are_refused_or_each_is_accounted_for(
     folder: Path, name: str, rows: list[dict[str, Any]], max_length: int, template: int
@@ -163,7 +163,7 @@ def test_rows_are_refused_or_each_is_accounted_for(
 
 
 @EVERY_FORMAT
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.lists(PAIR, min_size=1, max_size=4) | st.lists(CHAT, min_size=1, max_size=4),
     damage=st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=3)), min_size=1, max_size=3),

@@ -61,7 +61,6 @@ def contexts(batches: list[TokenBatch]) -> dict[int, list[int]]:
         ("padded", 0.5, Sampling()),
         ("packed", 1.0, Sampling()),
         ("padded", 0.1, Sampling(temperature=1.5)),
-        ("packed", 1.0, Sampling(temperature=1.5)),
         ("packed", 0.5, Sampling(top_p=0.9)),
         ("padded", 1.0, Sampling(temperature=2.0, top_p=0.5)),
         ("packed", 0.5, Sampling(temperature=1.5, top_k=3)),
@@ -97,7 +96,7 @@ class InOrderPolicy(EnginePolicy):
 
 @pytest.mark.parametrize(
     ("name", "p", "rows_at_once"),
-    [("llama", 0.25, 3), ("llama", 1.0, 64), ("gemma3_text", 0.25, 64), ("gemma3_text", 1.0, 3), ("gpt2", 0.25, 3)],
+    [("llama", 0.25, 3), ("llama", 1.0, 64), ("gemma3_text", 0.25, 3), ("gemma3_text", 1.0, 64), ("gpt2", 0.25, 3)],
 )
 def test_what_is_drawn_in_order_is_what_passes_draw(
     name: str, p: float, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
@@ -248,7 +247,7 @@ def joint(model: PreTrainedModel, mask: list[bool], sampling: Sampling) -> dict[
 
 
 def chi_square(
-    model: PreTrainedModel, mask: list[bool], sampling: Sampling, passes: object, count: int = 4000
+    model: PreTrainedModel, mask: list[bool], sampling: Sampling, passes: object, count: int = 2500
 ) -> tuple[float, int]:
     """Compare contexts of many samples with ancestral sampling; return chi-square and its degrees of freedom."""
     batch = padded([PROMPT] * count, [ANSWER] * count, list(range(count)))
@@ -277,7 +276,7 @@ LAWS = pytest.mark.parametrize(
 
 
 @LAWS
-@pytest.mark.parametrize("count", [4000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2500, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_exact_draws_have_the_law_of_ancestral_sampling(
     tiny: PreTrainedModel, mask: list[bool], sampling: Sampling, count: int
 ) -> None:

@@ -119,13 +119,14 @@ def test_equal_keys_give_equal_noise_one_by_one() -> None:
 @pytest.mark.parametrize("changed", range(5))
 def test_noise_differs_where_any_one_key_differs(changed: int) -> None:
     keys: list[int | Tensor] = [hashing.DRAW, 11, 12, 13, 14]
-    keys[changed] = keys[changed] + torch.arange(1000)
+    count = 1000 if changed else 100  # every stream is a call of its own
+    keys[changed] = keys[changed] + torch.arange(count)
     stream, *others = keys
     if isinstance(stream, Tensor):
         drawn = torch.stack([hashing.uniform(int(s), *others) for s in stream])
     else:
         drawn = hashing.uniform(stream, *others)
-    assert len(drawn.unique()) == 1000
+    assert len(drawn.unique()) == count
 
 
 def test_keys_are_not_interchangeable() -> None:

@@ -369,8 +369,16 @@ LAYOUTS = pytest.mark.parametrize("batches", [_random_batches(5), _packed_batche
 
 
 @LAYOUTS
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("policy", [PrefixPolicy(), SuccessorPolicy(), StickyPolicy()])
+@pytest.mark.parametrize(
+    ("policy", "p"),
+    [
+        (PrefixPolicy(), 0.1),
+        (PrefixPolicy(), 1.0),
+        (SuccessorPolicy(), 0.5),
+        (StickyPolicy(), 0.5),
+        (StickyPolicy(), 1.0),
+    ],
+)
 def test_exact_is_the_token_by_token_draw(batches: list[TokenBatch], policy: Policy, p: float) -> None:
     masks = _masks(batches, p)
     mixed, _ = mix(batches, policy, masks, "exact", DRAW)

@@ -208,8 +208,8 @@ def test_a_mixture_of_experts_is_evaluated_without_a_router_loss(fields: dict[st
 
 
 WINDOWS = {
-    "Mistral 7B": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
-    "Gemma 3": ({"model_type": "gemma3_text", "sliding_window": 1024}, "sliding_window"),
+    "Mistral 7B": ({"model_type": "mistral", "sliding_window": 4096, "num_hidden_layers": 4}, "sliding_window"),
+    "Gemma 3": ({"model_type": "gemma3_text", "sliding_window": 1024, "num_hidden_layers": 6}, "sliding_window"),
     "Llama 4": (
         {"model_type": "llama4_text", "attention_chunk_size": 8192, "num_hidden_layers": 4},
         "attention_chunk_size",

@@ -66,9 +66,10 @@ class NoisePolicy(Policy):
         assert noise is not None
         answers: list[list[int]] = [[] for _ in prompts]
         for number, prompt in reversed(list(enumerate(prompts))):  # in another order than that of the prompts
-            while len(answers[number]) < max_new_tokens and answers[number][-1:] != [END]:
-                uniform = float(noise(torch.tensor([number]), torch.tensor([len(answers[number])])))
+            for uniform in noise(torch.full((max_new_tokens,), number), torch.arange(max_new_tokens)).tolist():
                 answers[number].append(END if uniform < 0.03 else 60 + (int(uniform * 1000) + sum(prompt)) % 26)
+                if uniform < 0.03:
+                    break
         return answers
 
 

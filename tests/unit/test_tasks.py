@@ -1,4 +1,5 @@
 import random
+from functools import cache
 from itertools import islice
 
 import pytest
@@ -6,6 +7,14 @@ import pytest
 from selfgen_ds.data.tasks import TASKS, ForcedError, TextPair, forced_errors, generate
 
 BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
+
+
+@cache
+def _test_set(task: str) -> list[TextPair]:
+    return list(generate(task, "test"))
+
+
+_errors = cache(forced_errors)
 
 
 def _rows(task: str, split: str = "train", count: int = 100) -> list[TextPair]:
@@ -50,7 +59,7 @@ def test_running_sum_answers_are_the_sums_modulo_ten() -> None:
     [("pointer_chase", 5, "abcdefgh"), ("running_sum", 3, "0123456789")],
 )
 def test_the_forced_error_is_the_third_result_and_nothing_else(task: str, length: int, alphabet: str) -> None:
-    for pair, error in zip(generate(task, "test"), forced_errors(task), strict=True):
+    for pair, error in zip(_test_set(task), _errors(task), strict=True):
         assert len(error.start) == length
         assert error.start[:-1] == pair.completion[: length - 1]
         assert error.start[-1] != pair.completion[length - 1]
@@ -59,13 +68,13 @@ def test_the_forced_error_is_the_third_result_and_nothing_else(task: str, length
 
 @BOTH_TASKS
 def test_the_rest_follows_the_forced_error(task: str) -> None:
-    for pair, error in zip(generate(task, "test"), forced_errors(task), strict=True):
+    for pair, error in zip(_test_set(task), _errors(task), strict=True):
         assert error.rest == pair.completion[len(error.start) :]
 
 
 @BOTH_TASKS
 def test_the_forced_error_takes_every_wrong_value(task: str) -> None:
-    errors = {error.start[-1] for error in forced_errors(task)}
+    errors = {error.start[-1] for error in _errors(task)}
     assert len(errors) == (8 if task == "pointer_chase" else 10)
 
 
@@ -77,7 +86,7 @@ def test_a_set_has_the_same_rows_in_every_generation(task: str, split: str) -> N
 
 @BOTH_TASKS
 def test_the_test_set_has_512_rows(task: str) -> None:
-    assert sum(1 for _ in generate(task, "test")) == 512
+    assert len(_test_set(task)) == 512
 
 
 @pytest.fixture
@@ -103,5 +112,5 @@ def test_train_and_test_set_do_not_overlap(tiny_task: str) -> None:
 
 @BOTH_TASKS
 def test_train_and_test_set_of_a_built_in_task_do_not_overlap(task: str) -> None:
-    train, test = _rows(task, "train", 600), _rows(task, "test", 512)
+    train, test = _rows(task, "train", 600), _test_set(task)
     assert {row.prompt for row in train}.isdisjoint(row.prompt for row in test)
