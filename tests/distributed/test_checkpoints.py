@@ -31,6 +31,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.forked import Run
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 
 def names(settings: Recipe) -> list[str]:
@@ -331,7 +332,7 @@ def test_max_steps_may_not_be_lowered_on_resume(two_ranks: Ranks, saved: Recipe)
         resume(two_ranks, saved)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+@matrix(("stage", "dtype"), [(3, "bfloat16"), (2, "bfloat16"), (1, "float32"), (0, "float32")])
 def test_every_stage_resumes_and_exports(
     two_ranks: Ranks, folder: Path, stage: int, dtype: Literal["float32", "bfloat16"]
 ) -> None:
@@ -356,7 +357,7 @@ def test_every_stage_resumes_and_exports(
     assert (folder / "exported" / "generation_config.json").exists()
 
 
-@pytest.mark.parametrize("order", ["packing of weighted sources", "group_by_length"])
+@matrix("order", ["packing of weighted sources", "group_by_length"])
 def test_packed_grouped_and_weighted_rows_continue_where_they_stopped(
     two_ranks: Ranks, folder: Path, order: str
 ) -> None:

@@ -18,6 +18,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.batches import sample
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 SMOOTHING = 0.1
 STEPS = 3
@@ -87,7 +88,7 @@ def plain_steps(path: Path, steps: list[list[TokenBatch]], weight: float) -> tup
     return losses, dict(model.named_parameters())
 
 
-@pytest.mark.parametrize(("packing", "weight"), [(False, 3.0), (True, 0.0)], ids=["padded", "packed"])
+@matrix(("packing", "weight"), [(False, 3.0), (True, 0.0)], ids=["padded", "packed"])
 def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
     two_ranks: Ranks, one_rank: Ranks, tmp_path: Path, packing: bool, weight: float
 ) -> None:

@@ -28,6 +28,7 @@ from selfgen_ds.setup.prepare import prepare
 from selfgen_ds.validation import deepspeed_json
 from tests.distributed import runs
 from tests.ranks import ROOT, Ranks
+from tests.tiers import matrix
 
 FOLDER = ROOT / "ds_configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
@@ -80,7 +81,7 @@ def compiled_here(op: str) -> bool:
     return (folder / f"{op}.so").exists() and torch.__path__[0] in (folder / "build.ninja").read_text()
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_released.json"])
+@matrix("name", ["zero2.json", "zero3.json", "zero3_released.json"])
 def test_jsons_without_a_feature_of_their_own_take_the_steps_of_the_tests_json(
     two_ranks: Ranks, tmp_path: Path, name: str
 ) -> None:
@@ -146,6 +147,7 @@ def same_as_zero3(ranks: Ranks, folder: Path, name: str, selfgen: SelfgenConfig,
         assert other[2] == plain[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_optimizer_on_the_host_takes_the_same_steps_up_to_rounding(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
@@ -156,7 +158,7 @@ def test_an_optimizer_on_the_host_takes_the_same_steps_up_to_rounding(two_ranks:
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("edits", [{}, RELEASING], ids=["gathered", "released"])
+@matrix("edits", [{}, RELEASING], ids=["gathered", "released"])
 def test_shards_of_a_node_are_never_those_of_an_older_step(
     four_ranks: Ranks, tmp_path: Path, edits: dict[str, Any]
 ) -> None:

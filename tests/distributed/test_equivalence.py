@@ -27,6 +27,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES, attention
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 from tests.unit.test_policy import reference_context
 
 
@@ -99,7 +100,7 @@ def test_accumulation_equals_one_big_batch(one_rank: Ranks, folder: Path) -> Non
     assert_same(*results)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.check), 1, 2])
+@matrix("stage", [pytest.param(0, marks=pytest.mark.check), 1, 2])
 def test_zero_3_equals_lower_stages(two_ranks: Ranks, folder: Path, stage: int) -> None:
     lower = folder / "lower.json"
     lower.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
@@ -243,7 +244,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 # The architectures that differ under ZeRO-3 or in the export: tied weights and capped logits, an untied scaled head,
 # transposed matrices, biases, and two mixtures of experts whose stored tensors are converted when they are loaded.
-@pytest.mark.parametrize("name", ["gemma2", "granite", "gpt2", "phi", "mixtral", "qwen2_moe"])
+@matrix("name", ["gemma2", "granite", "gpt2", "phi", "mixtral", "qwen2_moe"])
 def test_an_architecture_is_trained_as_plain_transformers_does_and_goes_out_as_it_came_in(
     two_ranks: Ranks, folder: Path, name: str
 ) -> None:

@@ -24,6 +24,7 @@ from selfgen_ds.scaling.steps import count_invalidations
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 from tests.trained import texts, token_by_token, trained_model
 
 SEED = 3
@@ -76,9 +77,9 @@ def samples_of(recipe: Recipe) -> list[TrainingRow]:
     return take(load(recipe.data.train, "train", byte_tokenizer(), Format(max_length=100)))
 
 
-@pytest.mark.parametrize(
+@matrix(
     ("packing", "p", "temperature", "top_p"),
-    [(False, 0.1, 2.0, 1.0), (False, 1.0, 0.7, 1.0), (True, 0.5, 1.0, 0.9), (True, 1.0, 1.5, 1.0)],
+    [(False, 1.0, 0.7, 1.0), (False, 0.1, 2.0, 1.0), (True, 0.5, 1.0, 0.9), (True, 1.0, 1.5, 1.0)],
 )
 def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
     two_ranks: Ranks, one_rank: Ranks, folder: Path, packing: bool, p: float, temperature: float, top_p: float

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from selfgen_ds.checkpoint import manifest
 from selfgen_ds.config import CheckpointConfig
@@ -18,18 +17,19 @@ from tests import faults
 from tests.distributed import runs
 from tests.points import Point
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 Unbroken = Callable[[str], faults.Whole]
 
 
 WORK = {
+    "a drawn round": ("bash", 1, Point(function="selfgen_ds.rounds.store:Writer.write", call=5, when="after")),
     "a step": (
         "scheduled_sampling",
         1,
         Point(function="selfgen_ds.train:train_step", call=8, when="during", delay=0.03),
     ),
     "a pass": ("scheduled_sampling", 0, Point(function="selfgen_ds.model.policy:EnginePolicy.draw", call=8)),
-    "a drawn round": ("bash", 1, Point(function="selfgen_ds.rounds.store:Writer.write", call=5, when="after")),
     "a rollout": ("rac", 0, Point(function="selfgen_ds.model.policy:EnginePolicy.complete", call=6)),
     "an evaluation": (
         "scheduled_sampling",
@@ -38,12 +38,12 @@ WORK = {
     ),
 }
 STAGES = {
+    "all but the marker": (0, Point(function="selfgen_ds.checkpoint.saving:write_marker", call=2)),
     "before anything is written": (1, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2)),
     "half a file of DeepSpeed's": (0, Point(function="torch:save", call=4, when="during")),
     "DeepSpeed's files alone": (0, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2, when="after")),
     "half of the generators' states": (1, Point(function="torch:save", call=6, when="during")),
     "a part of the sums": (1, Point(function="selfgen_ds.checkpoint.saving:sync_and_sum", call=5)),
-    "all but the marker": (0, Point(function="selfgen_ds.checkpoint.saving:write_marker", call=2)),
     "the marker, other ranks not knowing": (
         0,
         Point(function="selfgen_ds.checkpoint.saving:write_marker", call=2, when="after"),
@@ -54,12 +54,7 @@ STAGES = {
 }
 
 
-def slow_but(quick: str, cases: Iterable[str]) -> list[ParameterSet]:
-    """Return the cases, all marked slow but one."""
-    return [pytest.param(case, marks=[] if case == quick else pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize("where", slow_but("a drawn round", WORK))
+@matrix("where", WORK)
 def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
     method, rank, point = WORK[where]
     outcome = faults.break_and_resume(unbroken(method), tmp_path, rank, point)
@@ -67,7 +62,7 @@ def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> Non
     assert outcome.line
 
 
-@pytest.mark.parametrize("stage", slow_but("all but the marker", STAGES))
+@matrix("stage", STAGES)
 def test_a_rank_killed_when_a_checkpoint_has(unbroken: Unbroken, tmp_path: Path, stage: str) -> None:
     rank, point = STAGES[stage]
     outcome = faults.break_and_resume(unbroken("scheduled_sampling"), tmp_path, rank, point)

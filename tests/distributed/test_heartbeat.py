@@ -26,6 +26,7 @@ from tests.faults import NOTICED_WITHIN
 from tests.forked import Run, command
 from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
+from tests.tiers import matrix
 
 HOST = socket.gethostname()
 
@@ -52,7 +53,7 @@ class EndsAlone(ScheduledSampling):
         return super().contexts(batches, policy, step)
 
 
-@pytest.mark.parametrize("alone", [0, 1])
+@matrix("alone", [0, 1])
 def test_a_rank_that_ends_without_the_others_is_named_with_its_reason(folder: Path, alone: int) -> None:
     run = start(folder, 2, selfgen=SelfgenConfig(method=f"{__name__}:EndsAlone"), seed=alone)
     codes = run.wait()
@@ -104,6 +105,7 @@ def sum_of_ranks() -> int:
     return int(total)
 
 
+@pytest.mark.slow
 def test_ranks_that_were_stopped_together_go_on() -> None:
     ranks = Ranks(2)
     try:
@@ -117,7 +119,7 @@ def test_ranks_that_were_stopped_together_go_on() -> None:
         ranks.stop()
 
 
-@pytest.mark.parametrize("rank", [0, 1])  # the store of rank 0 no longer answers; rank 1 no longer beats
+@matrix("rank", [0, 1])  # the store of rank 0 no longer answers; rank 1 no longer beats
 def test_a_rank_that_is_stopped_alone_is_given_up(rank: int) -> None:
     ranks = Ranks(2)
     try:
@@ -152,6 +154,7 @@ def test_collectives_time_out_sooner_once_steps_have_begun() -> None:
         ranks.stop()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_lost_ranks_again(folder: Path) -> None:
     settings = runs.recipe(folder, resume="auto")
     settings.train.max_steps, settings.checkpoint.every = 16, 4

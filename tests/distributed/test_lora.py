@@ -38,6 +38,7 @@ from tests.distributed import runs
 from tests.distributed.test_equivalence import plain_training
 from tests.distributed.test_memory import sweep_and_step_peaks
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 
 def adapting(folder: Path, lora: LoraConfig | None = None, tied: bool = False, **changes: Any) -> Recipe:
@@ -71,7 +72,7 @@ def fresh_reference(settings: Recipe) -> peft.PeftModel:
     return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize(
+@matrix(
     ("stage", "tied", "checkpointing"),
     [(3, False, True), (3, True, False), (2, False, True), (1, True, True), (0, False, False)],
 )
@@ -132,7 +133,7 @@ def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
     return len(seen), left
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@matrix("checkpointing", [True, False])
 def test_the_trace_stays_valid_and_the_frozen_model_is_released(
     two_ranks: Ranks, folder: Path, checkpointing: bool
 ) -> None:
@@ -157,7 +158,7 @@ def export_and_draws(settings: Recipe) -> torch.Tensor:
     return run.policy.draw(*draw_inputs())[0]
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@matrix("checkpointing", [True, False])
 def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, checkpointing: bool) -> None:
     settings = adapting(folder, LoraConfig(r=4, lora_alpha=16, lora_dropout=0.5), deepspeed=with_stage(folder, 3))
     settings.train.activation_checkpointing = checkpointing
@@ -173,7 +174,7 @@ def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, chec
     assert not torch.equal(drawn[0], expected[1])
 
 
-@pytest.mark.parametrize(("checkpointing", "targets", "groups"), [(True, "all-linear", 6), (False, ["q_proj"], 4)])
+@matrix(("checkpointing", "targets", "groups"), [(True, "all-linear", 6), (False, ["q_proj"], 4)])
 def test_the_pass_stays_under_the_training_steps_peak(
     one_rank: Ranks, folder: Path, checkpointing: bool, targets: str | list[str], groups: int
 ) -> None:
@@ -207,13 +208,13 @@ def test_dropout_is_on_in_training_steps_alone(two_ranks: Ranks, folder: Path) -
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize(
+@matrix(
     ("stage", "dtype", "tied", "exported"),
     [
+        (3, "float32", True, "merged"),
         (0, "float32", True, "merged"),
         (1, "bfloat16", False, "merged"),
         (2, "bfloat16", True, "merged"),
-        (3, "float32", True, "merged"),
         (3, "bfloat16", False, "adapter"),
     ],
 )
@@ -259,7 +260,7 @@ def trained(two_ranks: Ranks, settings: Recipe) -> Path:
     return Path(settings.output_dir) / "model"
 
 
-@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
+@matrix(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
 def test_merged_and_adapter_exports_are_what_was_trained(
     two_ranks: Ranks, folder: Path, dtype: Any, tied: bool
 ) -> None:

@@ -21,6 +21,7 @@ from tests.architectures import ARCHITECTURES
 from tests.batches import padded
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 MIB = 2**20
 WIDE = runs.PRESET | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 8192}
@@ -68,13 +69,13 @@ def sweep_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     return sweep, tensors.peak, run.policy.groups
 
 
-@pytest.mark.parametrize(
+@matrix(
     ("layers", "checkpointing", "vocabulary", "attention", "top_p", "groups"),
     [
-        (6, True, 258, "sdpa", 1.0, 4),
         pytest.param(2, False, 258, "sdpa", 1.0, 3, marks=pytest.mark.check),
-        pytest.param(6, True, 8192, "sdpa", 1.0, 4, marks=pytest.mark.slow),
-        pytest.param(6, True, 8192, "sdpa", 0.9, 4, marks=pytest.mark.slow),
+        (6, True, 258, "sdpa", 1.0, 4),
+        (6, True, 8192, "sdpa", 1.0, 4),
+        (6, True, 8192, "sdpa", 0.9, 4),
         (2, True, 258, "eager", 1.0, 8),
     ],
 )
@@ -105,6 +106,7 @@ def test_the_pass_stays_under_the_training_steps_peak_in_few_sweeps(
         assert used == groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_the_pass_of_other_architectures_stays_under_the_peak_too(two_ranks: Ranks, tmp_path: Path, name: str) -> None:
     runs.write_rows(tmp_path)

@@ -16,6 +16,7 @@ from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.distributed.test_equivalence import assert_same_tensors, stored
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 
 def saved(folder: Path, name: str, dtype: str = "float32", **changes: object) -> ModelConfig:
@@ -32,7 +33,7 @@ def parameters_and_export(settings: Recipe) -> dict[str, torch.Tensor]:
     return parameters
 
 
-@pytest.mark.parametrize(("name", "stage"), [("llama, tied", 2), ("llama, tied", 3), ("phi", 3)])  # phi has a head bias
+@matrix(("name", "stage"), [("llama, tied", 2), ("llama, tied", 3), ("phi", 3)])  # phi has a head bias
 def test_embeddings_grow_for_a_larger_tokenizer_alike_on_all_ranks(
     two_ranks: Ranks, folder: Path, name: str, stage: int
 ) -> None:
@@ -70,7 +71,7 @@ def export_in_small_shards(settings: Recipe) -> None:
         export.MAX_SHARD = before
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+@matrix("name", ["mixtral", "gpt2"])
 def test_a_folder_of_many_files_goes_out_as_it_came_in_in_bfloat16_too(
     two_ranks: Ranks, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.distributed.test_ds_configs import write_json
 from tests.ranks import ROOT, Ranks
+from tests.tiers import matrix
 
 TIMEOUT = 120.0
 SAVED, STEPS = 3, 6
@@ -115,7 +116,7 @@ def two(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> tu
 # --- the same curve ---
 
 
-@pytest.mark.parametrize(("number", "accumulation"), [(1, 4), (3, 2), (4, 1)])
+@matrix(("number", "accumulation"), [(1, 4), (3, 2), (4, 1)])
 def test_a_run_of_two_ranks_continues_with_another_number(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]], number: int, accumulation: int
 ) -> None:
@@ -257,7 +258,7 @@ def check_same_rounds(ranks: Ranks, settings: Recipe, whole: Recipe) -> None:
     assert rounds(settings) == rounds(whole)
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@matrix("number", [1, 3])
 def test_a_round_continues_in_its_middle_and_the_next_round_draws_the_same(
     ranks: dict[int, Ranks], bash: Recipe, number: int
 ) -> None:

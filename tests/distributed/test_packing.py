@@ -17,6 +17,7 @@ from selfgen_ds.engine.step import train_step
 from selfgen_ds.setup.prepare import Run, prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 TIMEOUT = 60.0
 
@@ -78,7 +79,7 @@ def step_packed_or_apart(recipe: Recipe, packed: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@matrix("attention", ["sdpa", "eager"])
 def test_packed_rows_are_read_drawn_and_learned_like_samples_apart(
     two_ranks: Ranks, tmp_path: Path, attention: Literal["sdpa", "eager"]
 ) -> None:

@@ -26,10 +26,11 @@ from selfgen_ds.setup.prepare import Run, prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 ENDS = list(range(60, 75))  # many end tokens, so that rows finish at very different lengths
 LONGEST = 140
-MODES = pytest.mark.parametrize("mode", ["gathered", "sharded", "outside"])
+MODES = matrix("mode", ["sharded", "gathered", "outside"])
 
 
 @contextmanager
@@ -257,7 +258,7 @@ def interrupted(settings: Recipe, mode: str) -> tuple[list[float], dict[str, Ten
     return losses, weights(run), len(seen), run.engine.module.training
 
 
-@pytest.mark.parametrize("kind", ["dropout", "mixtral", "lora"])
+@matrix("kind", ["dropout", "mixtral", "lora"])
 def test_training_with_rollouts_between_even_ones_that_fail_is_training_without_to_the_last_bit(
     two_ranks: Ranks, tmp_path: Path, kind: str
 ) -> None:

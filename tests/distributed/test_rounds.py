@@ -39,6 +39,7 @@ from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.distributed.test_lora import adapting, with_stage
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 TIMEOUT = 90.0
 DROPOUT = {"attention_dropout": 0.1}  # so that the state of torch's generators matters too
@@ -65,7 +66,7 @@ def audit(settings: Recipe, name: str) -> dict[str, Any]:
 # --- nothing drawn is sft ---
 
 
-@pytest.mark.parametrize("order", ["packing", "group_by_length"])
+@matrix("order", ["packing", "group_by_length"])
 def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bit(
     two_ranks: Ranks, folder: Path, order: str
 ) -> None:
@@ -132,7 +133,7 @@ def counted(partial: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@matrix("method", METHODS)
 def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_nothing_twice(
     two_ranks: Ranks, folder: Path, method: str
 ) -> None:
@@ -205,7 +206,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
 # --- rounds of another run, and more of them ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@matrix("method", METHODS)
 def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_with_more_steps_does(
     two_ranks: Ranks, folder: Path, method: str
 ) -> None:
@@ -277,6 +278,7 @@ def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
 MUCH, LITTLE = 1 << 40, 1
 
 
+@pytest.mark.slow
 def test_the_same_is_drawn_on_any_number_of_ranks_at_any_stage_gathered_or_sharded(
     two_ranks: Ranks, one_rank: Ranks, folder: Path
 ) -> None:
@@ -373,8 +375,8 @@ def write_model_that_says_nothing(folder: Path) -> Path:
     return path.rename(folder / "base")
 
 
-@pytest.mark.parametrize(("count", "free"), [(1, LITTLE), (3, MUCH)])
-@pytest.mark.parametrize("method", METHODS)
+@matrix(("count", "free"), [(1, LITTLE), (3, MUCH)])
+@matrix("method", METHODS)
 def test_fewer_chunks_than_ranks_and_empty_answers_are_trained_on(
     two_ranks: Ranks, tmp_path: Path, method: str, count: int, free: int
 ) -> None:
@@ -417,7 +419,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     return sum(same) / len(same)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@matrix("method", METHODS)
 def test_rounds_are_drawn_from_the_adapted_model(two_ranks: Ranks, folder: Path, method: str) -> None:
     settings = adapting(folder, selfgen=METHODS[method])
     settings.optim.learning_rate, settings.train.max_steps = 0.05, 6
@@ -430,7 +432,7 @@ def test_rounds_are_drawn_from_the_adapted_model(two_ranks: Ranks, folder: Path,
     assert agreement(settings, folder / "base", rows[1], 1) < 0.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@matrix("method", METHODS)
 def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, method: str) -> None:
     model = ModelConfig(preset=ARCHITECTURES["mixtral"], tokenizer="byte", dtype="float32")
     settings = runs.recipe(folder, model=model, selfgen=METHODS[method])
@@ -440,7 +442,7 @@ def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, met
     assert all(row["router_loss"] > 0 for row in runs.metrics(settings))
 
 
-@pytest.mark.parametrize("free", [LITTLE, MUCH])
+@matrix("free", [LITTLE, MUCH])
 def test_answers_end_where_the_models_positions_do(two_ranks: Ranks, tmp_path: Path, free: int) -> None:
     """The longest prompt and the longest answer do not fit into the positions together."""
     rows = [{"prompt": "p" * prompt, "completion": "a" * answer} for prompt, answer in ((40, 2), (5, 30), (20, 9)) * 2]
@@ -471,8 +473,8 @@ def invalidations(settings: Recipe, free: int) -> int:
     return len(seen)
 
 
-@pytest.mark.parametrize("free", [LITTLE, MUCH])
-@pytest.mark.parametrize("method", METHODS)
+@matrix("free", [LITTLE, MUCH])
+@matrix("method", METHODS)
 def test_drawing_a_round_does_not_invalidate_the_trace(two_ranks: Ranks, folder: Path, method: str, free: int) -> None:
     few: dict[str, Any] = {"passes": 1} if method == "bash" else {"max_new_tokens": 3}
     settings = runs.recipe(folder, selfgen=replace(METHODS[method], **few), deepspeed=runs.write_limited_json(folder))

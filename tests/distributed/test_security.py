@@ -40,6 +40,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
     return Left(folder=folder / "run", output=run.output())
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_a_log_or_file(left: Left) -> None:
     files = [path for path in left.folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)

@@ -15,6 +15,7 @@ from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 
 def poisoned_model(folder: Path) -> str:
@@ -46,7 +47,7 @@ def dropped_steps(settings: Recipe, number: int) -> tuple[list[bool], list[list[
     return [r.applied for r in results], [r.suspects for r in results], finite
 
 
-@pytest.mark.parametrize(("stage", "method"), [(1, "sft"), (2, "sft"), (3, "sft"), (3, "scheduled_sampling")])
+@matrix(("stage", "method"), [(3, "scheduled_sampling"), (1, "sft"), (2, "sft"), (3, "sft")])
 def test_a_step_that_is_not_finite_on_one_rank_is_dropped_on_all_and_its_samples_are_named(
     two_ranks: Ranks, tmp_path: Path, stage: int, method: str
 ) -> None:
@@ -96,7 +97,7 @@ def warnings_of(settings: Recipe) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize(("temperature", "warned"), [(0.01, True), (5.0, False)])
+@matrix(("temperature", "warned"), [(0.01, True), (5.0, False)])
 def test_a_mixture_that_draws_the_reference_is_called_sft_in_all_but_name(
     two_ranks: Ranks, tmp_path: Path, temperature: float, warned: bool
 ) -> None:

@@ -21,6 +21,7 @@ from tests import faults
 from tests.distributed import runs
 from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
+from tests.tiers import matrix
 
 STOPPED = [3, 3]
 Unbroken = Callable[[str], faults.Whole]
@@ -38,10 +39,10 @@ STOPS = {
 
 
 ONE = pytest.param("a step", marks=pytest.mark.check)  # which resumes to the same bits as well
-OTHERS = [pytest.param(where, marks=pytest.mark.slow) for where in STOPS if where != "a step"]
+OTHERS = [where for where in STOPS if where != "a step"]
 
 
-@pytest.mark.parametrize("where", [ONE, *OTHERS])
+@matrix("where", [ONE, *OTHERS])
 def test_a_signal_to_one_rank_stops_all_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
     method, rank, function, call, number, step = STOPS[where]
     against = unbroken(method)
@@ -86,7 +87,7 @@ def test_a_signal_while_python_imports_stops_a_rank_too(folder: Path) -> None:
     assert run.output() == "selfgen-ds: stopped by a signal before the first step\n"
 
 
-@pytest.mark.parametrize("function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.build:build_model"])
+@matrix("function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.build:build_model"])
 def test_before_the_first_step_there_is_nothing_to_save(folder: Path, function: str) -> None:
     settings = faults.recipe(folder, "scheduled_sampling")
     run = faults.start(settings, folder, {1: Point(function=function, signal=signal.SIGUSR1)})
@@ -131,7 +132,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@matrix("launcher", LAUNCHERS)
 def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher: str) -> None:
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path)

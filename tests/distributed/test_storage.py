@@ -23,6 +23,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.distributed.test_lora import with_stage
 from tests.ranks import ROOT, Ranks
+from tests.tiers import matrix
 
 RUN = "run"
 
@@ -138,7 +139,7 @@ def test_every_host_has_its_ranks_files_and_removes_its_own_folders(
     assert not (folder / "host-1" / RUN / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@matrix("stage", [3, 2])
 def test_a_run_resumes_bit_for_bit(two_ranks: Ranks, folder: Path, settings: Recipe, stage: int) -> None:
     settings.deepspeed = with_stage(folder, stage)
     whole = replace(settings, output_dir=str(folder / "whole"))
@@ -150,7 +151,7 @@ def test_a_run_resumes_bit_for_bit(two_ranks: Ranks, folder: Path, settings: Rec
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["no marker", "no folder", "a rank's file", "a file of all ranks"])
+@matrix("damage", ["no marker", "no folder", "a rank's file", "a file of all ranks"])
 def test_a_checkpoint_that_is_incomplete_on_one_host_is_passed_over_on_all(
     two_ranks: Ranks, folder: Path, saved: Recipe, damage: str
 ) -> None:

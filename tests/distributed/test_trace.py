@@ -16,6 +16,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 
 def invalidations(settings: Recipe, evaluated: bool) -> int:
@@ -31,7 +32,7 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
     return len(seen)
 
 
-@pytest.mark.parametrize(
+@matrix(
     ("start", "checkpointing", "limited"),
     [
         pytest.param("preset", True, True, marks=pytest.mark.check),
