@@ -18,7 +18,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
-from selfgen_ds.evaluation.scores import corrected_length, evaluate
+from selfgen_ds.evaluation.scores import Questions, corrected_length, evaluate
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
@@ -55,17 +55,14 @@ def run(options: EvaluateOptions) -> None:
     policy = EnginePolicy(
         model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
     )
-    scores = evaluate(
-        policy,
-        chosen,
-        tokenizer,
-        options.batch_size,
-        forced_errors(samples, tokenizer),
+    questions = Questions(
+        forced_errors=forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,
         seed=options.seed,
         correction=asked,
         correction_rounds=options.correction_rounds,
     )
+    scores = evaluate(policy, chosen, tokenizer, options.batch_size, questions)
     if process_group.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():

@@ -15,7 +15,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
-from selfgen_ds.evaluation.scores import evaluate
+from selfgen_ds.evaluation.scores import Questions, evaluate
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks.watch import Watch
 from selfgen_ds.setup.prepare import Run, prepare
@@ -172,10 +172,10 @@ class BetweenSteps:
     def _evaluate(self, step: int) -> dict[str, float]:
         """Evaluate if an evaluation is due; without one the result is empty."""
         run = self._run
-        if run.eval_samples is None or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
+        if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
-        size, errors = self._recipe.eval.batch_size, run.forced_errors
-        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, errors, poll=self._watch.poll))
+        size, questions = self._recipe.eval.batch_size, Questions(forced_errors=run.forced_errors)
+        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, questions, self._watch.poll))
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})

@@ -10,8 +10,6 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-_PACKAGES = ("torch", "deepspeed", "transformers")
-
 
 def versions() -> dict[str, str]:
     """Return name -> version.
@@ -22,8 +20,12 @@ def versions() -> dict[str, str]:
     folder = Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
         source.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
-    installed = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-    return installed | {"selfgen_ds source": source.hexdigest()[:16]}
+    return {"python": platform.python_version()} | libraries() | {"selfgen_ds source": source.hexdigest()[:16]}
+
+
+def libraries() -> dict[str, str]:
+    """Return name -> version of the libraries that compute."""
+    return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from typing import Any
 import datasets
 import deepspeed
 import numpy as np
-import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
 
 from selfgen_ds import __version__
@@ -35,6 +33,7 @@ from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.rounds.checks import Fingerprint, check_round, rows_problem
 from selfgen_ds.rounds.store import StoredRows, Writer, load_table, read_audit
+from selfgen_ds.versions import libraries
 
 log = logging.getLogger("selfgen_ds")
 
@@ -231,12 +230,7 @@ class Rounds:
             "replace_probability": self._method.replace_probability(step),
             "settings": self._settings,
             "fingerprint": vars(self._fingerprint) | {"weights": weights_checksum(self._engine)},
-            "versions": {
-                "selfgen_ds": __version__,
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-                "deepspeed": deepspeed.__version__,
-            },
+            "versions": {"selfgen_ds": __version__} | libraries(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "chunk_size": _chunk_size(samples_per_rank, self._policy.rows_at_once),
         }
