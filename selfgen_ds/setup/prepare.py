@@ -250,7 +250,7 @@ def _open_rounds(
             policy=policy,
             method=method,
             samples=inputs.samples,
-            step_batches=inputs.step_batches,
+            plain=inputs.step_batches,
             folder=inputs.folder.path / "rollouts",
             shared=None if selfgen.rollouts is None else Path(selfgen.rollouts),
             fingerprint=fingerprint,

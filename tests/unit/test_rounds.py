@@ -36,7 +36,7 @@ def _drawn(
     row = _row(0, length)
     writer = Writer(folder / f"round-{number:02d}")
     origin = OURS | {"weights": "w"} | (fingerprint or {})
-    audit, _ = writer.start(
+    audit = writer.start(
         {"method": method, "fingerprint": origin, "settings": settings or {}, "replace_probability": 0.25}
     )
     writer.write(0, [row], {})
@@ -46,7 +46,7 @@ def _drawn(
 
 def _open(folder: Path, shared: Path | None = None, step: int = 0) -> Rounds:
     """Open the rounds of a run of `bash`: the checks before the first step."""
-    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "step_batches"))
+    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "plain"))
     return Rounds(
         **parts,
         method=Bash(SelfgenConfig(method="bash"), plan(max_length=6)),
