@@ -16,15 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from selfgen_ds import __version__, packaged
-from selfgen_ds.config import (
-    CompareOptions,
-    EvaluateOptions,
-    ExportOptions,
-    Recipe,
-)
+from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, Recipe
 from selfgen_ds.errors import InputError, Stopped
 from selfgen_ds.ranks import signals
 
@@ -93,9 +88,8 @@ def _tell(problems: str) -> None:
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()
     else:
-        time.sleep(
-            2
-        )  # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
+        # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
+        time.sleep(2)
 
 
 @cache
@@ -109,47 +103,48 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="command")
-    train = ArgumentParser(description="Train a recipe.", exit_on_error=False, allow_abbrev=False)
-    inspect = ArgumentParser(
-        description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
+
+    def command(name: str, summary: str, description: str | None) -> ArgumentParser:
+        added = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+        commands.add_subcommand(name, added, help=summary)
+        return added
+
+    def command_with_recipe(name: str, summary: str, description: str) -> ArgumentParser:
+        added = command(name, summary, description)
+        config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"
+        added.add_argument("--config", action="config", help=config)
+        added.add_class_arguments(Recipe)
+        return added
+
+    launched = "under deepspeed, torchrun or mpirun, or in one process"
+    command_with_recipe("train", f"train a recipe; {launched}", "Train a recipe.")
+    inspect = command_with_recipe(
+        "inspect",
+        "show what a recipe's rows become, in one process",
+        "Show what a recipe's rows become, without training.",
     )
-    bench = ArgumentParser(
-        description="Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
+    inspect.add_argument("--rows", type=NonNegativeInt, default=3, help="training rows to show")
+    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
+    bench = command_with_recipe(
+        "bench",
+        "measure what training on own tokens costs; under the same launchers as `train`",
+        "Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
         "(recipes/bench.yaml unless --config names another one) gives model, JSON, rows per micro-batch, "
         "data.max_length and the settings of the draws; the rows are random tokens.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
-    for parser_of_recipe in (train, inspect, bench):
-        parser_of_recipe.add_argument(
-            "--config",
-            action="config",
-            help="recipe: a YAML file, or the name of a packaged one; later options change its settings",
-        )
-        parser_of_recipe.add_class_arguments(Recipe)
-    inspect.add_argument("--rows", type=int, default=3, help="training rows to show")
-    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
-    commands.add_subcommand(
-        "train", train, help="train a recipe; under deepspeed, torchrun or mpirun, or in one process"
-    )
-    commands.add_subcommand("inspect", inspect, help="show what a recipe's rows become, in one process")
     bench.add_argument("--grid", type=Literal["budget", "rollouts", "full"], default="budget", help="what to measure")
     bench.add_argument("--steps", type=PositiveInt, default=7, help="timed steps of every variant (rollouts: 3 turns)")
-    commands.add_subcommand(
-        "bench", bench, help="measure what training on own tokens costs; under the same launchers as `train`"
+    evaluate = command(
+        "evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__
     )
-    evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
-    commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and on the reference's")
-    compare = ArgumentParser(description=CompareOptions.__doc__, exit_on_error=False, allow_abbrev=False)
+    compare = command(
+        "compare", "make a table and a plot of evaluated runs; the first run is the baseline", CompareOptions.__doc__
+    )
     compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
     compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
-    commands.add_subcommand(
-        "compare", compare, help="make a table and a plot of evaluated runs; the first run is the baseline"
-    )
-    export = ArgumentParser(description=ExportOptions.__doc__, exit_on_error=False, allow_abbrev=False)
+    export = command("export", "write a checkpoint as a Hugging Face folder", ExportOptions.__doc__)
     export.add_class_arguments(ExportOptions)
-    commands.add_subcommand("export", export, help="write a checkpoint as a Hugging Face folder")
     return parser
 
 

@@ -26,7 +26,6 @@ from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches, sampling
 from selfgen_ds.validation.inputs import check_positions, check_shares
-from selfgen_ds.validation.options import check_inspect
 from selfgen_ds.validation.settings import check_settings
 
 _KINDS = {
@@ -52,7 +51,6 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts and
             lengths are printed first.
     """
-    check_inspect(rows)
     check_settings(recipe, overrides)
     tokenizer = load_tokenizer(recipe.model)
     problems = Problems()

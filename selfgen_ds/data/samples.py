@@ -217,20 +217,12 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         raise InputError(f"{source.name}: no usable row among {tally.read}{reason if tally.refused else ''}")
     if not tally.closing_ids:
         log.warning("%s: no special token closes a response: the model cannot learn to stop", source.name)
-    info = {
-        "read": tally.read,
-        "truncated": tally.truncated,
-        "refused": tally.refused,
-        "first_refused": tally.first_refused,
-        "closing_ids": sorted(tally.closing_ids),
-        "conversations": tally.conversations,
-        "checksum": tally.checksum,
-    }
-    write_atomically(folder / "info.json", json.dumps(info))
+    counts = {name: value for name, value in vars(tally).items() if not name.startswith("_")}
+    write_atomically(folder / "info.json", json.dumps(counts | {"closing_ids": sorted(tally.closing_ids)}))
 
 
 class _Tally:
-    """Cuts rows to the longest length, and counts them. The attributes are those of `Samples`."""
+    """Cuts rows to the longest length, and counts them. The public attributes are those of `Samples`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -76,15 +76,8 @@ def _narrow(config: PretrainedConfig) -> PretrainedConfig:
     groups = getattr(text, "num_key_value_heads", None) or heads
     kept = min(groups, 2)
     fewer = max(1, heads * kept // groups)
-    return _resized(
-        config,
-        {
-            "hidden_size": fewer * size,
-            "num_attention_heads": fewer,
-            "num_key_value_heads": kept,
-            "head_dim": size,
-        },
-    )
+    heads_of = {"num_attention_heads": fewer, "num_key_value_heads": kept, "head_dim": size}
+    return _resized(config, heads_of | {"hidden_size": fewer * size})
 
 
 def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
