@@ -88,10 +88,7 @@ def collate(rows: Sequence[Sequence[TrainingRow]], *, packed: bool = False) -> T
             position_ids[number, start:end] = np.arange(len(sample))
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return TokenBatch(
-        sample_ids=torch.from_numpy(sample_ids),
-        position_ids=torch.from_numpy(position_ids),
-        packed=packed,
-        **tensors,
+        sample_ids=torch.from_numpy(sample_ids), position_ids=torch.from_numpy(position_ids), packed=packed, **tensors
     )
 
 

@@ -78,11 +78,7 @@ def evaluate(
 
 
 def _batches(
-    samples: list[TrainingRow],
-    batch_size: int,
-    world_size: int,
-    positions: int | None,
-    errors: dict[int, ForcedError],
+    samples: list[TrainingRow], batch_size: int, world_size: int, positions: int | None, errors: dict[int, ForcedError]
 ) -> Iterator[list[list[TrainingRow]]]:
     """Yield, batch by batch, the rows of every rank; rows of similar length come together.
 

@@ -53,9 +53,7 @@ class Block:
     def of(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the block's accumulation and activation checkpointing."""
         train = replace(
-            recipe.train,
-            gradient_accumulation_steps=self.accumulation,
-            activation_checkpointing=self.checkpointing,
+            recipe.train, gradient_accumulation_steps=self.accumulation, activation_checkpointing=self.checkpointing
         )
         return replace(recipe, train=train)
 

@@ -43,13 +43,7 @@ from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
-from selfgen_ds.validation.inputs import (
-    check_attention,
-    check_disk_space,
-    check_positions,
-    check_rounds,
-    check_shares,
-)
+from selfgen_ds.validation.inputs import check_attention, check_disk_space, check_positions, check_rounds, check_shares
 from selfgen_ds.validation.output_folder import flat
 from selfgen_ds.validation.settings import check_settings
 from selfgen_ds.versions import versions
