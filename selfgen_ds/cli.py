@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from selfgen_ds import __version__, packaged
@@ -37,7 +37,6 @@ def main() -> None:
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
         arguments[1:1] = ["--config", "bench"]
-    arguments = _with_packaged_recipe(arguments)
     os.umask(os.umask(0o077) | 0o002)  # only the owner and the group may write to a run's files
     sys.path.append(os.getcwd())  # finds modules that a recipe names, as `python -m` does
     parser = _parser()
@@ -92,6 +91,13 @@ def _tell(problems: str) -> None:
         time.sleep(2)
 
 
+class _RecipeFile(ActionConfigFile):
+    """The option `--config`, which also takes the name of a packaged recipe."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(packaged.find(values, "recipes")), option_string)
+
+
 @cache
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # `--help` shows the fields' docstrings
@@ -112,7 +118,7 @@ def _parser() -> ArgumentParser:
     def command_with_recipe(name: str, summary: str, description: str) -> ArgumentParser:
         added = command(name, summary, description)
         config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"
-        added.add_argument("--config", action="config", help=config)
+        added.add_argument("--config", action=_RecipeFile, help=config)
         added.add_class_arguments(Recipe)
         return added
 
@@ -191,21 +197,10 @@ def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
     Raises:
         ArgumentError: An option is unknown or has a wrong type.
     """
-    given = _with_packaged_recipe([a for a in arguments if not a.startswith("--local_rank=")])
+    given = [a for a in arguments if not a.startswith("--local_rank=")]
     parser = _parser()
     overrides = _overrides(given)
     return _recipe(parser.instantiate(parser.parse_args(["train", *given])).train, overrides), overrides
-
-
-def _with_packaged_recipe(arguments: list[str]) -> list[str]:
-    """Replace the name of a packaged recipe after `--config` by the recipe's path."""
-    found = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            found[i] = f"--config={packaged.find(argument.removeprefix('--config='), 'recipes')}"
-        elif argument == "--config" and i + 1 < len(arguments):
-            found[i + 1] = str(packaged.find(arguments[i + 1], "recipes"))
-    return found
 
 
 def _overrides(arguments: list[str]) -> set[str]:

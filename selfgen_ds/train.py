@@ -44,7 +44,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         watch.begin(run.engine.module)
         gc.disable()
         between_steps.catch_up()
-        for step in range(run.first_step, run.total_steps):
+        for step in range(run.folder.first_step, run.total_steps):
             round_started = time.perf_counter()
             step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
             started, forwards = time.perf_counter(), watch.forwards
@@ -111,7 +111,7 @@ class BetweenSteps:
     def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
         self._run, self._recipe, self._watch = run, recipe, watch
         path = run.folder.path / "metrics.jsonl"
-        self.metrics_logger = MetricsLogger(path, run.engine.monitor, run.first_step, run.total_steps)
+        self.metrics_logger = MetricsLogger(path, run.engine.monitor, run.folder.first_step, run.total_steps)
         self._checkpoints = run.folder.path / "checkpoints"
         self._dropped_in_a_row = 0
 
@@ -136,7 +136,8 @@ class BetweenSteps:
             raise
         self._log(metrics, scores)
         self._check_dropped(step, result)
-        due = self._is_last(step) or self._starts_round(step) or _due(step, self._recipe.checkpoint.every)
+        round_starts = self._run.rounds is not None and self._run.rounds.starts(step)
+        due = self._is_last(step) or round_starts or _due(step, self._recipe.checkpoint.every)
         saved = due or self._is_best(scores)
         if saved:
             self._save(step, scores)
@@ -165,9 +166,6 @@ class BetweenSteps:
 
     def _is_last(self, step: int) -> bool:
         return step == self._run.total_steps
-
-    def _starts_round(self, step: int) -> bool:
-        return self._run.rounds is not None and self._run.rounds.starts(step)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Evaluate if an evaluation is due; without one the result is empty."""

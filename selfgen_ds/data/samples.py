@@ -41,12 +41,7 @@ log = logging.getLogger("selfgen_ds")
 
 _IDS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
-    {
-        "sample_id": datasets.Value("int64"),
-        "length": datasets.Value("int32"),
-        "input_ids": _IDS,
-        "turns": _IDS,
-    }
+    {"sample_id": datasets.Value("int64"), "length": datasets.Value("int32"), "input_ids": _IDS, "turns": _IDS}
 )
 """Columns of the table. `sample_id` counts the rows of this source alone. `turns` holds three numbers per response:
 where the response starts, where its replaceable part ends, and where it ends. The lengths of all prompts and responses

@@ -32,7 +32,7 @@ from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
-from selfgen_ds.rounds.checks import Fingerprint, check_round, rows_problem
+from selfgen_ds.rounds.checks import check_round, rows_problem
 from selfgen_ds.rounds.store import StoredRows, Writer, load_table, read_audit
 from selfgen_ds.versions import libraries
 
@@ -66,7 +66,9 @@ class Rounds:
     """`rollouts/` of the run."""
     shared: Path | None
     """`rollouts/` of another run, whose rounds are read instead of drawn."""
-    fingerprint: Fingerprint
+    fingerprint: dict[str, str]
+    """Checksums of the weights that the run started with (`model`), of the `tokenizer` and of the training rows
+    (`data`). Contexts of another model, tokenizer or data set cannot be used."""
     settings: dict[str, Any]
     """The settings that the method reads, for the record."""
     step: int
@@ -220,7 +222,7 @@ class Rounds:
             "step": step,
             "replace_probability": self.method.replace_probability(step),
             "settings": self.settings,
-            "fingerprint": vars(self.fingerprint) | {"weights": weights_checksum(self.engine)},
+            "fingerprint": self.fingerprint | {"weights": weights_checksum(self.engine)},
             "versions": {"selfgen_ds": __version__} | libraries(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "chunk_size": _chunk_size(samples_per_rank, self.policy.rows_at_once),

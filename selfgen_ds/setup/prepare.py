@@ -38,7 +38,6 @@ from selfgen_ds.model.loading import model_config
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
-from selfgen_ds.rounds.checks import Fingerprint
 from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches
@@ -87,11 +86,6 @@ class Run(Inputs):
     """For methods that have rounds: the rows that are trained on in place of the data set."""
     hf_config: HfDeepSpeedConfig
     """Kept because transformers, which asks it whether the model is sharded, holds only a weak reference to it."""
-
-    @property
-    def first_step(self) -> int:
-        """Optimizer steps done before this start."""
-        return self.folder.first_step
 
 
 def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
@@ -235,9 +229,7 @@ def _open_rounds(
         return None
     settings = {"method": selfgen.method}
     settings |= {name: getattr(selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
-    fingerprint = Fingerprint(
-        model=starting_model, tokenizer=tokenizer_hash(inputs.tokenizer)[:16], data=f"{inputs.data:08x}"
-    )
+    tokenizer = tokenizer_hash(inputs.tokenizer)[:16]
     with raise_on_all_ranks():
         return Rounds(
             engine=engine,
@@ -247,7 +239,7 @@ def _open_rounds(
             plain=inputs.step_batches,
             folder=inputs.folder.path / "rollouts",
             shared=None if selfgen.rollouts is None else Path(selfgen.rollouts),
-            fingerprint=fingerprint,
+            fingerprint={"model": starting_model, "tokenizer": tokenizer, "data": f"{inputs.data:08x}"},
             settings=settings | {"seed": recipe.seed, "max_length": recipe.data.max_length},
             step=inputs.folder.first_step,
             poll=poll,

@@ -14,7 +14,7 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.methods.rac import Rac
-from selfgen_ds.rounds.checks import Fingerprint, rows_problem
+from selfgen_ds.rounds.checks import rows_problem
 from selfgen_ds.rounds.rounds import Rounds, _chunk_size
 from selfgen_ds.rounds.store import Writer
 from tests.batches import sample
@@ -53,7 +53,7 @@ def _open(folder: Path, shared: Path | None = None, step: int = 0) -> Rounds:
         samples=[],
         folder=folder,
         shared=shared,
-        fingerprint=Fingerprint(**OURS),
+        fingerprint=OURS,
         settings={"method": "bash"},
         step=step,
     )
