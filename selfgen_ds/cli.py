@@ -94,7 +94,7 @@ def _tell(problems: str) -> None:
 class _RecipeFile(ActionConfigFile):
     """The option `--config`, which also takes the name of a packaged recipe."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, str(packaged.find(values, "recipes")), option_string)
 
 

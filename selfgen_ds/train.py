@@ -204,16 +204,13 @@ class BetweenSteps:
         self._watch.pause()
         self.metrics_logger.sync()
         run, recipe, storage = self._run, self._recipe, self._run.folder.storage
-        saving.save(
-            run.engine,
-            self._checkpoints,
-            step,
-            run.data,
-            scores,
-            run.tokenizer,
-            recipe.model,
+        checkpoint = manifest.Checkpoint(
+            path=manifest.path_of(self._checkpoints, step),
+            step=step,
             step_size=run.step_batches.step_size,
-            storage=storage,
+            data=run.data,
+            metrics=scores,
             unevaluated=unevaluated,
         )
+        saving.save(run.engine, run.tokenizer, recipe.model, checkpoint, storage)
         retention.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)

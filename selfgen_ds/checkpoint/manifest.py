@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Checkpoint:
     """Checksum of the training data."""
     metrics: dict[str, float]
     """Evaluation metrics after the step; empty if the step was not evaluated."""
-    files: list[dict[str, list[int]]]
+    files: list[dict[str, list[int]]] = field(default_factory=list)
     """One dictionary per rank, by rank: name of a file that the rank wrote -> [bytes, CRC-32]."""
     shared: bool = True
     """Whether all hosts wrote to one folder. Otherwise a host's folder holds the files of its own ranks."""
@@ -52,6 +52,11 @@ class Checkpoint:
     def world_size(self) -> int:
         """Number of ranks that wrote the checkpoint."""
         return len(self.files)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint in a folder of checkpoints."""
+    return folder / f"step-{step:06d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -18,16 +18,8 @@ import torch
 from torch import Tensor
 
 from selfgen_ds.data.order import Stream
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import ARRAYS, TrainingRow
 
-_STACKED: dict[str, type] = {
-    "context_ids": np.int64,
-    "target_ids": np.int64,
-    "loss_mask": bool,
-    "replaceable_mask": bool,
-    "replaced_mask": bool,
-}
-"""The arrays of a `TrainingRow` that a batch stacks, and their types."""
 _GROUPED_STEPS = 50
 """Steps of a group, within which `group_by_length` sorts the rows."""
 
@@ -76,7 +68,9 @@ def collate(rows: Sequence[Sequence[TrainingRow]], *, packed: bool = False) -> T
     """
     length = max((sum(map(len, samples)) for samples in rows), default=2)
     shape = (max(1, len(rows)), length)
-    arrays: dict[str, np.ndarray] = {name: np.zeros(shape, dtype) for name, dtype in _STACKED.items()}
+    arrays: dict[str, np.ndarray] = {
+        name: np.zeros(shape, np.int64 if name.endswith("ids") else bool) for name in ARRAYS
+    }
     sample_ids, position_ids = np.full(shape, -1), np.zeros(shape, np.int64)
     for number, samples in enumerate(rows):
         end = 0

@@ -20,7 +20,7 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods import schedule
-from selfgen_ds.methods.method import Plan, Policy, RoundMethod
+from selfgen_ds.methods.method import ROUNDS, Plan, Policy, RoundMethod
 from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask, stop
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
@@ -28,7 +28,7 @@ from selfgen_ds.methods.reject import first_rejected, load_reject
 class Bash(RoundMethod):
     """Mixes the contexts of a round; the target stays the reference: `loss = - sum_t log p(y_t | c_<t)`."""
 
-    settings: ClassVar[frozenset[str]] = MIXTURE | {"epochs_per_round", "reject", "rollouts", "generation_batch_size"}
+    settings: ClassVar[frozenset[str]] = MIXTURE | ROUNDS
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)

@@ -17,6 +17,11 @@ from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
 
+SAMPLING = frozenset({"temperature", "top_p", "top_k"})
+"""Settings that every method with draws reads."""
+ROUNDS = frozenset({"epochs_per_round", "reject", "rollouts", "generation_batch_size"})
+"""Settings that every method with rounds reads."""
+
 AnswerNoise = Callable[[Tensor, Tensor], Tensor]
 """The noise of answers: `(prompts, positions) -> uniforms`, all `[N]`.
 

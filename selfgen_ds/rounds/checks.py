@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import ARRAYS, TrainingRow
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.ranks import process_group
@@ -64,8 +64,7 @@ def check_round(
 def rows_problem(method: RoundMethod, samples: Sequence[TrainingRow], rows: Sequence[TrainingRow]) -> str | None:
     """Say how the rows of a method do not fit the samples that they take the place of; None if they fit."""
     for row in rows:
-        arrays = (row.context_ids, row.target_ids, row.loss_mask, row.replaceable_mask, row.replaced_mask)
-        if len({len(array) for array in arrays}) > 1:
+        if len({len(getattr(row, name)) for name in ARRAYS}) > 1:
             return f"sample {row.sample_id} has arrays of several lengths"
         if len(row) > (most := method.plan.max_length):
             return f"sample {row.sample_id} has {len(row)} tokens, more than data.max_length={most}"
