@@ -172,12 +172,12 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
     elif parsed.command == "evaluate":
         from selfgen_ds import evaluate
 
-        evaluate.run(EvaluateOptions(**_settings(options)))
+        evaluate.run(EvaluateOptions(**vars(options)))
     elif parsed.command == "compare":
         from selfgen_ds.evaluation import compare
         from selfgen_ds.validation.options import check_compare
 
-        compared = CompareOptions(**_settings(options))
+        compared = CompareOptions(**vars(options))
         check_compare(compared)
         compare.run(compared)
     else:
@@ -185,10 +185,6 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
 
         export_checkpoint(Path(options.checkpoint), Path(options.output_dir), options.trust_checkpoint)
         print(f"written to {options.output_dir}")
-
-
-def _settings(options: Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name != "config"}
 
 
 def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
-from selfgen_ds.files import make_folder
+from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model.loading import model_config, parameter_count
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
@@ -86,6 +87,7 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
 
 
 def _save(folder: Path, record: dict[str, Any]) -> None:
+    """Write `bench.json`, with the rows measured up to now."""
     gc.collect()  # an engine is in a reference cycle; the next one may need its memory
     if dist.get_rank() == 0:
-        report.save(folder, record)
+        write_atomically(folder / "bench.json", json.dumps(record, indent=1) + "\n")

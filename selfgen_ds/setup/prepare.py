@@ -26,7 +26,6 @@ from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
-from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
@@ -203,7 +202,7 @@ def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple
     checkpointing = {
         "use_node_local_storage": not folder.storage.shared,
         # at stage 0 every rank loads the same file, whatever the number of ranks
-        "load_universal": other_ranks and ds_config.stage(json_config) > 0,
+        "load_universal": other_ranks and json_config.get("zero_optimization", {}).get("stage", 0) > 0,
     }
     return build_engine(
         fitted,
