@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import EvaluateOptions, ModelConfig
 from selfgen_ds.data.correction import correction
@@ -44,7 +43,11 @@ def run(options: EvaluateOptions) -> None:
     config = model_config(source, tokenizer)
     positions = most_positions(config)
     logits_form = probe.check(source, config, packing=False, training=False)
-    samples = _load_samples(options, tokenizer, positions)
+    columns = Columns(
+        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
+    )
+    form = Format(columns=columns, max_length=evaluated_length(options, positions), limit=options.max_samples)
+    samples = load(options.data, "test", tokenizer, form)
     chosen = take(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
     if asked is not None and positions is not None:
@@ -67,23 +70,6 @@ def run(options: EvaluateOptions) -> None:
         write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
-
-
-def _load_samples(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> list[Samples]:
-    """Load the rows to evaluate on.
-
-    Args:
-        positions: Positions of the model; None if the model sets no limit.
-
-    Raises:
-        InputError: `--max_length` does not fit the model, or the rows are not as expected.
-    """
-    max_length = evaluated_length(options, positions)
-    columns = Columns(
-        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
-    )
-    form = Format(columns=columns, max_length=max_length, limit=options.max_samples)
-    return load(options.data, "test", tokenizer, form)
 
 
 def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:

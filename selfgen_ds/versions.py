@@ -1,7 +1,4 @@
-"""Versions of Python and of the packages that must be the same on every host of a run.
-
-`python -m selfgen_ds.versions` prints one version per line.
-"""
+"""Versions of Python and of the packages that must be the same on every host of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +23,3 @@ def versions() -> dict[str, str]:
 def libraries() -> dict[str, str]:
     """Return name -> version of the libraries that compute."""
     return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-
-
-if __name__ == "__main__":
-    print(*(f"{name} {value}" for name, value in versions().items()), sep="\n")

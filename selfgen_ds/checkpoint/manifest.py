@@ -67,7 +67,10 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     checkpoints = []
     for marker in marked(folder, MARKER):
         try:
-            checkpoints.append(_read(marker))
+            content = json.loads(marker.read_text(encoding="utf-8"))
+            if content.pop(_CRC) != _crc(content):
+                raise ValueError(f"{marker} is not as it was written")
+            checkpoints.append(Checkpoint(path=marker.parent, **content))
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("%s is unreadable; ignoring this checkpoint", marker)
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
@@ -97,13 +100,6 @@ def write_marker(checkpoint: Checkpoint, name: str = MARKER) -> None:
 def mark_broken(checkpoint: Checkpoint) -> None:
     """Make sure that a checkpoint is never loaded or counted again. Its files stay, for somebody to look at."""
     (checkpoint.path / MARKER).rename(checkpoint.path / BROKEN)
-
-
-def _read(marker: Path) -> Checkpoint:
-    content = json.loads(marker.read_text(encoding="utf-8"))
-    if content.pop(_CRC) != _crc(content):
-        raise ValueError(f"{marker} is not as it was written")
-    return Checkpoint(path=marker.parent, **content)
 
 
 def _crc(content: dict[str, Any]) -> int:

@@ -58,7 +58,9 @@ class StoredRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        return read_row(self._table, int(self._rows[index]))
+        columns = self._table[int(self._rows[index])]
+        # nothing of a round's row is replaceable any more
+        return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Return the tokens of some rows: int64."""
@@ -105,12 +107,6 @@ def load_table(folder: Path) -> datasets.Dataset:
         return table.with_format("numpy")
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise InputError(f"{folder}: not a complete round: {' '.join(str(error).split())}") from error
-
-
-def read_row(table: datasets.Dataset, number: int) -> TrainingRow:
-    """Return one row of a round. Nothing of it is replaceable any more."""
-    columns = table[number]
-    return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
 
 
 class Writer:

@@ -52,11 +52,10 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
     """
     rounds = _Rounds(recipe, json_config)
     with tqdm(desc="rollouts", total=1 + _TURNS, unit="turn", leave=False, disable=dist.get_rank() != 0) as bar:
-        rounds.turn()
-        rounds.seconds.clear()  # the first turn creates the optimizer's states and fills caches
-        bar.update()
-        for _ in range(_TURNS):
+        for turn in range(1 + _TURNS):
             rounds.turn()
+            if turn == 0:
+                rounds.seconds.clear()  # the first turn creates the optimizer's states and fills caches
             bar.update()
     rounds.benchmark.engine.destroy()
     return rounds.rows()

@@ -10,7 +10,7 @@ import pytest
 
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
-from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit, read_row
+from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit
 
 COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
 
@@ -37,6 +37,10 @@ def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[TrainingRow]:
             )
         )
     return rows
+
+
+def _rows_of(table: datasets.Dataset) -> StoredRows:
+    return StoredRows(table, np.arange(len(table)))
 
 
 def _audit(**changes: Any) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -
     rows = _complete(folder)
     table = load_table(folder)
     assert len(table) == 15
-    assert all(_equal(read_row(table, i), row) for i, row in enumerate(rows))
+    assert all(_equal(_rows_of(table)[i], row) for i, row in enumerate(rows))
     for numbers in (np.arange(15), np.array([3, 4, 11])):
         stored = StoredRows(table, numbers)
         assert len(stored) == len(numbers)
@@ -193,7 +197,7 @@ def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> 
     assert writer.missing(3) == [2]
     writer.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
     writer.finish(3, audit)
-    assert all(_equal(read_row(load_table(folder), i), row) for i, row in enumerate(expected))
+    assert all(_equal(_rows_of(load_table(folder))[i], row) for i, row in enumerate(expected))
     assert read_audit(folder) == read_audit(tmp_path / "whole")
     whole = _files(tmp_path / "whole")
     assert {name: content for name, content in _files(folder).items() if name in whole} == whole
