@@ -15,16 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import PositiveInt
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from selfgen_ds import __version__, packaged
-from selfgen_ds.config import (
-    CompareOptions,
-    EvaluateOptions,
-    ExportOptions,
-    Recipe,
-)
+from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, Recipe
 from selfgen_ds.errors import InputError, Stopped
 from selfgen_ds.ranks import signals
 
@@ -42,7 +37,6 @@ def main() -> None:
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
         arguments[1:1] = ["--config", "bench"]
-    arguments = _with_packaged_recipe(arguments)
     os.umask(os.umask(0o077) | 0o002)  # only the owner and the group may write to a run's files
     sys.path.append(os.getcwd())  # finds modules that a recipe names, as `python -m` does
     parser = _parser()
@@ -93,9 +87,15 @@ def _tell(problems: str) -> None:
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()
     else:
-        time.sleep(
-            2
-        )  # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
+        # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
+        time.sleep(2)
+
+
+class _RecipeFile(ActionConfigFile):
+    """The option `--config`, which also takes the name of a packaged recipe."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(packaged.find(values, "recipes")), option_string)
 
 
 @cache
@@ -109,47 +109,48 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="command")
-    train = ArgumentParser(description="Train a recipe.", exit_on_error=False, allow_abbrev=False)
-    inspect = ArgumentParser(
-        description="Show what a recipe's rows become, without training.", exit_on_error=False, allow_abbrev=False
+
+    def command(name: str, summary: str, description: str | None) -> ArgumentParser:
+        added = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+        commands.add_subcommand(name, added, help=summary)
+        return added
+
+    def command_with_recipe(name: str, summary: str, description: str) -> ArgumentParser:
+        added = command(name, summary, description)
+        config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"
+        added.add_argument("--config", action=_RecipeFile, help=config)
+        added.add_class_arguments(Recipe)
+        return added
+
+    launched = "under deepspeed, torchrun or mpirun, or in one process"
+    command_with_recipe("train", f"train a recipe; {launched}", "Train a recipe.")
+    inspect = command_with_recipe(
+        "inspect",
+        "show what a recipe's rows become, in one process",
+        "Show what a recipe's rows become, without training.",
     )
-    bench = ArgumentParser(
-        description="Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
+    inspect.add_argument("--rows", type=NonNegativeInt, default=3, help="training rows to show")
+    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
+    bench = command_with_recipe(
+        "bench",
+        "measure what training on own tokens costs; under the same launchers as `train`",
+        "Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
         "(recipes/bench.yaml unless --config names another one) gives model, JSON, rows per micro-batch, "
         "data.max_length and the settings of the draws; the rows are random tokens.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
-    for parser_of_recipe in (train, inspect, bench):
-        parser_of_recipe.add_argument(
-            "--config",
-            action="config",
-            help="recipe: a YAML file, or the name of a packaged one; later options change its settings",
-        )
-        parser_of_recipe.add_class_arguments(Recipe)
-    inspect.add_argument("--rows", type=int, default=3, help="training rows to show")
-    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
-    commands.add_subcommand(
-        "train", train, help="train a recipe; under deepspeed, torchrun or mpirun, or in one process"
-    )
-    commands.add_subcommand("inspect", inspect, help="show what a recipe's rows become, in one process")
     bench.add_argument("--grid", type=Literal["budget", "rollouts", "full"], default="budget", help="what to measure")
     bench.add_argument("--steps", type=PositiveInt, default=7, help="timed steps of every variant (rollouts: 3 turns)")
-    commands.add_subcommand(
-        "bench", bench, help="measure what training on own tokens costs; under the same launchers as `train`"
+    evaluate = command(
+        "evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__
     )
-    evaluate = ArgumentParser(description=EvaluateOptions.__doc__, exit_on_error=False, allow_abbrev=False)
     evaluate.add_class_arguments(EvaluateOptions)
-    commands.add_subcommand("evaluate", evaluate, help="measure a model on its own prefixes and on the reference's")
-    compare = ArgumentParser(description=CompareOptions.__doc__, exit_on_error=False, allow_abbrev=False)
+    compare = command(
+        "compare", "make a table and a plot of evaluated runs; the first run is the baseline", CompareOptions.__doc__
+    )
     compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
     compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
-    commands.add_subcommand(
-        "compare", compare, help="make a table and a plot of evaluated runs; the first run is the baseline"
-    )
-    export = ArgumentParser(description=ExportOptions.__doc__, exit_on_error=False, allow_abbrev=False)
+    export = command("export", "write a checkpoint as a Hugging Face folder", ExportOptions.__doc__)
     export.add_class_arguments(ExportOptions)
-    commands.add_subcommand("export", export, help="write a checkpoint as a Hugging Face folder")
     return parser
 
 
@@ -171,12 +172,12 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
     elif parsed.command == "evaluate":
         from selfgen_ds import evaluate
 
-        evaluate.run(EvaluateOptions(**_settings(options)))
+        evaluate.run(EvaluateOptions(**vars(options)))
     elif parsed.command == "compare":
         from selfgen_ds.evaluation import compare
         from selfgen_ds.validation.options import check_compare
 
-        compared = CompareOptions(**_settings(options))
+        compared = CompareOptions(**vars(options))
         check_compare(compared)
         compare.run(compared)
     else:
@@ -186,31 +187,16 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         print(f"written to {options.output_dir}")
 
 
-def _settings(options: Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name != "config"}
-
-
 def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
     """Return the recipe that the options of `train` describe, and the settings that the options give, for scripts.
 
     Raises:
         ArgumentError: An option is unknown or has a wrong type.
     """
-    given = _with_packaged_recipe([a for a in arguments if not a.startswith("--local_rank=")])
+    given = [a for a in arguments if not a.startswith("--local_rank=")]
     parser = _parser()
     overrides = _overrides(given)
     return _recipe(parser.instantiate(parser.parse_args(["train", *given])).train, overrides), overrides
-
-
-def _with_packaged_recipe(arguments: list[str]) -> list[str]:
-    """Replace the name of a packaged recipe after `--config` by the recipe's path."""
-    found = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            found[i] = f"--config={packaged.find(argument.removeprefix('--config='), 'recipes')}"
-        elif argument == "--config" and i + 1 < len(arguments):
-            found[i + 1] = str(packaged.find(arguments[i + 1], "recipes"))
-    return found
 
 
 def _overrides(arguments: list[str]) -> set[str]:

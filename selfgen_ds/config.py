@@ -319,6 +319,4 @@ def sources(value: Sources | None) -> list[Source]:
 
 def to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, in the order of the dataclasses."""
-    settings = asdict(recipe)
-    settings["optim"]["betas"] = list(recipe.optim.betas)
-    return yaml.safe_dump(settings, sort_keys=False)
+    return yaml.safe_dump(asdict(recipe), sort_keys=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import EvaluateOptions, ModelConfig
 from selfgen_ds.data.correction import correction
@@ -18,7 +17,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
-from selfgen_ds.evaluation.scores import corrected_length, evaluate
+from selfgen_ds.evaluation.scores import Questions, corrected_length, evaluate
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
@@ -44,7 +43,11 @@ def run(options: EvaluateOptions) -> None:
     config = model_config(source, tokenizer)
     positions = most_positions(config)
     logits_form = probe.check(source, config, packing=False, training=False)
-    samples = _load_samples(options, tokenizer, positions)
+    columns = Columns(
+        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
+    )
+    form = Format(columns=columns, max_length=evaluated_length(options, positions), limit=options.max_samples)
+    samples = load(options.data, "test", tokenizer, form)
     chosen = take(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
     if asked is not None and positions is not None:
@@ -55,38 +58,18 @@ def run(options: EvaluateOptions) -> None:
     policy = EnginePolicy(
         model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
     )
-    scores = evaluate(
-        policy,
-        chosen,
-        tokenizer,
-        options.batch_size,
-        forced_errors(samples, tokenizer),
+    questions = Questions(
+        forced_errors=forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,
         seed=options.seed,
         correction=asked,
         correction_rounds=options.correction_rounds,
     )
+    scores = evaluate(policy, chosen, tokenizer, options.batch_size, questions)
     if process_group.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
-
-
-def _load_samples(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> list[Samples]:
-    """Load the rows to evaluate on.
-
-    Args:
-        positions: Positions of the model; None if the model sets no limit.
-
-    Raises:
-        InputError: `--max_length` does not fit the model, or the rows are not as expected.
-    """
-    max_length = evaluated_length(options, positions)
-    columns = Columns(
-        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
-    )
-    form = Format(columns=columns, max_length=max_length, limit=options.max_samples)
-    return load(options.data, "test", tokenizer, form)
 
 
 def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:

@@ -19,30 +19,23 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
-from selfgen_ds.methods.method import Method
+from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches, sampling
 from selfgen_ds.validation.inputs import check_positions, check_shares
-from selfgen_ds.validation.options import check_inspect
 from selfgen_ds.validation.settings import check_settings
 
-_STYLES = {
-    "prompt": "dim",
-    "replaceable": "green underline",
-    "target": "bold green",
-    "drawn": "bold red",
-    "answer": "red",
+_KINDS = {
+    "prompt": ("dim", "read, not learned"),
+    "replaceable": ("green underline", "learned, and may be replaced in the context"),
+    "target": ("bold green", "learned, never replaced"),
+    "drawn": ("bold red", "learned, replaced in the context by a token that the model drew"),
+    "answer": ("red", "the model's answer: read, not learned"),
 }
-_MEANING = {
-    "prompt": "read, not learned",
-    "replaceable": "learned, and may be replaced in the context",
-    "target": "learned, never replaced",
-    "drawn": "learned, replaced in the context by a token that the model drew",
-    "answer": "the model's answer: read, not learned",
-}
+"""Kind of a token -> style and meaning."""
 _BARS = 12  # of the histogram of lengths
 
 
@@ -58,7 +51,6 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts and
             lengths are printed first.
     """
-    check_inspect(rows)
     check_settings(recipe, overrides)
     tokenizer = load_tokenizer(recipe.model)
     problems = Problems()
@@ -68,7 +60,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     step_batches = load_step_batches(
         recipe, samples, step_size=max(1, rows), micro_batch_size=max(1, rows), rank=0, world_size=1, epochs=1
     )
-    eval_samples = [] if recipe.data.eval is None else load_eval_data(recipe, tokenizer)
+    eval_samples = load_eval_data(recipe, tokenizer)
     console = Console(highlight=False)
     lengths = np.concatenate([source.table["length"][:] for source in samples])
     _print_counts(console, samples + eval_samples, tokenizer)
@@ -82,7 +74,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     method = load_method(recipe, tokenizer, samples, step_batches, total_steps=1)
     if rows:
         if draw and "replace_probability" in method.settings:
-            p = method.replace_probability(1 if method.as_round_method() is None else 0)
+            p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)
             console.print(f"drawn with p = {p:g}, the value in the last step or round\n")
         batch = step_batches.at(0)[0]
         _print_rows(console, _draw(recipe, batch, samples, tokenizer, method) if draw else batch, tokenizer)
@@ -97,8 +89,8 @@ def _draw(
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, logits_form, vocabulary(tokenizer)).to(process_group.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
-    if (round_method := method.as_round_method()) is not None:
-        rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)
+    if isinstance(method, RoundMethod):
+        rows, _ = method.rows(_samples_of(batch, samples), policy, 0)
         return collate([[row] for row in rows])
     # of 1 step in all, step 1 is past the last, where a growing schedule has reached its final value
     (drawn,) = method.contexts([batch.to(policy.device)], policy, 1)
@@ -135,8 +127,8 @@ def _print_lengths(console: Console, lengths: np.ndarray) -> None:
 
 def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokenizerBase) -> None:
     legend = Text()
-    for kind, meaning in _MEANING.items():
-        legend.append(kind, style=_STYLES[kind]).append(f": {meaning}\n")
+    for kind, (style, meaning) in _KINDS.items():
+        legend.append(kind, style=style).append(f": {meaning}\n")
     if not console.is_terminal:
         legend.append("for: the tokens of the reference that were replaced\n")
     console.print(legend)
@@ -144,19 +136,12 @@ def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokeni
         for sample_id in dict.fromkeys(batch.sample_ids[row][batch.sample_ids[row] >= 0].tolist()):
             of_sample = batch.sample_ids[row] == sample_id
             console.rule(f"row {row + 1}, sample {sample_id}, {int(of_sample.sum())} tokens", align="left")
-            replaceable, learned, drawn, context, target = (
-                values[row][of_sample].numpy()
-                for values in (
-                    batch.replaceable_mask,
-                    batch.loss_mask,
-                    batch.replaced_mask,
-                    batch.context_ids,
-                    batch.target_ids,
-                )
-            )
+            masks = (batch.replaceable_mask, batch.loss_mask, batch.replaced_mask)
+            replaceable, learned, drawn = (mask[row][of_sample].numpy() for mask in masks)
+            context, target = (ids[row][of_sample].tolist() for ids in (batch.context_ids, batch.target_ids))
             kinds = np.where(learned, np.where(replaceable, "replaceable", "target"), "prompt")
             kinds = np.where(drawn, np.where(learned, "drawn", "answer"), kinds)
-            tokens = zip(kinds, context.tolist(), target.tolist(), strict=True)
+            tokens = zip(kinds, context, target, strict=True)
             console.print(_marked(list(tokens), tokenizer, console.is_terminal), soft_wrap=True)
 
 
@@ -165,7 +150,7 @@ def _marked(tokens: list[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBa
     text = Text()
     for kind, run in groupby(tokens, key=lambda token: token[0]):
         _, context, target = zip(*run, strict=True)
-        text.append("" if in_color else f"[{kind}]").append(tokenizer.decode(context), style=_STYLES[kind])
+        text.append("" if in_color else f"[{kind}]").append(tokenizer.decode(context), style=_KINDS[kind][0])
         if kind == "drawn":
             text.append("" if in_color else "[for]").append(tokenizer.decode(target), style="dim strike")
     return text

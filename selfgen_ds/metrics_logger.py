@@ -40,9 +40,8 @@ class MetricsLogger:
         # differing and drawn tokens of the last steps
         self._differing: deque[tuple[float, int]] = deque(maxlen=_WATCHED_STEPS)
         if self._writes:
-            lines = (
-                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-            )
+            before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = before.splitlines(keepends=True)
             write_atomically(path, "".join(line for line in lines if _step(line) <= step))
 
     def write(self, metrics: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
-from selfgen_ds.evaluation.scores import evaluate
+from selfgen_ds.evaluation.scores import Questions, evaluate
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks.watch import Watch
 from selfgen_ds.setup.prepare import Run, prepare
@@ -44,7 +44,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         watch.begin(run.engine.module)
         gc.disable()
         between_steps.catch_up()
-        for step in range(run.first_step, run.total_steps):
+        for step in range(run.folder.first_step, run.total_steps):
             round_started = time.perf_counter()
             step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
             started, forwards = time.perf_counter(), watch.forwards
@@ -111,7 +111,7 @@ class BetweenSteps:
     def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
         self._run, self._recipe, self._watch = run, recipe, watch
         path = run.folder.path / "metrics.jsonl"
-        self.metrics_logger = MetricsLogger(path, run.engine.monitor, run.first_step, run.total_steps)
+        self.metrics_logger = MetricsLogger(path, run.engine.monitor, run.folder.first_step, run.total_steps)
         self._checkpoints = run.folder.path / "checkpoints"
         self._dropped_in_a_row = 0
 
@@ -136,7 +136,8 @@ class BetweenSteps:
             raise
         self._log(metrics, scores)
         self._check_dropped(step, result)
-        due = self._is_last(step) or self._starts_round(step) or _due(step, self._recipe.checkpoint.every)
+        round_starts = self._run.rounds is not None and self._run.rounds.starts(step)
+        due = self._is_last(step) or round_starts or _due(step, self._recipe.checkpoint.every)
         saved = due or self._is_best(scores)
         if saved:
             self._save(step, scores)
@@ -166,16 +167,13 @@ class BetweenSteps:
     def _is_last(self, step: int) -> bool:
         return step == self._run.total_steps
 
-    def _starts_round(self, step: int) -> bool:
-        return self._run.rounds is not None and self._run.rounds.starts(step)
-
     def _evaluate(self, step: int) -> dict[str, float]:
         """Evaluate if an evaluation is due; without one the result is empty."""
         run = self._run
-        if run.eval_samples is None or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
+        if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
-        size, errors = self._recipe.eval.batch_size, run.forced_errors
-        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, errors, poll=self._watch.poll))
+        size, questions = self._recipe.eval.batch_size, Questions(forced_errors=run.forced_errors)
+        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, questions, self._watch.poll))
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
@@ -206,16 +204,13 @@ class BetweenSteps:
         self._watch.pause()
         self.metrics_logger.sync()
         run, recipe, storage = self._run, self._recipe, self._run.folder.storage
-        saving.save(
-            run.engine,
-            self._checkpoints,
-            step,
-            run.data,
-            scores,
-            run.tokenizer,
-            recipe.model,
+        checkpoint = manifest.Checkpoint(
+            path=manifest.path_of(self._checkpoints, step),
+            step=step,
             step_size=run.step_batches.step_size,
-            storage=storage,
+            data=run.data,
+            metrics=scores,
             unevaluated=unevaluated,
         )
+        saving.save(run.engine, run.tokenizer, recipe.model, checkpoint, storage)
         retention.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)

@@ -1,7 +1,4 @@
-"""Versions of Python and of the packages that must be the same on every host of a run.
-
-`python -m selfgen_ds.versions` prints one version per line.
-"""
+"""Versions of Python and of the packages that must be the same on every host of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import hashlib
 import platform
 from importlib.metadata import version
 from pathlib import Path
-
-_PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 def versions() -> dict[str, str]:
@@ -22,9 +17,9 @@ def versions() -> dict[str, str]:
     folder = Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
         source.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
-    installed = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-    return installed | {"selfgen_ds source": source.hexdigest()[:16]}
+    return {"python": platform.python_version()} | libraries() | {"selfgen_ds source": source.hexdigest()[:16]}
 
 
-if __name__ == "__main__":
-    print(*(f"{name} {value}" for name, value in versions().items()), sep="\n")
+def libraries() -> dict[str, str]:
+    """Return name -> version of the libraries that compute."""
+    return {name: version(name) for name in ("torch", "deepspeed", "transformers")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -167,14 +167,14 @@ def _write_shards(layout: StateDictLayout, fetch: Callable[[str], Tensor | None]
         writes: Whether this rank writes. On a rank that does not, `fetch` may return None.
     """
     groups = layout.groups()
-    group_of = {name: number for number, group in enumerate(groups) for name in group.stored}
+    group_of = {name: number for number, (_, stored) in enumerate(groups) for name in stored}
     plan = split_torch_state_dict_into_shards(
-        {name: tensor for group in groups for name, tensor in group.stored.items()}, max_shard_size=MAX_SHARD
+        {name: tensor for _, stored in groups for name, tensor in stored.items()}, max_shard_size=MAX_SHARD
     )
     for shard, names in plan.filename_to_tensors.items():
         tensors: dict[str, Tensor] = {}
         for number in sorted({group_of[name] for name in names}):  # a group in two shards is fetched twice
-            parts = {name: fetch(name) for name in groups[number].tensors}
+            parts = {name: fetch(name) for name in groups[number][0]}
             if writes:
                 stored = layout.convert(
                     {name: p.to(layout.tensors[name][1]) for name, p in parts.items() if p is not None}
@@ -194,5 +194,5 @@ def _gather(tensor: Tensor, writes: bool) -> Tensor | None:
 
     Collective if the tensor is partitioned: every rank must call this.
     """
-    with deepspeed.zero.GatheredParameters([tensor]) if hasattr(tensor, "ds_id") else nullcontext():
+    with deepspeed.zero.GatheredParameters([tensor]):  # does nothing for a tensor that is not partitioned
         return tensor.detach().cpu().clone() if writes else None

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Checkpoint:
     """Checksum of the training data."""
     metrics: dict[str, float]
     """Evaluation metrics after the step; empty if the step was not evaluated."""
-    files: list[dict[str, list[int]]]
+    files: list[dict[str, list[int]]] = field(default_factory=list)
     """One dictionary per rank, by rank: name of a file that the rank wrote -> [bytes, CRC-32]."""
     shared: bool = True
     """Whether all hosts wrote to one folder. Otherwise a host's folder holds the files of its own ranks."""
@@ -54,6 +54,11 @@ class Checkpoint:
         return len(self.files)
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint in a folder of checkpoints."""
+    return folder / f"step-{step:06d}"
+
+
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the complete checkpoints in this host's folder, oldest first.
 
@@ -62,7 +67,10 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     checkpoints = []
     for marker in marked(folder, MARKER):
         try:
-            checkpoints.append(_read(marker))
+            content = json.loads(marker.read_text(encoding="utf-8"))
+            if content.pop(_CRC) != _crc(content):
+                raise ValueError(f"{marker} is not as it was written")
+            checkpoints.append(Checkpoint(path=marker.parent, **content))
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("%s is unreadable; ignoring this checkpoint", marker)
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
@@ -92,13 +100,6 @@ def write_marker(checkpoint: Checkpoint, name: str = MARKER) -> None:
 def mark_broken(checkpoint: Checkpoint) -> None:
     """Make sure that a checkpoint is never loaded or counted again. Its files stay, for somebody to look at."""
     (checkpoint.path / MARKER).rename(checkpoint.path / BROKEN)
-
-
-def _read(marker: Path) -> Checkpoint:
-    content = json.loads(marker.read_text(encoding="utf-8"))
-    if content.pop(_CRC) != _crc(content):
-        raise ValueError(f"{marker} is not as it was written")
-    return Checkpoint(path=marker.parent, **content)
 
 
 def _crc(content: dict[str, Any]) -> int:

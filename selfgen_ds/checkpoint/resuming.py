@@ -54,7 +54,8 @@ def find(folder: Path, storage: Storage) -> Checkpoint | None:
                 "folder; not all of its parts are here"
             )
         if damaged := _union([str(marker.parent) for marker in marked(folder, MARKER, BROKEN)]):
-            raise InputError(f"resume: every checkpoint {storage.broken}, the newest is {damaged[-1]}")
+            broken = "is broken" if storage.shared else "is broken, or not whole on hosts that share none"
+            raise InputError(f"resume: every checkpoint {broken}, the newest is {damaged[-1]}")
     if storage.writes:
         retention.remove_all(half_written(folder))
         shutil.rmtree(folder / universal.FOLDER, ignore_errors=True)  # a killed start may have left it

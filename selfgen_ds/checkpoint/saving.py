@@ -38,16 +38,10 @@ def required_bytes(parameters: int, dtype: str) -> int:
 
 def save(
     engine: deepspeed.DeepSpeedEngine,
-    folder: Path,
-    step: int,
-    data: int,
-    metrics: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
     model: ModelConfig,
-    *,
-    step_size: int,
+    checkpoint: Checkpoint,
     storage: Storage,
-    unevaluated: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint at an optimizer step's boundary. A crash at any moment leaves older checkpoints untouched.
 
@@ -57,11 +51,14 @@ def save(
 
     Collective: every rank must call this.
 
+    Args:
+        checkpoint: What the manifest will say, except for the files and `shared`.
+
     Raises:
         RuntimeError: The checkpoint cannot be written, for example because the disk is full.
     """
-    path = folder / f"step-{step:06d}"
-    if any(checkpoint.step == step for checkpoint in storage.complete(folder)):
+    path, folder = checkpoint.path, checkpoint.path.parent
+    if any(complete.step == checkpoint.step for complete in storage.complete(folder)):
         return
     if storage.writes and path.exists():
         retention.remove(path)  # a killed run left it half-written
@@ -80,17 +77,8 @@ def save(
     if storage.writes:
         for written_to in (path / HF_FOLDER, folder, folder.parent):
             sync_folder(written_to)
-        checkpoint = Checkpoint(
-            path=path,
-            step=step,
-            step_size=step_size,
-            data=data,
-            metrics=metrics,
-            files=files,
-            shared=storage.shared,
-            unevaluated=unevaluated,
-        )
-        write_marker(checkpoint, BROKEN if damaged else MARKER)
+        written = replace(checkpoint, files=files, shared=storage.shared)
+        write_marker(written, BROKEN if damaged else MARKER)
     dist.barrier()
 
 

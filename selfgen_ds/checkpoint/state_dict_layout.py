@@ -30,16 +30,6 @@ _FILE = "tensors.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """Tensors that are converted together."""
-
-    tensors: list[str]
-    """Names in the model."""
-    stored: dict[str, Tensor]
-    """The tensors that the folder has for them: name -> tensor on the meta device."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class StateDictLayout:
     """Which tensors of a model are stored, and how."""
 
@@ -89,21 +79,20 @@ class StateDictLayout:
             config=config,
         )
 
-    def groups(self) -> list[Group]:
-        """Return the smallest groups of tensors that can be converted separately."""
+    def groups(self) -> list[tuple[list[str], dict[str, Tensor]]]:
+        """Return the smallest groups of tensors that can be converted separately.
+
+        Returns:
+            For each group, the names in the model, and the tensors that the folder has for them: name -> tensor on the
+            meta device.
+        """
         reversed_ = [conversion.reverse_transform() for conversion in self.conversions[::-1]]
         converters = [conversion for conversion in reversed_ if isinstance(conversion, WeightConverter)]
         members: dict[str, list[str]] = {}
         for name in self.tensors:
             members.setdefault(apply_converters(name, converters)[0], []).append(name)
-        return [Group(tensors=names, stored=self.convert(self._without_data(names))) for names in members.values()]
-
-    def _without_data(self, names: list[str]) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for name in names
-            for shape, dtype in [self.tensors[name]]
-        }
+        empty = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in self.tensors.items()}
+        return [(names, self.convert({name: empty[name] for name in names})) for names in members.values()]
 
     def convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the stored tensors for tensors of the model, which must be one or more whole groups."""

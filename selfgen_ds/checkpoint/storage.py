@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import uuid
-from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,15 +24,13 @@ _RANK_IN_NAME = re.compile(r"(?:zero_pp|generators)_rank_(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage(ABC):
+class Storage:
     """What this rank does in the output folder."""
 
+    shared: bool
+    """Whether all ranks see the same folder. Otherwise a host's folder holds the files that the host's ranks wrote."""
     writes: bool
     """Whether this rank makes, marks and removes folders."""
-    shared: ClassVar[bool]
-    """Whether all ranks see the same folder."""
-    broken: ClassVar[str]
-    """What is wrong if no checkpoint can be loaded."""
 
     def wrote(self, name: str) -> bool:
         """Return whether this rank wrote a file of a checkpoint.
@@ -44,79 +41,45 @@ class Storage(ABC):
         rank = _RANK_IN_NAME.search(name)
         return int(rank[1]) == dist.get_rank() if rank else self.writes
 
-    @abstractmethod
     def complete(self, folder: Path) -> list[Checkpoint]:
         """Return the checkpoints that are complete on every host, oldest first; on all ranks the same list.
 
         Collective: every rank must call this.
         """
-
-    @abstractmethod
-    def check_world_size(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that the present number of ranks cannot load from this storage.
-
-        Raises:
-            InputError: It was written by another number of ranks, and hosts share no folder to convert it in.
-        """
-
-    @abstractmethod
-    def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
-        """Return the files of a checkpoint that this rank reads to verify them: name -> [bytes, CRC-32].
-
-        The ranks together read every file on every host.
-        """
-
-    @abstractmethod
-    def bytes_per_host(self, size: int) -> int:
-        """Return how many of the `size` bytes of a checkpoint one host writes."""
-
-
-class SharedFolder(Storage):
-    """One output folder, which all ranks see."""
-
-    shared = True
-    broken = "is broken"
-
-    def complete(self, folder: Path) -> list[Checkpoint]:
-        # Rank 0 looks for all ranks: over NFS another host may not see a new file yet.
-        agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(agreed, src=0)
-        return agreed[0]
-
-    def check_world_size(self, checkpoint: Checkpoint) -> None:
-        pass  # `universal.py` converts the checkpoint
-
-    def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
-        shares = checkpoint.files[dist.get_rank() :: dist.get_world_size()]
-        return {name: entry for files in shares for name, entry in files.items()}
-
-    def bytes_per_host(self, size: int) -> int:
-        return size
-
-
-class FolderPerHost(Storage):
-    """An output folder on every host, which holds the files that the host's ranks wrote."""
-
-    shared = False
-    broken = "is broken, or not whole on hosts that share none"
-
-    def complete(self, folder: Path) -> list[Checkpoint]:
+        if self.shared:
+            # Rank 0 looks for all ranks: over NFS another host may not see a new file yet.
+            agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(agreed, src=0)
+            return agreed[0]
         views = process_group.all_gather_object(complete_checkpoints(folder))
         everywhere = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
         return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in everywhere]
 
     def check_world_size(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.world_size != dist.get_world_size():
+        """Refuse a checkpoint that the present number of ranks cannot load; `universal.py` converts in a shared folder.
+
+        Raises:
+            InputError: It was written by another number of ranks, and hosts share no folder to convert it in.
+        """
+        if not self.shared and checkpoint.world_size != dist.get_world_size():
             raise InputError(
                 f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks; for {dist.get_world_size()} "
                 f"it is converted where all hosts share {checkpoint.path.parent}, but here they do not"
             )
 
     def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
-        return checkpoint.files[dist.get_rank()]
+        """Return the files of a checkpoint that this rank reads to verify them: name -> [bytes, CRC-32].
+
+        The ranks together read every file on every host.
+        """
+        if not self.shared:
+            return checkpoint.files[dist.get_rank()]
+        shares = checkpoint.files[dist.get_rank() :: dist.get_world_size()]
+        return {name: entry for files in shares for name, entry in files.items()}
 
     def bytes_per_host(self, size: int) -> int:
-        return size * process_group.local_world_size() // dist.get_world_size()
+        """Return how many of the `size` bytes of a checkpoint one host writes."""
+        return size if self.shared else size * process_group.local_world_size() // dist.get_world_size()
 
 
 def _identity(checkpoint: Checkpoint) -> str:
@@ -141,4 +104,4 @@ def find_out(folder: Path) -> Storage:
     shared = all(process_group.all_gather_object(probe.exists()))
     if rank == 0:
         probe.unlink()
-    return SharedFolder(writes=rank == 0) if shared else FolderPerHost(writes=process_group.local_rank() == 0)
+    return Storage(shared=shared, writes=(rank if shared else process_group.local_rank()) == 0)

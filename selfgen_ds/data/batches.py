@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import datasets
@@ -18,16 +18,8 @@ import torch
 from torch import Tensor
 
 from selfgen_ds.data.order import Stream
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import ARRAYS, TrainingRow
 
-_STACKED: dict[str, type] = {
-    "context_ids": np.int64,
-    "target_ids": np.int64,
-    "loss_mask": bool,
-    "replaceable_mask": bool,
-    "replaced_mask": bool,
-}
-"""The arrays of a `TrainingRow` that a batch stacks, and their types."""
 _GROUPED_STEPS = 50
 """Steps of a group, within which `group_by_length` sorts the rows."""
 
@@ -76,7 +68,9 @@ def collate(rows: Sequence[Sequence[TrainingRow]], *, packed: bool = False) -> T
     """
     length = max((sum(map(len, samples)) for samples in rows), default=2)
     shape = (max(1, len(rows)), length)
-    arrays: dict[str, np.ndarray] = {name: np.zeros(shape, dtype) for name, dtype in _STACKED.items()}
+    arrays: dict[str, np.ndarray] = {
+        name: np.zeros(shape, np.int64 if name.endswith("ids") else bool) for name in ARRAYS
+    }
     sample_ids, position_ids = np.full(shape, -1), np.zeros(shape, np.int64)
     for number, samples in enumerate(rows):
         end = 0
@@ -88,10 +82,7 @@ def collate(rows: Sequence[Sequence[TrainingRow]], *, packed: bool = False) -> T
             position_ids[number, start:end] = np.arange(len(sample))
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return TokenBatch(
-        sample_ids=torch.from_numpy(sample_ids),
-        position_ids=torch.from_numpy(position_ids),
-        packed=packed,
-        **tensors,
+        sample_ids=torch.from_numpy(sample_ids), position_ids=torch.from_numpy(position_ids), packed=packed, **tensors
     )
 
 
@@ -107,6 +98,7 @@ class Rows(Protocol):
         ...
 
 
+@dataclass(kw_only=True, eq=False)
 class StepBatches:
     """Deals the training rows out to optimizer steps and ranks, as one endless stream.
 
@@ -114,43 +106,32 @@ class StepBatches:
     The rows are dealt out micro-batch by micro-batch, to each rank in turn. If they do not divide evenly, the last
     micro-batches of some ranks are short or have no row. A run of whole epochs ends with a step as short as the rows
     that are left.
-
-    Args:
-        samples: The rows of each source.
-        step_size: Rows of one optimizer step, over all ranks.
-        epochs: Length of the run; None for a run without an end.
-        packs: For each source, the packed rows (`selfgen_ds.data.packing`); None means one sample per row.
-        weights: Shares of the sources (`Stream`).
-        group_by_length: Sort the rows of 50 steps by length before they are dealt out, so that a step has rows of
-            similar length; the 50 steps are then shuffled.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Rows],
-        *,
-        seed: int,
-        step_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        epochs: float | None,
-        packs: Sequence[datasets.Dataset] | None = None,
-        weights: Sequence[float] | None = None,
-        group_by_length: bool = False,
-    ) -> None:
-        self._samples = samples
-        self._packs = packs
-        self._weights, self._seed = weights, seed
-        self._stream = Stream([len(source) for source in packs or samples], weights, seed)
+    samples: Sequence[Rows] = field(kw_only=False)
+    """The rows of each source."""
+    seed: int
+    step_size: int
+    """Rows of one optimizer step, over all ranks."""
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    epochs: float | None
+    """Length of the run; None for a run without an end."""
+    packs: Sequence[datasets.Dataset] | None = None
+    """For each source, the packed rows (`selfgen_ds.data.packing`); None means one sample per row."""
+    weights: Sequence[float] | None = None
+    """Shares of the sources (`Stream`)."""
+    group_by_length: bool = False
+    """Sort the rows of 50 steps by length before they are dealt out, so that a step has rows of similar length; the 50
+    steps are then shuffled."""
+
+    def __post_init__(self) -> None:
+        self._stream = Stream([len(source) for source in self.packs or self.samples], self.weights, self.seed)
         self._epoch_size = self._stream.size
         self._shift = 0  # of the run's positions against the positions of the stream
         self._steps: range | None = None  # the steps that groups by length are confined to
-        self.step_size = step_size
-        self._micro_batch_size = micro_batch_size
-        self._rank, self._world_size = rank, world_size
-        self._end = None if epochs is None else round(epochs * len(self))
-        self._group_by_length = group_by_length
+        self._end = None if self.epochs is None else round(self.epochs * len(self))
         self._grouped: tuple[int, np.ndarray] | None = None
 
     def over(self, rows: Sequence[Rows], steps: range) -> StepBatches:
@@ -163,14 +144,14 @@ class StepBatches:
             rows: The rows of each source.
         """
         other = copy.copy(self)
-        sizes = [len(source) for source in self._packs or rows]
-        other._samples, other._grouped = rows, None
-        other._stream = Stream(sizes, self._weights, self._seed, least=0)  # few rows of a round are no error
+        sizes = [len(source) for source in self.packs or rows]
+        other.samples, other._grouped = rows, None
+        other._stream = Stream(sizes, self.weights, self.seed, least=0)  # few rows of a round are no error
         first = steps.start * self.step_size
         if other._stream.size != len(self):
             # a round starts with a whole epoch of its rows, and with another epoch of the stream than the last round
             other._shift = first // len(self) * other._stream.size - first
-        if self._group_by_length and not all(map(_same_lengths, self._samples, rows)):
+        if self.group_by_length and not all(map(_same_lengths, self.samples, rows)):
             other._steps = steps  # the rows of other steps have other lengths, so that a group must not reach there
         return other
 
@@ -181,7 +162,7 @@ class StepBatches:
     @property
     def accumulation(self) -> int:
         """Micro-batches of each rank in one optimizer step."""
-        return -(-self.step_size // (self._world_size * self._micro_batch_size))
+        return -(-self.step_size // (self.world_size * self.micro_batch_size))
 
     def steps(self) -> int:
         """Return the optimizer steps of a run of `epochs`."""
@@ -197,19 +178,19 @@ class StepBatches:
         positions = self._positions(step)
         batches = []
         for number in range(self.accumulation):
-            first = (number * self._world_size + self._rank) * self._micro_batch_size
-            places = self._stream.at(positions[first : first + self._micro_batch_size])
+            first = (number * self.world_size + self.rank) * self.micro_batch_size
+            places = self._stream.at(positions[first : first + self.micro_batch_size])
             rows = [self._row(source, row) for source, row in places.tolist()]
-            batches.append(collate(rows, packed=self._packs is not None))
+            batches.append(collate(rows, packed=self.packs is not None))
         return batches
 
     def _row(self, source: int, number: int) -> list[TrainingRow]:
-        members = [number] if self._packs is None else self._packs[source][number]["indices"]
-        return [self._samples[source][member] for member in members]
+        members = [number] if self.packs is None else self.packs[source][number]["indices"]
+        return [self.samples[source][member] for member in members]
 
     def _positions(self, step: int) -> np.ndarray:
         """Return the positions in the stream of the rows of one optimizer step, over all ranks."""
-        if not self._group_by_length:
+        if not self.group_by_length:
             return self._range(step, step + 1)
         start = self._steps.start if self._steps else 0
         group, offset = divmod(step - start, _GROUPED_STEPS)
@@ -228,13 +209,13 @@ class StepBatches:
         positions = self._range(step, min(end, self._steps.stop) if self._steps else end)
         places = self._stream.at(positions)
         lengths = np.empty(len(places), dtype=np.int64)
-        for source, samples in enumerate(self._samples):
+        for source, samples in enumerate(self.samples):
             here = places[:, 0] == source
             lengths[here] = samples.lengths(places[here, 1])
         positions = positions[np.argsort(lengths, kind="stable")]
         whole = len(positions) // self.step_size * self.step_size  # a short last step stays last
         steps = positions[:whole].reshape(-1, self.step_size)
-        order = np.random.default_rng((self._seed, step // _GROUPED_STEPS)).permutation(len(steps))
+        order = np.random.default_rng((self.seed, step // _GROUPED_STEPS)).permutation(len(steps))
         return np.concatenate([steps[order].ravel(), positions[whole:]])
 
 

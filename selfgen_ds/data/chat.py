@@ -44,15 +44,6 @@ class Conversation:
     """The file and line that the conversation was read from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rendered:
-    text: str
-    contents: list[tuple[int, int]]
-    """First character and end of every message's content, in the order of the text."""
-    turns: list[tuple[int, int, int]]
-    """The learned turns, in characters: start, end of the replaceable part, end (see `ChatEncoder.encode`)."""
-
-
 class ChatEncoder:
     """Encoder of conversations with a tokenizer's chat template.
 
@@ -84,12 +75,13 @@ class ChatEncoder:
         Raises:
             InputError: The template raises, or does not reproduce the messages. The message names the row.
         """
-        rendered = [self._render(conversation) for conversation in conversations]
-        encoded = self._tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        for chat, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            if spelled := [m.span() for span in chat.contents for m in self._special.finditer(chat.text, *span)]:
-                ids, offsets = self._encode_with_plain(chat.text, spelled)
-            yield ids, [_tokens_of(turn, offsets) for turn in chat.turns]
+        texts, contents, turns = zip(*map(self._render, conversations), strict=True)
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        encodings = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for text, spans, of_row, (ids, offsets) in zip(texts, contents, turns, encodings, strict=True):
+            if spelled := [match.span() for span in spans for match in self._special.finditer(text, *span)]:
+                ids, offsets = self._encode_with_plain(text, spelled)
+            yield ids, [_tokens_of(turn, offsets) for turn in of_row]
 
     def between_answers(self, request: str, setting: str) -> tuple[list[int], list[int]]:
         """Return the tokens that close an assistant's turn, and the tokens from there to the content of the next turn.
@@ -120,7 +112,12 @@ class ChatEncoder:
         (_, content_end, end), (start, _, _) = [turn for turn in turns if turn[0] < turn[1]]
         return ids[content_end:end], ids[end:start]
 
-    def _render(self, chat: Conversation) -> _Rendered:
+    def _render(self, chat: Conversation) -> tuple[str, list[tuple[int, int]], list[tuple[int, int, int]]]:
+        """Return a conversation's text, the spans of the messages' contents, and the learned turns, in characters.
+
+        Spans and turns come in the order of the text. A turn is its start, the end of its replaceable part, and its end
+        (see `encode`).
+        """
         messages = chat.messages
         marked = [m | {"content": f"{_OPEN}{i}{_CLOSE}"} if m.get("content") else m for i, m in enumerate(messages)]
         text, generated = self._apply(messages, chat)
@@ -136,8 +133,7 @@ class ChatEncoder:
         for part, without_part in _without_each_part(chat):
             if self._renders_to(text, without_part):
                 raise InputError(f"{chat.where}: the chat template leaves out {part}")
-        turns = self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
-        return _Rendered(text=text, contents=spans, turns=turns)
+        return text, spans, self._turns(chat, dict(zip(order, spans, strict=True)), text, generated)
 
     def _renders_to(self, text: str, chat: Conversation) -> bool:
         try:

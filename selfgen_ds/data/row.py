@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ARRAYS = ("context_ids", "target_ids", "loss_mask", "replaceable_mask", "replaced_mask")
+"""The arrays of a row: ids are int64, masks are bool."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRow:

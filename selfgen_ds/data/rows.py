@@ -136,12 +136,8 @@ def _open_hub(source: Source, split: str, columns: Columns) -> Opened:
     try:
         splits = datasets.get_dataset_split_names(source.path, source.subset)
         chosen = _choose_split(source.path, source, split, splits)
-        if source.streaming:
-            rows = datasets.load_dataset(source.path, source.subset, split=chosen, streaming=True)
-            fingerprint = str(HfApi().dataset_info(source.path).sha)
-        else:
-            rows = datasets.load_dataset(source.path, source.subset, split=chosen)
-            fingerprint = rows._fingerprint
+        rows = datasets.load_dataset(source.path, source.subset, split=chosen, streaming=source.streaming)
+        fingerprint = str(HfApi().dataset_info(source.path).sha) if source.streaming else rows._fingerprint
     except InputError:
         raise
     except Exception as error:  # the type depends on the cause: no network, no such id, no such subset, no access

@@ -41,12 +41,7 @@ log = logging.getLogger("selfgen_ds")
 
 _IDS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
-    {
-        "sample_id": datasets.Value("int64"),
-        "length": datasets.Value("int32"),
-        "input_ids": _IDS,
-        "turns": _IDS,
-    }
+    {"sample_id": datasets.Value("int64"), "length": datasets.Value("int32"), "input_ids": _IDS, "turns": _IDS}
 )
 """Columns of the table. `sample_id` counts the rows of this source alone. `turns` holds three numbers per response:
 where the response starts, where its replaceable part ends, and where it ends. The lengths of all prompts and responses
@@ -217,20 +212,12 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         raise InputError(f"{source.name}: no usable row among {tally.read}{reason if tally.refused else ''}")
     if not tally.closing_ids:
         log.warning("%s: no special token closes a response: the model cannot learn to stop", source.name)
-    info = {
-        "read": tally.read,
-        "truncated": tally.truncated,
-        "refused": tally.refused,
-        "first_refused": tally.first_refused,
-        "closing_ids": sorted(tally.closing_ids),
-        "conversations": tally.conversations,
-        "checksum": tally.checksum,
-    }
-    write_atomically(folder / "info.json", json.dumps(info))
+    counts = {name: value for name, value in vars(tally).items() if not name.startswith("_")}
+    write_atomically(folder / "info.json", json.dumps(counts | {"closing_ids": sorted(tally.closing_ids)}))
 
 
 class _Tally:
-    """Cuts rows to the longest length, and counts them. The attributes are those of `Samples`."""
+    """Cuts rows to the longest length, and counts them. The public attributes are those of `Samples`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

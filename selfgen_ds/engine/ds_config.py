@@ -36,11 +36,6 @@ def read(path: str) -> dict[str, Any]:
     return config
 
 
-def stage(config: dict[str, Any]) -> int:
-    """ZeRO stage of a JSON in which `deepspeed_json.problems` found none."""
-    return config.get("zero_optimization", {}).get("stage", 0)
-
-
 def offloads_activations(config: dict[str, Any]) -> bool:
     """Whether activation checkpointing keeps the layers' inputs in host memory.
 

@@ -32,19 +32,13 @@ def initialize(
     # A sharded parameter is empty on every rank; `ds_shape` is its full shape.
     matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": optim.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     warmup_steps = round(optim.warmup_ratio * total_steps)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[group for group in groups if group["params"]],  # adapters have no vectors
         lr_scheduler=lambda optimizer: get_scheduler(
-            _SCHEDULES[optim.schedule],
-            optimizer,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=total_steps,
+            _SCHEDULES[optim.schedule], optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
         ),
         config=ds_config,
     )

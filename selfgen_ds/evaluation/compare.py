@@ -53,8 +53,7 @@ def run(options: CompareOptions) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{', '.join(options.runs)}: not as train and evaluate write them: {error!r}") from error
     baseline = groups[0]
-    for group in groups:
-        _check_comparable(group, baseline)
+    _check_comparable(groups)
     rounds = baseline.settings["correction_rounds"]
     # the intervals are of means over rows; the loss is a mean over tokens
     metrics = [m for m in descriptions(rounds) if m != "loss" and all(m in group.scores for group in groups)]
@@ -68,13 +67,16 @@ def run(options: CompareOptions) -> None:
     print(f"written to {folder}/comparison.json, comparison.md and comparison.png")
 
 
-def _check_comparable(group: _Group, baseline: _Group) -> None:
-    """Check that two groups were evaluated on the same rows in the same way.
+def _check_comparable(groups: list[_Group]) -> None:
+    """Check that all groups were evaluated on the same rows in the same way.
 
     Raises:
         InputError: The rows or a setting of the evaluation differ.
     """
-    if (group.settings, group.sample_ids) != (baseline.settings, baseline.sample_ids):
+    baseline = groups[0]
+    for group in groups:
+        if (group.settings, group.sample_ids) == (baseline.settings, baseline.sample_ids):
+            continue
         differing = [name for name, value in group.settings.items() if value != baseline.settings[name]] or ["rows"]
         different = f"different rows or settings ({', '.join(differing)})"
         raise InputError(f"{group.name} and {baseline.name} were evaluated on {different}")
@@ -140,15 +142,15 @@ def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that two evaluations must share to be comparable."""
     names = ("data", "prompt_column", "completion_column", "max_length", "sample_temperature")
     newer = {"correction_rounds": 0, "cue": None}  # not recorded before evaluations could ask for corrections
-    settings = evaluation["settings"]
-    return {name: settings[name] for name in names} | {name: settings.get(name, newer[name]) for name in newer}
+    settings = newer | evaluation["settings"]
+    return {name: settings[name] for name in (*names, *newer)}
 
 
 def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator) -> dict[str, Any]:
     """Return a row of `comparison.json`; the baseline's has no difference."""
     values, reference = group.scores[metric], baseline.scores[metric]
     low, high = _interval(values, rng)
-    row = {
+    row: dict[str, Any] = {
         "run": group.name,
         "method": group.method,
         "seeds": group.seeds,
@@ -161,12 +163,8 @@ def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator)
         "paired_high": None,
     }
     if group is not baseline:
-        low, high = _interval(values, rng, reference)
-        row |= {
-            "paired_difference": float(values.mean() - reference.mean()),
-            "paired_low": low,
-            "paired_high": high,
-        }
+        row["paired_difference"] = float(values.mean() - reference.mean())
+        row["paired_low"], row["paired_high"] = _interval(values, rng, reference)
     return row
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,28 @@ from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.ranks import process_group
 
 
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What the model is asked in addition to greedy answers."""
+
+    forced_errors: dict[int, ForcedError] = field(default_factory=dict)
+    """A forced error for every sample id (`selfgen_ds.evaluation.recovery`); empty if recovery is not scored."""
+    sample_temperature: float = 0.0
+    """If above 0, answers sampled at this temperature are scored as well."""
+    seed: int = 0
+    """Seed of the sampled answers."""
+    correction: Correction | None = None
+    """How the model is asked to correct its answers. Answers are then cut at the length of the longest reference of all
+    rows, so that the text to correct does not depend on the batch."""
+    correction_rounds: int = 0
+
+
 def evaluate(
     policy: EnginePolicy,
     samples: list[TrainingRow],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    forced_errors: dict[int, ForcedError] | None = None,
-    sample_temperature: float = 0.0,
-    seed: int = 0,
-    correction: Correction | None = None,
-    correction_rounds: int = 0,
+    questions: Questions | None = None,
     poll: Callable[[], None] | None = None,
 ) -> list[SampleScore]:
     """Score every row.
@@ -41,35 +53,24 @@ def evaluate(
 
     Args:
         batch_size: Rows that a rank holds at once.
-        forced_errors: A forced error for every sample id (`selfgen_ds.evaluation.recovery`), or none at all: without
-            them, recovery is not scored.
-        sample_temperature: If above 0, answers sampled at this temperature are scored as well.
-        seed: Seed of the sampled answers.
-        correction: How the model is asked to correct its answers, `correction_rounds` times. Answers are then cut at
-            the length of the longest reference of all rows, so that the text to correct does not depend on the batch.
+        questions: What the model is asked in addition to greedy answers; None for nothing.
         poll: Called after every batch, on all ranks.
 
     Returns:
         The scores of all rows on every rank, in the order of their sample ids.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    errors = forced_errors or {}
+    questions = questions or Questions()
+    errors, correction = questions.forced_errors, questions.correction
     batches = list(_batches(samples, batch_size, world_size, most_positions(policy.model.config), errors))
     longest = max(_longest([sample for share in shares for sample in share], errors) for shares in batches)
-    questions = _Questions(
-        errors=errors,
-        sample_temperature=sample_temperature,
-        seed=seed,
-        correction=correction,
-        correction_rounds=correction_rounds,
-        answer_length=None if correction is None else _longest_response(samples),
-    )
+    answer_length = None
     if correction is not None:
-        longest = max(longest, corrected_length(samples, correction))
+        longest, answer_length = max(longest, corrected_length(samples, correction)), _longest_response(samples)
     scores: list[SampleScore] = []
     with policy.gathered(longest):
         for shares in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(batches) == 1):
-            scores += _score(policy, shares, rank, tokenizer, questions)
+            scores += _score(policy, shares, rank, tokenizer, questions, answer_length)
             if poll is not None:
                 poll()
     scores_of_ranks = process_group.all_gather_object(scores) if dist.is_initialized() else [scores]
@@ -77,11 +78,7 @@ def evaluate(
 
 
 def _batches(
-    samples: list[TrainingRow],
-    batch_size: int,
-    world_size: int,
-    positions: int | None,
-    errors: dict[int, ForcedError],
+    samples: list[TrainingRow], batch_size: int, world_size: int, positions: int | None, errors: dict[int, ForcedError]
 ) -> Iterator[list[list[TrainingRow]]]:
     """Yield, batch by batch, the rows of every rank; rows of similar length come together.
 
@@ -124,41 +121,31 @@ def corrected_length(samples: list[TrainingRow], correction: Correction) -> int:
     return prompt + 2 * _longest_response(samples) + len(correction.closing_ids) + len(correction.cue_ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Questions:
-    """What the model is asked in addition to greedy answers."""
-
-    errors: dict[int, ForcedError]
-    """Forced errors by sample id; empty if recovery is not scored."""
-    sample_temperature: float
-    seed: int
-    correction: Correction | None
-    correction_rounds: int
-    answer_length: int | None
-    """Most tokens of an answer; None for the length of the longest reference of the batch."""
-
-
 def _score(
     policy: EnginePolicy,
     shares: list[list[TrainingRow]],
     rank: int,
     tokenizer: PreTrainedTokenizerBase,
-    questions: _Questions,
+    questions: Questions,
+    answer_length: int | None,
 ) -> list[SampleScore]:
     """Return the scores of this rank's rows of a batch.
 
     Collective: every rank must call this, also without rows, because the ranks run the model together.
+
+    Args:
+        answer_length: Most tokens of an answer; None for the length of the longest reference of the batch.
     """
-    samples = shares[rank]
+    samples, errors = shares[rank], questions.forced_errors
     all_samples = [sample for share in shares for sample in share]
     prompts = [sample.prompt_ids.tolist() for sample in samples]
     references = [sample.response_ids.tolist() for sample in samples]
-    longest = questions.answer_length or _longest_response(all_samples)
+    longest = answer_length or _longest_response(all_samples)
 
     # the order of these calls is the same on every rank
     teacher_forced, log_probabilities = _predict(policy, samples)
     answers = policy.complete(prompts, longest)
-    recovery = _recover(policy, samples, all_samples, questions.errors)
+    recovery = _recover(policy, samples, all_samples, errors)
     sampled = _sample(policy, samples, longest, questions)
     corrected = _correct(policy, prompts, answers, longest, questions)
 
@@ -175,7 +162,7 @@ def _score(
             tokens=len(log_probabilities[i]),
             teacher_forced=teacher_forced[i][-len(references[i]) :].tolist(),
             free_running=_right(answers[i], references[i]),
-            recovery=None if recovery is None else _right(recovery[i], questions.errors[sample.sample_id].rest_ids),
+            recovery=None if recovery is None else _right(recovery[i], errors[sample.sample_id].rest_ids),
             sampled=None if sampled is None else _right(sampled[i], references[i]),
             sampled_answer=None if sampled is None else text(sampled[i]),
             corrected_answers=None if corrected is None else [text(some[i]) for some in corrected],
@@ -209,7 +196,7 @@ def _recover(
 
 
 def _sample(
-    policy: EnginePolicy, samples: list[TrainingRow], longest: int, questions: _Questions
+    policy: EnginePolicy, samples: list[TrainingRow], longest: int, questions: Questions
 ) -> list[list[int]] | None:
     """Return answers drawn at `sample_temperature`; None if that is 0.
 
@@ -227,7 +214,7 @@ def _sample(
 
 
 def _correct(
-    policy: EnginePolicy, prompts: list[list[int]], answers: list[list[int]], longest: int, questions: _Questions
+    policy: EnginePolicy, prompts: list[list[int]], answers: list[list[int]], longest: int, questions: Questions
 ) -> list[list[list[int]]] | None:
     """Return the answers after 1, 2, ... corrections of `answers`; None if no corrections are asked for."""
     if questions.correction is None:

@@ -20,7 +20,7 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods import schedule
-from selfgen_ds.methods.method import Plan, Policy, RoundMethod
+from selfgen_ds.methods.method import ROUNDS, Plan, Policy, RoundMethod
 from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask, stop
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
@@ -28,22 +28,15 @@ from selfgen_ds.methods.reject import first_rejected, load_reject
 class Bash(RoundMethod):
     """Mixes the contexts of a round; the target stays the reference: `loss = - sum_t log p(y_t | c_<t)`."""
 
-    settings: ClassVar[frozenset[str]] = MIXTURE | {
-        "epochs_per_round",
-        "reject",
-        "rollouts",
-        "generation_batch_size",
-    }
+    settings: ClassVar[frozenset[str]] = MIXTURE | ROUNDS
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.rejected = load_reject(config.reject)
 
     def replace_probability(self, step: int) -> float:
-        c, rounds_done = self.config, self.round_of(step) + 1  # counted from 1, so that the first round draws too
-        return schedule.replace_probability(
-            c.schedule, c.replace_probability, c.schedule_share, rounds_done, self.rounds
-        )
+        # rounds count from 1 here, so that the first round draws too
+        return schedule.replace_probability(self.config, self.round_of(step) + 1, self.rounds)
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(self.first_step(number))

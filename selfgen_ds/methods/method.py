@@ -17,6 +17,11 @@ from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
 
+SAMPLING = frozenset({"temperature", "top_p", "top_k"})
+"""Settings that every method with draws reads."""
+ROUNDS = frozenset({"epochs_per_round", "reject", "rollouts", "generation_batch_size"})
+"""Settings that every method with rounds reads."""
+
 AnswerNoise = Callable[[Tensor, Tensor], Tensor]
 """The noise of answers: `(prompts, positions) -> uniforms`, all `[N]`.
 
@@ -113,10 +118,6 @@ class Method:
         self.config = config
         self.plan = plan
 
-    def as_round_method(self) -> RoundMethod | None:
-        """Return the method if it draws contexts in rounds, otherwise None."""
-        return None
-
     def check(self, samples: list[Samples]) -> None:
         """Refuse data that the method cannot work with, before the first step.
 
@@ -146,9 +147,6 @@ class RoundMethod(Method):
         super().__init__(config, plan)
         self.longest = plan.max_length
         """Tokens of the longest row that the method has the model read or generate."""
-
-    def as_round_method(self) -> RoundMethod:
-        return self
 
     def round_of(self, step: int) -> int:
         """Return the round of an optimizer step."""

@@ -21,27 +21,22 @@ from torch import Tensor
 
 from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.methods.method import Policy
+from selfgen_ds.methods.method import SAMPLING, Policy
 
 _FURTHER_PASSES = 8
 """Passes that cost as much as drawing in order: 3 to 17 were measured, depending on the model and the rows."""
 
 Position = Literal["even", "early", "late"]
 
-MIXTURE = frozenset(
-    {
-        "replace_probability",
-        "schedule",
-        "schedule_share",
-        "position",
-        "passes",
-        "temperature",
-        "top_p",
-        "top_k",
-        "max_differing_share",
-        "drawn_context_weight",
-    }
-)
+MIXTURE = SAMPLING | {
+    "replace_probability",
+    "schedule",
+    "schedule_share",
+    "position",
+    "passes",
+    "max_differing_share",
+    "drawn_context_weight",
+}
 """Settings that every method with a mixture reads."""
 
 

@@ -23,7 +23,7 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import InputError
-from selfgen_ds.methods.method import Plan, Policy, RoundMethod
+from selfgen_ds.methods.method import ROUNDS, SAMPLING, Plan, Policy, RoundMethod
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
 log = logging.getLogger("selfgen_ds")
@@ -32,23 +32,9 @@ log = logging.getLogger("selfgen_ds")
 class Rac(RoundMethod):
     """Turns a sample into `answers_per_prompt` corrections, each of another answer, or leaves the sample as it is."""
 
-    settings: ClassVar[frozenset[str]] = frozenset(
-        {
-            "temperature",
-            "top_p",
-            "top_k",
-            "epochs_per_round",
-            "reject",
-            "rollouts",
-            "generation_batch_size",
-            "max_new_tokens",
-            "answers_per_prompt",
-            "sft_share",
-            "cue",
-            "max_equal_share",
-        }
+    settings: ClassVar[frozenset[str]] = (
+        SAMPLING | ROUNDS | {"max_new_tokens", "answers_per_prompt", "sft_share", "cue", "max_equal_share"}
     )
-
     keeps_rows: ClassVar[bool] = False
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from selfgen_ds.config import SelfgenConfig
+
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: min(x, 1.0),
@@ -27,14 +29,12 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def replace_probability(schedule: str, peak: float, share: float, step: int, total_steps: int) -> float:
-    """Return p for one optimizer step.
+def replace_probability(config: SelfgenConfig, done: int, total: int) -> float:
+    """Return p for one optimizer step, or for one round.
 
     Args:
-        schedule: A name of the table above.
-        peak: The largest p, in [0, 1].
-        share: Share of the run, in (0, 1], over which p grows.
-        step: Optimizer steps already done.
-        total_steps: Optimizer steps of the whole run.
+        config: `replace_probability` is the peak, and `schedule_share` the share.
+        done: Optimizer steps, or rounds, already done.
+        total: Those of the whole run.
     """
-    return peak * _SHAPES[schedule](step / (share * total_steps))
+    return config.replace_probability * _SHAPES[config.schedule](done / (config.schedule_share * total))

@@ -22,8 +22,7 @@ class ScheduledSampling(Method):
     settings: ClassVar[frozenset[str]] = MIXTURE
 
     def replace_probability(self, step: int) -> float:
-        c, total_steps = self.config, self.plan.total_steps
-        return schedule.replace_probability(c.schedule, c.replace_probability, c.schedule_share, step, total_steps)
+        return schedule.replace_probability(self.config, step, self.plan.total_steps)
 
     def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(step)

@@ -27,7 +27,7 @@ def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
         engine.optimizer.parameter_offload.partition_all_parameters()
     total = torch.zeros((), dtype=torch.int64, device=engine.device)
     for number, parameter in enumerate(engine.module.parameters()):
-        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+        with deepspeed.zero.GatheredParameters([parameter]):
             bits = parameter.detach().flatten().view(_BITS[parameter.itemsize])
             for first in range(rank * _PIECE, len(bits), world_size * _PIECE):
                 piece = bits[first : first + _PIECE].long()

@@ -97,17 +97,10 @@ def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = N
         # A sum in bfloat16 would leave the loss three digits, so the positions' losses are summed here, in float32.
         summed = full_precision and weights is None
         options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=_CHUNK,
-            chunking_method=None,
-            acc_policy="auto" if full_precision else "accurate",
+            batch_chunk_size=_CHUNK, chunking_method=None, acc_policy="auto" if full_precision else "accurate"
         )
         loss = F.linear_cross_entropy(
-            hidden,
-            weight,
-            targets,
-            linear_bias=bias,
-            reduction="sum" if summed else "none",
-            options=options,
+            hidden, weight, targets, linear_bias=bias, reduction="sum" if summed else "none", options=options
         )
         if not summed:
             loss = _weighted_sum(loss if full_precision else loss.float(), weights)

@@ -226,6 +226,5 @@ def _add_embeddings(model: PreTrainedModel, size: int) -> None:
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     rows = {id(p): p for layer in layers for p in (layer.weight, getattr(layer, "bias", None)) if p is not None}
     for parameter in rows.values():  # tied weights are one parameter
-        sharded = [parameter] if hasattr(parameter, "ds_id") else []
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter[before:] = parameter[:before].float().mean(dim=0)

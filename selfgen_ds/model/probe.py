@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
-from selfgen_ds.model.head import LMHead, LogitTransform, Projection
+from selfgen_ds.model.head import LMHead, LogitTransform
 from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
 from selfgen_ds.model.small_copy import random_ids, small_copy
 
@@ -93,7 +93,7 @@ def _check_router_loss(name: str, model: PreTrainedModel, ids: Tensor, logit_tra
     longer = F.pad(ids, (0, 1))  # the reduced forward does not read the last token of a row
     routed = torch.ones_like(longer, dtype=torch.bool)
     if expected is None or not _gives(
-        lambda: model(longer, positions=~routed, routed=routed, reduction=_reduce_to_zero)[1], expected
+        lambda: model(longer, positions=~routed, routed=routed, reduction=lambda hidden, _: hidden.sum())[1], expected
     ):
         raise InputError(_no_router_loss(name))
 
@@ -103,11 +103,6 @@ def _no_router_loss(name: str) -> str:
         f"model: {name} is a mixture of experts whose router loss cannot be computed; it is trained without one if "
         "its configuration has router_aux_loss_coef: 0"
     )
-
-
-def _reduce_to_zero(hidden: Tensor, project: Projection) -> Tensor:
-    """A reduction for a forward whose router loss alone is wanted."""
-    return hidden.new_zeros(())
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:

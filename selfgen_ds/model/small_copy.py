@@ -19,6 +19,7 @@ from selfgen_ds.ranks import process_group
 ATTENTION_WINDOW = 4
 """Tokens of sliding or chunked attention in a shrunk model."""
 _VOCABULARY = 256
+_INNER_WIDTHS = ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_dim")
 _TRIED_TOKENS = 7
 _MOST = 20_000_000  # parameters of a model that is tried as it is
 
@@ -76,15 +77,8 @@ def _narrow(config: PretrainedConfig) -> PretrainedConfig:
     groups = getattr(text, "num_key_value_heads", None) or heads
     kept = min(groups, 2)
     fewer = max(1, heads * kept // groups)
-    return _resized(
-        config,
-        {
-            "hidden_size": fewer * size,
-            "num_attention_heads": fewer,
-            "num_key_value_heads": kept,
-            "head_dim": size,
-        },
-    )
+    heads_of = {"num_attention_heads": fewer, "num_key_value_heads": kept, "head_dim": size}
+    return _resized(config, heads_of | {"hidden_size": fewer * size})
 
 
 def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
@@ -111,7 +105,7 @@ def _resized(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCon
     for name, value in text.items():
         if name.startswith("vocab_size"):
             changes[name] = _VOCABULARY
-        elif _is_inner_width(name) and value:
+        elif ("intermediate_size" in name or name in _INNER_WIDTHS) and value:
             changes[name] = [64] * len(value) if isinstance(value, list) else 64
         elif name.endswith("_token_id") and isinstance(value, int):
             changes[name] = min(value, _VOCABULARY - 1)
@@ -120,10 +114,6 @@ def _resized(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCon
         if text.get(stored) is not None:
             text[stored] = value
     return type(config).from_dict(fields)
-
-
-def _is_inner_width(name: str) -> bool:
-    return "intermediate_size" in name or name in ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_dim")
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:

@@ -113,15 +113,11 @@ class Watch:
         while number := os.read(self._pipe[0], 1)[0]:  # zero is from __exit__
             if number in signals.SIGNALS:
                 self._signal = number
-                if self._starting:
-                    self._end_all()
+                if self._starting and process_group.heartbeat is not None:
+                    process_group.heartbeat.end_all(signals.BEFORE, signals.STOPPED)
+                elif self._starting:
+                    signals.exit_stopped()
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
         self._heartbeat.forwards = self.forwards
-
-    def _end_all(self) -> None:
-        if process_group.heartbeat is None:
-            signals.exit_stopped()
-        else:
-            process_group.heartbeat.end_all(signals.BEFORE, signals.STOPPED)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import ARRAYS, TrainingRow
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.ranks import process_group
@@ -19,25 +18,14 @@ from selfgen_ds.rounds.store import StoredRows, broken_files, load_table, read_a
 log = logging.getLogger("selfgen_ds")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fingerprint:
-    """Identifies what contexts are drawn from. Contexts of another model, tokenizer or data set cannot be used."""
-
-    model: str
-    """Checksum of the weights that the run started with."""
-    tokenizer: str
-    """Start of the tokenizer's hash."""
-    data: str
-    """Checksum of the training rows."""
-
-
 def check_round(
-    setting: str, folder: Path, fingerprint: Fingerprint, settings: dict[str, Any], max_length: int
+    setting: str, folder: Path, fingerprint: dict[str, str], settings: dict[str, Any], max_length: int
 ) -> None:
     """Refuse a complete round that the run cannot train on, and warn if other settings drew the round.
 
     Args:
         setting: Name of the setting that errors blame.
+        fingerprint: Checksums of what the run draws contexts from: `model`, `tokenizer` and `data`.
         settings: The method's name and the settings that the method reads.
         max_length: Most tokens of a row.
 
@@ -48,7 +36,7 @@ def check_round(
     if audit.get("method") != settings["method"]:
         by = f"by {audit.get('method')}, not by {settings['method']}"
         raise InputError(f"{setting}: {folder} was drawn {by}")
-    for part, expected in vars(fingerprint).items():
+    for part, expected in fingerprint.items():
         if (drawn_from := audit["fingerprint"].get(part)) != expected:
             name = {"model": "starting model"}.get(part, part)
             raise InputError(
@@ -76,8 +64,7 @@ def check_round(
 def rows_problem(method: RoundMethod, samples: Sequence[TrainingRow], rows: Sequence[TrainingRow]) -> str | None:
     """Say how the rows of a method do not fit the samples that they take the place of; None if they fit."""
     for row in rows:
-        arrays = (row.context_ids, row.target_ids, row.loss_mask, row.replaceable_mask, row.replaced_mask)
-        if len({len(array) for array in arrays}) > 1:
+        if len({len(getattr(row, name)) for name in ARRAYS}) > 1:
             return f"sample {row.sample_id} has arrays of several lengths"
         if len(row) > (most := method.plan.max_length):
             return f"sample {row.sample_id} has {len(row)} tokens, more than data.max_length={most}"

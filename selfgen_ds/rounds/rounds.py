@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,7 @@ from typing import Any
 import datasets
 import deepspeed
 import numpy as np
-import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
 
 from selfgen_ds import __version__
@@ -33,8 +32,9 @@ from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
-from selfgen_ds.rounds.checks import Fingerprint, check_round, rows_problem
+from selfgen_ds.rounds.checks import check_round, rows_problem
 from selfgen_ds.rounds.store import StoredRows, Writer, load_table, read_audit
+from selfgen_ds.versions import libraries
 
 log = logging.getLogger("selfgen_ds")
 
@@ -48,98 +48,92 @@ _FEW_CHUNKS = 4
 """... or this many, if smaller chunks would leave rows free in what can be generated at once."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Rounds:
     """Gives the step batches of each round, and draws the rounds that are not drawn yet.
-
-    Args:
-        step_batches: Batches of the data set itself.
-        folder: `rollouts/` of the run.
-        shared: `rollouts/` of another run, whose rounds are read instead of drawn.
-        settings: The settings that the method reads, for the record.
-        step: Optimizer steps already done. Rounds that ended before are not checked.
-        poll: Called on all ranks after every chunk. If it raises, the next start continues with the chunks drawn so
-            far.
 
     Raises:
         InputError: A complete round was drawn from something else, is damaged, or has rows that are too long.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: deepspeed.DeepSpeedEngine,
-        policy: EnginePolicy,
-        method: RoundMethod,
-        samples: list[Samples],
-        step_batches: StepBatches,
-        folder: Path,
-        shared: Path | None,
-        fingerprint: Fingerprint,
-        settings: dict[str, Any],
-        step: int,
-        poll: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._engine, self._policy, self._method = engine, policy, method
-        self._samples, self._plain = samples, step_batches
-        self._folder, self._shared = folder, shared
-        self._fingerprint, self._settings = fingerprint, settings
-        self._poll = poll
-        self._ends = np.cumsum([len(source) for source in samples])
-        self._step_batches = step_batches
+    engine: deepspeed.DeepSpeedEngine
+    policy: EnginePolicy
+    method: RoundMethod
+    samples: list[Samples]
+    plain: StepBatches
+    """Batches of the data set itself."""
+    folder: Path
+    """`rollouts/` of the run."""
+    shared: Path | None
+    """`rollouts/` of another run, whose rounds are read instead of drawn."""
+    fingerprint: dict[str, str]
+    """Checksums of the weights that the run started with (`model`), of the `tokenizer` and of the training rows
+    (`data`). Contexts of another model, tokenizer or data set cannot be used."""
+    settings: dict[str, Any]
+    """The settings that the method reads, for the record."""
+    step: int
+    """Optimizer steps already done. Rounds that ended before are not checked."""
+    poll: Callable[[], None] = lambda: None
+    """Called on all ranks after every chunk. If it raises, the next start continues with the chunks drawn so far."""
+
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum([len(source) for source in self.samples])
+        self._step_batches = self.plain
         self.number = -1
         """Number of the current round, from 0; -1 before the first."""
         self.replace_probability = 0.0
         """p that the current round was drawn with."""
-        needed = range(method.round_of(step), method.rounds)
+        needed = range(self.method.round_of(self.step), self.method.rounds)
         self._shared_folders = self._shared_rounds(needed)
-        for setting, complete in {"output_dir": _complete(folder), "selfgen.rollouts": self._shared_folders}.items():
-            for drawn in complete:
+        complete = {"output_dir": _complete(self.folder), "selfgen.rollouts": self._shared_folders}
+        for setting, folders in complete.items():
+            for drawn in folders:
                 if _number(drawn) in needed:
-                    check_round(setting, drawn, fingerprint, settings, method.plan.max_length)
-        if shared and process_group.rank() == 0 and not (folder / _SHARED).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / _SHARED, json.dumps([drawn.name for drawn in self._shared_folders]))
+                    check_round(setting, drawn, self.fingerprint, self.settings, self.method.plan.max_length)
+        if self.shared and process_group.rank() == 0 and not (self.folder / _SHARED).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / _SHARED, json.dumps([drawn.name for drawn in self._shared_folders]))
 
     def _shared_rounds(self, needed: range) -> list[Path]:
         """Return the rounds of the other run that existed when this run first started.
 
         A later round is drawn here, although the other run may have it by now: with it, a resumed run would differ.
         """
-        if self._shared is None:
+        if self.shared is None:
             return []
-        complete = _complete(self._shared)
-        if (record := self._folder / _SHARED).exists():
+        complete = _complete(self.shared)
+        if (record := self.folder / _SHARED).exists():
             names = json.loads(record.read_text(encoding="utf-8"))
             complete = [drawn for drawn in complete if drawn.name in names]
             for gone in sorted(set(names) - {drawn.name for drawn in complete}):
-                if _number(self._shared / gone) in needed:
-                    log.warning("%s is gone; drawing this round here", self._shared / gone)
-        elif not self._shared.is_dir():
+                if _number(self.shared / gone) in needed:
+                    log.warning("%s is gone; drawing this round here", self.shared / gone)
+        elif not self.shared.is_dir():
             raise InputError(
-                f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got {str(self._shared)!r}"
+                f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got {str(self.shared)!r}"
             )
         elif not complete:
-            raise InputError(f"selfgen.rollouts: {self._shared} holds no complete round, such as {_name(0)}")
+            raise InputError(f"selfgen.rollouts: {self.shared} holds no complete round, such as {_name(0)}")
         read = ", ".join(drawn.name for drawn in complete if _number(drawn) in needed)
-        log.info("of the next %d rounds, reading %s from %s", len(needed), read or "none", self._shared)
+        log.info("of the next %d rounds, reading %s from %s", len(needed), read or "none", self.shared)
         return complete
 
     def starts(self, step: int) -> bool:
         """Whether a round starts with this step."""
-        return step > 0 and self._method.round_of(step) != self._method.round_of(step - 1)
+        return step > 0 and self.method.round_of(step) != self.method.round_of(step - 1)
 
     def step_batches(self, step: int) -> StepBatches:
         """Return the batches of the step's round, which is drawn if it is not complete.
 
         Every rank must call this, because all ranks draw a round together.
         """
-        number = self._method.round_of(step)
+        number = self.method.round_of(step)
         if self.number != number:
             folder = self._find(number, step) or self._draw(number, step)
-            steps = range(self._method.first_step(number), self._method.first_step(number + 1))
+            steps = range(self.method.first_step(number), self.method.first_step(number + 1))
             with raise_on_all_ranks():
                 table, probability = load_table(folder), read_audit(folder)["replace_probability"]
-            self._step_batches = self._plain.over(self._rows(table, number), steps)
+            self._step_batches = self.plain.over(self._rows(table, number), steps)
             self.number, self.replace_probability = number, probability
         return self._step_batches
 
@@ -150,13 +144,13 @@ class Rounds:
         """
         agreed: list[Path | None] = [None]
         if dist.get_rank() == 0:
-            own = self._folder / _name(number)
+            own = self.folder / _name(number)
             shared = next((drawn for drawn in self._shared_folders if drawn.name == own.name), None)
             agreed = [own if own.is_dir() else shared]
         dist.broadcast_object_list(agreed, src=0)
         [folder] = agreed
-        if folder is not None and folder.parent == self._folder and step == self._method.first_step(number):
-            weights = weights_checksum(self._engine)
+        if folder is not None and folder.parent == self.folder and step == self.method.first_step(number):
+            weights = weights_checksum(self.engine)
             with raise_on_all_ranks():
                 drawn_by = read_audit(folder)["fingerprint"]["weights"]
             if drawn_by != weights:
@@ -170,44 +164,42 @@ class Rounds:
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         audit = self._audit(number, step)
-        writer = Writer(self._folder / _name(number))
+        writer = Writer(self.folder / _name(number))
         agreed: list[Any] = [None]
         if rank == 0:
-            audit, superseded = writer.start(audit)
-            if superseded:
-                log.warning("%s was begun by other weights or settings; drawing it again", writer.partial)
+            audit = writer.start(audit)
             chunks = -(-int(self._ends[-1]) // audit["chunk_size"])
             agreed = [(audit, chunks, writer.missing(chunks))]
         dist.broadcast_object_list(agreed, src=0)
         audit, chunks, missing = agreed[0]
-        if step != self._method.first_step(number):
+        if step != self.method.first_step(number):
             log.warning(
                 "%s is gone; drawing it again with the weights of step %d, so that the run will not be the same",
                 writer.folder,
                 step,
             )
-        if self._shared is not None:
-            log.warning("%s holds no %s; drawing it here", self._shared, _name(number))
-        log.info("round %d of %d: drawing %d of %d chunks", number + 1, self._method.rounds, len(missing), chunks)
+        if self.shared is not None:
+            log.warning("%s holds no %s; drawing it here", self.shared, _name(number))
+        log.info("round %d of %d: drawing %d of %d chunks", number + 1, self.method.rounds, len(missing), chunks)
         began = time.perf_counter()
         with (
-            self._policy.gathered(self._method.longest),
+            self.policy.gathered(self.method.longest),
             tqdm(desc=f"round {number + 1}", total=len(missing), unit="chunk", leave=False, disable=rank != 0) as bar,
         ):
             for first in range(0, len(missing), world_size):
                 own = missing[first + rank : first + rank + 1]
                 samples = [sample for chunk in own for sample in self._chunk(chunk, audit["chunk_size"])]
-                rows, counts = self._method.rows(samples, self._policy, number)
+                rows, counts = self.method.rows(samples, self.policy, number)
                 # every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
                 # other must stay below the timeout of the process group
-                problem = rows_problem(self._method, samples, rows)
-                if self._policy.max_over_ranks(int(problem is not None)):
+                problem = rows_problem(self.method, samples, rows)
+                if self.policy.max_over_ranks(int(problem is not None)):
                     where = problem or "those of another rank"
-                    raise RuntimeError(f"{self._settings['method']}: the rows do not fit the samples: {where}")
+                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {where}")
                 for chunk in own:
                     writer.write(chunk, rows, counts)
                 bar.update(min(world_size, len(missing) - first))
-                self._poll()
+                self.poll()
         dist.barrier()
         if rank == 0:
             seconds = time.perf_counter() - began
@@ -225,20 +217,15 @@ class Rounds:
         """
         samples_per_rank = -(-int(self._ends[-1]) // dist.get_world_size())
         return {
-            "method": self._settings["method"],
+            "method": self.settings["method"],
             "round": number + 1,
             "step": step,
-            "replace_probability": self._method.replace_probability(step),
-            "settings": self._settings,
-            "fingerprint": vars(self._fingerprint) | {"weights": weights_checksum(self._engine)},
-            "versions": {
-                "selfgen_ds": __version__,
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-                "deepspeed": deepspeed.__version__,
-            },
+            "replace_probability": self.method.replace_probability(step),
+            "settings": self.settings,
+            "fingerprint": self.fingerprint | {"weights": weights_checksum(self.engine)},
+            "versions": {"selfgen_ds": __version__} | libraries(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "chunk_size": _chunk_size(samples_per_rank, self._policy.rows_at_once),
+            "chunk_size": _chunk_size(samples_per_rank, self.policy.rows_at_once),
         }
 
     def _chunk(self, chunk: int, chunk_size: int) -> list[TrainingRow]:
@@ -246,21 +233,21 @@ class Rounds:
         samples = []
         for number in range(chunk * chunk_size, min((chunk + 1) * chunk_size, int(self._ends[-1]))):
             source = int(np.searchsorted(self._ends, number, side="right"))
-            samples.append(self._samples[source][number - int(self._ends[source]) + len(self._samples[source])])
+            samples.append(self.samples[source][number - int(self._ends[source]) + len(self.samples[source])])
         return samples
 
     def _rows(self, table: datasets.Dataset, number: int) -> Sequence[Rows]:
         """Return the rows of a round that are trained on, by source."""
         sample_ids = table.data.column("sample_id").to_numpy()
         equal = table.data.column("answer_equal").to_numpy()
-        edges = np.searchsorted(sample_ids, [source.first_id for source in self._samples[1:]])
+        edges = np.searchsorted(sample_ids, [source.first_id for source in self.samples[1:]])
         rows: list[Rows] = []
-        for source, places in zip(self._samples, np.split(np.arange(len(table)), edges), strict=True):
+        for source, places in zip(self.samples, np.split(np.arange(len(table)), edges), strict=True):
             if not len(places):
-                raise RuntimeError(f"{self._settings['method']}: round {number + 1} has no row of {source.name}")
-            chosen = places[self._method.select(sample_ids[places], equal[places], number)]
-            if self._method.keeps_rows and len(chosen) < len(places):
-                raise RuntimeError(f"{self._settings['method']}: `select` leaves rows out, against `keeps_rows`")
+                raise RuntimeError(f"{self.settings['method']}: round {number + 1} has no row of {source.name}")
+            chosen = places[self.method.select(sample_ids[places], equal[places], number)]
+            if self.method.keeps_rows and len(chosen) < len(places):
+                raise RuntimeError(f"{self.settings['method']}: `select` leaves rows out, against `keeps_rows`")
             if not len(chosen):
                 log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
                 chosen = places

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from datasets.arrow_writer import ArrowWriter
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import intact, sync_and_sum, sync_folder, write_atomically
+
+log = logging.getLogger("selfgen_ds")
 
 AUDIT = "round.json"
 _IDS, _MASK = datasets.List(datasets.Value("int32")), datasets.List(datasets.Value("bool"))
@@ -55,7 +58,9 @@ class StoredRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        return read_row(self._table, int(self._rows[index]))
+        columns = self._table[int(self._rows[index])]
+        # nothing of a round's row is replaceable any more
+        return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Return the tokens of some rows: int64."""
@@ -104,12 +109,6 @@ def load_table(folder: Path) -> datasets.Dataset:
         raise InputError(f"{folder}: not a complete round: {' '.join(str(error).split())}") from error
 
 
-def read_row(table: datasets.Dataset, number: int) -> TrainingRow:
-    """Return one row of a round. Nothing of it is replaceable any more."""
-    columns = table[number]
-    return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
-
-
 class Writer:
     """Writes a round while it is drawn.
 
@@ -121,30 +120,29 @@ class Writer:
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
 
-    def start(self, audit: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    def start(self, audit: dict[str, Any]) -> dict[str, Any]:
         """Begin the round, or continue one that an earlier process began. Only one rank may call this.
 
         Args:
             audit: Record of what draws the round.
 
         Returns:
-            The audit to continue with, and whether chunks were deleted because other weights or settings had drawn
-            them. A round that is continued keeps its chunk size, which may differ from that of `audit`.
+            The audit to continue with. A round that is continued keeps its chunk size, which may differ from that of
+            `audit`. Chunks that other weights or settings have drawn are deleted.
         """
-        superseded = False
         if (self.partial / AUDIT).exists():
             before = read_audit(self.partial)
             if all(before.get(key) == value for key, value in audit.items() if key not in ("chunk_size", "started")):
-                return before, False
-            superseded = True
+                return before
+            log.warning("%s was begun by other weights or settings; drawing it again", self.partial)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
-        return audit, superseded
+        return audit
 
     def missing(self, chunks: int) -> list[int]:
         """Return the chunks that are still to be drawn."""
-        return [chunk for chunk in range(chunks) if not (self._counts(chunk).exists() and self._intact(chunk))]
+        return [chunk for chunk in range(chunks) if not self._is_written(chunk)]
 
     def write(self, chunk: int, rows: Sequence[TrainingRow], counts: dict[str, int]) -> None:
         """Write one chunk. It is on the disk when this returns."""
@@ -198,9 +196,9 @@ class Writer:
             (self.folder / self._counts(chunk).name).unlink()
         return audit
 
-    def _intact(self, chunk: int) -> bool:
-        written = json.loads(self._counts(chunk).read_text(encoding="utf-8"))
-        return intact(self.partial / _file(chunk), written["file"])
+    def _is_written(self, chunk: int) -> bool:
+        counts = self._counts(chunk)
+        return counts.exists() and intact(self.partial / _file(chunk), json.loads(counts.read_bytes())["file"])
 
     def _counts(self, chunk: int) -> Path:
         return self.partial / _file(chunk).replace(".arrow", ".json")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch.distributed as dist
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
-from selfgen_ds.files import make_folder
+from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model.loading import model_config, parameter_count
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.environment import environment
-from selfgen_ds.scaling.steps import BUDGET, FULL, Block, BlockBenchmark
+from selfgen_ds.scaling.steps import BUDGET, FULL, BlockBenchmark
 from selfgen_ds.validation.inputs import check_positions
 from selfgen_ds.validation.options import check_bench
 from selfgen_ds.validation.settings import check_settings
@@ -44,7 +45,9 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         InputError: The recipe or the JSON is not as expected.
     """
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
-    json_config = _check(recipe, overrides, blocks)
+    check_bench(recipe)
+    for block in [drawing.block(recipe), *blocks]:
+        json_config = check_settings(block.of(recipe), overrides)
     folder = Path(recipe.output_dir)
     make_folder(folder, "output_dir")  # on every rank, so that a folder that cannot be made stops all of them
     process_group.init_process_group()
@@ -76,31 +79,15 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         _save(folder, record)
     if grid != "budget":
         log.info("measuring rounds")
-        record["drawing"] = drawing.measure(_without_accumulation(recipe), json_config)
+        record["drawing"] = drawing.measure(recipe, json_config)
         _save(folder, record)
     if dist.get_rank() == 0:
         report.show(folder, record)
     dist.barrier()
 
 
-def _check(recipe: Recipe, overrides: set[str], blocks: list[Block]) -> dict[str, Any]:
-    """Check the recipe as each block runs it, and return the DeepSpeed JSON.
-
-    Raises:
-        InputError: The recipe or the JSON is not as expected.
-    """
-    check_bench(recipe)
-    json_config = check_settings(_without_accumulation(recipe), overrides)
-    for block in blocks:
-        check_settings(block.of(recipe), overrides)
-    return json_config
-
-
-def _without_accumulation(recipe: Recipe) -> Recipe:
-    return replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=1))
-
-
 def _save(folder: Path, record: dict[str, Any]) -> None:
+    """Write `bench.json`, with the rows measured up to now."""
     gc.collect()  # an engine is in a reference cycle; the next one may need its memory
     if dist.get_rank() == 0:
-        report.save(folder, record)
+        write_atomically(folder / "bench.json", json.dumps(record, indent=1) + "\n")

@@ -35,6 +35,11 @@ _TURNS = 3  # timed turns
 _P = 0.25
 
 
+def block(recipe: Recipe) -> Block:
+    """Return the block whose engine rounds are drawn and trained on: without accumulation and without mixtures."""
+    return Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
+
+
 def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one pass, the exact mixture and free-running answers, with gathered and with sharded weights, in turn.
 
@@ -47,11 +52,10 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
     """
     rounds = _Rounds(recipe, json_config)
     with tqdm(desc="rollouts", total=1 + _TURNS, unit="turn", leave=False, disable=dist.get_rank() != 0) as bar:
-        rounds.turn()
-        rounds.seconds.clear()  # the first turn creates the optimizer's states and fills caches
-        bar.update()
-        for _ in range(_TURNS):
+        for turn in range(1 + _TURNS):
             rounds.turn()
+            if turn == 0:
+                rounds.seconds.clear()  # the first turn creates the optimizer's states and fills caches
             bar.update()
     rounds.benchmark.engine.destroy()
     return rounds.rows()
@@ -64,8 +68,7 @@ class _Rounds:
     """
 
     def __init__(self, recipe: Recipe, json_config: dict[str, Any]) -> None:
-        block = Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
-        self.benchmark = BlockBenchmark(recipe, json_config, block)
+        self.benchmark = BlockBenchmark(recipe, json_config, block(recipe))
         self.samples, self.answer_length = _random_samples(recipe, self.benchmark.vocabulary)
         self.longest = max(map(len, self.samples))
         self.methods = _methods(self.benchmark.plan, self.answer_length)

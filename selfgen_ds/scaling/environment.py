@@ -12,13 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from deepspeed.accelerator import get_accelerator
 
 from selfgen_ds import __version__
+from selfgen_ds.versions import libraries
 
 # Dense bfloat16 operations per second (without sparsity), from NVIDIA's data sheets.
 _PEAK_FLOPS = {
@@ -39,12 +38,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "hardware": hardware(),
-        "versions": {
-            "selfgen_ds": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "deepspeed": deepspeed.__version__,
-        },
+        "versions": {"selfgen_ds": __version__} | libraries(),
     }
 
 

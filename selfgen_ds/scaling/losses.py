@@ -21,12 +21,10 @@ Loss = Callable[[nn.Linear, Tensor, Tensor], Tensor]
 """`(LM head, hidden states [TOKENS, hidden_size], targets [TOKENS]) -> loss`, summed over the targets."""
 
 
-def _plain_loss(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(linear(hidden).float(), targets, reduction="sum")
-
-
-def _loss_without_logits(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    return head.LMHead(linear)(hidden, head.loss_sum(targets, 0.0))
+_LOSSES: dict[str, Loss] = {
+    "plain": lambda linear, hidden, targets: F.cross_entropy(linear(hidden).float(), targets, reduction="sum"),
+    "without logits": lambda linear, hidden, targets: head.LMHead(linear)(hidden, head.loss_sum(targets, 0.0)),
+}
 
 
 def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -42,9 +40,8 @@ def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         The rows of `losses` in `bench.json`; the ratios are those to the plain loss.
     """
     targets = torch.randint(VOCABULARY, (TOKENS,), device=process_group.device())
-    losses: dict[str, Loss] = {"plain": _plain_loss, "without logits": _loss_without_logits}
     rows: list[dict[str, Any]] = []
-    for name, loss in losses.items():
+    for name, loss in _LOSSES.items():
         peak, seconds = _cost(loss, targets, hidden_size, dtype)
         rows.append(
             {

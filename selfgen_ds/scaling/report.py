@@ -1,8 +1,7 @@
-"""The record, the tables and the plot of a benchmark."""
+"""The tables and the plot of a benchmark."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,6 @@ from matplotlib.axes import Axes
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-
-from selfgen_ds.files import write_atomically
-
-
-def save(folder: Path, record: dict[str, Any]) -> None:
-    """Write `bench.json`, with the rows measured up to now."""
-    write_atomically(folder / "bench.json", json.dumps(record, indent=1) + "\n")
 
 
 def show(folder: Path, record: dict[str, Any]) -> None:

@@ -53,9 +53,7 @@ class Block:
     def of(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the block's accumulation and activation checkpointing."""
         train = replace(
-            recipe.train,
-            gradient_accumulation_steps=self.accumulation,
-            activation_checkpointing=self.checkpointing,
+            recipe.train, gradient_accumulation_steps=self.accumulation, activation_checkpointing=self.checkpointing
         )
         return replace(recipe, train=train)
 
@@ -155,11 +153,14 @@ class BlockBenchmark:
     def _costs(self, method: Method) -> dict[str, Any]:
         """Return the passes, the collectives and the peak memory of a step, from two steps that are not timed."""
         collectives = self._collectives(method)
+        # The log counts the part of a gather that the rank sends: the result divided by the number of ranks. A gather
+        # inside a node (`zero_hpz_partition_size`) counts as if it were over all ranks, because the log names no group.
+        sent = sum(entry["bytes"] for name, entry in collectives.items() if name.startswith("all_gather"))
         return {
             "passes_made": method.passes,
             "groups": self.policy.groups if method.passes else 0,
             "collectives": collectives,
-            "gathered_bytes": _gathered_bytes(collectives),
+            "gathered_bytes": sent * dist.get_world_size(),
             "peak_memory_bytes": max_over_ranks([self.memory.during(lambda: self.step(method, 0))])[0],
         }
 
@@ -193,16 +194,6 @@ class BlockBenchmark:
             **statistics.memory_and_collectives(costs[name], costs["sft"], parameter_bytes),
             **statistics.rates(times[name], tokens, self.parameters, dist.get_world_size(), peak_flops()),
         }
-
-
-def _gathered_bytes(collectives: dict[str, dict[str, int]]) -> int:
-    """Return the bytes of the gathered results of a step's all-gathers on this rank.
-
-    The log counts the part that the rank sends, which is the result divided by the number of ranks. A gather inside a
-    node (`zero_hpz_partition_size`) counts as if it were over all ranks, because the log does not name the group.
-    """
-    sent = sum(entry["bytes"] for name, entry in collectives.items() if name.startswith("all_gather"))
-    return sent * dist.get_world_size()
 
 
 def random_batches(recipe: Recipe, vocabulary: int, turn: int) -> list[TokenBatch]:

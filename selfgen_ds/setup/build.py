@@ -63,6 +63,10 @@ def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]
     Args:
         end_tokens: Token ids, each of which ends an answer.
     """
+    prefetched = 0  # elements that ZeRO-3 gathers ahead of a forward
+    if engine.zero_optimization_stage() == 3:
+        size = sum(p.ds_numel for p in engine.module.parameters())
+        prefetched = min(int(engine.zero_prefetch_bucket_size()), size)
     return EnginePolicy(
         engine,
         engine.module,
@@ -71,17 +75,10 @@ def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]
         budget=sweep_budget(
             engine.module.config,
             recipe.train.activation_checkpointing,
-            _prefetched(engine),
+            prefetched,
             recipe.data.max_length if recipe.data.packing else None,
             adapted=recipe.model.lora is not None,
             offloaded=ds_config.offloads_activations(engine.config),
         ),
         generation_batch_size=recipe.selfgen.generation_batch_size,
     )
-
-
-def _prefetched(engine: DeepSpeedEngine) -> int:
-    """Elements that ZeRO-3 gathers ahead of a forward."""
-    if engine.zero_optimization_stage() < 3:
-        return 0
-    return min(int(engine.zero_prefetch_bucket_size()), sum(p.ds_numel for p in engine.module.parameters()))

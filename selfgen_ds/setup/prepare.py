@@ -26,11 +26,10 @@ from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens, take
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
-from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
-from selfgen_ds.methods.method import Method
+from selfgen_ds.methods.method import Method, RoundMethod
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.head import LogitTransform
@@ -38,18 +37,11 @@ from selfgen_ds.model.loading import model_config
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
-from selfgen_ds.rounds.checks import Fingerprint
 from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
-from selfgen_ds.validation.inputs import (
-    check_attention,
-    check_disk_space,
-    check_positions,
-    check_rounds,
-    check_shares,
-)
+from selfgen_ds.validation.inputs import check_attention, check_disk_space, check_positions, check_rounds, check_shares
 from selfgen_ds.validation.output_folder import flat
 from selfgen_ds.validation.settings import check_settings
 from selfgen_ds.versions import versions
@@ -64,11 +56,17 @@ _NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", 
 class Inputs:
     """What a recipe names, loaded and checked; the model's weights come later."""
 
+    folder: RunFolder
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
     logit_transform: LogitTransform
     samples: list[Samples]
-    eval_samples: list[Samples] | None
+    eval_samples: list[TrainingRow]
+    """The rows to evaluate on; empty without `data.eval`."""
+    forced_errors: dict[int, ForcedError]
+    """For every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
+    end_tokens: list[int]
+    """Tokens that each end an answer."""
     step_batches: StepBatches
     """The training rows in order; for methods that have rounds, the rows of the data set itself."""
     method: Method
@@ -78,32 +76,15 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that the training loop works with."""
+class Run(Inputs):
+    """Everything that the training loop works with: the inputs, and what is built from them."""
 
     engine: DeepSpeedEngine
     policy: EnginePolicy
-    method: Method
-    samples: list[Samples]
-    step_batches: StepBatches
-    """The training rows in order; for methods that have rounds, the rows of the data set itself."""
     rounds: Rounds | None
     """For methods that have rounds: the rows that are trained on in place of the data set."""
-    tokenizer: PreTrainedTokenizerBase
-    eval_samples: list[TrainingRow] | None
-    forced_errors: dict[int, ForcedError]
-    """For every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
-    data: int
-    """Checksum of the training data."""
-    folder: RunFolder
-    total_steps: int
     hf_config: HfDeepSpeedConfig
     """Kept because transformers, which asks it whether the model is sharded, holds only a weak reference to it."""
-
-    @property
-    def first_step(self) -> int:
-        """Optimizer steps done before this start."""
-        return self.folder.first_step
 
 
 def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
@@ -123,33 +104,18 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
     folder = open_run_folder(recipe, json_config)
     inputs = _load_inputs(recipe, folder)
-    engine, hf_config = _build(recipe, json_config, inputs, folder)
-    starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
+    engine, hf_config = _build(recipe, json_config, inputs)
+    starting_model = weights_checksum(engine) if isinstance(inputs.method, RoundMethod) else ""
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
-    _log_start(recipe, inputs, folder)
-    ends = end_tokens([*inputs.samples, *(inputs.eval_samples or [])], inputs.tokenizer)
-    policy = engine_policy(recipe, engine, ends)
-    rounds = _open_rounds(recipe, inputs, folder, engine, policy, starting_model, poll)
+    _log_start(recipe, inputs)
+    policy = engine_policy(recipe, engine, inputs.end_tokens)
+    rounds = _open_rounds(recipe, inputs, engine, policy, starting_model, poll)
     if folder.storage.writes:  # nothing is refused after this point
         resolved = {key: value for key, value in hf_config.config.items() if key != "checkpoint"}
         write_atomically(folder.path / "ds_config.json", json.dumps(resolved, indent=2) + "\n")
         write_atomically(folder.path / "config.yaml", to_yaml(recipe))
-    return Run(
-        engine=engine,
-        policy=policy,
-        method=inputs.method,
-        samples=inputs.samples,
-        step_batches=inputs.step_batches,
-        rounds=rounds,
-        tokenizer=inputs.tokenizer,
-        eval_samples=None if inputs.eval_samples is None else take(inputs.eval_samples, recipe.eval.max_samples),
-        forced_errors=forced_errors(inputs.eval_samples or [], inputs.tokenizer),
-        data=inputs.data,
-        folder=folder,
-        total_steps=inputs.total_steps,
-        hf_config=hf_config,
-    )
+    return Run(**vars(inputs), engine=engine, policy=policy, rounds=rounds, hf_config=hf_config)
 
 
 def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
@@ -169,24 +135,27 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
             logit_transform = probe.check(recipe.model, config, recipe.data.packing)
         problems.raise_all()
         samples, eval_samples = _load_samples(recipe, tokenizer)
-        step_batches = load_step_batches(recipe, samples, **_shape_of_steps(recipe, folder))
+        step_batches = _in_steps(recipe, samples, folder)
         total_steps = recipe.train.max_steps or step_batches.steps()
         if total_steps == 0:
             raise InputError(f"train.epochs: {recipe.train.epochs} of {len(step_batches)} rows is no row")
         method = load_method(recipe, tokenizer, samples, step_batches, total_steps)
-        if (round_method := method.as_round_method()) is not None:
-            check_rounds(problems, recipe, round_method, folder.storage)
+        if isinstance(method, RoundMethod):
+            check_rounds(problems, recipe, method, folder.storage)
         problems.raise_all()
     data = zlib.crc32(repr([source.checksum for source in samples]).encode())
     check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
     if folder.resumed is not None and folder.resumed.data != data:
         raise InputError(f"data.train: not the rows that {folder.resumed.path} was trained on")
     return Inputs(
+        folder=folder,
         tokenizer=tokenizer,
         config=config,
         logit_transform=logit_transform,
         samples=samples,
-        eval_samples=eval_samples,
+        eval_samples=take(eval_samples, recipe.eval.max_samples),
+        forced_errors=forced_errors(eval_samples, tokenizer),
+        end_tokens=end_tokens(samples + eval_samples, tokenizer),
         step_batches=step_batches,
         method=method,
         total_steps=total_steps,
@@ -194,46 +163,46 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
     )
 
 
-def _load_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Samples], list[Samples] | None]:
+def _load_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Samples], list[Samples]]:
     """Load the training and the evaluation rows, and report the problems of both together."""
     problems = Problems()
     samples: list[Samples] = []
-    eval_samples: list[Samples] | None = None
+    eval_samples: list[Samples] = []
     with problems.collect():
         samples = load_data(recipe, tokenizer)
         check_shares(problems, recipe, samples)
-    if recipe.data.eval is not None:
-        with problems.collect():
-            eval_samples = load_eval_data(recipe, tokenizer)
-            check_shares(problems, recipe, eval_samples)
+    with problems.collect():
+        eval_samples = load_eval_data(recipe, tokenizer)
+        check_shares(problems, recipe, eval_samples)
     problems.raise_all()
     return samples, eval_samples
 
 
-def _shape_of_steps(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """Return the arguments that give optimizer steps their shape: a resumed run keeps the rows of a step."""
+def _in_steps(recipe: Recipe, samples: list[Samples], folder: RunFolder) -> StepBatches:
+    """Divide the training rows into optimizer steps: a resumed run keeps the rows of a step."""
     train, world_size = recipe.train, dist.get_world_size()
     step_size = train.micro_batch_size * train.gradient_accumulation_steps * world_size
-    return {
-        "step_size": folder.resumed.step_size if folder.resumed else step_size,
-        "micro_batch_size": train.micro_batch_size,
-        "rank": dist.get_rank(),
-        "world_size": world_size,
-        "epochs": train.epochs,
-    }
+    return load_step_batches(
+        recipe,
+        samples,
+        step_size=folder.resumed.step_size if folder.resumed else step_size,
+        micro_batch_size=train.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        epochs=train.epochs,
+    )
 
 
-def _build(
-    recipe: Recipe, json_config: dict[str, Any], inputs: Inputs, folder: RunFolder
-) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
+def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
     """Build the engine, configured for the ranks that there are now and for the checkpoint that it will load."""
+    folder = inputs.folder
     accumulation = inputs.step_batches.accumulation
     fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=accumulation))
     other_ranks = folder.resumed is not None and folder.resumed.world_size != dist.get_world_size()
     checkpointing = {
         "use_node_local_storage": not folder.storage.shared,
         # at stage 0 every rank loads the same file, whatever the number of ranks
-        "load_universal": other_ranks and ds_config.stage(json_config) > 0,
+        "load_universal": other_ranks and json_config.get("zero_optimization", {}).get("stage", 0) > 0,
     }
     return build_engine(
         fitted,
@@ -248,40 +217,37 @@ def _build(
 def _open_rounds(
     recipe: Recipe,
     inputs: Inputs,
-    folder: RunFolder,
     engine: DeepSpeedEngine,
     policy: EnginePolicy,
     starting_model: str,
     poll: Callable[[], None],
 ) -> Rounds | None:
     """Return the rounds of the run, or None for a method that has none."""
-    method, selfgen = inputs.method.as_round_method(), recipe.selfgen
-    if method is None:
+    method, selfgen = inputs.method, recipe.selfgen
+    if not isinstance(method, RoundMethod):
         return None
     settings = {"method": selfgen.method}
     settings |= {name: getattr(selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
-    fingerprint = Fingerprint(
-        model=starting_model, tokenizer=tokenizer_hash(inputs.tokenizer)[:16], data=f"{inputs.data:08x}"
-    )
+    tokenizer = tokenizer_hash(inputs.tokenizer)[:16]
     with raise_on_all_ranks():
         return Rounds(
             engine=engine,
             policy=policy,
             method=method,
             samples=inputs.samples,
-            step_batches=inputs.step_batches,
-            folder=folder.path / "rollouts",
+            plain=inputs.step_batches,
+            folder=inputs.folder.path / "rollouts",
             shared=None if selfgen.rollouts is None else Path(selfgen.rollouts),
-            fingerprint=fingerprint,
+            fingerprint={"model": starting_model, "tokenizer": tokenizer, "data": f"{inputs.data:08x}"},
             settings=settings | {"seed": recipe.seed, "max_length": recipe.data.max_length},
-            step=folder.first_step,
+            step=inputs.folder.first_step,
             poll=poll,
         )
 
 
-def _log_start(recipe: Recipe, inputs: Inputs, folder: RunFolder) -> None:
+def _log_start(recipe: Recipe, inputs: Inputs) -> None:
     batches, world_size = inputs.step_batches, dist.get_world_size()
-    resumed = folder.resumed
+    resumed = inputs.folder.resumed
     if resumed is not None and resumed.world_size != world_size:
         log.info(
             "%d ranks before, %d now: a step keeps its %d rows, as %d micro-batches of %d per rank",

@@ -26,11 +26,7 @@ _SECTIONS = (
     "csv_monitor",
     "wandb",
 )
-_SUBSECTIONS = (
-    ("optimizer", "params"),
-    ("zero_optimization", "offload_param"),
-    ("zero_optimization", "offload_optimizer"),
-)
+_SUBSECTIONS = {"optimizer": ("params",), "zero_optimization": ("offload_param", "offload_optimizer")}
 
 
 def problems(recipe: Recipe, config: dict[str, Any], world_size: int, first_ranks: int | None = None) -> list[str]:
@@ -63,7 +59,8 @@ def _section_problems(config: dict[str, Any]) -> list[str]:
     ]
     return found or [
         f"{section}.{key}: expected an object, got {config[section][key]!r}"
-        for section, key in _SUBSECTIONS
+        for section, keys in _SUBSECTIONS.items()
+        for key in keys
         if not isinstance(config.get(section, {}).get(key, {}), dict)
     ]
 

@@ -1,4 +1,4 @@
-"""Checks of the command lines of `inspect`, `evaluate`, `bench` and `compare`, before anything is loaded."""
+"""Checks of the command lines of `evaluate`, `bench` and `compare`, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -61,26 +61,14 @@ def check_corrected_length(needed: int, positions: int) -> None:
         )
 
 
-def check_inspect(rows: int) -> None:
-    """Check the option of `inspect`.
-
-    Raises:
-        InputError: The number of rows to show is negative.
-    """
-    problems = Problems()
-    problems.expect(rows >= 0, "--rows", "0 or more", rows)
-    problems.raise_all()
-
-
 def check_bench(recipe: Recipe) -> None:
     """Check what `bench` needs of its recipe beyond what training needs.
 
     Raises:
         InputError: Rows are too short to be split into prompt and answer.
     """
-    problems = Problems()
-    problems.expect(recipe.data.max_length >= 16, "data.max_length", "16 or more to bench", recipe.data.max_length)
-    problems.raise_all()
+    if recipe.data.max_length < 16:
+        raise InputError(f"data.max_length: expected 16 or more to bench, got {recipe.data.max_length}")
 
 
 def check_compare(options: CompareOptions) -> None:
@@ -89,7 +77,5 @@ def check_compare(options: CompareOptions) -> None:
     Raises:
         InputError: A run is given twice.
     """
-    problems = Problems()
-    folders = [Path(run).resolve() for run in options.runs]
-    problems.expect(len(set(folders)) == len(folders), "runs", "each run once", options.runs)
-    problems.raise_all()
+    if len({Path(run).resolve() for run in options.runs}) < len(options.runs):
+        raise InputError(f"runs: expected each run once, got {options.runs}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 import math
 from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from selfgen_ds.config import EvalConfig, Recipe, SelfgenConfig
 from selfgen_ds.errors import Problems
@@ -50,10 +50,10 @@ _SHARES = (
 def check_recipe(problems: Problems, recipe: Recipe) -> None:
     """Check everything that the recipe alone, and the existence of the files that it names, can tell."""
     for setting, least in _LEAST.items():
-        value = _value(recipe, setting)
+        value = attrgetter(setting)(recipe)
         problems.expect(value is None or value >= least, setting, f"{least} or more", value)
     for setting in _SHARES:
-        value = _value(recipe, setting)
+        value = attrgetter(setting)(recipe)
         problems.expect(0 <= value <= 1, setting, "a number in [0, 1]", value)
     # torch's and numpy's generators take 32 bits, and every rank adds its number to the seed
     problems.expect(recipe.seed < 2**31, "seed", f"less than {2**31}", recipe.seed)
@@ -63,13 +63,6 @@ def check_recipe(problems: Problems, recipe: Recipe) -> None:
     _check_data(problems, recipe)
     _check_selfgen(problems, recipe.selfgen)
     _check_optim_and_train(problems, recipe)
-
-
-def _value(recipe: Recipe, setting: str) -> Any:
-    node: Any = recipe
-    for name in setting.split("."):
-        node = getattr(node, name)
-    return node
 
 
 def _check_model(problems: Problems, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfgen_ds.checkpoint import saving
+from selfgen_ds.checkpoint import manifest, saving
 from selfgen_ds.config import (
     CheckpointConfig,
     DataConfig,
@@ -131,17 +131,14 @@ def steps(
 
 def save(run: Run, settings: Recipe, step: int) -> None:
     """A checkpoint as the training loop writes it, without evaluation."""
-    saving.save(
-        run.engine,
-        Path(settings.output_dir) / "checkpoints",
-        step,
-        run.data,
-        {},
-        run.tokenizer,
-        settings.model,
+    checkpoint = manifest.Checkpoint(
+        path=manifest.path_of(Path(settings.output_dir) / "checkpoints", step),
+        step=step,
         step_size=run.step_batches.step_size,
-        storage=run.folder.storage,
+        data=run.data,
+        metrics={},
     )
+    saving.save(run.engine, run.tokenizer, settings.model, checkpoint, run.folder.storage)
 
 
 def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:
@@ -176,7 +173,7 @@ def weights(settings: Recipe) -> bytes:
 
 def first_step(settings: Recipe) -> int:
     """That a run goes on from."""
-    return prepare(settings, set()).first_step
+    return prepare(settings, set()).folder.first_step
 
 
 def count_lines(path: Path) -> int:

@@ -66,7 +66,7 @@ def steps(settings: Recipe, save_at: int = 0, until: int = STEPS) -> Steps:
         log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
     checksum = weights_checksum(run.engine)
-    results, contexts = runs.steps(run, save_at or until, first=run.first_step)
+    results, contexts = runs.steps(run, save_at or until, first=run.folder.first_step)
     if save_at:
         runs.save(run, settings, save_at)
         more, others = runs.steps(run, until, first=save_at)

@@ -344,7 +344,7 @@ def checksums(settings: Recipe) -> None:
     assert trained not in seen
     runs.save(run, settings, 1)
     again = prepare(replace(settings, resume="auto"), set())
-    assert again.first_step == 1
+    assert again.folder.first_step == 1
     assert weights_checksum(again.engine) == trained
 
 

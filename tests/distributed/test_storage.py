@@ -54,7 +54,7 @@ def train(settings: Recipe) -> None:
 
 
 def first_step(settings: Recipe) -> int:
-    return prepare(replace(settings, resume="auto"), set()).first_step
+    return prepare(replace(settings, resume="auto"), set()).folder.first_step
 
 
 def shares_and_writes() -> tuple[bool, bool]:

@@ -378,7 +378,7 @@ def _drawn(step_batches: StepBatches) -> list[ListRows]:
     """Return the rows of a method that keeps rows: one row per sample, with another context."""
     return [
         ListRows([int(n) for n in source.lengths(np.arange(len(source)))], getattr(source, "first_id", 0), context=7)
-        for source in step_batches._samples
+        for source in step_batches.samples
     ]
 
 

@@ -14,7 +14,7 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.methods.rac import Rac
-from selfgen_ds.rounds.checks import Fingerprint, rows_problem
+from selfgen_ds.rounds.checks import rows_problem
 from selfgen_ds.rounds.rounds import Rounds, _chunk_size
 from selfgen_ds.rounds.store import Writer
 from tests.batches import sample
@@ -36,7 +36,7 @@ def _drawn(
     row = _row(0, length)
     writer = Writer(folder / f"round-{number:02d}")
     origin = OURS | {"weights": "w"} | (fingerprint or {})
-    audit, _ = writer.start(
+    audit = writer.start(
         {"method": method, "fingerprint": origin, "settings": settings or {}, "replace_probability": 0.25}
     )
     writer.write(0, [row], {})
@@ -46,14 +46,14 @@ def _drawn(
 
 def _open(folder: Path, shared: Path | None = None, step: int = 0) -> Rounds:
     """Open the rounds of a run of `bash`: the checks before the first step."""
-    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "step_batches"))
+    parts: dict[str, Any] = dict.fromkeys(("engine", "policy", "plain"))
     return Rounds(
         **parts,
         method=Bash(SelfgenConfig(method="bash"), plan(max_length=6)),
         samples=[],
         folder=folder,
         shared=shared,
-        fingerprint=Fingerprint(**OURS),
+        fingerprint=OURS,
         settings={"method": "bash"},
         step=step,
     )

@@ -1,7 +1,9 @@
 import math
+from typing import Any
 
 import pytest
 
+from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.methods.schedule import replace_probability
 
 TOTAL, SHARE, PEAK = 1000, 0.5, 0.4
@@ -10,8 +12,9 @@ GROWING = ["linear", "exponential", "inverse_sigmoid"]
 ALL = ["constant", *GROWING]
 
 
-def _p(schedule: str, step: int, total: int = TOTAL) -> float:
-    return replace_probability(schedule, PEAK, SHARE, step, total)
+def _p(schedule: Any, step: int, total: int = TOTAL, peak: float = PEAK) -> float:
+    config = SelfgenConfig(schedule=schedule, replace_probability=peak, schedule_share=SHARE)
+    return replace_probability(config, step, total)
 
 
 @pytest.mark.parametrize("step", [0, 1, 500, 999])
@@ -76,8 +79,9 @@ def test_nothing_overflows_after_a_billion_steps(schedule: str, total: int) -> N
 
 @pytest.mark.parametrize("schedule", ALL)
 def test_a_peak_of_0_is_never_left(schedule: str) -> None:
-    assert all(replace_probability(schedule, 0.0, SHARE, step, TOTAL) == 0.0 for step in range(TOTAL))
+    assert all(_p(schedule, step, peak=0.0) == 0.0 for step in range(TOTAL))
 
 
 def test_the_share_is_of_the_whole_run() -> None:
-    assert replace_probability("linear", 1.0, 0.25, 100, 800) == 0.5
+    config = SelfgenConfig(schedule="linear", replace_probability=1.0, schedule_share=0.25)
+    assert replace_probability(config, 100, 800) == 0.5

@@ -10,7 +10,7 @@ import pytest
 
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
-from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit, read_row
+from selfgen_ds.rounds.store import AUDIT, StoredRows, Writer, broken_files, load_table, read_audit
 
 COLUMNS = ("context_ids", "target_ids", "loss_mask", "replaced_mask")
 
@@ -39,6 +39,10 @@ def _rows(seed: int, count: int = 5, first_id: int = 0) -> list[TrainingRow]:
     return rows
 
 
+def _rows_of(table: datasets.Dataset) -> StoredRows:
+    return StoredRows(table, np.arange(len(table)))
+
+
 def _audit(**changes: Any) -> dict[str, Any]:
     return {
         "method": "bash",
@@ -55,7 +59,7 @@ def _audit(**changes: Any) -> dict[str, Any]:
 def _complete(folder: Path, chunks: int = 3, **audit: Any) -> list[TrainingRow]:
     """Write a complete round and return its rows."""
     writer = Writer(folder)
-    begun, _ = writer.start(_audit(**audit))
+    begun = writer.start(_audit(**audit))
     rows = [_rows(chunk, first_id=5 * chunk) for chunk in range(chunks)]
     for chunk in reversed(range(chunks)):
         writer.write(chunk, rows[chunk], {"passes": chunk + 1, "rejected_rows": chunk})
@@ -87,7 +91,7 @@ def test_every_file_is_on_the_disk_before_it_counts(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", fsync)
     writer = Writer(folder)
-    audit, _ = writer.start(_audit())
+    audit = writer.start(_audit())
     synced.clear()
     writer.write(0, _rows(0), {})
     rows, counts, names = synced
@@ -105,7 +109,7 @@ def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -
     rows = _complete(folder)
     table = load_table(folder)
     assert len(table) == 15
-    assert all(_equal(read_row(table, i), row) for i, row in enumerate(rows))
+    assert all(_equal(_rows_of(table)[i], row) for i, row in enumerate(rows))
     for numbers in (np.arange(15), np.array([3, 4, 11])):
         stored = StoredRows(table, numbers)
         assert len(stored) == len(numbers)
@@ -158,7 +162,7 @@ def test_the_record_says_what_drew_the_round_and_how_much_of_it(folder: Path) ->
 
 def test_a_chunk_may_come_to_nothing(folder: Path) -> None:
     writer = Writer(folder)
-    audit, _ = writer.start(_audit())
+    audit = writer.start(_audit())
     writer.write(0, [], {})
     writer.write(1, _rows(1), {})
     assert writer.finish(2, audit)["counts"]["rows"] == 5
@@ -186,14 +190,14 @@ def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> 
 
     writer = Writer(folder)
     # another number of ranks would choose another chunk size; the first one stays
-    audit, superseded = writer.start(_audit(chunk_size=7, started="later"))
-    assert (audit, superseded) == (_audit(), False)
+    audit = writer.start(_audit(chunk_size=7, started="later"))
+    assert audit == _audit()
     assert writer.missing(3) == [0, 2]
     writer.write(0, expected[:5], {"passes": 1, "rejected_rows": 0})
     assert writer.missing(3) == [2]
     writer.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
     writer.finish(3, audit)
-    assert all(_equal(read_row(load_table(folder), i), row) for i, row in enumerate(expected))
+    assert all(_equal(_rows_of(load_table(folder))[i], row) for i, row in enumerate(expected))
     assert read_audit(folder) == read_audit(tmp_path / "whole")
     whole = _files(tmp_path / "whole")
     assert {name: content for name, content in _files(folder).items() if name in whole} == whole
@@ -232,8 +236,8 @@ def test_a_round_that_was_stopped_at_its_end_is_finished(folder: Path, done: str
     for name in {"chunks": ["state.json", "dataset_info.json"], "info": ["state.json"], "state": []}[done]:
         (Writer(folder).partial / name).unlink()
     writer = Writer(folder)
-    audit, superseded = writer.start(_audit())
-    assert (superseded, writer.missing(3)) == (False, [])
+    audit = writer.start(_audit())
+    assert writer.missing(3) == []
     assert writer.finish(3, audit)["counts"] == {"rows": 15}
     assert len(load_table(folder)) == len(expected)
     assert not writer.partial.exists()
@@ -249,12 +253,15 @@ def test_a_round_that_was_stopped_at_its_end_is_finished(folder: Path, done: str
         {"method": "rac"},
     ],
 )
-def test_chunks_of_other_weights_or_settings_are_drawn_anew(folder: Path, changed: dict[str, Any]) -> None:
+def test_chunks_of_other_weights_or_settings_are_drawn_anew(
+    folder: Path, changed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     before = Writer(folder)
     before.start(_audit())
     before.write(0, _rows(0), {})
     writer = Writer(folder)
-    assert writer.start(_audit(**changed)) == (_audit(**changed), True)
+    assert writer.start(_audit(**changed)) == _audit(**changed)
+    assert "was begun by other weights or settings" in caplog.text
     assert writer.missing(2) == [0, 1]
     assert _files(writer.partial).keys() == {AUDIT}
 
@@ -263,7 +270,7 @@ def test_a_folder_without_a_record_is_begun_anew(folder: Path) -> None:
     partial = Writer(folder).partial
     partial.mkdir(parents=True)
     (partial / "rows-000000.json").write_text("{}")
-    assert Writer(folder).start(_audit()) == (_audit(), False)
+    assert Writer(folder).start(_audit()) == _audit()
     assert Writer(folder).missing(1) == [0]
 
 
