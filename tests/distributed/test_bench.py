@@ -176,7 +176,7 @@ def test_the_record_names_the_environment_the_recipe_and_the_json(record: dict[s
     for row in record["rows"]:
         assert row["mfu"] is None
         assert row["tokens_per_second"] == pytest.approx(
-            2 * 4 * 96 * row["gradient_accumulation_steps"] / row["step_time_s"]
+            2 * 2 * 96 * row["gradient_accumulation_steps"] / row["step_time_s"]
         )
         assert row["gathered_bytes"] == pytest.approx(row["gathers"] * record["parameter_bytes"])
 

@@ -213,7 +213,7 @@ def test_a_broken_file_is_an_error_that_names_the_run(tmp_path: Path, name: str)
 def test_a_run_that_is_given_twice_is_an_error_by_whatever_path(tmp_path: Path) -> None:
     runs = [_run_folder(tmp_path / "run", [0.5]), str(tmp_path / "run" / ".." / "run")]
     with pytest.raises(InputError, match=r"^runs: expected each run once, got \["):
-        check_compare(CompareOptions(runs=runs))
+        check_compare(CompareOptions(runs=runs, output_dir=str(tmp_path)))
 
 
 def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> None:
