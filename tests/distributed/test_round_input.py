@@ -75,7 +75,7 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["replace_probability"] for row in metrics] == [0.5] * 20 + [
         0.9
-    ]  # p of the round that is read, not of this run
+    ]  # the p of the round that is read, not the p of this run
     assert metrics[20]["round_time_s"] > 10 * metrics[19]["round_time_s"] > 0
 
     shutil.rmtree(store)
