@@ -18,7 +18,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Two ranks of ZeRO-3 on the CPU. --resume auto: a second call goes on where the first was stopped.
+# Two ranks of ZeRO-3 on the CPU. --resume auto: a second call continues where the first was stopped.
 DEMO := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 --module selfgen_ds \
 	train --config recipes/demo.yaml --resume auto
 EVALUATE := DS_ACCELERATOR=cpu $(BIN)/selfgen-ds evaluate --data builtin:pointer_chase --sample_temperature 2

@@ -1,4 +1,4 @@
-"""What every test process needs before torch is imported, the order of the tests, and the ranks that tests share."""
+"""Settings of every test process, the order of the tests, and the ranks that tests share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OnePairOfRanks(LoadScopeScheduling):
 
     A pair of ranks keeps two cores busy, and waits at every collective until both ranks have had a core: on two cores
     with six other busy processes, a step of the small runs here took two ranks 4 s, and one rank 1 s. Two pairs would
-    slow each other down, and meet limits on time (heartbeats, stops, locks) by chance. The tests of a module share
+    slow each other down, and exceed time limits (heartbeats, stops, locks) by chance. The tests of a module share
     fixtures, as do those of tests/cluster, and stay together.
     """
 

@@ -95,7 +95,7 @@ def command(arguments: list[str], log: Path, variables: dict[str, str] | None = 
     """Run `selfgen-ds ARGUMENTS` in one process, without a launcher, and return its exit code.
 
     Args:
-        variables: Added to the environment of the fork server, which may differ from the caller's.
+        variables: Variables to add to the environment of the fork server, which may differ from the caller's.
     """
     process = forks().Process(target=_command, args=(arguments, log, variables or {}), daemon=True)
     process.start()

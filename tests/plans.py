@@ -1,4 +1,4 @@
-"""What methods are told about runs that there are not."""
+"""Plans for tests of methods that need no run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selfgen_ds.methods.method import Plan
 
 
 def plan(**changes: Any) -> Plan:
-    """Of a small run over bytes; two steps of four rows an epoch."""
+    """Return the plan of a small run over bytes: two steps of four rows per epoch."""
     small: dict[str, Any] = {
         "seed": 0,
         "total_steps": 4,

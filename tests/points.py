@@ -27,12 +27,12 @@ class Point:
     call: int = 1
     """The number of the call, from 1, counted from the time when the process group exists.
 
-    Ranks that are lost earlier are the launcher's business.
+    The launcher alone handles ranks that are lost earlier.
     """
     inside: str | None = None
-    """A function inside of whose calls alone the calls count; None: all calls count."""
+    """A function: only calls that are made during a call of it are counted. None: all calls are counted."""
     when: When = "before"
-    """`during` means with half of the file written for `torch.save`, and `delay` seconds into any other call."""
+    """`during` means: of `torch.save`, when half of the file is written; of any other call, after `delay` seconds."""
     delay: float = 0.0
     signal: signal.Signals | None = signal.SIGKILL
     """The signal that the rank receives; None: the rank hangs."""

@@ -84,9 +84,9 @@ class Host:
             try:
                 if os.readlink(entry / "ns" / "pid") == namespace:
                     words = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
-                    if words != [""]:  # a zombie has none
+                    if words != [""]:  # a zombie has no command line
                         found[int(entry.name)] = words
-            except OSError:  # has just ended
+            except OSError:  # the process has just ended
                 continue
         return found
 

@@ -92,7 +92,7 @@ def test_a_host_without_the_folder_is_named(nodes: list[Host], recipe: Path, hos
     assert line == f"host node2: there is no folder {here}"
 
 
-def test_an_interface_that_is_not_there_is_one_clear_line(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
+def test_a_missing_interface_is_one_clear_line(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     command = ["launch/deepspeed.sh", hostfile, recipe]
     (line,) = refused(nodes[0].launch(*command, log=recipe.with_name("log"), GLOO_SOCKET_IFNAME="ib0"))
     assert line == "host node1: GLOO_SOCKET_IFNAME: there is no interface ib0 with an address"
@@ -106,7 +106,7 @@ def test_a_dry_run_shows_what_would_run_and_starts_nothing(nodes: list[Host], re
         (line,) = (line for line in shown.splitlines() if line.startswith(f"{host.name}, over eth0: "))
         assert (
             f"--node_rank={number} --master_addr='{nodes[0].address}'" in line
-        )  # not 127.0.1.1, which node1 takes its own name for
+        )  # not 127.0.1.1, to which node1 resolves its own name
         assert line.endswith(f"'--config' '{recipe}' '--resume' 'auto' '--seed' '7'")
     assert not recipe.with_name("run").exists()
 
@@ -169,7 +169,9 @@ def start(nodes: list[Host], recipe: Path, hostfile: Path, steps: int) -> Launch
     return run
 
 
-def test_a_signal_stops_the_ranks_and_the_same_command_goes_on(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
+def test_a_signal_stops_the_ranks_and_the_same_command_continues(
+    nodes: list[Host], recipe: Path, hostfile: Path
+) -> None:
     with start(nodes, recipe, hostfile, 2) as run:
         nodes[0].signal(run, signal.SIGUSR1)
         assert run.wait() == 3, run.output()[-3000:]

@@ -40,7 +40,7 @@ def write(settings: Recipe, folder: Path) -> str:
     return str(folder / "recipe.yaml")
 
 
-def test_a_run_that_loses_a_host_ends_soon_and_goes_on_as_if_it_had_not(
+def test_a_run_that_loses_a_host_ends_soon_and_continues_as_if_it_had_not(
     nodes: list[Host], whole: Recipe, hostfile: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"

@@ -39,21 +39,21 @@ def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return found
 
 
-def test_deepspeed(nodes: list[Host], recipe: Path, hostfile: Path, one_host: list[float]) -> None:
+def test_deepspeed_trains_on_two_hosts(nodes: list[Host], recipe: Path, hostfile: Path, one_host: list[float]) -> None:
     with nodes[0].launch("launch/deepspeed.sh", hostfile, recipe, log=recipe.with_name("log")) as run:
         assert run.wait() == 0, run.output()[-3000:]
     assert "2 ranks on 2 hosts" in run.output()
     assert losses(recipe.with_name("run")) == one_host
 
 
-def test_mpirun(nodes: list[Host], recipe: Path, hostfile: Path, one_host: list[float]) -> None:
+def test_mpirun_trains_on_two_hosts(nodes: list[Host], recipe: Path, hostfile: Path, one_host: list[float]) -> None:
     command = ["launch/mpirun.sh", hostfile, recipe]
     with nodes[0].launch(*command, log=recipe.with_name("log"), GLOO_SOCKET_IFNAME="eth0") as run:
         assert run.wait() == 0, run.output()[-3000:]
     assert losses(recipe.with_name("run")) == one_host
 
 
-def test_torchrun(nodes: list[Host], recipe: Path, one_host: list[float]) -> None:
+def test_torchrun_trains_on_two_hosts(nodes: list[Host], recipe: Path, one_host: list[float]) -> None:
     there = ["--nnodes=2", "--nproc_per_node=1", f"--master_addr={nodes[0].address}", f"--master_port={free_port()}"]
     train = ["-m", "selfgen_ds", "train", "--config", recipe]
     launched = [
@@ -70,7 +70,7 @@ def test_torchrun(nodes: list[Host], recipe: Path, one_host: list[float]) -> Non
     assert losses(recipe.with_name("run")) == one_host
 
 
-def test_slurm(slurm: Slurm, recipe: Path, one_host: list[float]) -> None:
+def test_slurm_trains_on_two_hosts(slurm: Slurm, recipe: Path, one_host: list[float]) -> None:
     job = slurm.submit(recipe)
     assert slurm.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", slurm.log(job)
     assert "2 ranks on node[1-2]" in slurm.log(job)
@@ -86,7 +86,7 @@ def test_ranks_that_slurm_s_variables_do_not_reach_train_nothing(slurm: Slurm, r
     assert not recipe.with_name("run").exists()
 
 
-def test_a_slow_network(nodes: list[Host], recipe: Path, hostfile: Path, one_host: list[float]) -> None:
+def test_a_slow_network_changes_no_loss(nodes: list[Host], recipe: Path, hostfile: Path, one_host: list[float]) -> None:
     with far_apart(nodes, "100mbit", 0.02):
         assert float(nodes[0].run("python3", "-c", ROUND_TRIP)) > 0.04
         started = time.monotonic()

@@ -14,7 +14,9 @@ from tests.cluster.watching import HOSTILE, environment, losses, nothing_is_left
 
 
 @pytest.mark.parametrize("where", ["", "none", "0"])
-def test_what_is_no_number_and_no_hostfile_is_one_clear_line(nodes: list[Host], recipe: Path, where: str) -> None:
+def test_an_argument_that_is_neither_a_number_nor_a_hostfile_is_one_clear_line(
+    nodes: list[Host], recipe: Path, where: str
+) -> None:
     with nodes[0].launch("launch/mpirun.sh", where, recipe, log=recipe.with_name("log")) as run:
         assert run.wait() == 2
     assert run.output() == f"mpirun.sh: error: {where}: expected a number of ranks or a hostfile that can be read\n"

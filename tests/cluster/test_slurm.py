@@ -16,7 +16,7 @@ from tests.ranks import ROOT
 ENDLESS = ("--train.max_steps", "100000", "--checkpoint.every", "100000")
 
 
-def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(slurm: Slurm, recipe: Path) -> None:
+def test_a_job_that_is_told_to_stop_is_requeued_and_continues(slurm: Slurm, recipe: Path) -> None:
     run = recipe.with_name("run")
     job = slurm.submit(recipe, *ENDLESS)
     slurm.until(job, lambda: len(losses(run)) >= 2)
@@ -39,13 +39,13 @@ def test_a_job_is_stopped_and_requeued_before_its_time_limit(slurm: Slurm, recip
     job = slurm.submit(recipe, *ENDLESS, options=("--time=6",))
     slurm.until(job, lambda: "requeued" in slurm.log(job))
     assert "a signal: the ranks save and stop" in slurm.log(job)
-    if steps := len(losses(run)):  # the signal may come before the first one
+    if steps := len(losses(run)):  # the signal may come before the first step
         assert (run / "checkpoints" / f"step-{steps:06d}" / "complete.json").exists()
     slurm.until(job, lambda: slurm.job(job)["JobState"] == "PENDING")
     assert slurm.job(job)["Restarts"] == "1"
 
 
-def test_a_job_that_is_preempted_saves_and_goes_on_later(slurm: Slurm, recipe: Path) -> None:
+def test_a_job_that_is_preempted_saves_and_continues_later(slurm: Slurm, recipe: Path) -> None:
     run = recipe.with_name("run")
     job = slurm.submit(recipe, *ENDLESS, options=("--partition=low",))
     slurm.until(job, lambda: len(losses(run)) >= 2)
@@ -102,7 +102,7 @@ def test_a_dry_run_shows_what_would_run(nodes: list[Host], recipe: Path) -> None
     assert shown.rstrip().endswith(f"{recipe} --resume auto --output_dir a\\ b")
 
 
-def test_a_recipe_that_is_not_there_is_one_clear_line(nodes: list[Host], recipe: Path) -> None:
+def test_a_missing_recipe_is_one_clear_line(nodes: list[Host], recipe: Path) -> None:
     with nodes[0].launch("launch/slurm.sbatch", "none.yaml", log=recipe.with_name("log")) as run:
         assert run.wait() == 2
     assert run.output() == f"slurm.sbatch: error: none.yaml: there is no such recipe in {ROOT}\n"

@@ -15,7 +15,7 @@ from tests.ranks import Ranks
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """40 rows: with `runs.recipe`, 5 steps an epoch on two ranks."""
+    """Return a folder whose file of 40 rows gives `runs.recipe` epochs of 5 steps on two ranks."""
     runs.write_rows(tmp_path)
     return tmp_path
 
@@ -28,7 +28,7 @@ def _saving_recipe(folder: Path) -> Recipe:
 
 @pytest.fixture(scope="session")
 def saved_once(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run that `saved` copies."""
+    """Return the folder of the run that `saved` copies."""
     folder = tmp_path_factory.mktemp("saved")
     runs.write_rows(folder)
     two_ranks.run(runs.run_training, _saving_recipe(folder))
@@ -37,7 +37,7 @@ def saved_once(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def saved(saved_once: Path, folder: Path) -> Recipe:
-    """A run of 6 steps saved at 2, 4 and 6; each test has its own copy, to resume or to damage."""
+    """Return a run of 6 steps that was saved at 2, 4, and 6. Each test gets its own copy, to resume or to damage."""
     shutil.copytree(saved_once / "run", folder / "run")
     recipe = folder / "run" / "config.yaml"
     recipe.write_text(recipe.read_text().replace(str(saved_once), str(folder)))

@@ -44,7 +44,7 @@ _NUMBERS = itertools.count()
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
-    """A run of a few steps on `folder/rows.jsonl`, in a folder of its own."""
+    """Return the recipe of a run of a few steps on `folder/rows.jsonl`, in a folder of its own."""
     settings: dict[str, Any] = {
         "output_dir": str(folder / f"run-{next(_NUMBERS)}"),
         "deepspeed": str(ROOT / "ds_configs" / "zero3_cpu.json"),
@@ -61,7 +61,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
 
 
 def write_rows(folder: Path, count: int = 40) -> None:
-    """Rows of very different lengths."""
+    """Write rows of very different lengths to `folder/rows.jsonl`."""
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for i in range(count):
             words = " ".join(str((i * 7 + j * j) % 23) for j in range(1 + i * i % 11))
@@ -69,10 +69,10 @@ def write_rows(folder: Path, count: int = 40) -> None:
 
 
 def write_limited_json(folder: Path, persistent: int = 0) -> str:
-    """A JSON whose limits really release parameters: the default ones keep a small model gathered.
+    """Write a JSON whose limits really release parameters: the default limits keep a small model gathered.
 
     Args:
-        persistent: Parameters of fewer elements stay gathered all the same.
+        persistent: Parameters of fewer elements stay gathered even so.
     """
     zero = {
         "stage": 3,
@@ -86,7 +86,7 @@ def write_limited_json(folder: Path, persistent: int = 0) -> str:
 
 
 def write_whole_json(folder: Path) -> str:
-    """A JSON whose limits never release parameters."""
+    """Write a JSON whose limits never release parameters."""
     (folder / "whole.json").write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**9}})
     )
@@ -94,12 +94,12 @@ def write_whole_json(folder: Path) -> str:
 
 
 def write_model(folder: Path, **changes: Any) -> str:
-    """A saved Llama with random weights, for runs that start from the same ones."""
+    """Save a Llama with random weights, for runs that start from the same weights."""
     return write_model_of(folder, PRESET | changes)
 
 
 def write_model_of(folder: Path, preset: dict[str, Any]) -> str:
-    """A saved model of any type with random weights."""
+    """Save a model of any type with random weights."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
@@ -111,26 +111,26 @@ def write_model_of(folder: Path, preset: dict[str, Any]) -> str:
 
 
 def run_training(settings: Recipe) -> None:
-    """`selfgen-ds train`, as far as it is not the launcher's or the parser's."""
+    """Train as `selfgen-ds train` does, without its launcher and its parser."""
     train(settings, set())
 
 
 def steps(
     run: Run, number: int, label_smoothing: float = 0.0, first: int = 0
 ) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
-    """The trainer's steps from `first` on; what each gave, and the contexts that were read, by (step, sample id)."""
+    """Take the trainer's steps from `first` on. Return their results, and the contexts read by (step, sample id)."""
     results, contexts = [], {}
     for step in range(first, number):
-        window = run.method.contexts(run.step_batches.at(step), run.policy, step)
-        for batch in window:
+        batches = run.method.contexts(run.step_batches.at(step), run.policy, step)
+        for batch in batches:
             for sample in batch.sample_ids[batch.sample_ids >= 0].unique().tolist():
                 contexts[step, sample] = batch.context_ids[batch.sample_ids == sample].tolist()
-        results.append(train_step(run.engine, window, label_smoothing))
+        results.append(train_step(run.engine, batches, label_smoothing))
     return results, contexts
 
 
 def save(run: Run, settings: Recipe, step: int) -> None:
-    """A checkpoint as the training loop writes it, without evaluation."""
+    """Write a checkpoint as the training loop does, without an evaluation."""
     checkpoint = manifest.Checkpoint(
         path=manifest.path_of(Path(settings.output_dir) / "checkpoints", step),
         step=step,
@@ -142,7 +142,7 @@ def save(run: Run, settings: Recipe, step: int) -> None:
 
 
 def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:
-    """Losses, parameters and contexts of some steps, on any ZeRO stage."""
+    """Return losses, parameters, and contexts of some steps, at any ZeRO stage."""
     run = prepare(settings, set())
     results, contexts = steps(run, number, settings.optim.label_smoothing)
     parameters = {name: whole(parameter) for name, parameter in run.engine.module.named_parameters()}
@@ -150,13 +150,13 @@ def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[floa
 
 
 def contexts_of(settings: Recipe, number: int) -> dict[tuple[int, int], list[int]]:
-    """The contexts that a run reads, found by running its steps again."""
+    """Return the contexts that a run reads, found by running its steps again."""
     again = replace(settings, output_dir=settings.output_dir + "-again")
     return losses_parameters_contexts(again, number)[2]
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter that may be partitioned. Collective."""
+    """Return the whole of a parameter that may be partitioned. Collective."""
     with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
         return parameter.detach().clone()
 
@@ -167,12 +167,12 @@ def metrics(settings: Recipe) -> list[dict[str, float]]:
 
 
 def weights(settings: Recipe) -> bytes:
-    """Of the exported model."""
+    """Return the bytes of the exported model."""
     return (Path(settings.output_dir) / "model" / "model.safetensors").read_bytes()
 
 
 def first_step(settings: Recipe) -> int:
-    """That a run goes on from."""
+    """Return the step that a run resumes from."""
     return prepare(settings, set()).folder.first_step
 
 
@@ -181,5 +181,5 @@ def count_lines(path: Path) -> int:
 
 
 def untimed(settings: Recipe) -> list[dict[str, float]]:
-    """Its metrics, as far as they are the same each time."""
+    """Return the metrics of a run without times and memory, which differ each time."""
     return [{name: value for name, value in row.items() if name not in TIMED} for row in metrics(settings)]

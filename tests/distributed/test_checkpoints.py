@@ -42,7 +42,7 @@ def names(settings: Recipe) -> list[str]:
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_model_byte_for_byte(two_ranks: Ranks, folder: Path) -> None:
     train = TrainConfig(max_steps=16, micro_batch_size=2, gradient_accumulation_steps=2)
     settings = runs.recipe(folder, train=train, checkpoint=CheckpointConfig(every=4))
-    settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # dropout shows torch's generators
+    settings.model.preset = runs.PRESET | {"attention_dropout": 0.1}  # dropout needs the generators' states
     settings.data.eval, settings.eval = settings.data.train, EvalConfig(every=5, max_samples=4)
     two_ranks.run(runs.run_training, settings)
     model, metrics = runs.weights(settings), runs.untimed(settings)
@@ -201,7 +201,7 @@ def saved_twice(settings: Recipe) -> list[bool]:
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: what was done to files before it stays."""
+    """An exception in the place of a SIGKILL: changes made to files before it stay."""
 
 
 # File operations left until the kill; None: no kill. An audit hook cannot be removed from a process.
@@ -239,7 +239,7 @@ def steps_after_kills(settings: Recipe) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
 
         def audited(*arguments: Any, **settings: Any) -> None:
-            _count("torch.save", ())  # it opens files without an audit event
+            _count("torch.save", ())  # torch.save opens files without an audit event
             write(*arguments, **settings)
 
         patch.setattr(torch, "save", audited)
@@ -336,7 +336,7 @@ def test_max_steps_may_not_be_lowered_on_resume(two_ranks: Ranks, saved: Recipe)
 def test_every_stage_resumes_and_exports(
     two_ranks: Ranks, folder: Path, stage: int, dtype: Literal["float32", "bfloat16"]
 ) -> None:
-    zero = {"stage": stage} | ({"pipeline_loading_checkpoint": True} if stage == 3 else {})  # ranks load in turn
+    zero = {"stage": stage} | ({"pipeline_loading_checkpoint": True} if stage == 3 else {})  # one rank loads at a time
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     models = []
     for stops in ([6], [3, 6]):
@@ -431,7 +431,7 @@ def test_another_setting_may_not_change_on_resume(two_ranks: Ranks, saved: Recip
 
 def test_the_newest_and_the_best_checkpoints_are_kept(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=1))
-    settings.optim.learning_rate, settings.optim.schedule = 1.0, "constant"  # learns nothing
+    settings.optim.learning_rate, settings.optim.schedule = 1.0, "constant"  # a rate at which the model learns nothing
     settings.data.eval, settings.eval = settings.data.train, EvalConfig(every=1, max_samples=8)
     settings.train.max_steps = 8
     two_ranks.run(runs.run_training, settings)

@@ -63,7 +63,7 @@ LAUNCHERS = {
 @pytest.mark.slow
 def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # mpirun's alone
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # of the launchers, only mpirun reads it
     for name, launcher in LAUNCHERS.items():
         if not Path(launcher[0]).exists():
             continue  # mpirun is optional
@@ -176,7 +176,7 @@ def test_all_problems_of_recipe_and_json_are_named_at_once(one_rank: Ranks, fold
         assert any(expected in line for line in lines), lines
 
 
-def test_an_output_folder_that_cannot_be_is_one_clear_line(folder: Path, refused: Callable[..., str]) -> None:
+def test_an_invalid_output_folder_is_one_clear_line(folder: Path, refused: Callable[..., str]) -> None:
     (folder / "file").write_text("")
     assert "output_dir: " in refused("--output_dir", str(folder / "file" / "below"))
     assert "cannot be written to" in refused("--output_dir", str(folder / "file"))

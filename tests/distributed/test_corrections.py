@@ -28,7 +28,7 @@ QUESTIONS = {
 
 
 def write_model(folder: Path, its_tokenizer: PreTrainedTokenizerFast, positions: int = 256) -> Path:
-    """A model of random weights, large enough for answers that differ by prompt."""
+    """Save a model with random weights that are large enough for answers that differ by prompt."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **runs.PRESET | {"max_position_embeddings": positions},
@@ -143,7 +143,7 @@ def test_texts_are_corrected_and_the_rates_are_written(
         ({"correction_rounds": 1, "cue": "x" * 250}, "InputError: --correction_rounds: "),
     ],
 )
-def test_corrections_that_cannot_be_are_one_clear_line(
+def test_an_invalid_request_for_corrections_is_one_clear_line(
     one_rank: Ranks, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     path, data = write_model(tmp_path, byte_tokenizer()), str(write_texts(tmp_path))

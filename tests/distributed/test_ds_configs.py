@@ -76,7 +76,7 @@ def test_every_json_has_a_row_in_its_page_and_is_valid_as_it_stands(tmp_path: Pa
 
 
 def compiled_here(op: str) -> bool:
-    """Whether an op of DeepSpeed is compiled for this environment: an op of another one would be compiled again."""
+    """Return whether an op of DeepSpeed is compiled for this environment; an op of another one is compiled anew."""
     folder = Path(_get_build_directory(op, False))
     return (folder / f"{op}.so").exists() and torch.__path__[0] in (folder / "build.ninja").read_text()
 

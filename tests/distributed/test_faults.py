@@ -55,7 +55,7 @@ STAGES = {
 
 
 @matrix("where", WORK)
-def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
+def test_a_run_resumes_after_a_rank_is_killed_in_a_function(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
     method, rank, point = WORK[where]
     outcome = faults.break_and_resume(unbroken(method), tmp_path, rank, point)
     assert outcome.reached
@@ -63,7 +63,9 @@ def test_a_rank_killed_in(unbroken: Unbroken, tmp_path: Path, where: str) -> Non
 
 
 @matrix("stage", STAGES)
-def test_a_rank_killed_when_a_checkpoint_has(unbroken: Unbroken, tmp_path: Path, stage: str) -> None:
+def test_a_run_resumes_after_a_rank_is_killed_at_a_stage_of_a_checkpoint(
+    unbroken: Unbroken, tmp_path: Path, stage: str
+) -> None:
     rank, point = STAGES[stage]
     outcome = faults.break_and_resume(unbroken("scheduled_sampling"), tmp_path, rank, point)
     assert outcome.reached
@@ -72,7 +74,7 @@ def test_a_rank_killed_when_a_checkpoint_has(unbroken: Unbroken, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_rank_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, seed: int) -> None:
+def test_a_run_resumes_after_a_rank_is_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, seed: int) -> None:
     choice = random.Random(seed)
     against = unbroken(choice.choice(list(faults.METHODS)))
     assert faults.break_and_resume(against, tmp_path, *faults.random_point(against, choice)).reached
@@ -90,7 +92,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_leaves_the_checkpoints_that_are_there(unbroken: Unbroken, tmp_path: Path, tmpfs: Path) -> None:
+def test_a_full_disk_leaves_the_existing_checkpoints(unbroken: Unbroken, tmp_path: Path, tmpfs: Path) -> None:
     against = unbroken("scheduled_sampling")
     settings = replace(against.settings, output_dir=str(tmpfs / "run"))
     run = faults.start(settings, tmp_path / "full")

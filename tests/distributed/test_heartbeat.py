@@ -106,20 +106,20 @@ def sum_of_ranks() -> int:
 
 
 @pytest.mark.slow
-def test_ranks_that_were_stopped_together_go_on() -> None:
+def test_ranks_that_were_stopped_together_continue() -> None:
     ranks = Ranks(2)
     try:
         processes = ranks.run(shorten_silence)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in processes:
                 os.kill(process, number)
-            time.sleep(8)  # while they are stopped, and afterwards: time for a wrong verdict
+            time.sleep(8)  # long enough for a wrong verdict, both while they are stopped and afterwards
         assert ranks.run(sum_of_ranks) == [1, 1]
     finally:
         ranks.stop()
 
 
-@matrix("rank", [0, 1])  # the store of rank 0 no longer answers; rank 1 no longer beats
+@matrix("rank", [0, 1])  # rank 0: its store no longer answers; rank 1: it sends no more signs of life
 def test_a_rank_that_is_stopped_alone_is_given_up(rank: int) -> None:
     ranks = Ranks(2)
     try:

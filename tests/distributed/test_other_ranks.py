@@ -42,7 +42,7 @@ def ranks(one_rank: Ranks, two_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
 
 
 class Steps(NamedTuple):
-    """Steps of one rank."""
+    """The results of one rank's steps."""
 
     losses: list[float]
     contexts: dict[tuple[int, int], list[int]]
@@ -104,7 +104,7 @@ def small(folder: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def two(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Steps]]:
-    """A run of 2 ranks with a checkpoint in the middle. Its JSON states the batch sizes of 2 ranks as numbers."""
+    """Return a run of 2 ranks with a checkpoint in the middle. Its JSON has the batch sizes of 2 ranks as numbers."""
     folder = tmp_path_factory.mktemp("two")
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 2}
@@ -239,7 +239,7 @@ def curve(settings: Recipe) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def bash(ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A run of 12 steps, 5 per round, with checkpoints at 5, 7, 10 and 12."""
+    """Return a run of 12 steps, 5 per round, with checkpoints at 5, 7, 10, and 12."""
     selfgen = SelfgenConfig(method="bash", replace_probability=0.5, temperature=2.0, schedule="linear")
     checkpoints = CheckpointConfig(every=7, keep=9)
     settings = small(tmp_path_factory.mktemp("bash"), selfgen=selfgen, checkpoint=checkpoints)
@@ -369,7 +369,7 @@ def test_a_conversion_that_the_disk_has_no_room_for_is_one_clear_line(
     )
     with pytest.raises(AssertionError, match=line) as caught:
         ranks[3].run(with_free, part, 2 * optimizer)
-    assert str(caught.value).count("InputError: resume") == 3  # every rank's
+    assert str(caught.value).count("InputError: resume") == 3  # one line of every rank
     ranks[3].run(with_free, part, 3 * optimizer)
 
 
@@ -379,7 +379,7 @@ def test_ranks_that_would_have_none_of_the_norms_are_refused_before_stage_3(
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     settings = small(tmp_path, deepspeed=str(tmp_path / "ds.json"))
     tiny = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    settings.model.preset = runs.PRESET | tiny  # 12 numbers in all
+    settings.model.preset = runs.PRESET | tiny  # the norms have 12 numbers in all
     losses = joined(ranks[2].run(steps, settings, SAVED))[0]
     part = replace(settings, resume="auto")
     with pytest.raises(

@@ -1,5 +1,4 @@
-"""Check answers from a ZeRO-3 model during training, with gathered and with sharded weights, and that training goes on
-unchanged."""
+"""Check answers from a ZeRO-3 model in training, with gathered and with sharded weights, and the steps after them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe,
 from selfgen_ds.data.samples import end_tokens, take
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
-from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.model import checksum, gathering
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.loading import build_model, model_config
@@ -70,7 +69,7 @@ def audit(settings: Recipe, name: str) -> dict[str, Any]:
 def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bit(
     two_ranks: Ranks, folder: Path, order: str
 ) -> None:
-    """Two weighted sources, three rounds or more, in parts of an epoch, not starting with a step's first row."""
+    """The runs read two weighted sources in at least three rounds, which need not start with a step's first row."""
     more = [{"prompt": f"other {i}: ", "completion": "row " * (i + 1)} for i in range(7)]
     (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     selfgen = {"sft": runs.SFT, "bash": SelfgenConfig(method="bash", replace_probability=0.0)}
@@ -167,7 +166,7 @@ def test_a_run_killed_in_and_between_rounds_ends_with_the_same_model_and_draws_n
         return runs.count_lines(out / "metrics.jsonl")
 
     def drawing(number: int, more: int) -> bool:
-        """Whether there are enough more chunks than at the last kill, or all chunks."""
+        """Return whether the round has all its chunks, or enough more than at the last kill."""
         complete = out / "rollouts" / f"round-{number:02d}"
         return complete.exists() or counted(complete.with_suffix(".partial")) >= more + len(known) % 8
 
@@ -232,7 +231,7 @@ def test_rounds_of_another_run_are_read_those_beyond_it_drawn_as_a_resumed_run_w
 
 
 def tokens_drawn(settings: Recipe) -> int:
-    """Number of drawn tokens in the first step's batches of this rank."""
+    """Return the number of drawn tokens in the first step's batches of this rank."""
     run = prepare(settings, set())
     assert run.rounds is not None
     return sum(int(batch.replaced_mask.sum()) for batch in run.rounds.step_batches(0).at(0))
@@ -262,15 +261,16 @@ def first_round(settings: Recipe, free: int) -> tuple[str, set[bool]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathering, "free_bytes", lambda: free)
         run = prepare(settings, set())
-        assert isinstance(run.method, RoundMethod)
+        method = run.method.as_round_method()
+        assert method is not None
         assert run.rounds is not None
-        rows = run.method.rows
+        rows = method.rows
 
         def watched(*arguments: Any) -> Any:
             seen.add(run.policy.sharded)
             return rows(*arguments)
 
-        patch.setattr(run.method, "rows", watched)
+        patch.setattr(method, "rows", watched)
         run.rounds.step_batches(0)
     return weights_checksum(run.engine), seen
 
@@ -308,7 +308,7 @@ def test_the_same_is_drawn_on_any_number_of_ranks_at_any_stage_gathered_or_shard
 
 
 def checksums(settings: Recipe) -> None:
-    """The checksum differs for any two models, and is the same after a resume."""
+    """Check that the checksum differs for any two models, and is the same after a resume."""
     run = prepare(settings, set())
     before = weights_checksum(run.engine)
     seen = {before}
@@ -328,7 +328,7 @@ def checksums(settings: Recipe) -> None:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(kept)
     same = [p for p in parameters if p.ds_shape == parameters[1].ds_shape][:2]
-    for _ in range(2):  # there and back
+    for _ in range(2):  # exchange two matrices, and exchange them again
         with deepspeed.zero.GatheredParameters(same, modifier_rank=0):
             one, other = (p.data.clone() for p in same)
             same[0].data.copy_(other)
@@ -362,7 +362,7 @@ def train_with(settings: Recipe, free: int) -> None:
 
 
 def write_model_that_says_nothing(folder: Path) -> Path:
-    """A model whose hidden state is the same everywhere, so that the end token is always the most probable."""
+    """Save a model whose hidden state is the same everywhere, so that the end token is always the most probable."""
     path = Path(runs.write_model(folder))
     tensors = load_file(path / "model.safetensors")
     for name, tensor in tensors.items():
@@ -410,8 +410,9 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     plain = build_model(source, model_config(source, tokenizer))
     samples = load_data(settings, tokenizer)
     shape = {"step_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 2, "epochs": None}
-    method = load_method(settings, tokenizer, samples, load_step_batches(settings, samples, **shape), 6)
-    assert isinstance(method, RoundMethod)
+    step_batches = load_step_batches(settings, samples, **shape)
+    method = load_method(settings, tokenizer, samples, step_batches, 6).as_round_method()
+    assert method is not None
     policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
     own, _ = method.rows(take(samples), policy, number)
     pairs = [(one.context_ids.tolist(), row["context_ids"]) for one, row in zip(own, rows, strict=True)]

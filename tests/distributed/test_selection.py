@@ -22,7 +22,7 @@ from tests.ranks import Ranks
 
 
 class Half(Bash):
-    """Trains on the even samples in the first round, on the odd ones in the next."""
+    """A method that trains on the even samples in the first round, and on the odd samples in the next."""
 
     keeps_rows: ClassVar[bool] = False
 
@@ -31,7 +31,7 @@ class Half(Bash):
 
 
 class Nobody(Bash):
-    """Selects no row of the second of two sources."""
+    """A method that selects no row of the second of two sources."""
 
     keeps_rows: ClassVar[bool] = False
 
@@ -40,7 +40,7 @@ class Nobody(Bash):
 
 
 class Lossy(Bash):
-    """Loses a row that one rank draws."""
+    """A method that loses a row that one rank draws."""
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         rows, counts = super().rows(samples, policy, number)
@@ -75,9 +75,7 @@ def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(
     assert two_ranks.run(read_in_steps, settings, [7, 8, 3]) == [[ids[i] for i in (7, 8, 3)] for ids in by_rank]
 
 
-def test_of_a_source_of_which_nothing_is_selected_all_is_kept_and_a_small_one_may_get_no_row(
-    two_ranks: Ranks, folder: Path
-) -> None:
+def test_a_source_without_selected_rows_keeps_all_its_rows(two_ranks: Ranks, folder: Path) -> None:
     more = [{"prompt": f"other {i}: ", "completion": "row"} for i in range(3)]
     (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     sources = [Source(path=str(folder / f), weight=w) for f, w in (("rows.jsonl", 1.0), ("more.jsonl", 0.1))]

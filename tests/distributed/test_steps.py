@@ -51,7 +51,7 @@ def dropped_steps(settings: Recipe, number: int) -> tuple[list[bool], list[list[
 def test_a_step_that_is_not_finite_on_one_rank_is_dropped_on_all_and_its_samples_are_named(
     two_ranks: Ranks, tmp_path: Path, stage: int, method: str
 ) -> None:
-    rows = ["abc"] * 15 + ["a~~~~~~~~c"]  # so many that a mixture leaves some of them in place
+    rows = ["abc"] * 15 + ["a~~~~~~~~c"]  # so many `~` that a mixture leaves some of them in place
     settings = poisoned_recipe(
         tmp_path,
         rows,

@@ -38,12 +38,12 @@ STOPS = {
 }
 
 
-ONE = pytest.param("a step", marks=pytest.mark.check)  # which resumes to the same bits as well
+ONE = pytest.param("a step", marks=pytest.mark.check)  # a stop, and a resume to the same bits
 OTHERS = [where for where in STOPS if where != "a step"]
 
 
 @matrix("where", [ONE, *OTHERS])
-def test_a_signal_to_one_rank_stops_all_in(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks(unbroken: Unbroken, tmp_path: Path, where: str) -> None:
     method, rank, function, call, number, step = STOPS[where]
     against = unbroken(method)
     settings = replace(against.settings, output_dir=str(tmp_path / "run"))

@@ -63,7 +63,7 @@ def shares_and_writes() -> tuple[bool, bool]:
 
 
 def recipe(folder: Path) -> Recipe:
-    """A run of 6 steps at ZeRO stage 2, saved at 4 and 6."""
+    """Return the recipe of a run of 6 steps at ZeRO stage 2, with checkpoints at 4 and 6."""
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=2), deepspeed=with_stage(folder, 2))
     settings.optim.schedule, settings.train.max_steps = "constant", 6
     return replace(settings, output_dir=RUN)
@@ -76,7 +76,7 @@ def settings(folder: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained_on_hosts(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of two hosts with one rank each."""
+    """Return the folder of a finished run of two hosts with one rank each."""
     folder = tmp_path_factory.mktemp("hosts")
     runs.write_rows(folder)
     two_ranks.run(on_hosts, folder, 1, train, recipe(folder))
@@ -85,7 +85,7 @@ def trained_on_hosts(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def saved(trained_on_hosts: Path, folder: Path, settings: Recipe) -> Recipe:
-    """A copy of the finished run, which the test may change."""
+    """Return a copy of the finished run, which the test may change."""
     for host in ("host-0", "host-1"):
         shutil.copytree(trained_on_hosts / host, folder / host)
         config = folder / host / RUN / "config.yaml"
@@ -187,7 +187,7 @@ def test_if_hosts_recorded_different_evaluations_rank_0s_counts(two_ranks: Ranks
 def test_if_no_checkpoint_is_complete_on_all_hosts_the_run_stops_and_loses_none(
     two_ranks: Ranks, folder: Path, saved: Recipe
 ) -> None:
-    """For example when the run is started again on other hosts."""
+    """This happens, for example, when the run is started again on other hosts."""
     (folder / "host-1").rename(folder / "elsewhere")
     with pytest.raises(AssertionError) as caught:
         two_ranks.run(on_hosts, folder, 1, first_step, saved)

@@ -32,7 +32,7 @@ class Exploit:
 
 @pytest.fixture
 def infected(saved: Recipe) -> tuple[Recipe, Path, Path]:
-    """A run whose newest checkpoint holds code, the file with the code, and the file that the code would make."""
+    """Return a run whose newest checkpoint holds code, the file with the code, and the file that the code makes."""
     newest = Path(saved.output_dir) / "checkpoints" / "step-000006"
     file, made = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt", newest.parent / "made"
     torch.save(torch.load(file, weights_only=False) | {"more": Exploit(str(made))}, file)
@@ -42,7 +42,7 @@ def infected(saved: Recipe) -> tuple[Recipe, Path, Path]:
 
 
 def write_sum(file: Path) -> None:
-    """Have the manifest say that a file is as it was written."""
+    """Write the present size and CRC-32 of a changed file into the manifest, so that the file passes its check."""
     checkpoint = manifest.complete_checkpoints(file.parent.parent)[-1]
     for files in checkpoint.files:
         if file.name in files:

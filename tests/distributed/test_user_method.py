@@ -19,7 +19,7 @@ from tests.ranks import Ranks
 
 
 class LastToken(Method):
-    """Replaces, in every step, the last replaceable token by a probable token of the model."""
+    """A method that replaces the last replaceable token by a probable token of the model, in every step."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
@@ -39,7 +39,7 @@ class LastToken(Method):
 
 
 class OwnStart(RoundMethod):
-    """Puts, in rounds, the model's answer before the prompt, where there is no loss."""
+    """A method that puts the model's answer before the prompt, where there is no loss, in rounds."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"epochs_per_round", "max_new_tokens"})
     keeps_rows: ClassVar[bool] = False

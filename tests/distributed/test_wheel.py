@@ -1,4 +1,4 @@
-"""The package is of use where it is installed: recipes and DeepSpeed JSONs are found by name, from any folder."""
+"""The installed package is complete: its recipes and DeepSpeed JSONs are found by name, from any folder."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def run(*command: str | Path, folder: Path, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment that has the wheel, and all other packages of this one."""
+    """Return the programs of an environment that has the wheel, and all other packages of this environment."""
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=NOT_SOURCES)  # setuptools writes there
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=NOT_SOURCES)  # setuptools writes into its sources
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]
     run(*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", "dist", "./source", folder=folder)
     run(sys.executable, "-m", "venv", "--without-pip", "environment", folder=folder)
@@ -42,7 +42,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [wheel] = (folder / "dist").glob("*.whl")
     run(*pip, "--python", environment / "bin" / "python", "install", "--no-deps", "--no-index", wheel, folder=folder)
     [packages] = environment.glob("lib/python*/site-packages")
-    # not by the finder of an editable installation: Python follows the .pth files of this environment alone
+    # This adds a folder whose own .pth files Python ignores, and with them the finder of an editable installation.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     return environment / "bin"
 
@@ -55,7 +55,7 @@ def test_the_package_that_runs_is_the_wheels(programs: Path, tmp_path: Path) -> 
 def test_bench_finds_its_recipe_in_an_empty_folder(programs: Path, tmp_path: Path) -> None:
     assert "--grid" in run(programs / "selfgen-ds", "bench", "--help", folder=tmp_path)
     refused = run(programs / "selfgen-ds", "bench", "--data.max_length", "8", folder=tmp_path, code=2)
-    assert "error: data.max_length: expected 16 or more" in refused  # which is looked at after the recipe is read
+    assert "error: data.max_length: expected 16 or more" in refused  # after the recipe has been read
 
 
 def test_a_recipe_and_its_json_are_found_by_name_in_an_empty_folder(programs: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.plans import plan
 
 SEED = 5
 BYTES = byte_tokenizer()
-_ONES = BYTES.decode([0, 1, 2, 3])  # what the ids of random samples spell
+_ONES = BYTES.decode([0, 1, 2, 3])  # the text of all ids that random samples hold
 _TWICE = re.escape(_ONES[3]) * 2
 
 

@@ -211,7 +211,7 @@ def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str) -> None:
         assert seen == dict.fromkeys(range(120), 2)
 
 
-def test_an_epoch_whose_rows_do_not_fill_the_last_step_goes_on_into_the_next() -> None:
+def test_a_step_that_an_epoch_does_not_fill_takes_rows_of_the_next_epoch() -> None:
     seen = Counter(_ids(_step_batches(7), range(7)))  # 7 steps of 4 rows are 4 epochs of 7
     assert set(seen.values()) == {4}
 
@@ -383,7 +383,7 @@ def _drawn(step_batches: StepBatches) -> list[ListRows]:
 
 
 @KINDS
-@pytest.mark.parametrize("steps", [range(3, 4), range(48, 52), range(118, 122)])  # beyond 50 is another group by length
+@pytest.mark.parametrize("steps", [range(3, 4), range(48, 52), range(118, 122)])  # from step 50: another group
 def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, steps: range) -> None:
     step_batches = _of_kind(kind, rank=1, world_size=2)  # 120 steps are 8 epochs
     others = step_batches.over(_drawn(step_batches), steps)
@@ -401,7 +401,7 @@ def test_as_many_rows_of_other_lengths_come_once_an_epoch(grouped: bool) -> None
     assert sorted(_ids(others, range(30, 60))) == list(range(120))
 
 
-ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # of steps of 4 rows; an epoch has 120 rows
+ROUNDS = [range(0, 30), range(30, 60), range(61, 90), range(61, 121)]  # steps of 4 rows each; an epoch has 120 rows
 
 
 COUNTS = [3, 50, 119, 121, 240, 500]

@@ -74,7 +74,7 @@ BASELINE, BETTER = [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A comparison of a run with `BASELINE` and one with `BETTER`."""
+    """A comparison of two runs, with the values `BASELINE` and `BETTER`."""
 
     folder: Path
     baseline: str

@@ -159,7 +159,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize(("given", "expected"), SOURCES.values(), ids=SOURCES)
-def test_a_source_that_cannot_be_is_a_problem(recipe: Recipe, given: Sources, expected: str) -> None:
+def test_an_invalid_source_is_a_problem(recipe: Recipe, given: Sources, expected: str) -> None:
     recipe.data.train = given
     [problem] = recipe_problems(recipe)
     assert problem.startswith("data.train: ")
@@ -292,13 +292,13 @@ def test_a_shipped_recipe_goes_with_every_shipped_json(path: Path) -> None:
     recipe = _parse("--config", str(path))
     for json_file in sorted((ROOT / "ds_configs").glob("*.json")):
         found = deepspeed_json.problems(recipe, ds_config.read(str(json_file)), world_size=8)
-        # what this machine lacks, which is looked at when all else fits
+        # a feature that this machine lacks, which is checked when everything else fits
         missing = "on the CPU accelerator|nvme_path: expected a folder|libaio"
         assert [p for p in found if not re.search(missing, p)] == [], json_file.name
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
-    """The exit code of a command that fails before it would start anything."""
+    """Return the exit code of a command that fails before it would start anything."""
     monkeypatch.setattr("sys.argv", ["selfgen-ds", *arguments])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as caught:
@@ -326,7 +326,7 @@ def test_the_rank_that_the_deepspeed_launcher_puts_first_is_no_sub_command(
 def test_a_setting_that_the_method_does_not_read_is_an_error_on_the_command_line(
     option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # what the recipe says for its own method is no error: it is named in the log
+    # a setting that the recipe has for its own method is no error: the log names it
     assert _main(monkeypatch, "train", "--config", DEMO, "--seed", "-1", "--selfgen.method", "sft", *option) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "selfgen." in line and "error" in line]
     assert errors == ["selfgen-ds: error: selfgen.passes: sft does not read it; remove it"]

@@ -75,7 +75,7 @@ def test_an_answer_ends_at_its_end_token_or_where_it_was_cut(family: str) -> Non
     assert asked.prompt([7, 8], answer) == asked.prompt([7, 8], content)
 
 
-def test_an_answer_stops_at_the_end_token_of_a_closing_that_goes_on_behind_it() -> None:
+def test_an_answer_stops_at_the_end_token_of_a_closing_that_continues_after_it() -> None:
     template = CHATML_GENERATION.replace("'<|im_end|>' }}{% endgen", "' <|im_end|>\\n' }}{% endgen")
     chat_tokenizer = _chatml(template)
     _, asked = _chat(chat_tokenizer, None)

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     result = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", result / "cache")
-        patch.setattr(os, "fsync", lambda _: None)  # would take most of the time
+        patch.setattr(os, "fsync", lambda _: None)  # it would take most of the time
         yield result
 
 

@@ -1,4 +1,4 @@
-"""The pages promise nothing that the tree does not hold: paths, links, settings, commands, log lines, lengths."""
+"""Check the pages: their links, paths, settings, commands, quoted log lines, and lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 FOLDERS = "recipes|ds_configs|selfgen_ds|launch|docs|tests|benchmarks|experiments"
 VARYING = r"\.\.\.|[,:;]|rank \d|step-\d+|node\d|\d[\d.]*|'[^']*'|\([^)]*\)|RuntimeError|selfgen_ds/\S*"
-"""What is different in every log line: numbers, names, values."""
+"""The parts of a quoted log line that differ from run to run: numbers, names, and values."""
 SECTIONS = {name: kind for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)}
 SETTINGS = (
     {field.name for field in fields(Recipe)}
@@ -31,19 +31,19 @@ SETTINGS = (
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in an indented block, without comments; lines that end with `\\` are joined."""
+    """Return the words of every command in an indented block, without comments; lines that end with `\\` are joined."""
     lines = re.findall(r"^ {4,}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     programs = ("deepspeed ", "torchrun ", "mpirun ", "python ", "selfgen-ds ", "launch/", "sbatch ", "make ")
     return [shlex.split(line, comments=True) for line in lines if line.startswith(programs)]
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """Return the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_links_lead_to_files_and_headings_that_are_there(page: str) -> None:
+def test_links_lead_to_existing_files_and_headings(page: str) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", TEXTS[page]):
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), target
@@ -53,7 +53,7 @@ def test_links_lead_to_files_and_headings_that_are_there(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_paths_of_the_repository_are_there(page: str) -> None:
+def test_named_paths_exist(page: str) -> None:
     named = re.findall(rf"(?<![\w/.-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*[\w*/])", TEXTS[page])
     assert [path for path in named if not list(ROOT.glob(path))] == []
 
@@ -94,7 +94,7 @@ def test_commands_are_understood(page: str, parser: ArgumentParser, monkeypatch:
         parser.parse_args(arguments)
 
 
-def test_make_targets_in_the_text_are_there() -> None:
+def test_named_make_targets_exist() -> None:
     named = {target for text in TEXTS.values() for target in re.findall(r"`make ([\w-]+)`", text)}
     assert {"check", "test", "test-all"} <= named
     assert [target for target in named if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)] == []
@@ -120,8 +120,5 @@ def test_the_lines_that_are_explained_are_those_that_the_code_writes() -> None:
     lines = [line for cell in table for line in re.findall(r"`([^`]+)`", cell)]
     assert len(lines) > 15
     for line in lines:
-        parts = re.split(
-            r"\.\.\.|[,:;]|rank \d|step-\d+|node\d|\d[\d.]*|'[^']*'|\([^)]*\)|RuntimeError|selfgen_ds/\S*", line
-        )
-        for part in map(str.strip, parts):
+        for part in map(str.strip, re.split(VARYING, line)):
             assert len(part) < 5 or part in source, f"{line!r}: {part!r}"

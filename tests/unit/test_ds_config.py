@@ -64,7 +64,7 @@ def test_what_is_no_json_object_is_an_error_that_names_the_file(tmp_path: Path, 
     assert expected in str(caught.value)
 
 
-def test_a_json_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_missing_json_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"deepspeed: {tmp_path}/ds.json: "):
         ds_config.read(f"{tmp_path}/ds.json")
 

@@ -141,7 +141,7 @@ def test_packed_samples_are_never_drawn_in_order(extended: PreTrainedModel) -> N
     assert not hasattr(policy, "rows")
 
 
-def test_rows_are_drawn_in_order_so_many_at_once_and_leave_when_they_are_done(extended: PreTrainedModel) -> None:
+def test_rows_are_drawn_in_order_up_to_rows_at_once_and_leave_when_they_are_done(extended: PreTrainedModel) -> None:
     """Of three rows with 8 prompt tokens each, one needs 40 more tokens and two need 4."""
     lengths = [40, 4, 4]
     batch = collate([[sample([1] * 8, [2] * length + [0], i)] for i, length in enumerate(lengths)])

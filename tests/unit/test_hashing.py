@@ -37,7 +37,7 @@ def _reference(stream: int, *keys: int) -> Fraction:
 
 
 def _is_uniform(values: Tensor, bins: int = 1000) -> bool:
-    """Whether chi-square of a histogram is within 5 standard deviations of its mean."""
+    """Return whether chi-square of a histogram is within 5 standard deviations of its mean."""
     counts = torch.histc(values, bins, 0.0, 1.0)
     expected = len(values) / bins
     chi_square = float(((counts - expected) ** 2 / expected).sum())

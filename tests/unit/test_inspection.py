@@ -1,4 +1,4 @@
-"""`inspect`: counts, lengths, and rows with the kinds of their tokens; no colors, as the output is no terminal."""
+"""`inspect`: counts, lengths, and rows with the kinds of their tokens; no colors, because the output is no terminal."""
 
 import json
 import re

@@ -190,7 +190,7 @@ def recipe(tmp_path: Path) -> Recipe:
 @pytest.mark.parametrize(
     ("setting", "value"), [("r", 0), ("lora_alpha", 0), ("lora_dropout", 1.0), ("lora_dropout", -0.1)]
 )
-def test_settings_that_cannot_be_are_refused(recipe: Recipe, setting: str, value: float) -> None:
+def test_invalid_settings_are_refused(recipe: Recipe, setting: str, value: float) -> None:
     assert recipe_problems(recipe) == []
     setattr(recipe.model.lora, setting, value)
     assert [problem.split(":")[0] for problem in recipe_problems(recipe)] == [f"model.lora.{setting}"]

@@ -66,7 +66,7 @@ def test_a_billion_rows_are_permuted_without_a_list_of_them() -> None:
 
 
 def _chi_square_is_usual(counts: np.ndarray, expected: float) -> bool:
-    """Whether chi-square is within 5 standard deviations of its mean."""
+    """Return whether chi-square is within 5 standard deviations of its mean."""
     freedom = counts.size - 1
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     return abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)

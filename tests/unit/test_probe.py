@@ -118,7 +118,7 @@ def test_models_that_mix_packed_samples_are_refused_for_packing_alone(preset: di
         check(preset, True, attn_implementation)
 
 
-def test_a_model_that_cannot_be_told_to_mix_samples_is_refused_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_may_mix_samples_unseen_is_refused_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states that do not depend on other tokens cannot show whether samples are mixed."""
     forward = LlamaModel.forward
 

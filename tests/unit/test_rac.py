@@ -426,7 +426,7 @@ def test_answers_that_fit_into_no_row_are_refused(config: dict[str, Any], expect
         _rac(samples, max_length=20, **config)
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
-    _rac(samples, max_length=20, sft_share=1.0, **config)  # none is drawn
+    _rac(samples, max_length=20, sft_share=1.0, **config)  # no answer is drawn
 
 
 def test_answers_that_just_fit_are_not_refused() -> None:

@@ -159,7 +159,7 @@ def test_a_sample_id_is_the_rows_number_in_the_source() -> None:
     assert [samples[i].sample_id for i in range(2)] == [1, 3]
 
 
-def test_sample_ids_go_on_past_a_thousand_rows() -> None:
+def test_sample_ids_continue_past_a_thousand_rows() -> None:
     samples = _tokenize(*(("a", str(number)) for number in range(2500)))
     assert samples.table["sample_id"][:].tolist() == list(range(2500))
     assert samples[2345].response_ids.tolist() == [*_ids("2345"), END]
@@ -200,7 +200,7 @@ def _sizes(rows: list[Any]) -> list[int]:
     return [len(chunk) for chunk in cut]
 
 
-def test_rows_are_tokenised_in_chunks_of_so_many_rows_and_about_so_much_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_tokenized_in_chunks_of_bounded_rows_and_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 3000)
     third = "x" * 1001
     assert _sizes([]) == []
@@ -283,7 +283,7 @@ def test_a_first_token_gets_no_loss() -> None:
     learned = [marked.decode(samples[0].target_ids[start:end]) for start, _, end in _turns(samples)]
     assert learned == ["b<|im_end|>\n", "<|im_start|>", "d<|im_end|>\n"]
     assert _turns(samples)[0][0] == 1
-    assert marked.decode(samples[0].response_ids) == "d<|im_end|>\n"  # without the header, which is learned too
+    assert marked.decode(samples[0].response_ids) == "d<|im_end|>\n"  # without the header, which the model learns too
     assert marked.decode(samples[0].prompt_ids).endswith("c<|im_start|>")
 
     bare = HEADER_INSIDE_MARKERS.replace("'<|im_start|>' + ", "")
@@ -562,7 +562,7 @@ def _in_processes(tmp_path: Path, content: str, count: int = 3) -> tuple[list[An
     return results, len((tmp_path / "log").read_text().splitlines())
 
 
-def test_of_several_processes_one_tokenises_and_all_get_the_same_samples(tmp_path: Path) -> None:
+def test_of_several_processes_one_tokenizes_and_all_get_the_same_samples(tmp_path: Path) -> None:
     rows = "".join(f'{{"prompt": "{number}", "completion": "b"}}\n' for number in range(2_000))
     results, readers = _in_processes(tmp_path, rows)
     assert readers == 1

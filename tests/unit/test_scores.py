@@ -108,9 +108,9 @@ def test_the_score_of_a_perfect_row_is_perfect() -> None:
 
 
 def _uneven(count: int) -> list[TrainingRow]:
-    """Long prompts with short answers and short prompts with long answers, in turn.
+    """Return rows with a long prompt and a short answer, and rows with the reverse, in turn.
 
-    Each row fits into 32 positions; the longest prompt and the longest answer of two kinds do not.
+    Each row fits into 32 positions; the longest prompt and the longest answer together do not.
     """
     return [sample([5] * (4 if i % 2 else 27), [6] * (27 if i % 2 else 4), i) for i in range(count)]
 

@@ -102,7 +102,7 @@ def test_every_file_is_on_the_disk_before_it_counts(folder: Path, monkeypatch: p
     writer.finish(1, audit)
     for name in (f".{AUDIT}.", "dataset_info.json", ".state.json."):
         assert any(Path(path).name.startswith(name) for path in synced), name
-    assert synced[-1] == "."  # the folder that holds the name of the round
+    assert synced[-1] == "."  # the folder in which the round has its name
 
 
 def test_what_is_written_is_read_back_in_the_order_of_the_chunks(folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_folder_is_an_ordinary_dataset(folder: Path) -> None:
 
 def test_a_dataset_of_one_round_is_not_taken_for_another_rounds(tmp_path: Path) -> None:
     _complete(tmp_path / "round-01")
-    _complete(tmp_path / "round-02", round=2)  # the same weights
+    _complete(tmp_path / "round-02", round=2)  # drawn by the same weights
     first, second = (datasets.load_from_disk(str(tmp_path / name)) for name in ("round-01", "round-02"))
     assert first._fingerprint != second._fingerprint
 
@@ -176,7 +176,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_a_round_goes_on_at_the_missing_chunks(folder: Path, tmp_path: Path) -> None:
+def test_a_round_continues_at_the_missing_chunks(folder: Path, tmp_path: Path) -> None:
     expected = _complete(tmp_path / "whole")
     killed = Writer(folder)
     killed.start(_audit())
