@@ -132,7 +132,7 @@ class Method:
     def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         """Return the micro-batches of one optimizer step with the contexts that the model is to read.
 
-        Every rank must call this, because the method may ask the policy.
+        Collective: every rank must call this, because the method may ask the policy.
         """
         return batches
 
@@ -164,7 +164,7 @@ class RoundMethod(Method):
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         """Draw the rows that a round trains on in the place of some samples.
 
-        Every rank must call this, because the method asks the policy.
+        Collective: every rank must call this, because the method asks the policy.
 
         Args:
             samples: Some rows of the data set; none on a rank that has nothing left to draw.

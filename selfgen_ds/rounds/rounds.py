@@ -125,7 +125,7 @@ class Rounds:
     def step_batches(self, step: int) -> StepBatches:
         """Return the batches of the step's round, which is drawn if it is not complete.
 
-        Every rank must call this, because all ranks draw a round together.
+        Collective: every rank must call this, because all ranks draw a round together.
         """
         number = self.method.round_of(step)
         if self.number != number:
@@ -140,7 +140,7 @@ class Rounds:
     def _find(self, number: int, step: int) -> Path | None:
         """Return the folder of a complete round, of this run or of the other run, or None if there is none.
 
-        Every rank must call this. Rank 0 looks, so that all ranks read the same folder.
+        Collective: every rank must call this. Rank 0 looks, so that all ranks read the same folder.
         """
         agreed: list[Path | None] = [None]
         if dist.get_rank() == 0:
@@ -160,7 +160,7 @@ class Rounds:
     def _draw(self, number: int, step: int) -> Path:
         """Draw the missing chunks of a round and complete it; return its folder.
 
-        Every rank must call this, because the method asks the policy.
+        Collective: every rank must call this, because the method asks the policy.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         audit = self._audit(number, step)
@@ -213,7 +213,7 @@ class Rounds:
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """Return the record of what draws a round.
 
-        Every rank must call this: the checksum of sharded weights is computed by all ranks.
+        Collective: every rank must call this, because all ranks compute the checksum of sharded weights.
         """
         samples_per_rank = -(-int(self._ends[-1]) // dist.get_world_size())
         return {
