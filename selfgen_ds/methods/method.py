@@ -118,6 +118,10 @@ class Method:
         self.config = config
         self.plan = plan
 
+    def as_round_method(self) -> RoundMethod | None:
+        """Return the method if it draws contexts in rounds, otherwise None."""
+        return None
+
     def check(self, samples: list[Samples]) -> None:
         """Refuse data that the method cannot work with, before the first step.
 
@@ -147,6 +151,9 @@ class RoundMethod(Method):
         super().__init__(config, plan)
         self.longest = plan.max_length
         """Tokens of the longest row that the method has the model read or generate."""
+
+    def as_round_method(self) -> RoundMethod:
+        return self
 
     def round_of(self, step: int) -> int:
         """Return the round of an optimizer step."""

@@ -29,7 +29,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
-from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.head import LogitTransform
@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     folder = open_run_folder(recipe, json_config)
     inputs = _load_inputs(recipe, folder)
     engine, hf_config = _build(recipe, json_config, inputs)
-    starting_model = weights_checksum(engine) if isinstance(inputs.method, RoundMethod) else ""
+    starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
     _log_start(recipe, inputs)
@@ -140,8 +140,8 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         if total_steps == 0:
             raise InputError(f"train.epochs: {recipe.train.epochs} of {len(step_batches)} rows is no row")
         method = load_method(recipe, tokenizer, samples, step_batches, total_steps)
-        if isinstance(method, RoundMethod):
-            check_rounds(problems, recipe, method, folder.storage)
+        if (round_method := method.as_round_method()) is not None:
+            check_rounds(problems, recipe, round_method, folder.storage)
         problems.raise_all()
     data = zlib.crc32(repr([source.checksum for source in samples]).encode())
     check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
@@ -223,8 +223,8 @@ def _open_rounds(
     poll: Callable[[], None],
 ) -> Rounds | None:
     """Return the rounds of the run, or None for a method that has none."""
-    method, selfgen = inputs.method, recipe.selfgen
-    if not isinstance(method, RoundMethod):
+    method, selfgen = inputs.method.as_round_method(), recipe.selfgen
+    if method is None:
         return None
     settings = {"method": selfgen.method}
     settings |= {name: getattr(selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}
