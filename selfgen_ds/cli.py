@@ -87,7 +87,7 @@ def _tell(problems: str) -> None:
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()
     else:
-        # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
+        # Launchers end all ranks when the first rank ends. Local rank 0 must print before that.
         time.sleep(2)
 
 

@@ -73,7 +73,7 @@ class Source:
     messages_column: str | None = None
     """Default: the same setting of `data`."""
     streaming: bool = False
-    """Hub data sets: tokenise rows while they are fetched, without keeping a copy of the raw files."""
+    """Hub data sets: tokenize rows while they are fetched, without keeping a copy of the raw files."""
 
 
 Sources = str | Source | list[str | Source]

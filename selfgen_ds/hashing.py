@@ -23,7 +23,7 @@ def _shift_right(values: Tensor, count: int) -> Tensor:
     return (values >> count) & ((1 << (64 - count)) - 1)
 
 
-def mix(values: Tensor) -> Tensor:
+def finalize(values: Tensor) -> Tensor:
     """Hash int64 values to int64 values, element by element: the finalizer of splitmix64, which is a bijection."""
     values = (values ^ _shift_right(values, 30)) * _MULTIPLIERS[0]
     values = (values ^ _shift_right(values, 27)) * _MULTIPLIERS[1]
@@ -35,7 +35,7 @@ def bits(*keys: int | Tensor) -> Tensor:
     device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
     state = torch.as_tensor(keys[0], dtype=torch.int64, device=device)
     for key in keys[1:]:
-        state = mix((state + _GOLDEN) ^ mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
+        state = finalize((state + _GOLDEN) ^ finalize(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
     return state
 
 

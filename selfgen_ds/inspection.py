@@ -85,9 +85,9 @@ def _draw(
 ) -> TokenBatch:
     """Return a batch as the method has the model read it in the last step, or in a round."""
     config = model_config(recipe.model, tokenizer)
-    logits_form = probe.check(recipe.model, config, recipe.data.packing)
+    logit_transform = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, config, logits_form, vocabulary(tokenizer)).to(process_group.device())
+    model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer)).to(process_group.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
     if (round_method := method.as_round_method()) is not None:
         rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)

@@ -15,7 +15,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
-from selfgen_ds.evaluation.scores import Questions, evaluate
+from selfgen_ds.evaluation.scores import EvaluationRequests, evaluate
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks.watch import Watch
 from selfgen_ds.setup.prepare import Run, prepare
@@ -172,8 +172,8 @@ class BetweenSteps:
         run = self._run
         if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
-        size, questions = self._recipe.eval.batch_size, Questions(forced_errors=run.forced_errors)
-        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, questions, self._watch.poll))
+        size, requests = self._recipe.eval.batch_size, EvaluationRequests(forced_errors=run.forced_errors)
+        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, requests, self._watch.poll))
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})

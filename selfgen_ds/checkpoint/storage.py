@@ -87,7 +87,7 @@ def _identity(checkpoint: Checkpoint) -> str:
     return repr((checkpoint.step, checkpoint.step_size, checkpoint.data, checkpoint.files))
 
 
-def find_out(folder: Path) -> Storage:
+def detect_storage(folder: Path) -> Storage:
     """Find out whether all ranks see the same folder: do they see a file that rank 0 makes in it?
 
     Collective: every rank must call this.

@@ -134,7 +134,7 @@ class StepBatches:
         self._end = None if self.epochs is None else round(self.epochs * len(self))
         self._grouped: tuple[int, np.ndarray] | None = None
 
-    def over(self, rows: Sequence[Rows], steps: range) -> StepBatches:
+    def with_rows(self, rows: Sequence[Rows], steps: range) -> StepBatches:
         """Return the batches of some steps over other rows, which take the place of the samples.
 
         If the rows are as many as the samples, they come in the order of the samples. If they are fewer or more, an
@@ -179,8 +179,8 @@ class StepBatches:
         batches = []
         for number in range(self.accumulation):
             first = (number * self.world_size + self.rank) * self.micro_batch_size
-            places = self._stream.at(positions[first : first + self.micro_batch_size])
-            rows = [self._row(source, row) for source, row in places.tolist()]
+            numbers = self._stream.at(positions[first : first + self.micro_batch_size])
+            rows = [self._row(source, row) for source, row in numbers.tolist()]
             batches.append(collate(rows, packed=self.packs is not None))
         return batches
 
@@ -207,11 +207,11 @@ class StepBatches:
         """Return the positions of a group of steps: similar lengths in each step, the steps in random order."""
         end = step + _GROUPED_STEPS
         positions = self._range(step, min(end, self._steps.stop) if self._steps else end)
-        places = self._stream.at(positions)
-        lengths = np.empty(len(places), dtype=np.int64)
+        rows = self._stream.at(positions)
+        lengths = np.empty(len(rows), dtype=np.int64)
         for source, samples in enumerate(self.samples):
-            here = places[:, 0] == source
-            lengths[here] = samples.lengths(places[here, 1])
+            here = rows[:, 0] == source
+            lengths[here] = samples.lengths(rows[here, 1])
         positions = positions[np.argsort(lengths, kind="stable")]
         whole = len(positions) // self.step_size * self.step_size  # a short last step stays last
         steps = positions[:whole].reshape(-1, self.step_size)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from selfgen_ds.errors import InputError
 
 RawRow = tuple[str, dict[str, Any]]
-"""The place of a row in its file (`line 3`), and the row's fields."""
+"""The line or number of a row in its file, such as `line 3`, and the row's fields."""
 
 csv.field_size_limit(sys.maxsize)  # for the whole process; the default of 128 KiB is less than a long document
 

@@ -29,8 +29,8 @@ def validated(name: str, raw_rows: Iterable[RawRow], columns: Columns) -> Iterat
         InputError: A row is not as expected. The message names the file, the row and the field.
     """
     pairs: bool | None = None
-    for place, fields in raw_rows:
-        where = f"{name}, {place}"
+    for location, fields in raw_rows:
+        where = f"{name}, {location}"
         if pairs is None:
             pairs = columns.messages not in fields or (columns.prompt in fields and columns.completion in fields)
         if pairs:

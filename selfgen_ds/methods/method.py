@@ -1,4 +1,4 @@
-"""The interface of a method: what the run tells a method, and what a method may ask of the model."""
+"""The interface of a method: the facts about the run that it gets, and the policy through which it asks the model."""
 
 from __future__ import annotations
 
@@ -85,9 +85,10 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the run tells a method."""
+    """Facts about the run that a method may use."""
 
     seed: int
+    """Seed of the run, a key of every draw (`selfgen_ds.hashing`)."""
     total_steps: int
     """Optimizer steps of the whole run."""
     step_size: int
@@ -95,16 +96,19 @@ class Plan:
     epoch_size: int
     """Rows of one epoch."""
     micro_batch_size: int
+    """Rows per rank in one forward."""
     max_length: int
     """Most tokens of a row (`data.max_length`)."""
     tokenizer: PreTrainedTokenizerBase
+    """The tokenizer of the training rows."""
     correction: Correction
+    """The request to correct an answer; empty for a method that does not read `selfgen.cue`."""
 
 
 class Method:
-    """Chooses the context that the model reads; the target is always the reference. This base class: teacher forcing.
+    """Chooses the context that the model reads; the target is always the reference.
 
-    A method holds no state that a restart needs.
+    This base class keeps the reference, which is teacher forcing. A method holds no state that a restart needs.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
@@ -184,7 +188,9 @@ class RoundMethod(Method):
         raise NotImplementedError
 
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
-        """Choose the rows of a source that the round trains on. A method that leaves any out has no `keeps_rows`.
+        """Choose the rows of a source that the round trains on.
+
+        A method that leaves rows out must set `keeps_rows = False`.
 
         Args:
             sample_ids: `[rows]` int64.

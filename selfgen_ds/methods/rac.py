@@ -120,15 +120,15 @@ class Rac(RoundMethod):
         answer = answer[:room]
         before = self.plan.correction.prompt(sample.prompt_ids.tolist(), answer)
         context = np.array([*before, *sample.response_ids])
-        places = np.arange(len(context))
+        positions = np.arange(len(context))
         first = len(sample.prompt_ids)
         return TrainingRow(
             sample_id=sample.sample_id,
             context_ids=context,
             target_ids=context,
-            loss_mask=places >= len(before),
+            loss_mask=positions >= len(before),
             replaceable_mask=np.zeros(len(context), bool),
-            replaced_mask=(places >= first) & (places < first + len(answer)),
+            replaced_mask=(positions >= first) & (positions < first + len(answer)),
             answer_equal=equal,
         )
 

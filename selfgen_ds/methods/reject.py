@@ -68,9 +68,9 @@ def first_rejected(
         raise RuntimeError(f"selfgen.reject: no spans (start, end) of {text!r}: {error}") from error
     for start, end in all_spans:
         # by bisection, because the end of a token is only known from decoding all tokens before it
-        place = bisect_right(candidates, start, key=lambda token: _characters(ids, token, text, tokenizer)[1])
-        if start < end and place < len(candidates) and _characters(ids, candidates[place], text, tokenizer)[0] < end:
-            rejected.append(candidates[place])
+        index = bisect_right(candidates, start, key=lambda token: _characters(ids, token, text, tokenizer)[1])
+        if start < end and index < len(candidates) and _characters(ids, candidates[index], text, tokenizer)[0] < end:
+            rejected.append(candidates[index])
     return min(rejected, default=None)
 
 

@@ -104,7 +104,7 @@ class _UnfinishedRows:
         """Tokens of the longest row, without padding."""
         return int(self.mask.sum(dim=1).max())
 
-    def extend(self, length: int, choose: Choose | None) -> None:
+    def generate_segment(self, length: int, choose: Choose | None) -> None:
         """Generate at most `length` further tokens of each row: fewer if every row ends before."""
         processors = [] if choose is None else [Chosen(choose, self.numbers, self.start)]
         output = self._generate(self.ids, self.mask, self._settings(length), *processors)
@@ -201,7 +201,7 @@ def generate(
         if not len(rows):
             rows.idle(length)
             continue
-        rows.extend(length, choose)
+        rows.generate_segment(length, choose)
         new_answers, finished = rows.answers()
         answers |= new_answers
         if positions is not None:

@@ -133,7 +133,7 @@ class Rounds:
             steps = range(self.method.first_step(number), self.method.first_step(number + 1))
             with raise_on_all_ranks():
                 table, probability = load_table(folder), read_audit(folder)["replace_probability"]
-            self._step_batches = self.plain.over(self._rows(table, number), steps)
+            self._step_batches = self.plain.with_rows(self._rows(table, number), steps)
             self.number, self.replace_probability = number, probability
         return self._step_batches
 
@@ -242,15 +242,15 @@ class Rounds:
         equal = table.data.column("answer_equal").to_numpy()
         edges = np.searchsorted(sample_ids, [source.first_id for source in self.samples[1:]])
         rows: list[Rows] = []
-        for source, places in zip(self.samples, np.split(np.arange(len(table)), edges), strict=True):
-            if not len(places):
+        for source, numbers in zip(self.samples, np.split(np.arange(len(table)), edges), strict=True):
+            if not len(numbers):
                 raise RuntimeError(f"{self.settings['method']}: round {number + 1} has no row of {source.name}")
-            chosen = places[self.method.select(sample_ids[places], equal[places], number)]
-            if self.method.keeps_rows and len(chosen) < len(places):
+            chosen = numbers[self.method.select(sample_ids[numbers], equal[numbers], number)]
+            if self.method.keeps_rows and len(chosen) < len(numbers):
                 raise RuntimeError(f"{self.settings['method']}: `select` leaves rows out, against `keeps_rows`")
             if not len(chosen):
                 log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
-                chosen = places
+                chosen = numbers
             rows.append(StoredRows(table, chosen))
         return rows
 

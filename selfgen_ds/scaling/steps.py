@@ -33,7 +33,7 @@ from selfgen_ds.scaling import statistics
 from selfgen_ds.scaling.clock import StepClock, max_over_ranks
 from selfgen_ds.scaling.environment import peak_flops
 from selfgen_ds.scaling.memory import PeakMemory
-from selfgen_ds.setup.prepare import build_engine, engine_policy
+from selfgen_ds.setup.build import build_engine, engine_policy
 
 _TOTAL_STEPS = 1 << 30  # so many that the learning rate does not change
 _WARM_UP = 2  # turns that create the optimizer's states and fill caches
@@ -84,13 +84,13 @@ class BlockBenchmark:
         with raise_on_all_ranks():
             tokenizer = load_tokenizer(recipe.model)
             config = model_config(recipe.model, tokenizer)
-            logits_form = probe.check(recipe.model, config, packing=False)
+            logit_transform = probe.check(recipe.model, config, packing=False)
         self.vocabulary = config.get_text_config(decoder=True).vocab_size
         self.memory = PeakMemory()
         with self.memory.counting():
             quiet = json_config | {"tensorboard": {"enabled": False}}  # it would write in timed steps
             # transformers learns from `hf_config`, through a weak reference, that the model is sharded
-            self.engine, self.hf_config = build_engine(recipe, quiet, config, logits_form, tokenizer, _TOTAL_STEPS)
+            self.engine, self.hf_config = build_engine(recipe, quiet, config, logit_transform, tokenizer, _TOTAL_STEPS)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         self.policy = engine_policy(recipe, self.engine, end_tokens=[self.vocabulary])
         rows = recipe.train.micro_batch_size * block.accumulation * dist.get_world_size()

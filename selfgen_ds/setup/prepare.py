@@ -24,7 +24,7 @@ from selfgen_ds.checkpoint import resuming
 from selfgen_ds.config import Recipe, to_yaml
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.samples import Samples, end_tokens, take
+from selfgen_ds.data.samples import Samples, end_tokens, first_rows
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
 def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
     """Load tokenizer, model configuration, data and method, and check each against the recipe.
 
-    The model is checked before any row is tokenised, since tokenising may take long.
+    The model is checked before any row is tokenized, because tokenizing may take long.
     """
     with raise_on_all_ranks():
         tokenizer = load_tokenizer(recipe.model)
@@ -153,7 +153,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         config=config,
         logit_transform=logit_transform,
         samples=samples,
-        eval_samples=take(eval_samples, recipe.eval.max_samples),
+        eval_samples=first_rows(eval_samples, recipe.eval.max_samples),
         forced_errors=forced_errors(eval_samples, tokenizer),
         end_tokens=end_tokens(samples + eval_samples, tokenizer),
         step_batches=step_batches,

@@ -8,7 +8,7 @@ problems of a stage at once. The stages follow what a check needs:
 | `options.py` | the command line of `evaluate`, `bench` and `compare` | first |
 | `settings.py` | the recipe, the DeepSpeed JSON and the method's class | before any rank waits for another |
 | `output_folder.py` | the output folder, as an earlier run left it | when the ranks know whether they share it |
-| `inputs.py` | the model's configuration, then the tokenised data | before the model's weights are loaded |
+| `inputs.py` | the model's configuration, then the tokenized data | before the model's weights are loaded |
 
 Readers refuse a file, row or template that they cannot read where they read it (`data/`), because only they know the
 row; `setup/prepare.py` collects those errors with the others.
