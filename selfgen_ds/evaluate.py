@@ -32,7 +32,7 @@ def run(options: EvaluateOptions) -> None:
     Collective under a launcher: every rank must call this, because the ranks share the rows; each holds the model.
 
     Raises:
-        InputError: The options, the data or the model are not as expected.
+        InputError: The options, the data, or the model are not as expected.
     """
     check_evaluate(options)
     make_folder(Path(options.output_dir), "--output_dir")

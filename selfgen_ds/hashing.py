@@ -1,7 +1,7 @@
 """Counter-based random numbers: each one is a hash of its keys and depends on nothing else.
 
 The module has no state: the same keys give the same number on every rank and device, in every batch shape and after
-every restart. It serves the noise of draws (`selfgen_ds.methods`), the sampled answers of an evaluation and the order
+every restart. It serves the noise of draws (`selfgen_ds.methods`), the sampled answers of an evaluation, and the order
 of training (`selfgen_ds.data.order`). The hash is the finalizer of splitmix64 (Steele, Lea & Flood 2014, "Fast
 splittable pseudorandom number generators"), folded over the keys. Overflow of int64 wraps in torch on every device.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The first key names the purpose, so that the same seed, step or round, sample and position can serve several purposes.
+# The first key names the purpose, so that one seed, step or round, sample, and position can serve several purposes.
 REPLACE, DRAW, ROUND_REPLACE, ROUND_DRAW, ANSWER, PLAIN, EVALUATION, GENERATORS = range(1, 9)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -1,7 +1,7 @@
-"""`selfgen-ds inspect`: what a recipe's rows become, before any time is spent on training.
+"""`selfgen-ds inspect`: show the training rows that a recipe produces, before any training.
 
-Prints the counts of rows read, truncated and refused, the lengths, and some training rows with their prompts, learned
-tokens, replaceable tokens and drawn tokens. Runs in one process, without DeepSpeed.
+Prints the counts of rows read, truncated, and refused, the lengths, and some training rows with their prompts, learned
+tokens, replaceable tokens, and drawn tokens. Runs in one process, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BARS = 12  # of the histogram of lengths
 
 
 def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
-    """Print the counts, the lengths and some rows of a recipe's data.
+    """Print the counts, the lengths, and some rows of a recipe's data.
 
     Args:
         overrides: Settings given on the command line.
@@ -92,7 +92,7 @@ def _draw(
     if (round_method := method.as_round_method()) is not None:
         rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)
         return collate([[row] for row in rows])
-    # of 1 step in all, step 1 is past the last, where a growing schedule has reached its final value
+    # Of 1 step in all, step 1 is past the last one, so that a growing schedule has reached its final value.
     (drawn,) = method.contexts([batch.to(policy.device)], policy, 1)
     return drawn.to("cpu")
 

@@ -26,7 +26,7 @@ _COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ran
 
 
 def train(recipe: Recipe, overrides: set[str]) -> None:
-    """Train, evaluate, save and export as the recipe says.
+    """Train, evaluate, save, and export as the recipe says.
 
     Collective: every rank must call this.
 
@@ -190,7 +190,7 @@ class BetweenSteps:
             raise RuntimeError(f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps)")
 
     def _is_best(self, scores: dict[str, float]) -> bool:
-        """Whether an evaluation is better than those of all checkpoints: rank 0 decides for all ranks."""
+        """Return whether an evaluation is better than that of every checkpoint: rank 0 decides for all ranks."""
         if not scores:
             return False
         verdict, metric = [False], self._recipe.eval.best

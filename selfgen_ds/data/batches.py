@@ -149,7 +149,7 @@ class StepBatches:
         other._stream = Stream(sizes, self.weights, self.seed, least=0)  # few rows of a round are no error
         first = steps.start * self.step_size
         if other._stream.size != len(self):
-            # a round starts with a whole epoch of its rows, and with another epoch of the stream than the last round
+            # A round starts with a whole epoch of its rows, which is not the epoch of the round before.
             other._shift = first // len(self) * other._stream.size - first
         if self.group_by_length and not all(map(_same_lengths, self.samples, rows)):
             other._steps = steps  # the rows of other steps have other lengths, so that a group must not reach there
@@ -220,7 +220,7 @@ class StepBatches:
 
 
 def _same_lengths(some: Rows, others: Rows) -> bool:
-    """Whether two sources have as many rows, each of the same length."""
+    """Return whether two sources have as many rows, each of the same length."""
     if len(some) != len(others):
         return False
     rows = np.arange(len(some))

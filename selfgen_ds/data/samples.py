@@ -184,7 +184,7 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
 
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
     digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
-    # other code may make other samples of the same rows
+    # Other code may make other samples of the same rows.
     for name in ("chat", "encoding", "formats", "row_checks", "rows", "samples", "tasks"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]

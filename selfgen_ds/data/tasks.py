@@ -43,7 +43,7 @@ _SYMBOLS, _HOPS = 8, 6
 def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
     """Follow a random 8-cycle: `FaBc...A=` -> `cCdD...`; capitals are keys, small letters values.
 
-    The prompt holds the 8 pairs KEY value in random order, a start key and `=`. The answer is 6 hops, each written
+    The prompt holds the 8 pairs KEY value in random order, a start key, and `=`. The answer is 6 hops, each written
     as the value and restated as the key. Restating the value that was just written is all that teacher forcing needs
     after the look-up, so that one wrong value sends the rest along a wrong path.
     """

@@ -24,7 +24,7 @@ from selfgen_ds.ranks import process_group
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequests:
-    """What the model is asked in addition to greedy answers."""
+    """Requests to the model in addition to greedy answers."""
 
     forced_errors: dict[int, ForcedError] = field(default_factory=dict)
     """A forced error for every sample id (`selfgen_ds.evaluation.recovery`); empty if recovery is not scored."""
@@ -53,7 +53,7 @@ def evaluate(
 
     Args:
         batch_size: Rows that a rank holds at once.
-        requests: What the model is asked in addition to greedy answers; None for nothing.
+        requests: Requests in addition to greedy answers; None for no other request.
         poll: Called after every batch, on all ranks.
 
     Returns:
@@ -116,7 +116,7 @@ def _longest_response(samples: list[TrainingRow]) -> int:
 
 
 def corrected_length(samples: list[TrainingRow], correction: Correction) -> int:
-    """Return the most tokens that prompt, answer, cue and corrected answer may come to together."""
+    """Return the most tokens that prompt, answer, cue, and corrected answer may come to together."""
     prompt = max(len(sample.prompt_ids) for sample in samples)
     return prompt + 2 * _longest_response(samples) + len(correction.closing_ids) + len(correction.cue_ids)
 
@@ -131,7 +131,7 @@ def _score(
 ) -> list[SampleScore]:
     """Return the scores of this rank's rows of a batch.
 
-    Collective: every rank must call this, also without rows, because the ranks run the model together.
+    Collective: every rank must call this, even without rows, because the ranks run the model together.
 
     Args:
         answer_length: Most tokens of an answer; None for the length of the longest reference of the batch.
@@ -142,7 +142,7 @@ def _score(
     references = [sample.response_ids.tolist() for sample in samples]
     longest = answer_length or _longest_response(all_samples)
 
-    # the order of these calls is the same on every rank
+    # The order of these calls is the same on every rank.
     teacher_forced, log_probabilities = _predict(policy, samples)
     answers = policy.complete(prompts, longest)
     recovery = _recover(policy, samples, all_samples, errors)
@@ -198,9 +198,9 @@ def _recover(
 def _sample(
     policy: EnginePolicy, samples: list[TrainingRow], longest: int, requests: EvaluationRequests
 ) -> list[list[int]] | None:
-    """Return answers drawn at `sample_temperature`; None if that is 0.
+    """Return answers drawn at `sample_temperature`; None at a temperature of 0.
 
-    The draws depend on seed, sample id and position alone: not on the batch, nor on the number of ranks.
+    The draws depend on seed, sample id, and position alone: not on the batch, nor on the number of ranks.
     """
     if requests.sample_temperature <= 0:
         return None

@@ -35,7 +35,7 @@ class Bash(RoundMethod):
         self.rejected = load_reject(config.reject)
 
     def replace_probability(self, step: int) -> float:
-        # rounds count from 1 here, so that the first round draws too
+        # Rounds count from 1 here, so that the first round draws too.
         return schedule.replace_probability(self.config, self.round_of(step) + 1, self.rounds)
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:

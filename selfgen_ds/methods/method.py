@@ -38,7 +38,7 @@ class Policy:
     """
 
     device = torch.device("cpu")
-    """Device of the batches, masks and noise."""
+    """Device of the batches, masks, and noise."""
 
     def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         """Draw the masked tokens, each from the model's distribution given the tokens before it in the context.
@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def can_draw_in_order(self) -> bool:
-        """Whether `draw_in_order` can be called now; the same on all ranks."""
+        """Return whether `draw_in_order` can be called now; the same on all ranks."""
         return False
 
     def draw_in_order(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
@@ -79,7 +79,7 @@ class Policy:
         raise NotImplementedError
 
     def max_over_ranks(self, value: int) -> int:
-        """Return the largest of the ranks' values. A policy that knows of one rank alone returns the value."""
+        """Return the largest of the ranks' values. A policy that knows only this rank returns the value."""
         return value
 
 

@@ -43,7 +43,7 @@ MIXTURE = SAMPLING | {
 def replacement_mask(
     batch: TokenBatch, probability: float, keys: tuple[int, ...], position: Position = "even"
 ) -> Tensor:
-    """Draw the mask M of one micro-batch: a function of the keys, the sample ids and the positions alone.
+    """Draw the mask M of one micro-batch: a function of the keys, the sample ids, and the positions alone.
 
     Args:
         probability: p. With `even`, every replaceable token is masked with this probability. With `early`, the first of
@@ -136,7 +136,7 @@ def _pending(pending: Tensor, before: TokenBatch, after: TokenBatch, max_differi
     """
     changed = before.context_ids != after.context_ids
     pending = pending & (_running_count(after, changed) - changed.long() > 0)
-    # if the draws stop at a settled token, the tokens after it are not needed
+    # If the draws stop at a settled token, the tokens after it are not needed.
     settled_stop = _differing_too_much(after, max_differing_share) & ~pending
     return pending & (_running_count(after, settled_stop) == 0)
 

@@ -101,7 +101,7 @@ class _UnfinishedRows:
         return len(self.numbers)
 
     def longest(self) -> int:
-        """Tokens of the longest row, without padding."""
+        """Return the tokens of the longest row, without padding."""
         return int(self.mask.sum(dim=1).max())
 
     def generate_segment(self, length: int, choose: Choose | None) -> None:
@@ -226,7 +226,7 @@ def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tens
 
 
 def drops_rows(model: PreTrainedModel) -> bool:
-    """Whether single rows can leave the model's cache: only a cache of attention alone allows that."""
+    """Return whether single rows can leave the model's cache: only a cache of attention alone allows that."""
     if not model._supports_default_dynamic_cache():
         return False
     layers = DynamicCache(config=model.config).layers

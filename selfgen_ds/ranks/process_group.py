@@ -63,7 +63,7 @@ def device() -> torch.device:
 
 
 def init_process_group() -> None:
-    """Join the process group of `deepspeed`, `torchrun`, `srun` or `mpirun`, or make a group of this process alone.
+    """Join the process group of `deepspeed`, `torchrun`, `srun`, or `mpirun`, or make a group of this process alone.
 
     Collective: every rank must call this, because a group exists when all its ranks have joined.
 
@@ -85,7 +85,7 @@ def init_process_group() -> None:
     mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
     complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
     ranks = world_size() if mpi or complete else 1
-    # set by Slurm's srun, and by an MPI other than Open MPI
+    # Set by Slurm's srun, and by an MPI other than Open MPI.
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
     if tasks > ranks:
         raise InputError(

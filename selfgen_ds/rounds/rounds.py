@@ -67,8 +67,8 @@ class Rounds:
     shared: Path | None
     """`rollouts/` of another run, whose rounds are read instead of drawn."""
     fingerprint: dict[str, str]
-    """Checksums of the weights that the run started with (`model`), of the `tokenizer` and of the training rows
-    (`data`). Contexts of another model, tokenizer or data set cannot be used."""
+    """Checksums of the weights that the run started with (`model`), of the `tokenizer`, and of the training rows
+    (`data`). Contexts of another model, tokenizer, or data set cannot be used."""
     settings: dict[str, Any]
     """The settings that the method reads, for the record."""
     step: int
@@ -119,7 +119,7 @@ class Rounds:
         return complete
 
     def starts(self, step: int) -> bool:
-        """Whether a round starts with this step."""
+        """Return whether a round starts with this step."""
         return step > 0 and self.method.round_of(step) != self.method.round_of(step - 1)
 
     def step_batches(self, step: int) -> StepBatches:
@@ -190,8 +190,8 @@ class Rounds:
                 own = missing[first + rank : first + rank + 1]
                 samples = [sample for chunk in own for sample in self._chunk(chunk, audit["chunk_size"])]
                 rows, counts = self.method.rows(samples, self.policy, number)
-                # every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
-                # other must stay below the timeout of the process group
+                # Every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
+                # other must stay below the timeout of the process group.
                 problem = rows_problem(self.method, samples, rows)
                 if self.policy.max_over_ranks(int(problem is not None)):
                     where = problem or "those of another rank"
@@ -211,7 +211,7 @@ class Rounds:
         return writer.folder
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
-        """Return the record of what draws a round.
+        """Return the record of the weights and settings that draw a round.
 
         Every rank must call this: the checksum of sharded weights is computed by all ranks.
         """

@@ -1,4 +1,4 @@
-"""What a recipe names, loaded: the rows of its data sources, their order, and the method."""
+"""Load the inputs that a recipe names: training rows, their order, and the method."""
 
 from __future__ import annotations
 

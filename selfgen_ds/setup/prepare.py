@@ -1,7 +1,7 @@
-"""From a recipe to a run that stands at its first step, or at the step where it was saved.
+"""Build a run from a recipe, ready for its first step or for the step after its checkpoint.
 
 `prepare` reads from top to bottom: check the settings, open the run's folder, load the inputs, build the engine,
-restore the checkpoint. Everything that can be wrong with recipe, JSON, data and model is met here, before
+restore the checkpoint. Everything that can be wrong with recipe, JSON, data, and model is met here, before
 the first step.
 """
 
@@ -54,7 +54,7 @@ _NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a recipe names, loaded and checked; the model's weights come later."""
+    """Loaded and checked inputs of a recipe, without the model's weights."""
 
     folder: RunFolder
     tokenizer: PreTrainedTokenizerBase
@@ -64,11 +64,11 @@ class Inputs:
     eval_samples: list[TrainingRow]
     """The rows to evaluate on; empty without `data.eval`."""
     forced_errors: dict[int, ForcedError]
-    """For every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
+    """A forced error for every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
     end_tokens: list[int]
     """Tokens that each end an answer."""
     step_batches: StepBatches
-    """The training rows in order; for methods that have rounds, the rows of the data set itself."""
+    """Batches of the training rows; for methods that have rounds, of the rows of the data set itself."""
     method: Method
     total_steps: int
     data: int
@@ -77,14 +77,14 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Inputs):
-    """Everything that the training loop works with: the inputs, and what is built from them."""
+    """Everything that the training loop works with: the inputs, and the objects that are built from them."""
 
     engine: DeepSpeedEngine
     policy: EnginePolicy
     rounds: Rounds | None
     """For methods that have rounds: the rows that are trained on in place of the data set."""
     hf_config: HfDeepSpeedConfig
-    """Kept because transformers, which asks it whether the model is sharded, holds only a weak reference to it."""
+    """Kept alive here: transformers asks it whether the model is sharded, but holds only a weak reference to it."""
 
 
 def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
@@ -119,7 +119,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
 
 
 def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
-    """Load tokenizer, model configuration, data and method, and check each against the recipe.
+    """Load tokenizer, model configuration, data, and method, and check each against the recipe.
 
     The model is checked before any row is tokenized, because tokenizing may take long.
     """
@@ -194,14 +194,14 @@ def _in_steps(recipe: Recipe, samples: list[Samples], folder: RunFolder) -> Step
 
 
 def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
-    """Build the engine, configured for the ranks that there are now and for the checkpoint that it will load."""
+    """Build the engine for the present number of ranks and for the checkpoint that the engine will load."""
     folder = inputs.folder
     accumulation = inputs.step_batches.accumulation
     fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=accumulation))
     other_ranks = folder.resumed is not None and folder.resumed.world_size != dist.get_world_size()
     checkpointing = {
         "use_node_local_storage": not folder.storage.shared,
-        # at stage 0 every rank loads the same file, whatever the number of ranks
+        # At stage 0 every rank loads the same file, whatever the number of ranks.
         "load_universal": other_ranks and json_config.get("zero_optimization", {}).get("stage", 0) > 0,
     }
     return build_engine(
