@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(2)
     overrides = _overrides(arguments)
 
-    # torch's stack traces of a broken connection would bury the line that names the lost rank
+    # Torch's stack traces of a broken connection would bury the line that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from selfgen_ds.ranks import process_group  # slow imports, which `--help` does not need
 
@@ -87,7 +87,7 @@ def _tell(problems: str) -> None:
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()
     else:
-        # launchers end all ranks when the first one ends, which must not happen before local rank 0 has printed
+        # Launchers end all ranks when the first rank ends. Local rank 0 must print before that.
         time.sleep(2)
 
 
@@ -205,7 +205,7 @@ def _overrides(arguments: list[str]) -> set[str]:
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
-    """Return the recipe of `train`, `inspect` or `bench`; an option replaces settings of the recipe that it excludes.
+    """Return the recipe of `train`, `inspect`, or `bench`; an option replaces settings of the recipe that it excludes.
 
     `--model.name_or_path` replaces the recipe's preset and the preset's tokenizer. `--train.max_steps` replaces
     `train.epochs`, and the reverse.

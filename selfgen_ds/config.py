@@ -49,7 +49,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Allow code that a hub repository ships to run."""
     lora: LoraConfig | None = None
-    """Freeze `name_or_path` and train adapters; checkpoints then hold the adapters alone. Default: train all of it."""
+    """Freeze `name_or_path` and train adapters; checkpoints then hold the adapters alone. Default: train the whole
+    model."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class Source:
     """One source of rows."""
 
     path: str
-    """A JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a hub id, or `builtin:pointer_chase`,
+    """A JSONL, JSON, CSV, Parquet, or Arrow file, a folder of such files, a hub id, or `builtin:pointer_chase`,
     `builtin:running_sum`."""
     subset: str | None = None
     """Subset (configuration) of a hub data set or of a folder that names its subsets."""
@@ -67,13 +68,13 @@ class Source:
     """Share of the training rows relative to the other sources, whatever their sizes; the rows of a small source are
     then repeated. Without weights every row comes once per epoch."""
     prompt_column: str | None = None
-    """Default: the same setting of `data`."""
+    """Field with the prompt in this source. Default: `data.prompt_column`."""
     completion_column: str | None = None
-    """Default: the same setting of `data`."""
+    """Field with the completion in this source. Default: `data.completion_column`."""
     messages_column: str | None = None
-    """Default: the same setting of `data`."""
+    """Field with the conversation in this source. Default: `data.messages_column`."""
     streaming: bool = False
-    """Hub data sets: tokenise rows while they are fetched, without keeping a copy of the raw files."""
+    """Hub data sets: tokenize rows while they are fetched, without keeping a copy of the raw files."""
 
 
 Sources = str | Source | list[str | Source]
@@ -84,7 +85,7 @@ class DataConfig:
     """Training and evaluation rows."""
 
     train: Sources
-    """A file, folder, hub id or `builtin:<task>`; `{path: ..., subset: ..., split: ...}`; or a list of these."""
+    """A file, folder, hub id, or `builtin:<task>`; `{path: ..., subset: ..., split: ...}`; or a list of these."""
     eval: Sources | None = None
     """Evaluation rows, in the same forms (a built-in task gives its test set)."""
     prompt_column: str = "prompt"
@@ -117,11 +118,11 @@ class SelfgenConfig:
     replace_probability: float = 0.25
     """Largest probability p with which a response token is replaced by one that the model drew."""
     schedule: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "constant"
-    """How p grows from 0 to `replace_probability`, over steps or rounds (`selfgen_ds.methods.schedule`)."""
+    """Growth of p from 0 to `replace_probability`, over steps or rounds (`selfgen_ds.methods.schedule`)."""
     schedule_share: float = 0.5
     """Share of the training after which a growing schedule has reached `replace_probability`, or 99 % of it."""
     position: Literal["even", "early", "late"] = "even"
-    """How p varies within an answer: not at all, or linearly between p and 0, with the largest value at the answer's
+    """Variation of p within an answer: none, or linearly between p and 0, with the largest value at the answer's
     start (`early`) or end (`late`)."""
     passes: int | Literal["exact"] | None = None
     """Parallel passes of a draw: 1 is two-pass scheduled sampling, k is parallel scheduled sampling, `exact` repeats
@@ -133,8 +134,8 @@ class SelfgenConfig:
     top_k: int = 0
     """Draw from the k most probable tokens; 0 means all."""
     max_differing_share: float = 1.0
-    """Largest share of a response's tokens that may differ from the reference in its context; after the last allowed
-    one the context is the reference again."""
+    """Largest share of a response's tokens that may differ from the reference in its context; after the last
+    allowed token the context is the reference again."""
     drawn_context_weight: float = 1.0
     """Weight in the loss of a target that directly follows a drawn token."""
     epochs_per_round: int = 1
@@ -243,7 +244,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
-    """Seed of weights, data order, replacement masks and draws."""
+    """Seed of weights, data order, replacement masks, and draws."""
     resume: Literal["auto"] | None = None
     """`auto`: continue from the newest complete checkpoint in `output_dir`, or start if there is none."""
     trust_checkpoint: bool = False
@@ -259,7 +260,7 @@ class EvaluateOptions:
     data: Sources
     """Rows, in the forms of `data.eval` of a recipe (a built-in task gives its test set)."""
     output_dir: str
-    """Folder for `evaluation.json`; for `compare`, the run's own folder."""
+    """Folder for `evaluation.json`; give the run's folder if `compare` shall read the result."""
     prompt_column: str = "prompt"
     """Field with the text that the model is given."""
     completion_column: str = "completion"
@@ -270,8 +271,7 @@ class EvaluateOptions:
     """Rows to evaluate: the first rows, as many from each source. Default: all rows."""
     max_length: int | None = None
     """Longest row in tokens; longer responses are cut, and rows whose prompt leaves no room are left out. Both are
-    counted.
-    Default: the model's positions."""
+    counted. Default: the model's positions."""
     batch_size: int = 64
     """Rows that a rank evaluates at once."""
     sample_temperature: float = 0.0

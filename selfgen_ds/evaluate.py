@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 from selfgen_ds.config import EvaluateOptions, ModelConfig
 from selfgen_ds.data.correction import correction
-from selfgen_ds.data.rows import Columns
-from selfgen_ds.data.samples import Format, Samples, end_tokens, load, take
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.samples import Format, Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
-from selfgen_ds.evaluation.scores import Questions, corrected_length, evaluate
+from selfgen_ds.evaluation.scores import EvaluationRequests, corrected_length, evaluate
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
@@ -32,7 +32,7 @@ def run(options: EvaluateOptions) -> None:
     Collective under a launcher: every rank must call this, because the ranks share the rows; each holds the model.
 
     Raises:
-        InputError: The options, the data or the model are not as expected.
+        InputError: The options, the data, or the model are not as expected.
     """
     check_evaluate(options)
     make_folder(Path(options.output_dir), "--output_dir")
@@ -42,30 +42,30 @@ def run(options: EvaluateOptions) -> None:
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
     positions = most_positions(config)
-    logits_form = probe.check(source, config, packing=False, training=False)
+    logit_transform = probe.check(source, config, packing=False, training=False)
     columns = Columns(
         prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
     )
     form = Format(columns=columns, max_length=evaluated_length(options, positions), limit=options.max_samples)
     samples = load(options.data, "test", tokenizer, form)
-    chosen = take(samples, options.max_samples)
+    chosen = first_rows(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
     if asked is not None and positions is not None:
         check_corrected_length(corrected_length(chosen, asked), positions)
     if process_group.world_size() > 1:
         process_group.init_process_group()
-    model = build_model(source, config, logits_form).to(process_group.device()).eval()
+    model = build_model(source, config, logit_transform).to(process_group.device()).eval()
     policy = EnginePolicy(
         model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
     )
-    questions = Questions(
+    requests = EvaluationRequests(
         forced_errors=forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,
         seed=options.seed,
         correction=asked,
         correction_rounds=options.correction_rounds,
     )
-    scores = evaluate(policy, chosen, tokenizer, options.batch_size, questions)
+    scores = evaluate(policy, chosen, tokenizer, options.batch_size, requests)
     if process_group.rank() == 0:
         write(scores, options, samples)
     if dist.is_initialized():

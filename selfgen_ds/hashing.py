@@ -1,7 +1,7 @@
 """Counter-based random numbers: each one is a hash of its keys and depends on nothing else.
 
 The module has no state: the same keys give the same number on every rank and device, in every batch shape and after
-every restart. It serves the noise of draws (`selfgen_ds.methods`), the sampled answers of an evaluation and the order
+every restart. It serves the noise of draws (`selfgen_ds.methods`), the sampled answers of an evaluation, and the order
 of training (`selfgen_ds.data.order`). The hash is the finalizer of splitmix64 (Steele, Lea & Flood 2014, "Fast
 splittable pseudorandom number generators"), folded over the keys. Overflow of int64 wraps in torch on every device.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The first key names the purpose, so that the same seed, step or round, sample and position can serve several purposes.
+# The first key names the purpose, so that one seed, step or round, sample, and position can serve several purposes.
 REPLACE, DRAW, ROUND_REPLACE, ROUND_DRAW, ANSWER, PLAIN, EVALUATION, GENERATORS = range(1, 9)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -23,7 +23,7 @@ def _shift_right(values: Tensor, count: int) -> Tensor:
     return (values >> count) & ((1 << (64 - count)) - 1)
 
 
-def mix(values: Tensor) -> Tensor:
+def finalize(values: Tensor) -> Tensor:
     """Hash int64 values to int64 values, element by element: the finalizer of splitmix64, which is a bijection."""
     values = (values ^ _shift_right(values, 30)) * _MULTIPLIERS[0]
     values = (values ^ _shift_right(values, 27)) * _MULTIPLIERS[1]
@@ -35,7 +35,7 @@ def bits(*keys: int | Tensor) -> Tensor:
     device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
     state = torch.as_tensor(keys[0], dtype=torch.int64, device=device)
     for key in keys[1:]:
-        state = mix((state + _GOLDEN) ^ mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
+        state = finalize((state + _GOLDEN) ^ finalize(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN))
     return state
 
 

@@ -1,7 +1,7 @@
-"""`selfgen-ds inspect`: what a recipe's rows become, before any time is spent on training.
+"""`selfgen-ds inspect`: show the training rows that a recipe produces, before any training.
 
-Prints the counts of rows read, truncated and refused, the lengths, and some training rows with their prompts, learned
-tokens, replaceable tokens and drawn tokens. Runs in one process, without DeepSpeed.
+Prints the counts of rows read, truncated, and refused, the lengths, and some training rows with their prompts, learned
+tokens, replaceable tokens, and drawn tokens. Runs in one process, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
-from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
 from selfgen_ds.model.policy import EnginePolicy
@@ -40,7 +40,7 @@ _BARS = 12  # of the histogram of lengths
 
 
 def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
-    """Print the counts, the lengths and some rows of a recipe's data.
+    """Print the counts, the lengths, and some rows of a recipe's data.
 
     Args:
         overrides: Settings given on the command line.
@@ -74,7 +74,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     method = load_method(recipe, tokenizer, samples, step_batches, total_steps=1)
     if rows:
         if draw and "replace_probability" in method.settings:
-            p = method.replace_probability(0 if isinstance(method, RoundMethod) else 1)
+            p = method.replace_probability(1 if method.as_round_method() is None else 0)
             console.print(f"drawn with p = {p:g}, the value in the last step or round\n")
         batch = step_batches.at(0)[0]
         _print_rows(console, _draw(recipe, batch, samples, tokenizer, method) if draw else batch, tokenizer)
@@ -85,14 +85,14 @@ def _draw(
 ) -> TokenBatch:
     """Return a batch as the method has the model read it in the last step, or in a round."""
     config = model_config(recipe.model, tokenizer)
-    logits_form = probe.check(recipe.model, config, recipe.data.packing)
+    logit_transform = probe.check(recipe.model, config, recipe.data.packing)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, config, logits_form, vocabulary(tokenizer)).to(process_group.device())
+    model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer)).to(process_group.device())
     policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
-    if isinstance(method, RoundMethod):
-        rows, _ = method.rows(_samples_of(batch, samples), policy, 0)
+    if (round_method := method.as_round_method()) is not None:
+        rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)
         return collate([[row] for row in rows])
-    # of 1 step in all, step 1 is past the last, where a growing schedule has reached its final value
+    # Of 1 step in all, step 1 is past the last one, so that a growing schedule has reached its final value.
     (drawn,) = method.contexts([batch.to(policy.device)], policy, 1)
     return drawn.to("cpu")
 

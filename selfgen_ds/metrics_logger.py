@@ -27,7 +27,7 @@ class MetricsLogger:
     Args:
         path: Path of `metrics.jsonl`. Lines after `step`, from a run that was killed after its last checkpoint, are
             removed.
-        monitor: DeepSpeed's monitor, which passes the metrics on to TensorBoard, CSV files and others.
+        monitor: DeepSpeed's monitor, which passes the metrics on to TensorBoard, CSV files, and others.
         step: Optimizer steps already done.
         total_steps: Optimizer steps of the whole run.
     """
@@ -37,7 +37,7 @@ class MetricsLogger:
         self._monitor = monitor
         self._writes = dist.get_rank() == 0
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self._writes)
-        # differing and drawn tokens of the last steps
+        # Differing and drawn tokens of the last steps.
         self._differing: deque[tuple[float, int]] = deque(maxlen=_WATCHED_STEPS)
         if self._writes:
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -55,7 +55,7 @@ class MetricsLogger:
         step = int(metrics["step"])
         self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
         with open(self._path, "a", encoding="utf-8") as file:
-            # JSON has no NaN
+            # JSON has no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps(finite) + "\n")
         self._bar.set_postfix_str(

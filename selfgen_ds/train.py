@@ -15,7 +15,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
-from selfgen_ds.evaluation.scores import Questions, evaluate
+from selfgen_ds.evaluation.scores import EvaluationRequests, evaluate
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks.watch import Watch
 from selfgen_ds.setup.prepare import Run, prepare
@@ -26,7 +26,7 @@ _COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ran
 
 
 def train(recipe: Recipe, overrides: set[str]) -> None:
-    """Train, evaluate, save and export as the recipe says.
+    """Train, evaluate, save, and export as the recipe says.
 
     Collective: every rank must call this.
 
@@ -172,8 +172,8 @@ class BetweenSteps:
         run = self._run
         if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
-        size, questions = self._recipe.eval.batch_size, Questions(forced_errors=run.forced_errors)
-        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, questions, self._watch.poll))
+        size, requests = self._recipe.eval.batch_size, EvaluationRequests(forced_errors=run.forced_errors)
+        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, requests, self._watch.poll))
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
@@ -190,7 +190,7 @@ class BetweenSteps:
             raise RuntimeError(f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps)")
 
     def _is_best(self, scores: dict[str, float]) -> bool:
-        """Whether an evaluation is better than those of all checkpoints: rank 0 decides for all ranks."""
+        """Return whether an evaluation is better than that of every checkpoint: rank 0 decides for all ranks."""
         if not scores:
             return False
         verdict, metric = [False], self._recipe.eval.best

@@ -11,7 +11,7 @@ from selfgen_ds.checkpoint import unpickling
 
 
 def save_generators(path: Path, device: torch.device) -> None:
-    """Write this rank's states into the checkpoint at `path`."""
+    """Write the states of this rank's generators into the checkpoint at `path`."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint, and what the manifests in a folder of checkpoints tell.
+"""The manifest of a checkpoint, and queries over all manifests in a folder.
 
 `checkpoints/step-000100/` holds DeepSpeed's files (without frozen parameters), one file of generator states per rank,
-and the model's Hugging Face configuration, tokenizer and list of tensors. The manifest, `complete.json`, is written
+and the model's Hugging Face configuration, tokenizer, and list of tensors. The manifest, `complete.json`, is written
 last: a folder without this file is half-written, and is neither loaded nor counted. The manifest of a checkpoint whose
 files are not as they were written is called `broken.json` instead.
 """
@@ -92,7 +92,7 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def write_marker(checkpoint: Checkpoint, name: str = MARKER) -> None:
-    """Write the manifest: from here on the checkpoint is complete (or broken, if `name` is `BROKEN`)."""
+    """Write the manifest: from then on the checkpoint is complete (or broken, if `name` is `BROKEN`)."""
     content = {field: value for field, value in vars(checkpoint).items() if field != "path"}
     write_atomically(checkpoint.path / name, json.dumps(content | {_CRC: _crc(content)}, indent=1))
 

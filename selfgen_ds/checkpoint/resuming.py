@@ -62,7 +62,7 @@ def _newest_intact(complete: list[Checkpoint], folder: Path, storage: Storage) -
             log.warning("%s is broken (%s); trying an older checkpoint", checkpoint.path, ", ".join(names))
             continue
         if storage.writes:
-            # This host may have newer checkpoints that another host has not.
+            # This host may have newer checkpoints that another host lacks.
             for newer in complete_checkpoints(folder):
                 if newer.step > checkpoint.step:
                     mark_broken(newer)
@@ -79,12 +79,12 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, seed: int, t
     """Load a checkpoint that `find` has verified.
 
     A checkpoint of another number of ranks is converted first. The random generators then start anew, from the seed,
-    the step and the rank.
+    the step, and the rank.
 
     Collective: every rank must call this.
 
     Args:
-        engine: If ZeRO shards are of another number of ranks, an engine with `checkpoint.load_universal` in its JSON.
+        engine: Its JSON needs `checkpoint.load_universal` if another number of ranks wrote ZeRO shards.
         trust: Whether the files may run code while they are loaded.
 
     Raises:
@@ -117,7 +117,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, seed: int, t
 
 @contextmanager
 def _failing_on_all_ranks(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
-    """Have a file that one rank cannot load fail on every rank, which would wait for that rank in a collective.
+    """Raise on every rank if one rank cannot load a file: the other ranks would wait for it in a collective.
 
     Every rank loads the same number of files through `engine.checkpoint_engine`, in the same order.
     """

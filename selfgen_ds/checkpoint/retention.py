@@ -1,4 +1,4 @@
-"""Which checkpoints stay on the disk, and the removal of the others."""
+"""Remove checkpoints that need not stay on the disk."""
 
 from __future__ import annotations
 

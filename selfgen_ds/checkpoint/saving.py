@@ -27,7 +27,7 @@ _ADAPTED = "adapted_model.json"
 
 
 def required_bytes(parameters: int, dtype: str) -> int:
-    """Return the size of a checkpoint: the trained weights, their float32 master weights and two Adam moments.
+    """Return the size of a checkpoint: the trained weights, their float32 master weights, and two Adam moments.
 
     Args:
         parameters: Number of trained parameters.
@@ -52,7 +52,7 @@ def save(
     Collective: every rank must call this.
 
     Args:
-        checkpoint: What the manifest will say, except for the files and `shared`.
+        checkpoint: The content of the manifest, except for the files and `shared`.
 
     Raises:
         RuntimeError: The checkpoint cannot be written, for example because the disk is full.
@@ -104,7 +104,7 @@ def _write(
 
 
 def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]], str]:
-    """Bring the files of a checkpoint to the disk, and verify them from there.
+    """Force the files of a checkpoint to the disk, and verify them by reading them from there.
 
     Every file is read twice, by the rank that wrote it: from memory for its checksum, and from the disk.
 

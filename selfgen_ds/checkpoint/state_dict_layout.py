@@ -1,4 +1,4 @@
-"""How the tensors of a model are named and laid out in its Hugging Face folder.
+"""Names and layout of a model's tensors in its Hugging Face folder.
 
 Transformers renames tensors when it loads a folder, and joins some of them (the matrices of all experts become one
 tensor). A folder that is saved has the same tensors as the folder that was loaded.
@@ -31,7 +31,7 @@ _FILE = "tensors.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StateDictLayout:
-    """Which tensors of a model are stored, and how."""
+    """The stored tensors of a model, and their conversions."""
 
     tensors: dict[str, tuple[torch.Size, torch.dtype]]
     """Shape and dtype of the model's parameters and buffers, by name; tied ones once."""

@@ -1,7 +1,7 @@
 """Everything that depends on whether the hosts of a run share the output folder.
 
-In a shared folder rank 0 makes, marks and removes checkpoints. If every host has a folder of its own, the first rank of
-each host does so for the files that the host's ranks write, and a checkpoint counts only if it is complete on all
+In a shared folder, rank 0 makes, marks, and removes checkpoints. If every host has a folder of its own, the first rank
+of each host does so for the files that the host's ranks write, and a checkpoint counts only if it is complete on all
 hosts.
 """
 
@@ -25,12 +25,12 @@ _RANK_IN_NAME = re.compile(r"(?:zero_pp|generators)_rank_(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """What this rank does in the output folder."""
+    """The tasks of this rank in the output folder."""
 
     shared: bool
     """Whether all ranks see the same folder. Otherwise a host's folder holds the files that the host's ranks wrote."""
     writes: bool
-    """Whether this rank makes, marks and removes folders."""
+    """Whether this rank makes, marks, and removes folders."""
 
     def wrote(self, name: str) -> bool:
         """Return whether this rank wrote a file of a checkpoint.
@@ -59,7 +59,7 @@ class Storage:
         """Refuse a checkpoint that the present number of ranks cannot load; `universal.py` converts in a shared folder.
 
         Raises:
-            InputError: It was written by another number of ranks, and hosts share no folder to convert it in.
+            InputError: Another number of ranks wrote the checkpoint, and hosts share no folder to convert it in.
         """
         if not self.shared and checkpoint.world_size != dist.get_world_size():
             raise InputError(
@@ -103,8 +103,8 @@ def _identity(checkpoint: Checkpoint) -> str:
     return repr((checkpoint.step, checkpoint.step_size, checkpoint.data, checkpoint.files))
 
 
-def find_out(folder: Path) -> Storage:
-    """Find out whether all ranks see the same folder: do they see a file that rank 0 makes in it?
+def detect_storage(folder: Path) -> Storage:
+    """Find out whether all ranks see the same folder, by a file that rank 0 makes there.
 
     Collective: every rank must call this.
     """

@@ -1,8 +1,8 @@
 """Files of a checkpoint are data: no code in them runs when they are loaded.
 
-DeepSpeed loads its files with `weights_only=False`. torch's environment variable, set when this module is imported,
-overrides this for the whole process: torch then refuses everything but tensors, plain containers and the classes below,
-which DeepSpeed keeps in its files.
+DeepSpeed loads its files with `weights_only=False`. An environment variable of torch, set when this module is imported,
+overrides this for the whole process: torch then refuses everything but tensors, plain containers, and the classes
+below, which DeepSpeed keeps in its files.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class StepBatches:
         self._end = None if self.epochs is None else round(self.epochs * len(self))
         self._grouped: tuple[int, np.ndarray] | None = None
 
-    def over(self, rows: Sequence[Rows], steps: range) -> StepBatches:
+    def with_rows(self, rows: Sequence[Rows], steps: range) -> StepBatches:
         """Return the batches of some steps over other rows, which take the place of the samples.
 
         If the rows are as many as the samples, they come in the order of the samples. If they are fewer or more, an
@@ -149,7 +149,7 @@ class StepBatches:
         other._stream = Stream(sizes, self.weights, self.seed, least=0)  # few rows of a round are no error
         first = steps.start * self.step_size
         if other._stream.size != len(self):
-            # a round starts with a whole epoch of its rows, and with another epoch of the stream than the last round
+            # A round starts with a whole epoch of its rows, which is not the epoch of the round before.
             other._shift = first // len(self) * other._stream.size - first
         if self.group_by_length and not all(map(_same_lengths, self.samples, rows)):
             other._steps = steps  # the rows of other steps have other lengths, so that a group must not reach there
@@ -179,8 +179,8 @@ class StepBatches:
         batches = []
         for number in range(self.accumulation):
             first = (number * self.world_size + self.rank) * self.micro_batch_size
-            places = self._stream.at(positions[first : first + self.micro_batch_size])
-            rows = [self._row(source, row) for source, row in places.tolist()]
+            numbers = self._stream.at(positions[first : first + self.micro_batch_size])
+            rows = [self._row(source, row) for source, row in numbers.tolist()]
             batches.append(collate(rows, packed=self.packs is not None))
         return batches
 
@@ -207,11 +207,11 @@ class StepBatches:
         """Return the positions of a group of steps: similar lengths in each step, the steps in random order."""
         end = step + _GROUPED_STEPS
         positions = self._range(step, min(end, self._steps.stop) if self._steps else end)
-        places = self._stream.at(positions)
-        lengths = np.empty(len(places), dtype=np.int64)
+        rows = self._stream.at(positions)
+        lengths = np.empty(len(rows), dtype=np.int64)
         for source, samples in enumerate(self.samples):
-            here = places[:, 0] == source
-            lengths[here] = samples.lengths(places[here, 1])
+            here = rows[:, 0] == source
+            lengths[here] = samples.lengths(rows[here, 1])
         positions = positions[np.argsort(lengths, kind="stable")]
         whole = len(positions) // self.step_size * self.step_size  # a short last step stays last
         steps = positions[:whole].reshape(-1, self.step_size)
@@ -220,7 +220,7 @@ class StepBatches:
 
 
 def _same_lengths(some: Rows, others: Rows) -> bool:
-    """Whether two sources have as many rows, each of the same length."""
+    """Return whether two sources have as many rows, each of the same length."""
     if len(some) != len(others):
         return False
     rows = np.arange(len(some))

@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 def content_hash(file: Path) -> str:
     """Return the SHA-256 of a file's content.
 
-    One process reads the file, once. The cached hash is valid as long as the file's path, size and modification time
+    One process reads the file, once. The cached hash is valid as long as the file's path, size, and modification time
     stay the same.
 
     Raises:

@@ -1,11 +1,11 @@
-"""Encoding of conversations with the tokenizer's chat template, and the places of the assistant's turns.
+"""Encoding of conversations with the tokenizer's chat template, and the positions of the assistant's turns.
 
 The token ids equal those of `tokenizer.apply_chat_template(messages)` or, if a message spells a special token, those of
 `apply_chat_template(messages, sanitize_control_tokens=True)`. The turns come from the template's `{% generation %}`
 markers if the template has them. Otherwise a turn is a message's content and the special token that closes the content.
 
 In both cases the template is rendered a second time with a mark in place of each content. The text between the marks
-must equal the text between the contents. This check finds a template that leaves out, changes or repeats a message.
+must equal the text between the contents. This check finds a template that leaves out, changes, or repeats a message.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ChatEncoder:
             if _MARK.sub("", self._apply(marked.messages, marked)[0]) != self._apply(chat.messages, chat)[0]:
                 raise InputError(f"{setting}: the chat template takes no empty turn of the user")
         ((ids, turns),) = self.encode([chat])
-        # a turn without a replaceable part is text that the template generates before a content
+        # A turn without a replaceable part is text that the template generates before a content.
         (_, content_end, end), (start, _, _) = [turn for turn in turns if turn[0] < turn[1]]
         return ids[content_end:end], ids[end:start]
 
@@ -178,7 +178,7 @@ class ChatEncoder:
         for number, i in learned[-1:] if self._last_only else learned:
             message, where = chat.messages[i], f"{chat.where}, message {i + 1}"
             if generated is None:
-                # without markers, the place of such a field in the text is unknown
+                # Without markers, the position of such a field in the text is unknown.
                 if beside := [name for name in _BESIDE_CONTENT if message.get(name)]:
                     raise InputError(f"{where}: {beside[0]} needs a chat template with generation markers")
                 start, end = contents[i]
@@ -186,7 +186,7 @@ class ChatEncoder:
                 turns.append((start, end, closing.end() if closing else end))
             else:
                 first, last = generated[number]
-                # a turn without content, such as a tool call, has no replaceable part
+                # A turn without content, such as a tool call, has no replaceable part.
                 start, end = contents.get(i, (first, first))
                 if not first <= start <= end <= last:
                     raise InputError(f"{where}: the chat template's generation markers do not enclose it")

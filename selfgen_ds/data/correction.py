@@ -35,7 +35,7 @@ class Correction:
         if not answer or answer[-1] not in self.end_tokens:
             return answer
         del answer[-1]
-        # some templates put white space before the token that closes a turn, and a model learns to write it
+        # Some templates put white space before the token that closes a turn, and a model learns to write it.
         before = [i for i, token in enumerate(self.closing_ids) if token in self.end_tokens][:1] or [0]
         lead = self.closing_ids[: before[0]]
         return answer[: len(answer) - len(lead)] if answer[len(answer) - len(lead) :] == lead else answer
@@ -66,7 +66,7 @@ def correction(
     ends = end_tokens(list(samples), tokenizer)
     if not conversations:
         text = TEXT_CUE if cue is None else cue
-        # some tokenizers put a space before a text, even before an empty one
+        # Some tokenizers put a space before a text, even before an empty one.
         return Correction(end_tokens=ends, cue_ids=tokenize_plain([text], tokenizer)[0] if text else [])
     if conversations < used:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Rows of text -> token ids, and the turns that are learned in them.
+"""Encode rows of text as token ids, with the turns that are learned.
 
 A pair of texts becomes `prompt ids + completion ids + end token`. Prompt and completion are tokenized apart, so that
 the boundary between them is a boundary of tokens. The prompt gets the begin token that the tokenizer puts there.
-Special tokens that a text happens to spell stay text. A conversation becomes what the chat template makes of it
+Special tokens that a text happens to spell stay text. A conversation is encoded by the chat template
 (`selfgen_ds.data.chat`).
 """
 

@@ -1,6 +1,6 @@
 """Readers of data files: one function per format that yields the rows as the file holds them.
 
-Every reader says where in the file a row stands and names what is broken there. JSONL, CSV, Parquet and Arrow files are
+Every reader tells the line or number of a row, and names what is broken there. JSONL, CSV, Parquet, and Arrow files are
 read piece by piece, a JSON array as a whole.
 """
 
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from selfgen_ds.errors import InputError
 
 RawRow = tuple[str, dict[str, Any]]
-"""The place of a row in its file (`line 3`), and the row's fields."""
+"""The line or number of a row in its file, such as `line 3`, and the row's fields."""
 
 csv.field_size_limit(sys.maxsize)  # for the whole process; the default of 128 KiB is less than a long document
 
@@ -31,7 +31,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a file in order. The suffix tells the format.
 
     Raises:
-        InputError: The file cannot be read. The message names the file, the line or row, and what was expected.
+        InputError: The file cannot be read. The message names the file, the line or row, and the expected content.
     """
     try:
         if path.stat().st_size == 0:
@@ -77,7 +77,7 @@ def _parse_json(content: bytes, where: str) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its members, because Python's own way keeps the last of two equal keys without a word."""
+    """Make an object of its members; Python by itself would silently keep the last of two equal keys."""
     if (key := _duplicate(key for key, _ in pairs)) is not None:
         raise InputError(f"field {key!r}: expected once in an object, got twice in {reprlib.repr(pairs)}")
     return dict(pairs)
@@ -164,7 +164,7 @@ def _read_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
                 yield f"row {number}", row
 
 
-# damaged content, text that is not UTF-8, a date that Python cannot hold, JSON that is nested too deeply
+# Raised by damaged content, text that is not UTF-8, a date that Python cannot hold, and JSON nested too deeply.
 _UNREADABLE = (pa.ArrowException, ValueError, OverflowError, RecursionError)
 
 

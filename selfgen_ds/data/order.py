@@ -43,7 +43,7 @@ def permute(positions: np.ndarray, size: int, *keys: int) -> np.ndarray:
     while len(pending):
         left, right = values >> half_bits, values & low
         for key in round_keys:
-            left, right = right, left ^ (hashing.mix(right ^ key) & low)
+            left, right = right, left ^ (hashing.finalize(right ^ key) & low)
         values = left << half_bits | right
         inside = values < size
         result[pending[inside]] = values[inside]
@@ -89,22 +89,22 @@ class Stream:
         Returns:
             `[positions, 2]` int64: the number of the source, and the number of the row in the source.
         """
-        places = np.empty((len(positions), 2), dtype=np.int64)
+        rows = np.empty((len(positions), 2), dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.size)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             slots = permute(offsets[here], self.size, self._seed, int(epoch))
             sources = np.searchsorted(self._ends, slots, side="right")
-            places[here, 0] = sources
-            places[here, 1] = slots - self._starts[sources]
+            rows[here, 0] = sources
+            rows[here, 1] = slots - self._starts[sources]
         for source, (size, quota) in enumerate(zip(self._sizes, self._quotas, strict=True)):
             if quota != size:
-                here = places[:, 0] == source
-                laps, offsets_in_lap = np.divmod(epochs[here] * quota + places[here, 1], size)
+                here = rows[:, 0] == source
+                laps, offsets_in_lap = np.divmod(epochs[here] * quota + rows[here, 1], size)
                 for lap in np.unique(laps):
-                    rows = permute(offsets_in_lap[laps == lap], size, self._seed, source, int(lap))
-                    places[np.flatnonzero(here)[laps == lap], 1] = rows
-        return places
+                    permuted = permute(offsets_in_lap[laps == lap], size, self._seed, source, int(lap))
+                    rows[np.flatnonzero(here)[laps == lap], 1] = permuted
+        return rows
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -56,12 +56,12 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     rooms: list[tuple[int, int]] = []  # (room, row), ascending
     for sample in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[sample])
-        place = bisect_left(rooms, (length, -1))
-        if place == len(rooms):
+        index = bisect_left(rooms, (length, -1))
+        if index == len(rooms):
             rows.append([])
             room, row = capacity, len(rows) - 1
         else:
-            room, row = rooms.pop(place)
+            room, row = rooms.pop(index)
         rows[row].append(sample)
         if room > length:
             insort(rooms, (room - length, row))

@@ -1,6 +1,6 @@
 """One training row: what the model reads, what it learns, and which of its tokens a draw may replace or has replaced.
 
-The tokenised data set gives such rows, a round writes and reads them, and a batch is a padded stack of them.
+The tokenized data set gives such rows, a round writes and reads them, and a batch is a padded stack of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class TrainingRow:
     """
 
     sample_id: int
-    """Number of the row in the data set, from 0; a later source goes on after the rows of the sources before it."""
+    """Number of the row in the data set, from 0; the numbers of a later source continue after those of the
+    sources before it."""
     context_ids: np.ndarray
     """int64: the tokens that the model reads."""
     target_ids: np.ndarray

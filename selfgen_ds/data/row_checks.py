@@ -26,11 +26,11 @@ def validated(name: str, raw_rows: Iterable[RawRow], columns: Columns) -> Iterat
     """Yield the rows of one file. The first row tells whether all of them are pairs of texts or conversations.
 
     Raises:
-        InputError: A row is not as expected. The message names the file, the row and the field.
+        InputError: A row is not as expected. The message names the file, the row, and the field.
     """
     pairs: bool | None = None
-    for place, fields in raw_rows:
-        where = f"{name}, {place}"
+    for location, fields in raw_rows:
+        where = f"{name}, {location}"
         if pairs is None:
             pairs = columns.messages not in fields or (columns.prompt in fields and columns.completion in fields)
         if pairs:
@@ -72,7 +72,7 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and "role" in m for m in value)
 
 
-# role -> the roles that it may follow; None stands for the start of the conversation
+# Role -> the roles that it may follow; None stands for the start of the conversation.
 _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "system": (None,),
     "developer": (None,),

@@ -1,4 +1,4 @@
-"""Sources of data: files, folders, hub data sets and built-in tasks are all opened here, as validated rows of text."""
+"""Sources of data: files, folders, hub data sets, and built-in tasks are all opened here, as validated rows of text."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
     """Find a source of rows.
 
     Args:
-        split: `train` or `test`, the split to read from a task, a folder or a hub data set if the source names none.
+        split: `train` or `test`, the split to read from a task, a folder, or a hub data set if the source names none.
 
     Raises:
         InputError: The source does not exist or cannot be read. Iterating over the rows raises it for the first row
-            that is not as expected, and names the file, the row and the field.
+            that is not as expected, and names the file, the row, and the field.
     """
     path = Path(source.path)
     if source.path.startswith("builtin:"):

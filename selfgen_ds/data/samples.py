@@ -31,7 +31,8 @@ from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, chunks
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.rows import Columns, Opened, open_source
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.errors import InputError
@@ -130,10 +131,10 @@ def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: F
         )
         source_form = replace(form, columns=columns, limit=limit)
         loaded.append(load_samples(open_source(source, split, columns), tokenizer, source_form))
-    return numbered(loaded)
+    return with_consecutive_ids(loaded)
 
 
-def numbered(samples: Sequence[Samples]) -> list[Samples]:
+def with_consecutive_ids(samples: Sequence[Samples]) -> list[Samples]:
     """Return the sources with sample ids that continue from one source to the next."""
     first_ids = accumulate((source.read for source in samples), initial=0)
     return [replace(source, first_id=first) for source, first in zip(samples, first_ids, strict=False)]
@@ -171,7 +172,7 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
     return Samples(table=table, name=source.name, folder=folder, **info)
 
 
-def take(samples: list[Samples], limit: int | None = None) -> list[TrainingRow]:
+def first_rows(samples: list[Samples], limit: int | None = None) -> list[TrainingRow]:
     """Return the first samples of all sources together, in memory; all of them without a limit."""
     return [source[i] for source in samples for i in range(len(source))][:limit]
 
@@ -183,7 +184,7 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
 
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
     digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
-    # other code may make other samples of the same rows
+    # Other code may make other samples of the same rows.
     for name in ("chat", "encoding", "formats", "row_checks", "rows", "samples", "tasks"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]

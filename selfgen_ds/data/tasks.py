@@ -28,7 +28,7 @@ class TextPair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForcedError:
+class ForcedErrorText:
     """A completion that starts with an error, as two texts."""
 
     start: str
@@ -40,10 +40,10 @@ class ForcedError:
 _SYMBOLS, _HOPS = 8, 6
 
 
-def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedError]:
+def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
     """Follow a random 8-cycle: `FaBc...A=` -> `cCdD...`; capitals are keys, small letters values.
 
-    The prompt holds the 8 pairs KEY value in random order, a start key and `=`. The answer is 6 hops, each written
+    The prompt holds the 8 pairs KEY value in random order, a start key, and `=`. The answer is 6 hops, each written
     as the value and restated as the key. Restating the value that was just written is all that teacher forcing needs
     after the look-up, so that one wrong value sends the rest along a wrong path.
     """
@@ -59,14 +59,14 @@ def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedError]:
     third_hop = 4
     return (
         TextPair(prompt=f"{pairs}{key[start]}=", completion=completion),
-        _forced_error(completion, third_hop, value, rng),
+        _forced_error_text(completion, third_hop, value, rng),
     )
 
 
 _OPERANDS = 16
 
 
-def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedError]:
+def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
     """Running sums modulo 10: `3141592653589793=` -> `3489...`.
 
     A control: each sum can be read off the operands so far, so that teacher forcing is enough.
@@ -77,17 +77,17 @@ def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedError]:
     third_sum = 2
     return (
         TextPair(prompt="".join(map(str, operands)) + "=", completion=completion),
-        _forced_error(completion, third_sum, "0123456789", rng),
+        _forced_error_text(completion, third_sum, "0123456789", rng),
     )
 
 
-def _forced_error(completion: str, place: int, alphabet: str, rng: random.Random) -> ForcedError:
-    """Put another character of the alphabet at one place of a completion."""
-    wrong = rng.choice([character for character in alphabet if character != completion[place]])
-    return ForcedError(start=completion[:place] + wrong, rest=completion[place + 1 :])
+def _forced_error_text(completion: str, index: int, alphabet: str, rng: random.Random) -> ForcedErrorText:
+    """Put another character of the alphabet at one index of a completion."""
+    wrong = rng.choice([character for character in alphabet if character != completion[index]])
+    return ForcedErrorText(start=completion[:index] + wrong, rest=completion[index + 1 :])
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[TextPair, ForcedError]]] = {
+TASKS: dict[str, Callable[[random.Random], tuple[TextPair, ForcedErrorText]]] = {
     "pointer_chase": _pointer_chase,
     "running_sum": _running_sum,
 }
@@ -99,12 +99,12 @@ def generate(task: str, split: str) -> Iterator[TextPair]:
 
 
 @cache
-def forced_errors(task: str) -> list[ForcedError]:
+def forced_error_texts(task: str) -> list[ForcedErrorText]:
     """Return an error for every row of a built-in task's `test` set, in the order of `generate`."""
     return [error for _, error in _examples(task, "test")]
 
 
-def _examples(task: str, split: str) -> Iterator[tuple[TextPair, ForcedError]]:
+def _examples(task: str, split: str) -> Iterator[tuple[TextPair, ForcedErrorText]]:
     """Yield every prompt once.
 
     A prompt belongs to the test set if its checksum says so, hence the sets cannot overlap.

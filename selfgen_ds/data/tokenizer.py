@@ -16,7 +16,7 @@ from selfgen_ds.errors import InputError
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of 258 tokens: the 256 bytes, `<pad>` and `</s>`. It needs no file to be downloaded."""
+    """Make a tokenizer of 258 tokens: the 256 bytes, `<pad>`, and `</s>`. It needs no file to be downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -16,7 +16,7 @@ HIDDEN_SIZE_KEYS = {
     "zero_optimization.stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
     "zero_optimization.stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
 }
-"""Sizes that follow from the hidden size, as in transformers' Trainer, whose JSONs so have the same meaning here."""
+"""Sizes that follow from the hidden size, as in transformers' Trainer: its JSONs have the same meaning here."""
 
 
 def read(path: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def offloads_activations(config: dict[str, Any]) -> bool:
-    """Whether activation checkpointing keeps the layers' inputs in host memory.
+    """Return whether activation checkpointing keeps the layers' inputs in host memory.
 
     Args:
         config: A JSON in which `deepspeed_json.problems` found none.
@@ -48,7 +48,7 @@ def offloads_activations(config: dict[str, Any]) -> bool:
 def resolve(recipe: Recipe, config: dict[str, Any], world_size: int, hidden_size: int) -> HfTrainerDeepSpeedConfig:
     """Return the JSON with all `"auto"` values filled.
 
-    The batch sizes are those of `world_size` ranks, also in a resumed run whose JSON names the sizes of its first
+    The batch sizes are those of `world_size` ranks, even in a resumed run whose JSON names the sizes of its first
     ranks. Keep the returned object: while it lives and the stage is 3, `transformers` creates models sharded.
 
     Args:

@@ -1,6 +1,6 @@
 """`selfgen-ds compare`: several evaluated runs -> one table (Markdown, JSON) and one plot.
 
-Runs whose recipes differ only in the seed, the starting model and the output folder form one group, which is one row
+Runs whose recipes differ only in the seed, the starting model, and the output folder form one group, which is one row
 of the table. Intervals are 95 % bootstrap percentiles over seeds and rows; differences to the baseline are paired by
 row.
 """
@@ -55,7 +55,7 @@ def run(options: CompareOptions) -> None:
     baseline = groups[0]
     _check_comparable(groups)
     rounds = baseline.settings["correction_rounds"]
-    # the intervals are of means over rows; the loss is a mean over tokens
+    # The intervals are of means over rows; the loss is a mean over tokens.
     metrics = [m for m in descriptions(rounds) if m != "loss" and all(m in group.scores for group in groups)]
     rng = np.random.default_rng(0)
     rows = [_row(group, baseline, metric, rng) for group in groups for metric in metrics]
@@ -83,10 +83,10 @@ def _check_comparable(groups: list[_Group]) -> None:
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    """Read a run's recipe, evaluation and predictions.
+    """Read a run's recipe, evaluation, and predictions.
 
     Raises:
-        InputError: A file is missing, damaged or empty.
+        InputError: A file is missing, damaged, or empty.
     """
     try:
         recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def forced_errors(samples: Sequence[Samples], tokenizer: PreTrainedTokenizerBase
         return {}
     errors = {}
     for source in samples:
-        texts = tasks.forced_errors(source.name.removeprefix("builtin:"))
+        texts = tasks.forced_error_texts(source.name.removeprefix("builtin:"))
         starts = tokenize_plain([error.start for error in texts], tokenizer)
         rests = tokenize_plain([error.rest for error in texts], tokenizer)
         for number, (start, rest) in enumerate(zip(starts, rests, strict=True), start=source.first_id):

@@ -23,8 +23,8 @@ from selfgen_ds.ranks import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
-    """What the model is asked in addition to greedy answers."""
+class EvaluationRequests:
+    """Requests to the model in addition to greedy answers."""
 
     forced_errors: dict[int, ForcedError] = field(default_factory=dict)
     """A forced error for every sample id (`selfgen_ds.evaluation.recovery`); empty if recovery is not scored."""
@@ -43,7 +43,7 @@ def evaluate(
     samples: list[TrainingRow],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    questions: Questions | None = None,
+    requests: EvaluationRequests | None = None,
     poll: Callable[[], None] | None = None,
 ) -> list[SampleScore]:
     """Score every row.
@@ -53,15 +53,15 @@ def evaluate(
 
     Args:
         batch_size: Rows that a rank holds at once.
-        questions: What the model is asked in addition to greedy answers; None for nothing.
+        requests: Requests in addition to greedy answers; None for no other request.
         poll: Called after every batch, on all ranks.
 
     Returns:
         The scores of all rows on every rank, in the order of their sample ids.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    questions = questions or Questions()
-    errors, correction = questions.forced_errors, questions.correction
+    requests = requests or EvaluationRequests()
+    errors, correction = requests.forced_errors, requests.correction
     batches = list(_batches(samples, batch_size, world_size, most_positions(policy.model.config), errors))
     longest = max(_longest([sample for share in shares for sample in share], errors) for shares in batches)
     answer_length = None
@@ -70,7 +70,7 @@ def evaluate(
     scores: list[SampleScore] = []
     with policy.gathered(longest):
         for shares in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(batches) == 1):
-            scores += _score(policy, shares, rank, tokenizer, questions, answer_length)
+            scores += _score(policy, shares, rank, tokenizer, requests, answer_length)
             if poll is not None:
                 poll()
     scores_of_ranks = process_group.all_gather_object(scores) if dist.is_initialized() else [scores]
@@ -116,7 +116,7 @@ def _longest_response(samples: list[TrainingRow]) -> int:
 
 
 def corrected_length(samples: list[TrainingRow], correction: Correction) -> int:
-    """Return the most tokens that prompt, answer, cue and corrected answer may come to together."""
+    """Return the most tokens that prompt, answer, cue, and corrected answer may come to together."""
     prompt = max(len(sample.prompt_ids) for sample in samples)
     return prompt + 2 * _longest_response(samples) + len(correction.closing_ids) + len(correction.cue_ids)
 
@@ -126,28 +126,28 @@ def _score(
     shares: list[list[TrainingRow]],
     rank: int,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Questions,
+    requests: EvaluationRequests,
     answer_length: int | None,
 ) -> list[SampleScore]:
     """Return the scores of this rank's rows of a batch.
 
-    Collective: every rank must call this, also without rows, because the ranks run the model together.
+    Collective: every rank must call this, even without rows, because the ranks run the model together.
 
     Args:
         answer_length: Most tokens of an answer; None for the length of the longest reference of the batch.
     """
-    samples, errors = shares[rank], questions.forced_errors
+    samples, errors = shares[rank], requests.forced_errors
     all_samples = [sample for share in shares for sample in share]
     prompts = [sample.prompt_ids.tolist() for sample in samples]
     references = [sample.response_ids.tolist() for sample in samples]
     longest = answer_length or _longest_response(all_samples)
 
-    # the order of these calls is the same on every rank
+    # The order of these calls is the same on every rank.
     teacher_forced, log_probabilities = _predict(policy, samples)
     answers = policy.complete(prompts, longest)
     recovery = _recover(policy, samples, all_samples, errors)
-    sampled = _sample(policy, samples, longest, questions)
-    corrected = _correct(policy, prompts, answers, longest, questions)
+    sampled = _sample(policy, samples, longest, requests)
+    corrected = _correct(policy, prompts, answers, longest, requests)
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -196,32 +196,32 @@ def _recover(
 
 
 def _sample(
-    policy: EnginePolicy, samples: list[TrainingRow], longest: int, questions: Questions
+    policy: EnginePolicy, samples: list[TrainingRow], longest: int, requests: EvaluationRequests
 ) -> list[list[int]] | None:
-    """Return answers drawn at `sample_temperature`; None if that is 0.
+    """Return answers drawn at `sample_temperature`; None at a temperature of 0.
 
-    The draws depend on seed, sample id and position alone: not on the batch, nor on the number of ranks.
+    The draws depend on seed, sample id, and position alone: not on the batch, nor on the number of ranks.
     """
-    if questions.sample_temperature <= 0:
+    if requests.sample_temperature <= 0:
         return None
     sample_ids = torch.tensor([sample.sample_id for sample in samples], device=policy.device)
 
     def noise(numbers: Tensor, positions: Tensor) -> Tensor:
-        return hashing.uniform(hashing.EVALUATION, questions.seed, sample_ids[numbers], positions)
+        return hashing.uniform(hashing.EVALUATION, requests.seed, sample_ids[numbers], positions)
 
     prompts = [sample.prompt_ids.tolist() for sample in samples]
-    return policy.complete(prompts, longest, noise, Sampling(temperature=questions.sample_temperature))
+    return policy.complete(prompts, longest, noise, Sampling(temperature=requests.sample_temperature))
 
 
 def _correct(
-    policy: EnginePolicy, prompts: list[list[int]], answers: list[list[int]], longest: int, questions: Questions
+    policy: EnginePolicy, prompts: list[list[int]], answers: list[list[int]], longest: int, requests: EvaluationRequests
 ) -> list[list[list[int]]] | None:
     """Return the answers after 1, 2, ... corrections of `answers`; None if no corrections are asked for."""
-    if questions.correction is None:
+    if requests.correction is None:
         return None
     rounds = []
-    for _ in range(questions.correction_rounds):
-        asked = [questions.correction.prompt(p, latest) for p, latest in zip(prompts, answers, strict=True)]
+    for _ in range(requests.correction_rounds):
+        asked = [requests.correction.prompt(p, latest) for p, latest in zip(prompts, answers, strict=True)]
         answers = policy.complete(asked, longest)
         rounds.append(answers)
     return rounds

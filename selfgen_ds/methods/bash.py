@@ -21,7 +21,7 @@ from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods import schedule
 from selfgen_ds.methods.method import ROUNDS, Plan, Policy, RoundMethod
-from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask, stop
+from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask, restore_reference_from
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
 
@@ -35,7 +35,7 @@ class Bash(RoundMethod):
         self.rejected = load_reject(config.reject)
 
     def replace_probability(self, step: int) -> float:
-        # rounds count from 1 here, so that the first round draws too
+        # Rounds count from 1 here, so that the first round draws too.
         return schedule.replace_probability(self.config, self.round_of(step) + 1, self.rounds)
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
@@ -54,9 +54,9 @@ class Bash(RoundMethod):
             rejected = batch.replaced_mask.cpu() & ~accepted.replaced_mask
             counts["rejected_tokens"] += int(rejected.sum())
             counts["rejected_rows"] += int(rejected.any(dim=1).sum())
-            for place, i in enumerate(group):
+            for row, i in enumerate(group):
                 real = slice(len(samples[i]))
-                context, replaced = accepted.context_ids[place, real], accepted.replaced_mask[place, real]
+                context, replaced = accepted.context_ids[row, real], accepted.replaced_mask[row, real]
                 rows[i] = replace(samples[i], context_ids=context.numpy(), replaced_mask=replaced.numpy())
         return [rows[i] for i in range(len(samples))], counts | {"passes": passes}
 
@@ -67,7 +67,7 @@ class Bash(RoundMethod):
         text is searched again until nothing is rejected.
         """
         while (marked := self._rejected(batch)).any():
-            batch = stop(batch, marked)
+            batch = restore_reference_from(batch, marked)
         return batch
 
     def _rejected(self, batch: TokenBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The interface of a method: what the run tells a method, and what a method may ask of the model."""
+"""The interface of a method: the facts about the run that it gets, and the policy through which it asks the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Policy:
     """
 
     device = torch.device("cpu")
-    """Device of the batches, masks and noise."""
+    """Device of the batches, masks, and noise."""
 
     def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         """Draw the masked tokens, each from the model's distribution given the tokens before it in the context.
@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def can_draw_in_order(self) -> bool:
-        """Whether `draw_in_order` can be called now; the same on all ranks."""
+        """Return whether `draw_in_order` can be called now; the same on all ranks."""
         return False
 
     def draw_in_order(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
@@ -79,15 +79,16 @@ class Policy:
         raise NotImplementedError
 
     def max_over_ranks(self, value: int) -> int:
-        """Return the largest of the ranks' values. A policy that knows of one rank alone returns the value."""
+        """Return the largest of the ranks' values. A policy that knows only this rank returns the value."""
         return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the run tells a method."""
+    """Facts about the run that a method may use."""
 
     seed: int
+    """Seed of the run, a key of every draw (`selfgen_ds.hashing`)."""
     total_steps: int
     """Optimizer steps of the whole run."""
     step_size: int
@@ -95,16 +96,19 @@ class Plan:
     epoch_size: int
     """Rows of one epoch."""
     micro_batch_size: int
+    """Rows per rank in one forward."""
     max_length: int
     """Most tokens of a row (`data.max_length`)."""
     tokenizer: PreTrainedTokenizerBase
+    """The tokenizer of the training rows."""
     correction: Correction
+    """The request to correct an answer; empty for a method that does not read `selfgen.cue`."""
 
 
 class Method:
-    """Chooses the context that the model reads; the target is always the reference. This base class: teacher forcing.
+    """Chooses the context that the model reads; the target is always the reference.
 
-    A method holds no state that a restart needs.
+    This base class keeps the reference, which is teacher forcing. A method holds no state that a restart needs.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
@@ -117,6 +121,10 @@ class Method:
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         self.config = config
         self.plan = plan
+
+    def as_round_method(self) -> RoundMethod | None:
+        """Return the method if it draws contexts in rounds, otherwise None."""
+        return None
 
     def check(self, samples: list[Samples]) -> None:
         """Refuse data that the method cannot work with, before the first step.
@@ -148,6 +156,9 @@ class RoundMethod(Method):
         self.longest = plan.max_length
         """Tokens of the longest row that the method has the model read or generate."""
 
+    def as_round_method(self) -> RoundMethod:
+        return self
+
     def round_of(self, step: int) -> int:
         """Return the round of an optimizer step."""
         return step * self.plan.step_size // (self.config.epochs_per_round * self.plan.epoch_size)
@@ -177,7 +188,9 @@ class RoundMethod(Method):
         raise NotImplementedError
 
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
-        """Choose the rows of a source that the round trains on. A method that leaves any out has no `keeps_rows`.
+        """Choose the rows of a source that the round trains on.
+
+        A method that leaves rows out must set `keeps_rows = False`.
 
         Args:
             sample_ids: `[rows]` int64.

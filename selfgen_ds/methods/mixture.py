@@ -43,7 +43,7 @@ MIXTURE = SAMPLING | {
 def replacement_mask(
     batch: TokenBatch, probability: float, keys: tuple[int, ...], position: Position = "even"
 ) -> Tensor:
-    """Draw the mask M of one micro-batch: a function of the keys, the sample ids and the positions alone.
+    """Draw the mask M of one micro-batch: a function of the keys, the sample ids, and the positions alone.
 
     Args:
         probability: p. With `even`, every replaceable token is masked with this probability. With `early`, the first of
@@ -57,9 +57,9 @@ def replacement_mask(
     coin = hashing.uniform(*keys, batch.sample_ids, batch.position_ids)
     if position == "even":
         return (coin < probability) & batch.replaceable_mask
-    from_start, from_end = _places(batch.replaceable_mask), _places(batch.replaceable_mask.flip(1)).flip(1)
-    place = from_end if position == "early" else from_start
-    return (coin < probability * place.double() / (from_start + from_end - 1)) & batch.replaceable_mask
+    from_start, from_end = _ordinals(batch.replaceable_mask), _ordinals(batch.replaceable_mask.flip(1)).flip(1)
+    ordinal = from_end if position == "early" else from_start
+    return (coin < probability * ordinal.double() / (from_start + from_end - 1)) & batch.replaceable_mask
 
 
 def mix(
@@ -112,10 +112,10 @@ def mix(
             for mask, was, batch in zip(pending, old, batches, strict=True)
         ]
         made, before = made + 1, left
-    return [stop(batch, _differing_too_much(batch, max_differing_share)) for batch in batches], made
+    return [restore_reference_from(batch, _differing_too_much(batch, max_differing_share)) for batch in batches], made
 
 
-def stop(batch: TokenBatch, marked: Tensor) -> TokenBatch:
+def restore_reference_from(batch: TokenBatch, marked: Tensor) -> TokenBatch:
     """Put the reference back from the first marked token of each sample to the end of the sample.
 
     The tokens before the first marked one stay: they are a draw of the process that stops there.
@@ -137,7 +137,7 @@ def _pending(pending: Tensor, before: TokenBatch, after: TokenBatch, max_differi
     """
     changed = before.context_ids != after.context_ids
     pending = pending & (_running_count(after, changed) - changed.long() > 0)
-    # if the draws stop at a settled token, the tokens after it are not needed
+    # If the draws stop at a settled token, the tokens after it are not needed.
     settled_stop = _differing_too_much(after, max_differing_share) & ~pending
     return pending & (_running_count(after, settled_stop) == 0)
 
@@ -162,7 +162,7 @@ def _first_columns(batch: TokenBatch) -> Tensor:
     return torch.arange(batch.context_ids.shape[1], device=batch.context_ids.device) - batch.position_ids
 
 
-def _places(mask: Tensor) -> Tensor:
+def _ordinals(mask: Tensor) -> Tensor:
     """Number the marked tokens of each run of marked tokens, from 1: `[batch, length]` int64."""
     counts = mask.long().cumsum(dim=1)
     return counts - counts.masked_fill(mask, 0).cummax(dim=1).values

@@ -120,15 +120,15 @@ class Rac(RoundMethod):
         answer = answer[:room]
         before = self.plan.correction.prompt(sample.prompt_ids.tolist(), answer)
         context = np.array([*before, *sample.response_ids])
-        places = np.arange(len(context))
+        positions = np.arange(len(context))
         first = len(sample.prompt_ids)
         return TrainingRow(
             sample_id=sample.sample_id,
             context_ids=context,
             target_ids=context,
-            loss_mask=places >= len(before),
+            loss_mask=positions >= len(before),
             replaceable_mask=np.zeros(len(context), bool),
-            replaced_mask=(places >= first) & (places < first + len(answer)),
+            replaced_mask=(positions >= first) & (positions < first + len(answer)),
             answer_equal=equal,
         )
 
@@ -138,7 +138,7 @@ class Rac(RoundMethod):
     def select(self, sample_ids: np.ndarray, equal: np.ndarray, number: int) -> np.ndarray:
         others = int((~equal).sum())
         share = self.config.max_equal_share
-        # in floating point, 0.12 * 22 / 0.88 is less than 3
+        # In floating point, 0.12 * 22 / 0.88 is less than 3.
         kept = len(equal) if share == 1 else int(share * others / (1 - share) + 1e-9)
         order = hashing.uniform(hashing.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
         some = np.flatnonzero(equal)[np.argsort(order, kind="stable")[:kept]]

@@ -67,17 +67,17 @@ def first_rejected(
     except Exception as error:  # a function of the user can raise anything
         raise RuntimeError(f"selfgen.reject: no spans (start, end) of {text!r}: {error}") from error
     for start, end in all_spans:
-        # by bisection, because the end of a token is only known from decoding all tokens before it
-        place = bisect_right(candidates, start, key=lambda token: _characters(ids, token, text, tokenizer)[1])
-        if start < end and place < len(candidates) and _characters(ids, candidates[place], text, tokenizer)[0] < end:
-            rejected.append(candidates[place])
+        # By bisection, because the end of a token is only known from decoding all tokens before it.
+        index = bisect_right(candidates, start, key=lambda token: _characters(ids, token, text, tokenizer)[1])
+        if start < end and index < len(candidates) and _characters(ids, candidates[index], text, tokenizer)[0] < end:
+            rejected.append(candidates[index])
     return min(rejected, default=None)
 
 
 def _characters(ids: list[int], token: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Return where a token begins and ends in the text of `ids`; several tokens can share a character."""
     before, after = (tokenizer.decode(ids[:end], skip_special_tokens=False) for end in (token, token + 1))
-    # a part of a character is decoded to U+FFFD, once or several times
+    # A part of a character is decoded to U+FFFD, once or several times.
     begin, end = (_common_prefix(some, text) for some in (before.rstrip("\ufffd"), after))
     return begin, max(end if text.startswith(after) else end + 1, begin + 1)
 

@@ -24,7 +24,7 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: min(x, 1.0),
     "exponential": lambda x: 1.0 - 0.01**x,
-    # in this form the argument of exp is at most 6; the form of the paper overflows in long runs
+    # In this form the argument of exp is at most 6; the form of the paper overflows in long runs.
     "inverse_sigmoid": lambda x: 1.0 / (1.0 + math.exp(6.0 - 12.0 * x)),
 }
 

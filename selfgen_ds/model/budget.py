@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class SweepBudget:
-    """How many tokens one no-grad sweep may read and stay under the training step's peak memory.
+    """The number of tokens that one no-grad sweep may read and stay under the training step's peak memory.
 
     For each token, a no-grad forward holds the working set of one layer: the residual, the normed input, queries, keys,
     values and their rotated copies, or the gate, up projection, and product of the MLP. A training step with activation
@@ -31,7 +31,7 @@ class SweepBudget:
     """Elements of ZeRO-3's prefetch buffer."""
 
     def tokens(self, micro_batch_tokens: int) -> float:
-        """Tokens that a sweep may read, padding included.
+        """Return the tokens that a sweep may read, padding included.
 
         A tenth of the memory is left for ids, masks, and noise. One micro-batch always fits, because its training
         forward holds more.
@@ -89,7 +89,7 @@ def sweep_budget(
 
 
 def _largest_head(fields: dict) -> int:
-    """Size of the largest attention head of any layer, 0 if the configuration names none.
+    """Return the size of the largest attention head of any layer, 0 if the configuration names none.
 
     The queries of all heads together may be wider than the residual.
 
@@ -102,7 +102,7 @@ def _largest_head(fields: dict) -> int:
 
 
 def inner_width(text: PretrainedConfig) -> tuple[int, int]:
-    """Elements of the MLP's inner layer per token, over all experts of the token, and the number of these experts."""
+    """Return the elements of the MLP's inner layer per token, over the token's experts, and their number."""
 
     def largest(*names: str) -> int:
         value = next((v for name in names if (v := getattr(text, name, None))), 0)
@@ -115,14 +115,14 @@ def inner_width(text: PretrainedConfig) -> tuple[int, int]:
 
 
 def token_bytes(config: PretrainedConfig, item_size: int) -> int:
-    """Memory that a no-grad forward holds per token, in bytes: a generous bound for every kind of model."""
+    """Return the memory that a no-grad forward holds per token, in bytes: a generous bound for every kind of model."""
     text = config.get_text_config(decoder=True)
     inner, experts = inner_width(text)
     return (5 * inner + (6 + 4 * experts) * text.hidden_size) * item_size
 
 
 def row_bytes(config: PretrainedConfig, item_size: int, longest: int) -> int:
-    """Memory to read a prompt of `longest` tokens and to draw the next token, in bytes, without the cache."""
+    """Return the memory to read `longest` prompt tokens and to draw the next token, in bytes, without the cache."""
     text = config.get_text_config(decoder=True)
     # A layer's mask and a copy in the dtype of the scores; eager attention also has scores, in two dtypes.
     heads = getattr(text, "num_attention_heads", 1)
@@ -143,7 +143,7 @@ def one_token_cache(model: PreTrainedModel) -> Cache | None:
 
 
 def cache_bytes(cache: Cache | None, longest: int) -> int:
-    """Size of the cache of one row of `longest` tokens, in bytes.
+    """Return the size of the cache of one row of `longest` tokens, in bytes.
 
     Args:
         cache: The cache of one row of one token.

@@ -16,7 +16,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
     """Return a checksum of 64 bits, in hexadecimal, that does not depend on the number of ranks.
 
-    The checksum is the sum of a hash of every element and its place. Ranks share the elements of each parameter, in
+    The checksum is the sum of a hash of every element and its position. Ranks share the elements of each parameter, in
     pieces of `_PIECE` elements. Under ZeRO-3 every parameter is gathered once.
 
     Collective: every rank must call this.
@@ -31,7 +31,7 @@ def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
             bits = parameter.detach().flatten().view(_BITS[parameter.itemsize])
             for first in range(rank * _PIECE, len(bits), world_size * _PIECE):
                 piece = bits[first : first + _PIECE].long()
-                places = torch.arange(first, first + len(piece), device=piece.device)
-                total += hashing.bits(number, places, piece).sum()
+                positions = torch.arange(first, first + len(piece), device=piece.device)
+                total += hashing.bits(number, positions, piece).sum()
     dist.all_reduce(total)
     return f"{int(total) & (1 << 64) - 1:016x}"

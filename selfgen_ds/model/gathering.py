@@ -1,7 +1,7 @@
 """Gather ZeRO-3's weights once for many forwards without a gradient, if they fit into the memory that is free.
 
-A sharded model gathers every layer for every forward, so for every token of an answer. With gathered weights, each rank
-has a plain model, and the ranks need not run the same number of forwards.
+A sharded model gathers every layer for every forward, and so for every token of an answer. With gathered weights, each
+rank has a plain model, and the ranks need not run the same number of forwards.
 """
 
 from __future__ import annotations
@@ -131,17 +131,17 @@ class GatherableModel:
         return gathers, rows
 
     def _weight_bytes(self) -> tuple[int, int]:
-        """Size of all sharded weights, and of the weights that ZeRO-3 holds gathered at the same time, in bytes."""
+        """Return the bytes of all sharded weights, and of the weights that ZeRO-3 holds gathered at the same time."""
         weights = sum(p.ds_numel * p.element_size() for p in self.model.parameters())
         return weights, min(weights, self.forward.zero_max_live_parameters() * self.model.dtype.itemsize)
 
     def _fitting_rows(self, available: float, row: int) -> int:
-        """Rows of `row` bytes that fit into `available` bytes, on all ranks if they run the same forwards."""
+        """Return the rows of `row` bytes that fit into `available` bytes, on all ranks that run the same forwards."""
         rows = int(available // row)
         return -self.max_over_ranks(-rows) if self.sharded else rows
 
     def _on_disk(self) -> bool:
-        """Whether sharded weights are offloaded to disk.
+        """Return whether sharded weights are offloaded to disk.
 
         DeepSpeed reads these weights into a few buffers, which cannot hold all weights at once.
         """
@@ -149,7 +149,7 @@ class GatherableModel:
         return offload is not None and offload.device == OffloadDeviceEnum.nvme
 
     def _row_bytes(self, longest: int) -> int:
-        """Memory to generate one row of `longest` tokens, in bytes. Collective if the weights are sharded."""
+        """Return the bytes to generate one row of `longest` tokens. Collective if the weights are sharded."""
         if self._one_token_cache is None:
             # In training mode, a model with activation checkpointing keeps no cache.
             with evaluating(self.forward):
@@ -158,7 +158,7 @@ class GatherableModel:
         return cache + row_bytes(self.model.config, self.model.dtype.itemsize, longest)
 
     def _most_tokens(self) -> float:
-        """Tokens that one forward may read: inside `gathered` as many as fit into memory, otherwise any number."""
+        """Return the tokens that one forward may read: inside `gathered` as many as fit, otherwise any number."""
         return max(0.0, self._spare_bytes) / token_bytes(self.model.config, self.model.dtype.itemsize)
 
     @property
@@ -190,8 +190,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def gathered_weights(offload: Any) -> Iterator[None]:
     """Gather all weights of a ZeRO-3 model and take ZeRO-3's hooks off, so that each rank has a plain model inside.
 
-    No weight may be gathered yet. Afterwards the weights are sharded again, and every hook is back in its old place,
-    also after an exception: the recorded order of modules stays valid. The root module's hook is taken off too, because
+    No weight may be gathered yet. Afterwards the weights are sharded again, and every hook is back at its old position,
+    even after an exception: the recorded order of modules stays valid. The root module's hook is taken off too, because
     with it the ranks would have to run the same number of forwards.
 
     Args:
@@ -212,7 +212,7 @@ def gathered_weights(offload: Any) -> Iterator[None]:
 
 
 def free_bytes() -> int:
-    """Memory that this rank may take now, in bytes: free memory of its accelerator, or its share of the host's."""
+    """Return the bytes that this rank may take now: free memory of its accelerator, or its share of the host's."""
     get_accelerator().empty_cache()
     free = get_accelerator().available_memory()
     return free // process_group.local_world_size() if get_accelerator().device_name() == "cpu" else free

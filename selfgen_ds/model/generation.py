@@ -101,10 +101,10 @@ class _UnfinishedRows:
         return len(self.numbers)
 
     def longest(self) -> int:
-        """Tokens of the longest row, without padding."""
+        """Return the tokens of the longest row, without padding."""
         return int(self.mask.sum(dim=1).max())
 
-    def extend(self, length: int, choose: Choose | None) -> None:
+    def generate_segment(self, length: int, choose: Choose | None) -> None:
         """Generate at most `length` further tokens of each row: fewer if every row ends before."""
         processors = [] if choose is None else [Chosen(choose, self.numbers, self.start)]
         output = self._generate(self.ids, self.mask, self._settings(length), *processors)
@@ -201,7 +201,7 @@ def generate(
         if not len(rows):
             rows.idle(length)
             continue
-        rows.extend(length, choose)
+        rows.generate_segment(length, choose)
         new_answers, finished = rows.answers()
         answers |= new_answers
         if positions is not None:
@@ -226,7 +226,7 @@ def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tens
 
 
 def drops_rows(model: PreTrainedModel) -> bool:
-    """Whether single rows can leave the model's cache: only a cache of attention alone allows that."""
+    """Return whether single rows can leave the model's cache: only a cache of attention alone allows that."""
     if not model._supports_default_dynamic_cache():
         return False
     layers = DynamicCache(config=model.config).layers

@@ -1,8 +1,8 @@
 """The loss, draws, and predictions, computed at the LM head for a chunk of positions at a time.
 
 Logits of all positions never exist at once. Each computation is a `Reduction` that runs inside the forward of the LM
-head module: there, ZeRO-3 gathers the head's weight and releases it again. Used anywhere else, the weight would stay
-gathered or get wrong gradients.
+head module: there, ZeRO-3 gathers the head's weight and releases it again. Outside this forward, the weight would
+stay gathered or get wrong gradients.
 
 Shapes: N selected positions, H hidden size, V vocabulary size.
 """
@@ -67,6 +67,12 @@ class LMHead(nn.Module):
         self.logit_transform = logit_transform or LogitTransform()
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Return logits, or the result of a reduction over the hidden states.
+
+        Args:
+            hidden: `[..., H]`; `[N, H]` with a reduction.
+            reduction: Runs here, because ZeRO-3 has gathered the weight here.
+        """
         if reduction is None:
             return F.linear(hidden, self.weight, self.bias)
         bias: Tensor | None = self.bias
@@ -169,9 +175,9 @@ def sampler(temperature: float, top_p: float, top_k: int) -> Sampler:
         logits = warpers(None, logits.float())
         logits = torch.softmax(logits, dim=-1)
         logits = logits.cumsum(dim=-1, dtype=torch.float64)
-        # A uniform is greater than 0, so the first entry that reaches it belongs to a token of positive probability.
+        # A uniform is greater than 0, so the first entry at or above the uniform has a positive probability.
         tokens = torch.searchsorted(logits, uniforms[:, None] * logits[:, -1:]).squeeze(1)
-        # No entry of NaN logits reaches it. Any token will do then, because the step is dropped for its loss.
+        # With NaN logits, no entry is at or above the uniform. Any token will do: the step is dropped for its loss.
         return tokens.clamp(max=logits.shape[-1] - 1)
 
     return sample

@@ -71,7 +71,7 @@ def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         known = CONFIG_MAPPING[model_type]()
     except Exception as error:  # the exception's type differs by field; its message names the wrong one
         raise InputError(f"model.preset: {' '.join(str(error).split())}") from error
-    # A coefficient of 0 turns the router loss off, also for types that have no such field.
+    # A coefficient of 0 turns the router loss off, even for types that have no such field.
     if unknown := set(fields) - set(known.to_dict()) - set(known.attribute_map) - {"router_aux_loss_coef"}:
         raise InputError(f"model.preset: not fields of a {model_type} configuration: {', '.join(sorted(unknown))}")
     return config
@@ -98,12 +98,12 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of embeddings that a tokenizer needs: its highest id plus 1, because ids may have gaps."""
+    """Return the number of embeddings that a tokenizer needs: its highest id plus 1, because ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def most_positions(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest row that a model can read; None if its configuration sets no limit."""
+    """Return the tokens of the longest row that a model can read; None if its configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -209,7 +209,7 @@ def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:
     """
     model.activation_checkpointing_enable()
     if offload:
-        # transformers' own `offload=True` asks for pinned memory, which a CPU accelerator does not have.
+        # Transformers' own `offload=True` asks for pinned memory, which a CPU accelerator does not have.
         device = process_group.device().type
 
         def offloaded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -102,7 +102,7 @@ class EnginePolicy(GatherableModel, Policy):
 
     @property
     def can_draw_in_order(self) -> bool:
-        """Whether `draw_in_order` can be called now: the weights are gathered, and single rows can leave the cache."""
+        """Return whether `draw_in_order` can be called now: with gathered weights, if rows can leave the cache."""
         return self._inside_gathered and not self.sharded and generation.drops_rows(self.model)
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ def _no_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _lengths_to_last_masked(mask: Tensor) -> Tensor:
-    """Tokens of each row up to and with the last masked one: `[rows]` int64, 0 for a row without a masked token."""
+    """Return the tokens of each row up to and with the last masked one: `[rows]` int64, 0 without a masked token."""
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 
 

@@ -1,6 +1,6 @@
 """Check at the start that a model can be trained correctly: its logits, causality, packing, and router loss.
 
-Each check runs on a small random copy of the model. ZeRO-3 would shard this copy, so check before it is set up.
+Each check runs on a small random copy of the model. ZeRO-3 would shard this copy, so check before ZeRO-3 is set up.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = N
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding, relative to the largest expected value."""
+    """Return whether two tensors are equal up to rounding, relative to the largest expected value."""
     return bool((actual - expected).abs().max() <= _TOLERANCE.get(actual.dtype, 1e-3) * expected.abs().max())
 
 
@@ -125,7 +125,7 @@ def _attempt(work: Callable[[], Any]) -> Any:
 
 
 def _gives(work: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Whether `work` runs and returns the expected tensor."""
+    """Return whether `work` runs and returns the expected tensor."""
     result = _attempt(work)
     return isinstance(result, Tensor) and result.shape == expected.shape and _equal(result, expected)
 

@@ -100,7 +100,7 @@ def _router_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], rout
 
 
 def router_loss_coefficient(config: PretrainedConfig) -> float | None:
-    """Coefficient of a mixture of experts' load balancing loss; 0 for a dense model.
+    """Return the coefficient of a mixture of experts' load balancing loss; 0 for a dense model.
 
     None means that the model has experts, but its configuration has no coefficient.
     """

@@ -6,7 +6,7 @@ beats of all ranks, every other rank reads rank 0's, and the ranks of one host c
 rank that notices a loss writes a verdict to the store; every rank that reads the verdict prints it and exits.
 
 Time is counted in beats instead of read from a clock: a suspended rank (SIGSTOP, `scontrol suspend`) counts nothing,
-so ranks that were suspended together go on afterwards.
+so that ranks that were suspended together continue afterwards.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _READ_WITHIN = 2 * _BEAT  # seconds within which all ranks have read a verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """The host and process of a rank."""
+class RankProcess:
+    """The process of a rank, and the host that the process runs on."""
 
     rank: int
     host: str
@@ -47,10 +47,10 @@ class Place:
     pid: int
 
     @classmethod
-    def here(cls, rank: int) -> Place:
-        """Return the place of this process."""
-        boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-        machine = f"{boot.read_text().strip()} {os.readlink(processes)}" if boot.exists() else ""
+    def here(cls, rank: int) -> RankProcess:
+        """Return a description of this process."""
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+        machine = f"{boot.read_text().strip()} {os.readlink(namespace)}" if boot.exists() else ""
         return cls(rank=rank, host=socket.gethostname(), machine=machine, pid=os.getpid())
 
     def __str__(self) -> str:
@@ -76,32 +76,33 @@ class Heartbeat:
     def __init__(self, store: dist.TCPStore, prefix: str, rank: int, world_size: int, keeps_store: bool) -> None:
         self._store = dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
         self._keeps_store = keeps_store
-        self.place = Place.here(rank)
+        self.process = RankProcess.here(rank)
         self.forwards = 0
         """Forwards that this rank's model has made."""
         self.stall_seconds: float | None = None
         """Rank 0's value counts: seconds without a forward on any rank after which the run is stalled; None: never."""
         self._beats, self._stall, self._farewell = 0, "", ""
         self._write_beat("")
-        self._store.set(f"place/{rank}", json.dumps(asdict(self.place)))
-        places = self._store.multi_get([f"place/{other}" for other in range(world_size)])
+        self._store.set(f"process/{rank}", json.dumps(asdict(self.process)))
+        processes = self._store.multi_get([f"process/{other}" for other in range(world_size)])
         self._store.set_timeout(timedelta(seconds=_SILENCE))  # the wait for ranks that are still starting is over
-        self.places = [Place(**json.loads(place)) for place in places]
-        others = [place for place in self.places if place.rank != rank]
-        self._siblings = [p for p in others if (p.machine, p.host) == (self.place.machine, self.place.host)]
-        self._watched = self.places if rank == 0 else self.places[:1]
-        self._seen = {place.rank: (b"", 0) for place in self.places}  # the last beat, and for how many beats unchanged
+        self.processes = [RankProcess(**json.loads(process)) for process in processes]
+        others = [process for process in self.processes if process.rank != rank]
+        self._siblings = [p for p in others if (p.machine, p.host) == (self.process.machine, self.process.host)]
+        self._watched = self.processes if rank == 0 else self.processes[:1]
+        # Rank -> its last beat, and the number of beats for which this beat has not changed.
+        self._seen = {process.rank: (b"", 0) for process in self.processes}
         self._progress, self._idle = 0, 0
-        self._told = False
+        self._stacks_printed = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
         threading.Thread(target=self._guard, name="heartbeat guard", daemon=True).start()
 
-    def end_all(self, why: str, code: int = 1) -> NoReturn:
-        """End every rank, this one included, with the line `why` and an exit code."""
+    def end_all(self, reason: str, code: int = 1) -> NoReturn:
+        """End every rank, this one included, with a line that says the reason, and with an exit code."""
         with suppress(dist.DistError):  # without the store each rank ends by itself
-            self._give_verdict(why, code)
+            self._give_verdict(reason, code)
         self._thread.join()  # the thread exits the process when it reads the verdict
         os._exit(code)
 
@@ -114,15 +115,15 @@ class Heartbeat:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             self._thread.join(2 * _SILENCE * _BEAT)
         traceback.print_exception(error)
-        self.end_all(f"{self.place} failed: {type(error).__name__}: {_first_line(error)}")
+        self.end_all(f"{self.process} failed: {type(error).__name__}: {_first_line(error)}")
 
-    def leave(self, why: str) -> None:
+    def leave(self, reason: str) -> None:
         """Tell the other ranks that this one is done. The rank that keeps the store waits for them, for half a minute.
 
         Args:
-            why: Reason that the other ranks print if they are not done.
+            reason: Reason that the other ranks print if they are not done.
         """
-        self._farewell = why
+        self._farewell = reason
         self._wake.set()
         self._thread.join(_SILENCE * _BEAT)
 
@@ -135,7 +136,7 @@ class Heartbeat:
                 over = self._beat(farewell)
             except dist.DistError as error:
                 if not farewell:
-                    self._exit(f"{self.places[0]} is gone: the connection to it broke ({_first_line(error)})")
+                    self._exit(f"{self.processes[0]} is gone: the connection to it broke ({_first_line(error)})")
                 return
             self._wake.wait(0 if over else _BEAT)
             self._wake.clear()
@@ -147,24 +148,25 @@ class Heartbeat:
         if leaving and not self._keeps_store:
             return True
         if self._store.check(["verdict"]):
-            why, code = json.loads(self._store.get("verdict"))
+            reason, code = json.loads(self._store.get("verdict"))
             if not leaving:
-                self._exit(why, code)
+                self._exit(reason, code)
             time.sleep(_READ_WITHIN)
             return True
-        gone = [place for place in self._siblings if not place.exists()]  # asked first: a farewell precedes an end
+        # Processes are looked at before the beats are read: a process that ends normally has written its farewell.
+        gone = [process for process in self._siblings if not process.exists()]
         beats = self._read_beats(list(dict.fromkeys([*self._watched, *gone])))
-        for place, beat in beats.items():
-            unchanged = self._seen[place.rank][1]
-            if not beat["farewell"] and place in gone:
-                self._give_verdict(f"{place} is gone: its process died")
+        for process, beat in beats.items():
+            unchanged = self._seen[process.rank][1]
+            if not beat["farewell"] and process in gone:
+                self._give_verdict(f"{process} is gone: its process died")
             elif not beat["farewell"] and unchanged > _SILENCE:
-                self._give_verdict(f"{place} is gone: no sign of life for {_SILENCE} s")
+                self._give_verdict(f"{process} is gone: no sign of life for {_SILENCE} s")
             elif beat["farewell"] and unchanged > _ALONE and not leaving:
-                self._give_verdict(f"{place} has ended without the others: {beat['farewell']}")
-        if self.place.rank == 0:
+                self._give_verdict(f"{process} has ended without the others: {beat['farewell']}")
+        if self.process.rank == 0:
             self._look_for_stall(beats)
-        self._print_stacks(beats[self.places[0]]["stall"])
+        self._print_stacks(beats[self.processes[0]]["stall"])
         return leaving and all(beat["farewell"] for beat in beats.values())
 
     def _write_beat(self, farewell: str) -> None:
@@ -177,17 +179,17 @@ class Heartbeat:
             "stall": self._stall,
             "farewell": farewell,
         }
-        self._store.set(f"beat/{self.place.rank}", json.dumps(beat))
+        self._store.set(f"beat/{self.process.rank}", json.dumps(beat))
 
-    def _read_beats(self, places: list[Place]) -> dict[Place, dict[str, Any]]:
+    def _read_beats(self, processes: list[RankProcess]) -> dict[RankProcess, dict[str, Any]]:
         """Read beats, and count for how long each has not changed."""
-        beats = self._store.multi_get([f"beat/{place.rank}" for place in places])
-        for place, beat in zip(places, beats, strict=True):
-            last, unchanged = self._seen[place.rank]
-            self._seen[place.rank] = beat, unchanged + 1 if beat == last else 0
-        return {place: json.loads(beat) for place, beat in zip(places, beats, strict=True)}
+        beats = self._store.multi_get([f"beat/{process.rank}" for process in processes])
+        for process, beat in zip(processes, beats, strict=True):
+            last, unchanged = self._seen[process.rank]
+            self._seen[process.rank] = beat, unchanged + 1 if beat == last else 0
+        return {process: json.loads(beat) for process, beat in zip(processes, beats, strict=True)}
 
-    def _look_for_stall(self, beats: dict[Place, dict[str, Any]]) -> None:
+    def _look_for_stall(self, beats: dict[RankProcess, dict[str, Any]]) -> None:
         """Make all ranks print their stacks when no rank makes progress, through rank 0's beat; end the run later.
 
         The line names the ranks that have entered the fewest collectives: the others wait for these.
@@ -200,7 +202,7 @@ class Heartbeat:
             self._stall = ""
             return
         fewest = min(beat["collectives"] for beat in beats.values())
-        behind = [str(place) for place, beat in beats.items() if beat["collectives"] == fewest]
+        behind = [str(process) for process, beat in beats.items() if beat["collectives"] == fewest]
         named = ", ".join(behind[:4]) + (f" and {len(behind) - 4} more" if len(behind) > 4 else "")
         cause = "no rank is behind the others" if len(behind) == len(beats) else f"the others wait for {named}"
         line = f"no rank has made a forward for {self._idle * _BEAT:.0f} s (train.stall_seconds); {cause}"
@@ -210,10 +212,10 @@ class Heartbeat:
 
     def _print_stacks(self, stall: str) -> None:
         """Print the stacks of all threads once per stall, those included that Python did not start (autograd's)."""
-        if stall and not self._told:
-            _say(f"{self.place}: {stall}; the stacks of this rank:")
+        if stall and not self._stacks_printed:
+            _say(f"{self.process}: {stall}; the stacks of this rank:")
             faulthandler.dump_traceback()
-        self._told = bool(stall)
+        self._stacks_printed = bool(stall)
 
     def _guard(self) -> None:
         """End this rank when the host of rank 0 is gone, because calls to the store there then wait without a limit."""
@@ -223,15 +225,15 @@ class Heartbeat:
             unanswered = unanswered + 1 if self._beats == beats else 0
             beats = self._beats
             if unanswered > 1.5 * _SILENCE and not self._farewell:
-                self._exit(f"{self.places[0]} is gone: no answer for {unanswered} s")
+                self._exit(f"{self.processes[0]} is gone: no answer for {unanswered} s")
 
-    def _give_verdict(self, why: str, code: int = 1) -> None:
+    def _give_verdict(self, reason: str, code: int = 1) -> None:
         """Write the verdict, unless another rank was first."""
-        self._store.compare_set("verdict", "", json.dumps([why, code]))
+        self._store.compare_set("verdict", "", json.dumps([reason, code]))
 
-    def _exit(self, why: str, code: int = 1) -> NoReturn:
-        """Print why and exit, without clean-up: the main thread may wait in a collective."""
-        _say(f"{'' if code == STOPPED else 'error: '}{why}; {self.place} ends")
+    def _exit(self, reason: str, code: int = 1) -> NoReturn:
+        """Print the reason and exit, without clean-up: the main thread may wait in a collective."""
+        _say(f"{'' if code == STOPPED else 'error: '}{reason}; {self.process} ends")
         if self._keeps_store:
             time.sleep(_READ_WITHIN)
         os._exit(code)

@@ -1,4 +1,4 @@
-"""The process group of a run, and this process's place among the ranks that a launcher started."""
+"""The process group of a run, and the ranks that a launcher has given to this process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def device() -> torch.device:
 
 
 def init_process_group() -> None:
-    """Join the process group of `deepspeed`, `torchrun`, `srun` or `mpirun`, or make a group of this process alone.
+    """Join the process group of `deepspeed`, `torchrun`, `srun`, or `mpirun`, or make a group of this process alone.
 
     Collective: every rank must call this, because a group exists when all its ranks have joined.
 
@@ -85,7 +85,7 @@ def init_process_group() -> None:
     mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
     complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
     ranks = world_size() if mpi or complete else 1
-    # set by Slurm's srun, and by an MPI other than Open MPI
+    # Set by Slurm's srun, and by an MPI other than Open MPI.
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
     if tasks > ranks:
         raise InputError(
@@ -163,19 +163,21 @@ def _listen(address: str, port: int) -> socket.socket | None:
         InputError: The address is unknown, or the port is taken.
     """
     try:
-        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, socket_address = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise InputError(f"MASTER_ADDR: {address}: {error.strerror}") from error
-    if str(place[0]).startswith("127.") and world_size() > local_world_size():  # as many hosts resolve their own name
+    # Many hosts resolve their own name to the loopback address.
+    if str(socket_address[0]).startswith("127.") and world_size() > local_world_size():
         own = _addresses()
         if len(own) != 1:
-            log.warning("MASTER_ADDR %s is %s on this host: the store listens on all interfaces", address, place[0])
+            loopback = socket_address[0]
+            log.warning("MASTER_ADDR %s is %s on this host: the store listens on all interfaces", address, loopback)
             return None
-        place = own[0], port
+        socket_address = own[0], port
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(place)
+        listening.bind(socket_address)
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
@@ -218,15 +220,15 @@ def leave_node_group() -> None:
         deepspeed.comm.destroy_process_group(group)
 
 
-def leave_process_group(why: str = "the rank had finished") -> None:
+def leave_process_group(reason: str = "the rank had finished") -> None:
     """Leave the process group. At the interpreter's end gloo's threads could abort the process.
 
     Args:
-        why: Reason that the other ranks print if they do not leave too.
+        reason: Reason that the other ranks print if they do not leave too.
     """
     global heartbeat
     if heartbeat is not None:
-        heartbeat.leave(why)
+        heartbeat.leave(reason)
         heartbeat = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

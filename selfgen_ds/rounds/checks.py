@@ -25,7 +25,7 @@ def check_round(
 
     Args:
         setting: Name of the setting that errors blame.
-        fingerprint: Checksums of what the run draws contexts from: `model`, `tokenizer` and `data`.
+        fingerprint: Checksums of what the run draws contexts from: `model`, `tokenizer`, and `data`.
         settings: The method's name and the settings that the method reads.
         max_length: Most tokens of a row.
 

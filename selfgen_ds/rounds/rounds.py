@@ -67,8 +67,8 @@ class Rounds:
     shared: Path | None
     """`rollouts/` of another run, whose rounds are read instead of drawn."""
     fingerprint: dict[str, str]
-    """Checksums of the weights that the run started with (`model`), of the `tokenizer` and of the training rows
-    (`data`). Contexts of another model, tokenizer or data set cannot be used."""
+    """Checksums of the weights that the run started with (`model`), of the `tokenizer`, and of the training rows
+    (`data`). Contexts of another model, tokenizer, or data set cannot be used."""
     settings: dict[str, Any]
     """The settings that the method reads, for the record."""
     step: int
@@ -119,7 +119,7 @@ class Rounds:
         return complete
 
     def starts(self, step: int) -> bool:
-        """Whether a round starts with this step."""
+        """Return whether a round starts with this step."""
         return step > 0 and self.method.round_of(step) != self.method.round_of(step - 1)
 
     def step_batches(self, step: int) -> StepBatches:
@@ -133,7 +133,7 @@ class Rounds:
             steps = range(self.method.first_step(number), self.method.first_step(number + 1))
             with raise_on_all_ranks():
                 table, probability = load_table(folder), read_audit(folder)["replace_probability"]
-            self._step_batches = self.plain.over(self._rows(table, number), steps)
+            self._step_batches = self.plain.with_rows(self._rows(table, number), steps)
             self.number, self.replace_probability = number, probability
         return self._step_batches
 
@@ -191,8 +191,8 @@ class Rounds:
                 own = missing[first + rank : first + rank + 1]
                 samples = [sample for chunk in own for sample in self._chunk(chunk, audit["chunk_size"])]
                 rows, counts = self.method.rows(samples, self.policy, number)
-                # every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
-                # other must stay below the timeout of the process group
+                # Every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
+                # other must stay below the timeout of the process group.
                 problem = rows_problem(self.method, samples, rows)
                 if self.policy.max_over_ranks(int(problem is not None)):
                     told = ", on another rank; its log says why" if problem is None else f": {problem}"
@@ -212,7 +212,7 @@ class Rounds:
         return writer.folder
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
-        """Return the record of what draws a round.
+        """Return the record of the weights and settings that draw a round.
 
         Collective: every rank must call this, because all ranks compute the checksum of sharded weights.
         """
@@ -243,17 +243,17 @@ class Rounds:
         equal = table.data.column("answer_equal").to_numpy()
         edges = np.searchsorted(sample_ids, [source.first_id for source in self.samples[1:]])
         rows: list[Rows] = []
-        for source, places in zip(self.samples, np.split(np.arange(len(table)), edges), strict=True):
-            if not len(places):
+        for source, numbers in zip(self.samples, np.split(np.arange(len(table)), edges), strict=True):
+            if not len(numbers):
                 raise RuntimeError(f"{self.settings['method']}: round {number + 1} has no row of {source.name}")
-            chosen = places[self.method.select(sample_ids[places], equal[places], number)]
-            if self.method.keeps_rows and len(chosen) < len(places):
+            chosen = numbers[self.method.select(sample_ids[numbers], equal[numbers], number)]
+            if self.method.keeps_rows and len(chosen) < len(numbers):
                 raise RuntimeError(
                     f"{self.settings['method']}: `select` leaves rows out, although the method has `keeps_rows = True`"
                 )
             if not len(chosen):
                 log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
-                chosen = places
+                chosen = numbers
             rows.append(StoredRows(table, chosen))
         return rows
 

@@ -59,7 +59,7 @@ class StoredRows:
 
     def __getitem__(self, index: int) -> TrainingRow:
         columns = self._table[int(self._rows[index])]
-        # nothing of a round's row is replaceable any more
+        # Nothing of a round's row is replaceable any more.
         return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""`selfgen-ds bench`: what training on the model's own tokens costs."""
+"""`selfgen-ds bench`: measure the cost of training on the model's own tokens."""

@@ -1,4 +1,4 @@
-"""`selfgen-ds bench`: what training on the model's own tokens costs, as ratios to sft and to `generate()`."""
+"""`selfgen-ds bench`: measure the cost of training on own tokens, as ratios to sft and to `generate()`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     Collective: every rank must call this, because the ranks draw and train together.
 
     Args:
-        recipe: The model, the DeepSpeed JSON, the rows per micro-batch and the tokens per row; the data is not read.
+        recipe: The model, the DeepSpeed JSON, the rows per micro-batch, and the tokens per row; the data is not read.
         overrides: Settings given on the command line.
         grid: `budget` for the steps that the budget of a pass is about, and the loss; `rollouts` for rounds; `full`
-            for all steps, the loss and rounds.
+            for all steps, the loss, and rounds.
         steps: Timed steps of every variant.
 
     Raises:

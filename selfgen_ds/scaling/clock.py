@@ -22,7 +22,7 @@ PHASES = ("pass", "forward", "backward", "optimizer", "other")
 class StepClock:
     """Measures the seconds of each phase of a step.
 
-    The engine's `forward`, `backward` and `step` are wrapped, so that the step can be the trainer's own code.
+    The engine's `forward`, `backward`, and `step` are wrapped, so that the step can be the trainer's own code.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:

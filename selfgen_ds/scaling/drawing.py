@@ -1,4 +1,4 @@
-"""What drawing a round costs: tokens per second compared with `generate()`, and the round's share of drawing.
+"""Measure the cost of drawing a round: tokens per second compared with `generate()`, and the share of the drawing.
 
 The weights are random and no answer ends early, because the costs depend on lengths alone. The exception is the number
 of passes of an exact mixture: random weights need more of them than trained weights.
@@ -41,7 +41,7 @@ def block(recipe: Recipe) -> Block:
 
 
 def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure one pass, the exact mixture and free-running answers, with gathered and with sharded weights, in turn.
+    """Measure one pass, the exact mixture, and free-running answers, with gathered and with sharded weights, in turn.
 
     A round is drawn as in training, then trained on for an epoch in micro-batches of the recipe's size.
 

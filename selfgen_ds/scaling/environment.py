@@ -1,4 +1,4 @@
-"""The machine, the versions and the commit that a figure was measured with."""
+"""The machine, the versions, and the commit that a figure was measured with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PEAK_FLOPS = {
 
 
 def environment() -> dict[str, Any]:
-    """Return the command, date, commit, hardware and versions of this run."""
+    """Return the command, date, commit, hardware, and versions of this run."""
     return {
         "command": shlex.join(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the accelerator, the CPU and the number of ranks of this run."""
+    """Return the accelerator, the CPU, and the number of ranks of this run."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {

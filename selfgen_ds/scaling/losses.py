@@ -30,7 +30,7 @@ _LOSSES: dict[str, Loss] = {
 def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Measure forward and backward of both losses in this process, for `TOKENS` targets and `VOCABULARY` token ids.
 
-    The memory includes the hidden states, the head's weight and the gradients of both, which either loss needs.
+    The memory includes the hidden states, the head's weight, and the gradients of both, which either loss needs.
 
     Args:
         hidden_size: Size of the model's hidden states.

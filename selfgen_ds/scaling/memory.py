@@ -24,7 +24,7 @@ class PeakMemory:
     def counting(self) -> AbstractContextManager[object]:
         """Count the tensors made inside the context.
 
-        Enter the context around all code whose tensors outlive the code: no allocator of a CPU knows of them.
+        Enter the context around all code whose tensors outlive the code, because a CPU has no record of them.
         """
         return self._tensors or nullcontext()
 
@@ -46,7 +46,7 @@ class LiveTensors(TorchDispatchMode):
 
     `live` is the bytes alive now, `peak` the most bytes alive at once, and `largest` the bytes of the largest storage.
     Storages that were made outside the mode, and those backed by a mapped file, do not count. The mode may be entered
-    several times, and counts on; `reset` starts `peak` and `largest` anew.
+    several times, and continues to count; `reset` starts `peak` and `largest` anew.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _mapped(storage: torch.UntypedStorage) -> bool:
-    """Whether a storage lies in a mapped file, according to Linux's list of the process's memory."""
+    """Return whether a storage lies in a mapped file, according to Linux's list of the process's memory."""
     if storage.nbytes() < 2**20:  # reading the list for every small tensor would take too long
         return False
     for line in Path("/proc/self/maps").read_text().splitlines():

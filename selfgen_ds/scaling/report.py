@@ -117,10 +117,10 @@ def _plot(record: dict[str, Any], path: Path) -> None:
 
 def _plot_bars(panel: Axes, names: list[str], parts: list[dict[str, float]], label: str) -> None:
     """Draw a horizontal bar per name, made of its parts, with a line at 1."""
-    for place, widths in enumerate(parts):
+    for position, widths in enumerate(parts):
         left = 0.0
         for number, (part, width) in enumerate(widths.items()):
-            panel.barh(place, width, left=left, color=f"C{number}", label=None if place else part)
+            panel.barh(position, width, left=left, color=f"C{number}", label=None if position else part)
             left += width
     panel.axvline(1.0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(names)), names, fontsize=8)

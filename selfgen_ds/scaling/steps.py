@@ -1,4 +1,4 @@
-"""What an optimizer step with a self-generated-token pass costs, compared with a step of sft.
+"""Measure the cost of an optimizer step with a self-generated-token pass, compared with a step of sft.
 
 The variants of a block take turns step by step on one engine, on the same rows, so that other load on the machine
 slows all of them alike. A step is the trainer's own code. Bytes and memory are measured in steps that are not timed,
@@ -33,7 +33,7 @@ from selfgen_ds.scaling import statistics
 from selfgen_ds.scaling.clock import StepClock, max_over_ranks
 from selfgen_ds.scaling.environment import peak_flops
 from selfgen_ds.scaling.memory import PeakMemory
-from selfgen_ds.setup.prepare import build_engine, engine_policy
+from selfgen_ds.setup.build import build_engine, engine_policy
 
 _TOTAL_STEPS = 1 << 30  # so many that the learning rate does not change
 _WARM_UP = 2  # turns that create the optimizer's states and fill caches
@@ -84,13 +84,13 @@ class BlockBenchmark:
         with raise_on_all_ranks():
             tokenizer = load_tokenizer(recipe.model)
             config = model_config(recipe.model, tokenizer)
-            logits_form = probe.check(recipe.model, config, packing=False)
+            logit_transform = probe.check(recipe.model, config, packing=False)
         self.vocabulary = config.get_text_config(decoder=True).vocab_size
         self.memory = PeakMemory()
         with self.memory.counting():
             quiet = json_config | {"tensorboard": {"enabled": False}}  # it would write in timed steps
-            # transformers learns from `hf_config`, through a weak reference, that the model is sharded
-            self.engine, self.hf_config = build_engine(recipe, quiet, config, logits_form, tokenizer, _TOTAL_STEPS)
+            # Transformers learns from `hf_config`, through a weak reference, that the model is sharded.
+            self.engine, self.hf_config = build_engine(recipe, quiet, config, logit_transform, tokenizer, _TOTAL_STEPS)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         self.policy = engine_policy(recipe, self.engine, end_tokens=[self.vocabulary])
         rows = recipe.train.micro_batch_size * block.accumulation * dist.get_world_size()
@@ -136,7 +136,7 @@ class BlockBenchmark:
         with tqdm(desc="bench", total=total, unit="step", leave=False, disable=dist.get_rank() != 0) as bar:
             for turn in range(_WARM_UP + steps):
                 for name, method in self.variants.items():
-                    # the first step creates the optimizer's states
+                    # The first step creates the optimizer's states.
                     with self.memory.counting() if turn == 0 else nullcontext():
                         tokens = self.step(method, turn)
                     if turn >= _WARM_UP:
@@ -151,7 +151,7 @@ class BlockBenchmark:
         return [self._row(name, times, costs, tokens) | {"trace_invalidations": invalidations} for name in costs]
 
     def _costs(self, method: Method) -> dict[str, Any]:
-        """Return the passes, the collectives and the peak memory of a step, from two steps that are not timed."""
+        """Return the passes, the collectives, and the peak memory of a step, from two steps that are not timed."""
         collectives = self._collectives(method)
         # The log counts the part of a gather that the rank sends: the result divided by the number of ranks. A gather
         # inside a node (`zero_hpz_partition_size`) counts as if it were over all ranks, because the log names no group.

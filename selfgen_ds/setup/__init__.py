@@ -1,1 +1,1 @@
-"""From a recipe to a run that stands at its first step."""
+"""Build a run from a recipe, ready for its first step or for the step after its checkpoint."""

@@ -1,4 +1,4 @@
-"""What a recipe names, loaded: the rows of its data sources, their order, and the method."""
+"""Load the inputs that a recipe names: training rows, their order, and the method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selfgen_ds.config import DataConfig, Recipe, Sources, sources
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.packing import load_packs
-from selfgen_ds.data.rows import Columns
+from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.model.policy import Sampling

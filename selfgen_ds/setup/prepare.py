@@ -1,7 +1,7 @@
-"""From a recipe to a run that stands at its first step, or at the step where it was saved.
+"""Build a run from a recipe, ready for its first step or for the step after its checkpoint.
 
 `prepare` reads from top to bottom: check the settings, open the run's folder, load the inputs, build the engine,
-restore the checkpoint. Everything that can be wrong with recipe, JSON, data and model is met here, before
+restore the checkpoint. Everything that can be wrong with recipe, JSON, data, and model is met here, before
 the first step.
 """
 
@@ -24,12 +24,12 @@ from selfgen_ds.checkpoint import resuming
 from selfgen_ds.config import Recipe, to_yaml
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.samples import Samples, end_tokens, take
+from selfgen_ds.data.samples import Samples, end_tokens, first_rows
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
-from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.head import LogitTransform
@@ -61,7 +61,7 @@ _NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a recipe names, loaded and checked; the model's weights come later."""
+    """Loaded and checked inputs of a recipe, without the model's weights."""
 
     folder: RunFolder
     tokenizer: PreTrainedTokenizerBase
@@ -71,11 +71,11 @@ class Inputs:
     eval_samples: list[TrainingRow]
     """The rows to evaluate on; empty without `data.eval`."""
     forced_errors: dict[int, ForcedError]
-    """For every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
+    """A forced error for every evaluation row, if the evaluation data are built-in tasks; otherwise empty."""
     end_tokens: list[int]
     """Tokens that each end an answer."""
     step_batches: StepBatches
-    """The training rows in order; for methods that have rounds, the rows of the data set itself."""
+    """Batches of the training rows; for methods that have rounds, of the rows of the data set itself."""
     method: Method
     total_steps: int
     data: int
@@ -84,14 +84,14 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Inputs):
-    """Everything that the training loop works with: the inputs, and what is built from them."""
+    """Everything that the training loop works with: the inputs, and the objects that are built from them."""
 
     engine: DeepSpeedEngine
     policy: EnginePolicy
     rounds: Rounds | None
     """For methods that have rounds: the rows that are trained on in place of the data set."""
     hf_config: HfDeepSpeedConfig
-    """Kept because transformers, which asks it whether the model is sharded, holds only a weak reference to it."""
+    """Kept alive here: transformers asks it whether the model is sharded, but holds only a weak reference to it."""
 
 
 def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
@@ -112,7 +112,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     folder = open_run_folder(recipe, json_config)
     inputs = _load_inputs(recipe, folder)
     engine, hf_config = _build(recipe, json_config, inputs)
-    starting_model = weights_checksum(engine) if isinstance(inputs.method, RoundMethod) else ""
+    starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
     _log_start(recipe, inputs)
@@ -126,9 +126,9 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
 
 
 def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
-    """Load tokenizer, model configuration, data and method, and check each against the recipe.
+    """Load tokenizer, model configuration, data, and method, and check each against the recipe.
 
-    The model is checked before any row is tokenised, since tokenising may take long.
+    The model is checked before any row is tokenized, because tokenizing may take long.
     """
     with raise_on_all_ranks():
         tokenizer = load_tokenizer(recipe.model)
@@ -154,7 +154,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         config=config,
         logit_transform=logit_transform,
         samples=samples,
-        eval_samples=take(eval_samples, recipe.eval.max_samples),
+        eval_samples=first_rows(eval_samples, recipe.eval.max_samples),
         forced_errors=forced_errors(eval_samples, tokenizer),
         end_tokens=end_tokens(samples + eval_samples, tokenizer),
         step_batches=step_batches,
@@ -209,14 +209,14 @@ def _in_steps(recipe: Recipe, samples: list[Samples], folder: RunFolder) -> Step
 
 
 def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
-    """Build the engine, configured for the ranks that there are now and for the checkpoint that it will load."""
+    """Build the engine for the present number of ranks and for the checkpoint that the engine will load."""
     folder = inputs.folder
     accumulation = inputs.step_batches.accumulation
     fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=accumulation))
     other_ranks = folder.resumed is not None and folder.resumed.world_size != dist.get_world_size()
     checkpointing = {
         "use_node_local_storage": not folder.storage.shared,
-        # at stage 0 every rank loads the same file, whatever the number of ranks
+        # At stage 0 every rank loads the same file, whatever the number of ranks.
         "load_universal": other_ranks and json_config.get("zero_optimization", {}).get("stage", 0) > 0,
     }
     return build_engine(
@@ -238,8 +238,8 @@ def _open_rounds(
     poll: Callable[[], None],
 ) -> Rounds | None:
     """Return the rounds of the run, or None for a method that has none."""
-    method, selfgen = inputs.method, recipe.selfgen
-    if not isinstance(method, RoundMethod):
+    method, selfgen = inputs.method.as_round_method(), recipe.selfgen
+    if method is None:
         return None
     settings = {"method": selfgen.method}
     settings |= {name: getattr(selfgen, name) for name in sorted(method.settings - _NOT_DRAWN_FROM)}

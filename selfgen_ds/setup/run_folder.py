@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from selfgen_ds.checkpoint import manifest, resuming
-from selfgen_ds.checkpoint.storage import Storage, find_out
+from selfgen_ds.checkpoint.storage import Storage, detect_storage
 from selfgen_ds.config import Recipe
 from selfgen_ds.errors import Problems
 from selfgen_ds.files import lock, make_folder
@@ -49,7 +49,7 @@ def open_run_folder(recipe: Recipe, json_config: dict[str, Any]) -> RunFolder:
     with raise_on_all_ranks():
         if rank == 0:
             lock_file = _check_and_lock(recipe, json_config)
-    storage = find_out(path)
+    storage = detect_storage(path)
     if not storage.shared:
         log.info("hosts do not share %s: each keeps the part of the checkpoints that its ranks write", path)
     with raise_on_all_ranks():

@@ -6,10 +6,10 @@ The stages follow what a check needs:
 
 | file | needs | is run |
 |---|---|---|
-| `options.py` | the command line of `evaluate`, `bench` and `compare` | first |
-| `settings.py` | the recipe, the DeepSpeed JSON and the method's class | before any rank waits for another |
+| `options.py` | the command line of `evaluate`, `bench`, and `compare` | first |
+| `settings.py` | the recipe, the DeepSpeed JSON, and the method's class | before any rank waits for another |
 | `output_folder.py` | the output folder, as an earlier run left it | when the ranks know whether they share it |
-| `inputs.py` | the model's configuration, then the tokenised data | before the model's weights are loaded |
+| `inputs.py` | the model's configuration, then the tokenized data | before the model's weights are loaded |
 
 What is read is refused where it is read, because only the reader knows the row: files, rows and templates in `data/`,
 complete rounds in `rounds/checks.py`, and data that a method cannot work with in its `Method.check`. `setup/prepare.py`

@@ -1,4 +1,4 @@
-"""Checks of a recipe against what it names: the model's configuration, the tokenised data, the method."""
+"""Checks of a recipe against what it names: the model's configuration, the tokenized data, the method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the command lines of `evaluate`, `bench` and `compare`, before anything is loaded."""
+"""Checks of the command lines of `evaluate`, `bench`, and `compare`, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluated_length(options: EvaluateOptions, positions: int | None) -> int:
 
 
 def check_corrected_length(needed: int, positions: int) -> None:
-    """Check that the model has positions for a prompt, an answer, the cue and the corrected answer.
+    """Check that the model has positions for a prompt, an answer, the cue, and the corrected answer.
 
     Raises:
         InputError: They may need more tokens than the model has positions.

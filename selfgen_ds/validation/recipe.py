@@ -55,7 +55,7 @@ def check_recipe(problems: Problems, recipe: Recipe) -> None:
     for setting in _SHARES:
         value = attrgetter(setting)(recipe)
         problems.expect(0 <= value <= 1, setting, "a number in [0, 1]", value)
-    # torch's and numpy's generators take 32 bits, and every rank adds its number to the seed
+    # Torch's and numpy's generators take 32 bits, and every rank adds its number to the seed.
     problems.expect(recipe.seed < 2**31, "seed", f"less than {2**31}", recipe.seed)
     if glob.escape(recipe.output_dir) != recipe.output_dir:
         problems.add(f"output_dir: expected none of *?[ in {recipe.output_dir!r}, which DeepSpeed loads by pattern")

@@ -1,4 +1,4 @@
-"""Checks of recipe, DeepSpeed JSON and method together, before any rank waits for another."""
+"""Checks of recipe, DeepSpeed JSON, and method together, before any rank waits for another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
         overrides: Settings that were given on the command line.
 
     Raises:
-        InputError: One line for every problem of recipe, JSON and method.
+        InputError: One line for every problem of recipe, JSON, and method.
     """
     problems = Problems()
     check_recipe(problems, recipe)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from selfgen_ds.checkpoint import export, manifest, resuming, retention, saving
-from selfgen_ds.checkpoint.storage import find_out
+from selfgen_ds.checkpoint.storage import detect_storage
 from selfgen_ds.config import (
     CheckpointConfig,
     EvalConfig,
@@ -74,7 +74,7 @@ def resume(two_ranks: Ranks, settings: Recipe) -> int:
 
 def found_step(folder: Path) -> int | None:
     """Return the step of the checkpoint that a resume would load."""
-    checkpoint = resuming.find(folder, find_out(folder))
+    checkpoint = resuming.find(folder, detect_storage(folder))
     return None if checkpoint is None else checkpoint.step
 
 
@@ -130,7 +130,7 @@ def test_a_broken_newest_checkpoint_does_not_crowd_out_good_ones(two_ranks: Rank
 
 
 def retain(folder: Path, keep: int) -> None:
-    retention.retain(folder, keep, "loss", find_out(folder))
+    retention.retain(folder, keep, "loss", detect_storage(folder))
 
 
 def saved_to_a_bad_disk(settings: Recipe, bad: list[int]) -> list[str]:

@@ -15,7 +15,7 @@ from selfgen_ds import hashing
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.samples import Format, load, take
+from selfgen_ds.data.samples import Format, first_rows, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.mixture import mix, replacement_mask
@@ -74,7 +74,7 @@ def together(results: Iterable[dict[str, Any]]) -> dict[tuple[int, int], list[in
 
 
 def samples_of(recipe: Recipe) -> list[TrainingRow]:
-    return take(load(recipe.data.train, "train", byte_tokenizer(), Format(max_length=100)))
+    return first_rows(load(recipe.data.train, "train", byte_tokenizer(), Format(max_length=100)))
 
 
 @matrix(
@@ -113,7 +113,7 @@ def test_a_sharded_model_draws_what_a_loop_over_the_tokens_draws(
 def chains(recipe: Recipe, gathered: bool) -> tuple[int, list[int]]:
     """Give rank 0 no row, then a short answer, then a long one, and rank 1 the reverse."""
     run = prepare(recipe, set())
-    some = sorted(take(run.samples), key=lambda sample: len(sample))
+    some = sorted(first_rows(run.samples), key=lambda sample: len(sample))
     held = [[], [some[0]], [some[-1]]]
     passes = []
     for mine in held if dist.get_rank() == 0 else held[::-1]:

@@ -24,7 +24,7 @@ from selfgen_ds.config import (
     TrainConfig,
 )
 from selfgen_ds.data.batches import TokenBatch
-from selfgen_ds.data.samples import take
+from selfgen_ds.data.samples import first_rows
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import scores
@@ -125,7 +125,7 @@ def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
     run = prepare(settings, set())
     seen = count_invalidations(run.engine)
     runs.steps(run, 2)
-    few = take(run.samples, 3)
+    few = first_rows(run.samples, 3)
     scores.evaluate(run.policy, few, run.tokenizer, batch_size=2)
     runs.steps(run, 2)
     parameters = run.engine.module.named_parameters()

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.samples import take
+from selfgen_ds.data.samples import first_rows
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine import ds_config
 from selfgen_ds.engine.step import train_step
@@ -134,7 +134,7 @@ def largest_tensor(settings: Recipe) -> tuple[int, int]:
     """Return the bytes of the largest tensor of pass, step, and evaluation, and the elements of all logits."""
     run = prepare(settings, set())
     batches = run.step_batches.at(0)
-    samples = take(run.samples)
+    samples = first_rows(run.samples)
     with LiveTensors() as tensors:
         train_step(run.engine, run.method.contexts(batches, run.policy, 0), 0.0)
         evaluate(run.policy, samples, run.tokenizer, batch_size=len(samples))

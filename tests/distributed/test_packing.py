@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import TokenBatch, collate
-from selfgen_ds.data.samples import take
+from selfgen_ds.data.samples import first_rows
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.setup.prepare import Run, prepare
 from tests.distributed import runs
@@ -38,7 +38,7 @@ def settings(folder: Path, **changes: Any) -> Recipe:
 
 def apart(run: Run, batches: list[TokenBatch]) -> list[TokenBatch]:
     """Return the samples of packed micro-batches, one sample per row."""
-    samples = {sample.sample_id: sample for sample in take(run.samples)}
+    samples = {sample.sample_id: sample for sample in first_rows(run.samples)}
     ids = [batch.sample_ids[batch.sample_ids >= 0].unique().tolist() for batch in batches]
     return [collate([[samples[sample]] for sample in some]) for some in ids]
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import selfgen_ds
 from selfgen_ds.checkpoint import export, manifest
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
-from selfgen_ds.data.samples import end_tokens, take
+from selfgen_ds.data.samples import end_tokens, first_rows
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.model import checksum, gathering
@@ -414,7 +414,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     method = load_method(settings, tokenizer, samples, step_batches, 6).as_round_method()
     assert method is not None
     policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
-    own, _ = method.rows(take(samples), policy, number)
+    own, _ = method.rows(first_rows(samples), policy, number)
     pairs = [(one.context_ids.tolist(), row["context_ids"]) for one, row in zip(own, rows, strict=True)]
     same = [one == other for (one, other), row in zip(pairs, rows, strict=True) if any(row["replaced_mask"])]
     return sum(same) / len(same)

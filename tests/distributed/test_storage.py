@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from selfgen_ds.checkpoint import manifest, resuming
-from selfgen_ds.checkpoint.storage import find_out
+from selfgen_ds.checkpoint.storage import detect_storage
 from selfgen_ds.config import CheckpointConfig, Recipe, SelfgenConfig
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
@@ -58,7 +58,7 @@ def first_step(settings: Recipe) -> int:
 
 
 def shares_and_writes() -> tuple[bool, bool]:
-    storage = find_out(Path())
+    storage = detect_storage(Path())
     return storage.shared, storage.writes
 
 
@@ -95,7 +95,7 @@ def saved(trained_on_hosts: Path, folder: Path, settings: Recipe) -> Recipe:
 
 def found_step() -> int | None:
     """Return the step of the checkpoint that a resume would load."""
-    checkpoint = resuming.find(Path(RUN) / "checkpoints", find_out(Path(RUN)))
+    checkpoint = resuming.find(Path(RUN) / "checkpoints", detect_storage(Path(RUN)))
     return None if checkpoint is None else checkpoint.step
 
 

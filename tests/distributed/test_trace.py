@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from selfgen_ds.config import CheckpointConfig, DataConfig, ModelConfig, Recipe, TrainConfig
-from selfgen_ds.data.samples import take
+from selfgen_ds.data.samples import first_rows
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.scaling.steps import count_invalidations
@@ -25,7 +25,7 @@ def invalidations(settings: Recipe, evaluated: bool) -> int:
     seen = count_invalidations(run.engine)
     runs.steps(run, 3)
     if evaluated:
-        few = take(run.samples, 3)
+        few = first_rows(run.samples, 3)
         evaluate(run.policy, few, run.tokenizer, batch_size=2)
         runs.steps(run, 3)
     assert run.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()

@@ -13,7 +13,7 @@ from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Samples, load_samples, numbered
+from selfgen_ds.data.samples import Format, Samples, load_samples, with_consecutive_ids
 from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.batches import lengths, padded, sample
@@ -163,7 +163,7 @@ def _ids(step_batches: StepBatches, steps: range) -> list[int]:
 
 
 LONG = [3 + (7 * number) % 50 for number in range(120)]
-_several = cache(lambda: numbered([_samples(LONG[:70]), _samples(LONG[70:])]))
+_several = cache(lambda: with_consecutive_ids([_samples(LONG[:70]), _samples(LONG[70:])]))
 ALL = ["plain", "packed", "grouped", "weighted", "several", "several packed"]
 KINDS = pytest.mark.parametrize("kind", ALL)
 
@@ -321,7 +321,7 @@ def test_every_sample_of_several_sources_has_an_id_of_its_own() -> None:
     rows = [TextPair(prompt="p" * (200 if number % 2 else 1), completion="a") for number in range(10)]
     first = load_samples(Opened(name="a", fingerprint=["odd"], rows=rows), byte_tokenizer(), Format(max_length=100))
     assert first.refused == 5
-    step_batches = _step_batches(sources=numbered([first, _samples([4, 5, 6])]), epochs=1)
+    step_batches = _step_batches(sources=with_consecutive_ids([first, _samples([4, 5, 6])]), epochs=1)
     assert sorted(_ids(step_batches, range(step_batches.steps()))) == [0, 2, 4, 6, 8, 10, 11, 12]
     for batch in step_batches.at(0):
         for row, size in enumerate(lengths(batch)):
@@ -386,7 +386,7 @@ def _drawn(step_batches: StepBatches) -> list[ListRows]:
 @pytest.mark.parametrize("steps", [range(3, 4), range(48, 52), range(118, 122)])  # from step 50: another group
 def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, steps: range) -> None:
     step_batches = _of_kind(kind, rank=1, world_size=2)  # 120 steps are 8 epochs
-    others = step_batches.over(_drawn(step_batches), steps)
+    others = step_batches.with_rows(_drawn(step_batches), steps)
     for step in steps:
         for ours, theirs in zip(others.at(step), step_batches.at(step), strict=True):
             assert torch.equal(ours.sample_ids, theirs.sample_ids)
@@ -397,7 +397,7 @@ def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, steps: r
 @pytest.mark.parametrize("grouped", [False, True])
 def test_as_many_rows_of_other_lengths_come_once_an_epoch(grouped: bool) -> None:
     step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
-    others = step_batches.over([ListRows(LONG[60:] + LONG[:60])], range(30, 60))
+    others = step_batches.with_rows([ListRows(LONG[60:] + LONG[:60])], range(30, 60))
     assert sorted(_ids(others, range(30, 60))) == list(range(120))
 
 
@@ -417,7 +417,7 @@ def test_of_fewer_or_more_rows_none_comes_twice_more_than_another_within_a_round
     count: int, grouped: bool, steps: range
 ) -> None:
     step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
-    others = step_batches.over([ListRows([3 + (5 * i) % 40 for i in range(count)])], steps)
+    others = step_batches.with_rows([ListRows([3 + (5 * i) % 40 for i in range(count)])], steps)
     seen = Counter(_ids(others, steps))
     times = [seen[row] for row in range(count)]
     assert sum(times) == 4 * len(steps)
@@ -427,7 +427,7 @@ def test_of_fewer_or_more_rows_none_comes_twice_more_than_another_within_a_round
 def test_of_more_rows_another_round_has_others() -> None:
     step_batches = _step_batches(sources=[_samples(LONG)])
     rows = [ListRows([5] * 480)]
-    first, second = (set(_ids(step_batches.over(rows, steps), steps)) for steps in ROUNDS[:2])
+    first, second = (set(_ids(step_batches.with_rows(rows, steps), steps)) for steps in ROUNDS[:2])
     assert len(first) == len(second) == 120
     assert first != second
 
@@ -437,11 +437,11 @@ def test_other_rows_of_several_sources_keep_their_shares(grouped: bool) -> None:
     step_batches = _of_kind("weighted", group_by_length=grouped)
     rows = [ListRows([4] * 35), ListRows([5] * 45, first_id=1000)]
     for steps in ROUNDS[:2]:
-        others = step_batches.over(rows, steps)
+        others = step_batches.with_rows(rows, steps)
         seen = _ids(others, steps)
         assert sum(i >= 1000 for i in seen) == pytest.approx(0.75 * 120, abs=12)
     unweighted = _of_kind("several", group_by_length=grouped)
-    once = Counter(_ids(unweighted.over(rows, range(0, 20)), range(0, 20)))
+    once = Counter(_ids(unweighted.with_rows(rows, range(0, 20)), range(0, 20)))
     assert once == dict.fromkeys((*range(35), *range(1000, 1045)), 1)
 
 
@@ -451,7 +451,7 @@ def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
     step_batches = _step_batches(
         sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2
     )  # 239 rows
-    others = step_batches.over([ListRows([5] * count)], range(16, 30))
+    others = step_batches.with_rows([ListRows([5] * count)], range(16, 30))
     assert (others.steps(), len(others), others.step_size) == (
         step_batches.steps(),
         len(step_batches),
@@ -459,9 +459,9 @@ def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
     )
     assert [others.epoch(step) for step in range(40)] == [step_batches.epoch(step) for step in range(40)]
     ranks = [
-        _step_batches(sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2, rank=rank).over(
-            [ListRows([5] * count)], range(16, 30)
-        )
+        _step_batches(
+            sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2, rank=rank
+        ).with_rows([ListRows([5] * count)], range(16, 30))
         for rank in range(2)
     ]
     assert [sum(len(_ids(one, range(step, step + 1))) for one in ranks) for step in range(28, 31)] == [8, 7, 0]
@@ -472,13 +472,13 @@ def test_any_step_over_other_rows_alone_is_what_it_is_in_sequence(grouped: bool)
     step_batches = _step_batches(sources=[_samples(LONG)], group_by_length=grouped)
     rows, steps = [ListRows([3 + (5 * i) % 40 for i in range(333)])], range(61, 191)
     some = (61, 62, 110, 111, 160, 161, 190)  # at both ends of each group of 50
-    expected = [_ids(step_batches.over(rows, steps), range(step, step + 1)) for step in some]
-    uninterrupted = step_batches.over(rows, steps)
+    expected = [_ids(step_batches.with_rows(rows, steps), range(step, step + 1)) for step in some]
+    uninterrupted = step_batches.with_rows(rows, steps)
     assert [_ids(uninterrupted, range(step, step + 1)) for step in some] == expected
 
 
 def test_the_data_sets_own_batches_stay_as_they_were() -> None:
     step_batches = _of_kind("grouped")
     before = _ids(step_batches, range(48, 52))
-    step_batches.over([ListRows([5] * 9)], range(60)).at(3)
+    step_batches.with_rows([ListRows([5] * 9)], range(60)).at(3)
     assert _ids(step_batches, range(48, 52)) == before

@@ -17,8 +17,9 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from selfgen_ds.config import Source
-from selfgen_ds.data.rows import Columns, open_source
-from selfgen_ds.data.samples import Format, Samples, load_samples, take
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.rows import open_source
+from selfgen_ds.data.samples import Format, Samples, first_rows, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION
@@ -136,10 +137,10 @@ def _check_accounts(samples: Samples, max_length: int) -> None:
     used = len(samples)
     assert samples.read == used + samples.refused  # the truncated are used
     assert 0 <= samples.truncated <= used
-    ids = [sample.sample_id for sample in take([samples])]
+    ids = [sample.sample_id for sample in first_rows([samples])]
     assert ids == sorted(set(ids))
     assert ids[-1] < samples.read
-    for number, sample in enumerate(take([samples])):
+    for number, sample in enumerate(first_rows([samples])):
         assert 1 < len(sample) <= max_length
         last = 0
         for start, replaceable, end in samples.table[number]["turns"].reshape(-1, 3).tolist():

@@ -146,17 +146,17 @@ def test_mean_and_variance_are_those_of_a_uniform() -> None:
     assert float(drawn.var()) == pytest.approx(1 / 12, abs=5 / math.sqrt(180 * N))
 
 
-def test_neighbouring_positions_are_uncorrelated() -> None:
+def test_neighboring_positions_are_uncorrelated() -> None:
     drawn = hashing.uniform(hashing.DRAW, 0, 0, 7, torch.arange(N))
     assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
 
 
-def test_neighbouring_samples_are_uncorrelated() -> None:
+def test_neighboring_samples_are_uncorrelated() -> None:
     drawn = hashing.uniform(hashing.DRAW, 0, 0, torch.arange(N), 7)
     assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
 
 
-def test_neighbouring_steps_are_uncorrelated() -> None:
+def test_neighboring_steps_are_uncorrelated() -> None:
     drawn = hashing.uniform(hashing.DRAW, 0, torch.arange(N), 7, 7)
     assert abs(_correlation(drawn[:-1], drawn[1:])) < 5
 
@@ -171,7 +171,7 @@ def test_the_mask_and_the_draws_have_independent_noise() -> None:
     assert abs(_correlation(hashing.uniform(hashing.REPLACE, *keys), hashing.uniform(hashing.DRAW, *keys))) < 5
 
 
-def test_neighbouring_values_fill_the_square_evenly() -> None:
+def test_neighboring_values_fill_the_square_evenly() -> None:
     drawn = hashing.uniform(hashing.DRAW, 0, 0, 7, torch.arange(2 * N)).reshape(N, 2)
     cells = (drawn * 32).floor()
     assert _is_uniform((cells[:, 0] * 32 + cells[:, 1] + 0.5) / 1024, bins=1024)

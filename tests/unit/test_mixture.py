@@ -12,7 +12,7 @@ from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Policy
-from selfgen_ds.methods.mixture import Position, mix, replacement_mask, stop
+from selfgen_ds.methods.mixture import Position, mix, replacement_mask, restore_reference_from
 from tests.batches import lengths, padded, sample
 
 SEED, STEP = 5, 9
@@ -513,7 +513,7 @@ def test_behind_a_marked_token_the_context_is_the_reference_to_its_samples_end()
     for before in mixture(batches, PrefixPolicy(), _masks(batches, 1.0), 1):
         generator = torch.Generator().manual_seed(0)
         marked = torch.rand(before.context_ids.shape, generator=generator) < 0.05
-        after = stop(before, marked)
+        after = restore_reference_from(before, marked)
         for owner in before.sample_ids[before.sample_ids >= 0].unique():
             row, columns = torch.where(before.sample_ids == owner)
             found = marked[row, columns].nonzero().flatten().tolist()
@@ -526,7 +526,7 @@ def test_behind_a_marked_token_the_context_is_the_reference_to_its_samples_end()
 
 def test_a_stopped_batch_keeps_all_but_context_and_drawn() -> None:
     (before,) = mixture([_in_company()], NoisePolicy(), [_in_company().replaceable_mask], 1)
-    after = stop(before, before.loss_mask)
+    after = restore_reference_from(before, before.loss_mask)
     for name in ("sample_ids", "position_ids", "target_ids", "loss_mask", "replaceable_mask"):
         assert torch.equal(getattr(after, name), getattr(before, name))
 

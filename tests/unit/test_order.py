@@ -108,20 +108,20 @@ def test_as_many_numbers_stay_in_place_as_by_chance(size: int) -> None:
 
 
 @pytest.mark.parametrize("lag", [1, 2, 16, 256])
-def test_neighbouring_places_are_uncorrelated(lag: int) -> None:
+def test_neighboring_positions_are_uncorrelated(lag: int) -> None:
     values = _permutation(65_537, 5).astype(float)
     correlation = np.corrcoef(values[:-lag], values[lag:])[0, 1]
     assert abs(correlation) * math.sqrt(len(values)) < 5
 
 
-def test_the_distance_of_neighbours_is_that_of_chance() -> None:
+def test_the_distance_of_neighbors_is_that_of_chance() -> None:
     values = _permutation(65_537, 6)
     steps = np.diff(values) % 65_537
     counts = np.bincount(steps * 64 // 65_537, minlength=64)
     assert _chi_square_is_usual(counts, len(steps) / 64)
 
 
-def test_permutations_of_neighbouring_keys_are_uncorrelated() -> None:
+def test_permutations_of_neighboring_keys_are_uncorrelated() -> None:
     first, second = (_permutation(65_537, 0, epoch).astype(float) for epoch in (1, 2))
     assert abs(np.corrcoef(first, second)[0, 1]) * math.sqrt(65_537) < 5
 

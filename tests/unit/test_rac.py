@@ -17,7 +17,7 @@ from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.data.correction import TURN_CUE, correction
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Samples, load_samples, numbered
+from selfgen_ds.data.samples import Format, Samples, load_samples, with_consecutive_ids
 from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
@@ -530,7 +530,7 @@ def test_nothing_is_longer_than_a_row_and_no_target_is_drawn(
     pairs: list[tuple[int, int]], answers: list[str], max_length: int, cue: str, **config: Any
 ) -> None:
     samples = _texts(*(("p" * prompt, "r" * completion) for prompt, completion in pairs), max_length=max_length)
-    first = numbered([_texts(("x", "y")), samples])[1]
+    first = with_consecutive_ids([_texts(("x", "y")), samples])[1]
     try:
         method = _rac(first, max_length=max_length, cue=cue, **config)
     except InputError:  # no answer fits

@@ -5,7 +5,7 @@ import pytest
 
 from selfgen_ds.config import Source
 from selfgen_ds.data.samples import Format, Samples, load
-from selfgen_ds.data.tasks import forced_errors as forced_texts
+from selfgen_ds.data.tasks import forced_error_texts
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.evaluation.recovery import forced_errors
 
@@ -25,7 +25,7 @@ def test_every_row_of_a_task_has_its_forced_error_as_tokens() -> None:
     samples = _load("builtin:running_sum", "builtin:pointer_chase", limit=6)
     errors = forced_errors(samples, TOKENIZER)
     for source in samples:
-        texts = forced_texts(source.name.removeprefix("builtin:"))
+        texts = forced_error_texts(source.name.removeprefix("builtin:"))
         for number in range(len(source)):
             row = source[number]
             error = errors[row.sample_id]

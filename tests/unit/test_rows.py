@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from selfgen_ds.config import Source
 from selfgen_ds.data import hub
 from selfgen_ds.data.chat import Conversation
-from selfgen_ds.data.rows import Columns, _open_hub, _read_hub, open_source
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.rows import _open_hub, _read_hub, open_source
 from selfgen_ds.data.tasks import TextPair, generate
 from selfgen_ds.errors import InputError
 
@@ -284,7 +285,8 @@ WITHOUT_NETWORK = """
 import time
 from selfgen_ds.config import Source
 from selfgen_ds.errors import InputError
-from selfgen_ds.data.rows import Columns, open_source
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.rows import open_source
 
 started = time.monotonic()
 for streaming in (False, True):

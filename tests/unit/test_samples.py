@@ -17,15 +17,16 @@ from selfgen_ds.config import DataConfig, Recipe, Source
 from selfgen_ds.data import encoding
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.encoding import chunks
-from selfgen_ds.data.rows import Columns, Opened, open_source
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.samples import (
     Format,
     Samples,
     end_tokens,
+    first_rows,
     load,
     load_samples,
-    numbered,
-    take,
+    with_consecutive_ids,
 )
 from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
@@ -59,7 +60,7 @@ def _tokenize(*rows: tuple[str, str], max_length: int = 100) -> Samples:
 
 def _only(samples: Samples) -> tuple[list[int], list[int]]:
     """Return prompt and response of the one sample."""
-    (sample,) = take([samples])
+    (sample,) = first_rows([samples])
     return sample.prompt_ids.tolist(), sample.response_ids.tolist()
 
 
@@ -333,7 +334,7 @@ def test_rows_and_conversations_of_one_source_keep_their_order() -> None:
         TextPair(prompt="g", completion="h"),
     ]
     samples = load_samples(_opened(rows), tokenizer("chatml"), Format(max_length=99))
-    texts = [tokenizer("chatml").decode(sample.response_ids) for sample in take([samples])]
+    texts = [tokenizer("chatml").decode(sample.response_ids) for sample in first_rows([samples])]
     assert texts == [f"{letter}<|im_end|>" for letter in "bdfh"]
 
 
@@ -351,8 +352,8 @@ def test_several_sources_are_loaded_in_order_and_taken_with_ids_of_their_own(tmp
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaded = load([f"{tmp_path}/a.jsonl", Source(path=f"{tmp_path}/b.jsonl")], "train", TOKENIZER, Format(max_length=9))
     assert [(samples.read, len(samples)) for samples in loaded] == [(3, 2), (2, 1)]
-    assert [sample.sample_id for sample in take(loaded)] == [1, 2, 4]
-    assert [TOKENIZER.decode(sample.response_ids[:-1]) for sample in take(loaded)] == ["a1", "a2", "b1"]
+    assert [sample.sample_id for sample in first_rows(loaded)] == [1, 2, 4]
+    assert [TOKENIZER.decode(sample.response_ids[:-1]) for sample in first_rows(loaded)] == ["a1", "a2", "b1"]
 
 
 def test_a_limit_is_an_equal_part_of_every_source(tmp_path: Path) -> None:
@@ -362,15 +363,15 @@ def test_a_limit_is_an_equal_part_of_every_source(tmp_path: Path) -> None:
     sources: list[str | Source] = [f"{tmp_path}/{name}.jsonl" for name in "abc"]
     loaded = load(sources, "train", TOKENIZER, Format(max_length=9, limit=5))
     assert [samples.read for samples in loaded] == [2, 2, 1]
-    read = [TOKENIZER.decode(sample.response_ids[:-1]) for sample in take(loaded)]
+    read = [TOKENIZER.decode(sample.response_ids[:-1]) for sample in first_rows(loaded)]
     assert read == ["a0", "a1", "b0", "b1", "c0"]
     assert [samples.read for samples in load(sources, "train", TOKENIZER, Format(max_length=9))] == [9, 4, 1]
 
 
 def test_no_more_samples_are_taken_than_asked_for() -> None:
     first, second = _tokenize(*[("a", str(i)) for i in range(9)]), _tokenize(*[("b", str(i)) for i in range(3)])
-    assert [sample.sample_id for sample in take(numbered([first, second]), 10)] == list(range(10))
-    assert [sample.sample_id for sample in take(numbered([first, second]), 100)] == list(range(12))
+    assert [sample.sample_id for sample in first_rows(with_consecutive_ids([first, second]), 10)] == list(range(10))
+    assert [sample.sample_id for sample in first_rows(with_consecutive_ids([first, second]), 100)] == list(range(12))
 
 
 # --- shares ---
@@ -432,7 +433,7 @@ def test_a_second_load_reads_no_row(tmp_path: Path, cache: Path) -> None:
     rows = [TextPair(prompt="abcde", completion="f", where="line 1"), TextPair(prompt="a", completion="bcdefgh")] * 3
     first = load_samples(_opened(rows), TOKENIZER, Format(max_length=5))
     second = load_samples(_unread(_opened(rows)), byte_tokenizer(), Format(max_length=5))
-    assert [str(sample) for sample in take([first])] == [str(sample) for sample in take([second])]
+    assert [str(sample) for sample in first_rows([first])] == [str(sample) for sample in first_rows([second])]
     assert vars(first) | {"table": None} == vars(second) | {"table": None}
     assert _stores(cache) == 1
 
@@ -606,5 +607,5 @@ def test_part_lengths_are_those_of_prompt_and_last_response(template: str, count
     assert samples.truncated
     prompts, responses = samples.part_lengths()
     assert (prompts.dtype, responses.dtype) == (np.int64, np.int64)
-    expected = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in take([samples])]
+    expected = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in first_rows([samples])]
     assert list(zip(prompts.tolist(), responses.tolist(), strict=True)) == expected

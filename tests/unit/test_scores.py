@@ -9,7 +9,7 @@ from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, SampleScore, aggregate, curves
-from selfgen_ds.evaluation.scores import Questions, _batches, _right, corrected_length, evaluate
+from selfgen_ds.evaluation.scores import EvaluationRequests, _batches, _right, corrected_length, evaluate
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.model.reductions import add_reductions
 from tests.batches import sample
@@ -170,7 +170,9 @@ def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> No
     }  # fmt: skip
     samples = [_text_sample("1+1=", "2", 0), _text_sample("2+2=", "4", 1), _text_sample("5+5=", "10", 2)]
     asked = Correction(end_tokens=[BYTES.eos_token_id], cue_ids=BYTES(" or: ")["input_ids"])
-    scores = evaluate(policy, samples, BYTES, batch_size=1, questions=Questions(correction=asked, correction_rounds=2))
+    scores = evaluate(
+        policy, samples, BYTES, batch_size=1, requests=EvaluationRequests(correction=asked, correction_rounds=2)
+    )
     assert [(score.answer, score.corrected_answers) for score in scores] == [
         ("3", ["2", "2"]),
         ("4", ["5", "6"]),
@@ -191,5 +193,7 @@ def test_corrections_that_just_fit_into_the_models_positions_are_made() -> None:
     config = GPT2Config(vocab_size=258, n_positions=length, n_embd=16, n_layer=1, n_head=2)
     model = add_reductions(GPT2LMHeadModel(config).eval())
     policy = EnginePolicy(model, model, end_tokens=[BYTES.eos_token_id])
-    scores = evaluate(policy, samples, BYTES, batch_size=6, questions=Questions(correction=asked, correction_rounds=2))
+    scores = evaluate(
+        policy, samples, BYTES, batch_size=6, requests=EvaluationRequests(correction=asked, correction_rounds=2)
+    )
     assert [len(score.corrected_answers or []) for score in scores] == [2] * 6

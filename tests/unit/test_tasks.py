@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from selfgen_ds.data.tasks import TASKS, ForcedError, TextPair, forced_errors, generate
+from selfgen_ds.data.tasks import TASKS, ForcedErrorText, TextPair, forced_error_texts, generate
 
 BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
 
@@ -14,7 +14,7 @@ def _test_set(task: str) -> list[TextPair]:
     return list(generate(task, "test"))
 
 
-_errors = cache(forced_errors)
+_errors = cache(forced_error_texts)
 
 
 def _rows(task: str, split: str = "train", count: int = 100) -> list[TextPair]:
@@ -93,8 +93,8 @@ def test_the_test_set_has_512_rows(task: str) -> None:
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a task with 1000 prompts: by chance alone, rows would repeat and the sets would overlap."""
 
-    def example(rng: random.Random) -> tuple[TextPair, ForcedError]:
-        return TextPair(prompt=f"{rng.randrange(1000)}", completion="x"), ForcedError(start="y", rest="")
+    def example(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
+        return TextPair(prompt=f"{rng.randrange(1000)}", completion="x"), ForcedErrorText(start="y", rest="")
 
     monkeypatch.setitem(TASKS, "tiny", example)
     return "tiny"
