@@ -218,7 +218,7 @@ def leave_node_group() -> None:
         deepspeed.comm.destroy_process_group(group)
 
 
-def leave_process_group(why: str = "it was done") -> None:
+def leave_process_group(why: str = "the rank had finished") -> None:
     """Leave the process group. At the interpreter's end gloo's threads could abort the process.
 
     Args:

@@ -107,7 +107,7 @@ class Rounds:
             complete = [drawn for drawn in complete if drawn.name in names]
             for gone in sorted(set(names) - {drawn.name for drawn in complete}):
                 if _number(self.shared / gone) in needed:
-                    log.warning("%s is gone; drawing this round here", self.shared / gone)
+                    log.warning("%s no longer exists; drawing this round here", self.shared / gone)
         elif not self.shared.is_dir():
             raise InputError(
                 f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got {str(self.shared)!r}"
@@ -115,7 +115,7 @@ class Rounds:
         elif not complete:
             raise InputError(f"selfgen.rollouts: {self.shared} holds no complete round, such as {_name(0)}")
         read = ", ".join(drawn.name for drawn in complete if _number(drawn) in needed)
-        log.info("of the next %d rounds, reading %s from %s", len(needed), read or "none", self.shared)
+        log.info("reading rounds %s from %s, of the %d rounds still to come", read or "none", self.shared, len(needed))
         return complete
 
     def starts(self, step: int) -> bool:
@@ -174,7 +174,8 @@ class Rounds:
         audit, chunks, missing = agreed[0]
         if step != self.method.first_step(number):
             log.warning(
-                "%s is gone; drawing it again with the weights of step %d, so that the run will not be the same",
+                "%s no longer exists; drawing it again with the weights of step %d, so that the run will not be the "
+                "same",
                 writer.folder,
                 step,
             )
@@ -194,8 +195,8 @@ class Rounds:
                 # other must stay below the timeout of the process group
                 problem = rows_problem(self.method, samples, rows)
                 if self.policy.max_over_ranks(int(problem is not None)):
-                    where = problem or "those of another rank"
-                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {where}")
+                    told = ", on another rank; its log says why" if problem is None else f": {problem}"
+                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples{told}")
                 for chunk in own:
                     writer.write(chunk, rows, counts)
                 bar.update(min(world_size, len(missing) - first))
@@ -247,7 +248,9 @@ class Rounds:
                 raise RuntimeError(f"{self.settings['method']}: round {number + 1} has no row of {source.name}")
             chosen = places[self.method.select(sample_ids[places], equal[places], number)]
             if self.method.keeps_rows and len(chosen) < len(places):
-                raise RuntimeError(f"{self.settings['method']}: `select` leaves rows out, against `keeps_rows`")
+                raise RuntimeError(
+                    f"{self.settings['method']}: `select` leaves rows out, although the method has `keeps_rows = True`"
+                )
             if not len(chosen):
                 log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
                 chosen = places

@@ -265,7 +265,8 @@ def _log_start(recipe: Recipe, inputs: Inputs) -> None:
     resumed = inputs.folder.resumed
     if resumed is not None and resumed.world_size != world_size:
         log.info(
-            "%d ranks before, %d now: a step keeps its %d rows, as %d micro-batches of %d per rank",
+            "resuming a run of %d ranks on %d ranks: a step keeps its %d rows, now as %d micro-batches of %d rows per "
+            "rank",
             *(resumed.world_size, world_size, batches.step_size, batches.accumulation),
             recipe.train.micro_batch_size,
         )

@@ -61,7 +61,9 @@ def _check_unread_settings(problems: Problems, selfgen: SelfgenConfig, overrides
         unread = [name for name in unread if name not in of_the_recipe]
         if of_the_recipe:
             log.info("%s does not read the recipe's selfgen.%s", selfgen.method, ", selfgen.".join(of_the_recipe))
-    problems.add(*(f"selfgen.{name}: {selfgen.method} does not read it; remove it" for name in unread))
+    problems.add(
+        *(f"selfgen.{name}: {selfgen.method} does not read this setting; remove the setting" for name in unread)
+    )
 
 
 def _check_packing(problems: Problems, recipe: Recipe) -> None:

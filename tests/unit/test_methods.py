@@ -156,7 +156,7 @@ def test_a_setting_is_read_or_refused(method: str, setting: str, tmp_path: Path)
     else:
         with pytest.raises(InputError) as caught:
             check_settings(recipe, set())
-        assert str(caught.value) == f"selfgen.{setting}: {method} does not read it; remove it"
+        assert str(caught.value) == f"selfgen.{setting}: {method} does not read this setting; remove the setting"
 
 
 def test_a_recipes_settings_for_another_method_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
