@@ -148,7 +148,7 @@ class BetweenSteps:
             raise Stopped
 
     def catch_up(self) -> None:
-        """Run the evaluation that an earlier process left when a signal came, after it had saved the step.
+        """Run the evaluation that a signal cut short in an earlier process, which then saved the step.
 
         Collective: every rank must call this.
 
@@ -168,7 +168,7 @@ class BetweenSteps:
         return step == self._run.total_steps
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate if an evaluation is due; without one the result is empty."""
+        """Return the metrics of an evaluation; nothing if no evaluation is due."""
         run = self._run
         if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}

@@ -146,7 +146,7 @@ def _port(text: str) -> int:
     """Return the number of a port.
 
     Raises:
-        InputError: The text is not one.
+        InputError: The text is no port.
     """
     if not (text.isdecimal() and 0 < int(text) < 1 << 16):
         raise InputError(f"MASTER_PORT: expected a port, got {text!r}")
@@ -157,7 +157,7 @@ def _listen(address: str, port: int) -> socket.socket | None:
     """Return a socket for the store, which by itself would listen on all interfaces.
 
     Returns:
-        A socket that listens on one address, or None if this host does not tell which: the store listens on all.
+        A socket that listens on one address, or None if the address is unclear: the store then listens on all.
 
     Raises:
         InputError: The address is unknown, or the port is taken.

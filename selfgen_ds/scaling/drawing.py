@@ -36,7 +36,7 @@ _P = 0.25
 
 
 def block(recipe: Recipe) -> Block:
-    """Return the block whose engine rounds are drawn and trained on: without accumulation and without mixtures."""
+    """Return the block whose engine draws rounds and trains on them: without accumulation and without mixtures."""
     return Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
 
 

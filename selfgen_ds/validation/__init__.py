@@ -1,4 +1,4 @@
-"""Every check of what a user gives: recipe, options, JSON, output folder, model, and data.
+"""Checks of the user's input: recipe, options, JSON, output folder, model, and data.
 
 A check adds lines to a `Problems` list (`selfgen_ds.errors`) instead of raising its own error, so that a user reads all
 problems of a stage at once. The stages follow what a check needs:
