@@ -26,9 +26,7 @@ _COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ran
 
 
 def train(recipe: Recipe, overrides: set[str]) -> None:
-    """Train, evaluate, save, and export as the recipe says.
-
-    Collective: every rank must call this.
+    """Train, evaluate, save, and export as the recipe says. Collective: every rank must call this.
 
     Args:
         overrides: Settings that were given on the command line.
@@ -116,9 +114,7 @@ class BetweenSteps:
         self._dropped_in_a_row = 0
 
     def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> None:
-        """Run the work that is due after a step.
-
-        Collective: every rank must call this.
+        """Run the work that is due after a step. Collective: every rank must call this.
 
         Args:
             step: Optimizer steps done.

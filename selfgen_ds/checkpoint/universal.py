@@ -35,9 +35,8 @@ FOLDER = "universal.partial"  # beside the checkpoints, under a name that is no 
 def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
     """Convert the checkpoint at `path`; yield a folder that holds the result under the checkpoint's name.
 
-    Rank 0 converts. The folder is removed when all ranks have left the context.
-
-    Collective: every rank must enter and leave this context.
+    Rank 0 converts. The folder is removed when all ranks have left the context. Collective: every rank must enter and
+    leave this context.
 
     Args:
         engine: The engine that will load the result.

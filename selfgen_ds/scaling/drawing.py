@@ -43,9 +43,8 @@ def block(recipe: Recipe) -> Block:
 def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one pass, the exact mixture, and free-running answers, with gathered and with sharded weights, in turn.
 
-    A round is drawn as in training, then trained on for an epoch in micro-batches of the recipe's size.
-
-    Collective: every rank must call this, because the ranks draw and train together.
+    A round is drawn as in training, then trained on for an epoch in micro-batches of the recipe's size. Collective:
+    every rank must call this, because the ranks draw and train together.
 
     Returns:
         The rows of `drawing` in `bench.json`.
