@@ -1,8 +1,8 @@
 """Train causal language models on the tokens they will meet when they run: their own.
 
 The names of `__all__` are the library; `docs/library.md` shows how to use them. They are imported when they are first
-asked for (PEP 562), because importing torch takes seconds that `selfgen-ds --help` need not wait for. Names that are
-also modules (`train`, `evaluate`) are not among them: such a name would mean the module as soon as that is imported.
+asked for (PEP 562), because importing torch takes seconds that `selfgen-ds --help` need not wait for. `train` and
+`evaluate` are not among the names: each would mean the module of this name as soon as the module is imported.
 """
 
 from __future__ import annotations

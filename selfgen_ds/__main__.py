@@ -1,4 +1,4 @@
-"""The process of `selfgen-ds` and of `python -m selfgen_ds`: its signals during slow imports, and its exit."""
+"""Entry point of `selfgen-ds` and `python -m selfgen_ds`: signals during slow imports, and the exit of the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     code: int | None = None
 
     def skip_interpreter_end() -> None:
-        # Why is this here? Threads of gloo's outlive their process group. One that waits for the interpreter's lock
+        # Threads of gloo outlive their process group. A thread that waits for the interpreter's lock
         # while the interpreter shuts down aborts the process (SIGABRT), and the launcher counts a run that has done all
         # its work as failed. So the process exits here, after all other exit handlers.
         if code is None:

@@ -80,7 +80,7 @@ def sync_and_sum(path: Path) -> list[int]:
 
 
 def intact(path: Path, entry: list[int]) -> bool:
-    """Tell whether a file still has the size and CRC-32 that `sync_and_sum` returned."""
+    """Return whether a file still has the size and CRC-32 that `sync_and_sum` returned."""
     return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
 
 

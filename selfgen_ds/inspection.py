@@ -98,7 +98,7 @@ def _draw(
 
 
 def _samples_of(batch: TokenBatch, samples: list[Samples]) -> list[TrainingRow]:
-    """Return the samples that a batch holds rows of."""
+    """Return the samples whose rows a batch holds."""
     shown = batch.sample_ids[batch.sample_ids >= 0].unique()
     rows = ((source, source.first_id + np.array(source.table["sample_id"])) for source in samples)
     return [source[i] for source, ids in rows for i in np.flatnonzero(np.isin(ids, shown)).tolist()]

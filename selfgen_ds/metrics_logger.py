@@ -1,4 +1,4 @@
-"""The metrics of a run: `metrics.jsonl`, the monitors of the DeepSpeed JSON, the progress bar, and a warning."""
+"""The metrics of a run: `metrics.jsonl`, the DeepSpeed JSON's monitors, the progress bar, and a warning about draws."""
 
 from __future__ import annotations
 

@@ -26,9 +26,7 @@ _COLLECT_EVERY = 100  # steps; left to itself, Python's collector stalls all ran
 
 
 def train(recipe: Recipe, overrides: set[str]) -> None:
-    """Train, evaluate, save, and export as the recipe says.
-
-    Collective: every rank must call this.
+    """Train, evaluate, save, and export as the recipe says. Collective: every rank must call this.
 
     Args:
         overrides: Settings that were given on the command line.
@@ -116,9 +114,7 @@ class BetweenSteps:
         self._dropped_in_a_row = 0
 
     def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> None:
-        """Run the work that is due after a step.
-
-        Collective: every rank must call this.
+        """Run the work that is due after a step. Collective: every rank must call this.
 
         Args:
             step: Optimizer steps done.
@@ -148,7 +144,7 @@ class BetweenSteps:
             raise Stopped
 
     def catch_up(self) -> None:
-        """Run the evaluation that an earlier process left when a signal came, after it had saved the step.
+        """Run the evaluation that a signal cut short in an earlier process, which then saved the step.
 
         Collective: every rank must call this.
 
@@ -168,7 +164,7 @@ class BetweenSteps:
         return step == self._run.total_steps
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate if an evaluation is due; without one the result is empty."""
+        """Return the metrics of an evaluation; nothing if no evaluation is due."""
         run = self._run
         if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}

@@ -39,7 +39,6 @@ def find(folder: Path, storage: Storage) -> Checkpoint | None:
     """Return the newest checkpoint whose files are all as they were written; None if nothing was ever saved.
 
     Newer checkpoints are marked as broken, and half-written ones are removed. Every rank reads a part of the files.
-
     Collective: every rank must call this.
 
     Raises:
@@ -79,9 +78,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, seed: int, t
     """Load a checkpoint that `find` has verified.
 
     A checkpoint of another number of ranks is converted first. The random generators then start anew, from the seed,
-    the step, and the rank.
-
-    Collective: every rank must call this.
+    the step, and the rank. Collective: every rank must call this.
 
     Args:
         engine: Its JSON needs `checkpoint.load_universal` if another number of ranks wrote ZeRO shards.

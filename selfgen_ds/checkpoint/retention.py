@@ -16,9 +16,8 @@ def retain(folder: Path, keep: int, metric: str, storage: Storage) -> None:
     """Remove all but the newest `keep` complete checkpoints and the best one by `metric`.
 
     A complete checkpoint has been read back from the disk before it was marked as complete. Folders that a killed run
-    left half-written are removed too; broken checkpoints stay, for somebody to look at.
-
-    Collective: every rank must call this.
+    left half-written are removed too; broken checkpoints stay, for somebody to look at. Collective: every rank must
+    call this.
     """
     complete = storage.complete(folder)
     if storage.writes:

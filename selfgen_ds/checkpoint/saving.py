@@ -47,9 +47,7 @@ def save(
 
     A complete checkpoint of this step is left as it is: this run has written or loaded it. The checkpoint of a model
     with adapters holds the adapters and the location of the model. A checkpoint that does not come back from the disk
-    as it was written is marked as broken, and training continues.
-
-    Collective: every rank must call this.
+    as it was written is marked as broken, and training continues. Collective: every rank must call this.
 
     Args:
         checkpoint: The content of the manifest, except for the files and `shared`.

@@ -99,7 +99,7 @@ class Storage:
 
 
 def _identity(checkpoint: Checkpoint) -> str:
-    """Return what a checkpoint's manifest says on every host. Its evaluation may be recorded on one host only."""
+    """Return the part of a manifest that is the same on every host; only one host may have recorded an evaluation."""
     return repr((checkpoint.step, checkpoint.step_size, checkpoint.data, checkpoint.files))
 
 

@@ -35,9 +35,8 @@ FOLDER = "universal.partial"  # beside the checkpoints, under a name that is no 
 def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
     """Convert the checkpoint at `path`; yield a folder that holds the result under the checkpoint's name.
 
-    Rank 0 converts. The folder is removed when all ranks have left the context.
-
-    Collective: every rank must enter and leave this context.
+    Rank 0 converts. The folder is removed when all ranks have left the context. Collective: every rank must enter and
+    leave this context.
 
     Args:
         engine: The engine that will load the result.
@@ -63,7 +62,7 @@ def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
 
 
 def _problem_of_groups(engine: deepspeed.DeepSpeedEngine, path: Path) -> str | None:
-    """Return a line if this rank has no element of some parameter group: below stage 3 DeepSpeed cannot load that."""
+    """Return a line if this rank has no element of some parameter group: DeepSpeed cannot load this below stage 3."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         return None
@@ -87,7 +86,7 @@ def _problem_of_space(path: Path) -> str | None:
 
 
 def _bytes_needed(path: Path) -> int:
-    """Bytes of the optimizer's shards in pieces, of the pieces put together, and of a copy of the model states."""
+    """Return the bytes of the optimizer's shards in pieces, of the pieces joined, and of a copy of the model states."""
     optimizer, model = (sum(f.stat().st_size for f in path.glob(f"*{kind}_states.pt")) for kind in ("optim", "model"))
     return 2 * optimizer + model
 

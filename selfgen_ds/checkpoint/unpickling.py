@@ -1,4 +1,4 @@
-"""Files of a checkpoint are data: no code in them runs when they are loaded.
+"""Load the files of a checkpoint as data: no code in them runs.
 
 DeepSpeed loads its files with `weights_only=False`. An environment variable of torch, set when this module is imported,
 overrides this for the whole process: torch then refuses everything but tensors, plain containers, and the classes
@@ -35,7 +35,7 @@ def load(file: Path, **settings: Any) -> Any:
 
 @contextmanager
 def loading(trust: bool) -> Iterator[None]:
-    """Load the files of a checkpoint, by this package or by DeepSpeed.
+    """Allow this package and DeepSpeed to load the files of a checkpoint inside.
 
     Args:
         trust: Whether the files may run code.

@@ -28,8 +28,8 @@ _GROUPED_STEPS = 50
 class TokenBatch:
     """One micro-batch: a padded stack of training rows.
 
-    All tensors are `[batch, length]` and aligned position by position, without a shift. Their names are those of the
-    arrays of a `TrainingRow`.
+    All tensors are `[batch, length]` and aligned position by position, without a shift. They have the names
+    of the arrays of a `TrainingRow`.
     """
 
     sample_ids: Tensor
@@ -129,7 +129,7 @@ class StepBatches:
     def __post_init__(self) -> None:
         self._stream = Stream([len(source) for source in self.packs or self.samples], self.weights, self.seed)
         self._epoch_size = self._stream.size
-        self._shift = 0  # of the run's positions against the positions of the stream
+        self._shift = 0  # added to a position of the run to get the position in the stream
         self._steps: range | None = None  # the steps that groups by length are confined to
         self._end = None if self.epochs is None else round(self.epochs * len(self))
         self._grouped: tuple[int, np.ndarray] | None = None

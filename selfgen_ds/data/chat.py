@@ -239,7 +239,7 @@ def _without_each_part(chat: Conversation) -> Iterator[tuple[str, Conversation]]
 
 
 def _content_spans(contents: list[str], pieces: list[str], text: str) -> list[tuple[int, int]] | None:
-    """Find the contents in a text that should be `piece content piece content ... piece`; None if it is not."""
+    """Return the spans of the contents in a text `piece content piece ... piece`; None if the text has another form."""
     spans = []
     position = 0
     for content, before, after in zip(contents, pieces[:-1], pieces[1:], strict=True):

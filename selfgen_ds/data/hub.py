@@ -1,4 +1,4 @@
-"""The Hugging Face hub: one question per process whether it can be reached."""
+"""The Hugging Face hub, which is asked once per process whether it can be reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training row: what the model reads, what it learns, and which of its tokens a draw may replace or has replaced.
+"""One training row: the context, the target, and masks of the tokens that are learned, replaceable, or replaced.
 
 The tokenized data set gives such rows, a round writes and reads them, and a batch is a padded stack of them.
 """
@@ -26,11 +26,11 @@ class TrainingRow:
     context_ids: np.ndarray
     """int64: the tokens that the model reads."""
     target_ids: np.ndarray
-    """int64: the tokens that it learns where there is a loss; the reference, whatever the context."""
+    """int64: the reference, whatever the context; the model learns it where `loss_mask` is true."""
     loss_mask: np.ndarray
     """bool: the response tokens of the reference. Never the first token: nothing predicts it."""
     replaceable_mask: np.ndarray
-    """bool: response tokens that a draw may replace: not what closes a turn, and never the last token of the row."""
+    """bool: response tokens that a draw may replace: no token that closes a turn, and never the row's last token."""
     replaced_mask: np.ndarray
     """bool: where the context holds a token that the model drew."""
     answer_equal: bool = False

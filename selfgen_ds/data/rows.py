@@ -100,7 +100,7 @@ def _folder_files(folder: Path, source: Source, split: str) -> list[Path]:
 
 
 def _declares_files(folder: Path) -> bool:
-    """Tell whether a README names the files of each split, as on the hub, so that other files are unused on purpose."""
+    """Return whether a README names the files of each split, as on the hub: other files are then unused on purpose."""
     card = folder / "README.md"
     return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
 

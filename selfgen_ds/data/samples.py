@@ -1,7 +1,7 @@
 """The tokenized data set: the rows of each source, tokenized once into a memory-mapped Arrow file.
 
 The loss falls on the response: the completion and the end token, or the assistant's turns. A draw may replace all of
-the response except for what closes a turn and the last token, which nothing reads.
+the response except for the tokens that close a turn and the last token, which the model never reads.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
 
 
 class _Tally:
-    """Cuts rows to the longest length, and counts them. The public attributes are those of `Samples`."""
+    """Cuts rows to the longest length, and counts them. The public attributes become fields of `Samples`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -67,7 +67,7 @@ _OPERANDS = 16
 
 
 def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
-    """Running sums modulo 10: `3141592653589793=` -> `3489...`.
+    """Add digits modulo 10, with all running sums: `3141592653589793=` -> `3489...`.
 
     A control: each sum can be read off the operands so far, so that teacher forcing is enough.
     """

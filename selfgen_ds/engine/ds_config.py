@@ -48,7 +48,7 @@ def offloads_activations(config: dict[str, Any]) -> bool:
 def resolve(recipe: Recipe, config: dict[str, Any], world_size: int, hidden_size: int) -> HfTrainerDeepSpeedConfig:
     """Return the JSON with all `"auto"` values filled.
 
-    The batch sizes are those of `world_size` ranks, even in a resumed run whose JSON names the sizes of its first
+    The batch sizes are for `world_size` ranks, even in a resumed run whose JSON names the sizes of its first
     ranks. Keep the returned object: while it lives and the stage is 3, `transformers` creates models sharded.
 
     Args:

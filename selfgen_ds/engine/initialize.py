@@ -50,10 +50,9 @@ def initialize(
 def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
     """Run a forward and a backward with gradients of 0, so that ZeRO-3 records the order of a training step.
 
-    ZeRO-3 prefetches parameters in the order of its first forward. If this were a no-grad pass, ZeRO-3 would discard
-    the record in every step, which takes 2 to 4 times the gathers. Random generators are left as they were.
-
-    Collective: every rank must call this.
+    ZeRO-3 prefetches parameters in the order of its first forward. If a no-grad pass came first, ZeRO-3 would discard
+    the record in every step, which takes 2 to 4 times the gathers. Random generators are left as they were. Collective:
+    every rank must call this.
     """
     # An empty micro-batch: one row of two padding tokens, the fewest that run every layer (the last token of a row is
     # not read). The loss over no target is 0 and has gradients of 0.

@@ -50,9 +50,7 @@ def train_step(
 
     The loss is the weighted sum over the target tokens of the whole step, divided by the sum of their weights, over all
     micro-batches and ranks. It is never a mean of unequal means. A mixture of experts is also trained on its router
-    loss.
-
-    Collective: every rank must call this with the same number of micro-batches.
+    loss. Collective: every rank must call this with the same number of micro-batches.
 
     Args:
         batches: This rank's micro-batches of the step.

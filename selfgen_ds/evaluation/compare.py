@@ -37,7 +37,7 @@ class _Group:
     recovery: list[float] | None
     """Accuracy at each position after a forced error, averaged over the seeds; None without a built-in task."""
     settings: dict[str, Any]
-    """Settings of the evaluation, which must be those of the baseline."""
+    """Settings of the evaluation, which must equal the baseline's."""
 
 
 def run(options: CompareOptions) -> None:

@@ -17,7 +17,7 @@ class ForcedError:
     """An answer that starts with an error, as token ids."""
 
     start_ids: list[int]
-    """The start of the answer; the text that it ends with is wrong."""
+    """The start of the answer, which ends with a wrong text."""
     rest_ids: list[int]
     """The rest of the answer, which is right, and the end token."""
 
@@ -26,7 +26,7 @@ def forced_errors(samples: Sequence[Samples], tokenizer: PreTrainedTokenizerBase
     """Return a forced error for every sample id of the test sets of built-in tasks.
 
     Returns:
-        Nothing if any of the sources is no built-in task: recovery is a metric of all rows or of none.
+        An empty dictionary if any of the sources is no built-in task: recovery is a metric of all rows or of none.
     """
     if not all(source.name.startswith("builtin:") for source in samples):
         return {}

@@ -102,12 +102,12 @@ def _batches(
 
 
 def _prompt_length(sample: TrainingRow, errors: dict[int, ForcedError]) -> int:
-    """Tokens of a prompt, with the forced error that may follow it."""
+    """Return the tokens of a prompt and of the forced error that may follow the prompt."""
     return len(sample.prompt_ids) + (len(errors[sample.sample_id].start_ids) if errors else 0)
 
 
 def _longest(samples: list[TrainingRow], errors: dict[int, ForcedError]) -> int:
-    """Tokens of the longest row of a batch whose rows are all continued until the last one has ended."""
+    """Return the tokens of a batch's longest row, if all rows are continued until the last one has ended."""
     return max(_prompt_length(sample, errors) for sample in samples) + _longest_response(samples)
 
 
@@ -228,5 +228,5 @@ def _correct(
 
 
 def _right(answer: list[int], reference: list[int]) -> list[bool]:
-    """Tell, per token of the reference, whether the answer has the token at the same position."""
+    """Return, per token of the reference, whether the answer has the token at the same position."""
     return [i < len(answer) and answer[i] == token for i, token in enumerate(reference)]

@@ -173,7 +173,7 @@ class RoundMethod(Method):
         return self.round_of(self.plan.total_steps - 1) + 1
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
-        """Draw the rows that a round trains on in the place of some samples.
+        """Draw the rows that a round trains on instead of some samples.
 
         Collective: every rank must call this, because the method asks the policy.
 

@@ -35,6 +35,6 @@ def replace_probability(config: SelfgenConfig, done: int, total: int) -> float:
     Args:
         config: `replace_probability` is the peak, and `schedule_share` the share.
         done: Optimizer steps, or rounds, already done.
-        total: Those of the whole run.
+        total: Optimizer steps, or rounds, of the whole run.
     """
     return config.replace_probability * _SHAPES[config.schedule](done / (config.schedule_share * total))

@@ -17,9 +17,7 @@ def weights_checksum(engine: deepspeed.DeepSpeedEngine) -> str:
     """Return a checksum of 64 bits, in hexadecimal, that does not depend on the number of ranks.
 
     The checksum is the sum of a hash of every element and its position. Ranks share the elements of each parameter, in
-    pieces of `_PIECE` elements. Under ZeRO-3 every parameter is gathered once.
-
-    Collective: every rank must call this.
+    pieces of `_PIECE` elements. Under ZeRO-3 every parameter is gathered once. Collective: every rank must call this.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if engine.zero_optimization_stage() == 3:

@@ -62,9 +62,8 @@ class GatherableModel:
 
         The weights are gathered if they and the working memory of at least one row fit into the free memory of every
         rank, and if they are not offloaded to disk. Otherwise they stay sharded, and the ranks run the same forwards.
-        In both cases `rows_at_once` is limited to the rows that fit. A nested call changes nothing.
-
-        Collective: every rank must call this, because the ranks decide together.
+        In both cases `rows_at_once` is limited to the rows that fit. A nested call changes nothing. Collective: every
+        rank must call this, because the ranks decide together.
 
         Args:
             longest: Tokens of the longest row, prompt and answer.

@@ -27,7 +27,7 @@ Choose = Callable[[Tensor, int, Tensor], Tensor]
 
 
 def by_noise(noise: AnswerNoise, sample: Sampler, prompts: Tensor) -> Choose:
-    """Choose tokens by the noise of (prompt, position in the answer).
+    """Return a function that chooses tokens by the noise of (prompt, position in the answer).
 
     Args:
         prompts: `[rows]` int64, the numbers by which the noise knows the prompts of a batch.
@@ -41,7 +41,7 @@ def by_noise(noise: AnswerNoise, sample: Sampler, prompts: Tensor) -> Choose:
 
 
 def in_place(tokens: Tensor, is_drawn: Tensor, uniforms: Tensor, sample: Sampler) -> Choose:
-    """Draw the tokens at some positions and take the given tokens at all others.
+    """Return a function that draws the tokens at some positions and takes the given tokens at all others.
 
     Args:
         tokens: `[rows, positions]` int64, the given tokens.
@@ -65,7 +65,7 @@ def _sample_in_parts(sample: Sampler, logits: Tensor, uniforms: Tensor) -> Tenso
 
 
 class Chosen(LogitsProcessor):
-    """Make one token per row possible: the one that `choose` returns.
+    """Make only the token possible that `choose` returns for the row.
 
     Args:
         rows: `[rows]` int64, the numbers of the rows' prompts.

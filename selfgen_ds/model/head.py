@@ -25,7 +25,7 @@ _DRAW_CHUNK, _SORTED_CHUNK = 32, 16
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """How a model computes its logits: `cap * tanh(scale * linear(hidden) / cap)`, or without a cap their argument."""
+    """The logits of a model: `cap * tanh(scale * linear(hidden) / cap)`, or `scale * linear(hidden)` without a cap."""
 
     scale: float = 1.0
     cap: float | None = None

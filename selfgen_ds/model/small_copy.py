@@ -62,7 +62,7 @@ def random_ids(model: PreTrainedModel, length: int) -> Tensor:
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Draw new matrices that keep the size of what they multiply, and move norms and biases a little."""
+    """Draw new matrices that keep the size of their inputs, and move norms and biases a little."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
@@ -82,7 +82,7 @@ def _narrow(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
-    """Keep fewer heads of each kind, but their size: rotary factors and state spaces depend on the size of a head."""
+    """Keep fewer heads of each kind, in their old size, because rotary factors and state spaces depend on it."""
     text = config.get_text_config(decoder=True)
     factor = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return _resized(

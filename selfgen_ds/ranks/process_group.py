@@ -146,7 +146,7 @@ def _port(text: str) -> int:
     """Return the number of a port.
 
     Raises:
-        InputError: The text is not one.
+        InputError: The text is no port.
     """
     if not (text.isdecimal() and 0 < int(text) < 1 << 16):
         raise InputError(f"MASTER_PORT: expected a port, got {text!r}")
@@ -157,27 +157,26 @@ def _listen(address: str, port: int) -> socket.socket | None:
     """Return a socket for the store, which by itself would listen on all interfaces.
 
     Returns:
-        A socket that listens on one address, or None if this host does not tell which: the store listens on all.
+        A socket that listens on one address, or None if the address is unclear: the store then listens on all.
 
     Raises:
         InputError: The address is unknown, or the port is taken.
     """
     try:
-        family, _, _, _, socket_address = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, endpoint = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise InputError(f"MASTER_ADDR: {address}: {error.strerror}") from error
     # Many hosts resolve their own name to the loopback address.
-    if str(socket_address[0]).startswith("127.") and world_size() > local_world_size():
+    if str(endpoint[0]).startswith("127.") and world_size() > local_world_size():
         own = _addresses()
         if len(own) != 1:
-            loopback = socket_address[0]
-            log.warning("MASTER_ADDR %s is %s on this host: the store listens on all interfaces", address, loopback)
+            log.warning("MASTER_ADDR %s is %s on this host: the store listens on all interfaces", address, endpoint[0])
             return None
-        socket_address = own[0], port
+        endpoint = own[0], port
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(socket_address)
+        listening.bind(endpoint)
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
@@ -199,9 +198,7 @@ def _addresses() -> list[str]:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Return the values of all ranks, by rank.
-
-    Collective: every rank must call this.
+    """Return the values of all ranks, by rank. Collective: every rank must call this.
 
     Args:
         value: This rank's value, which can be pickled.

@@ -1,4 +1,4 @@
-"""The signals with which schedulers and launchers ask a run to stop, and what ranks do on them outside of `Watch`."""
+"""The signals with which schedulers and launchers ask a run to stop, and the reactions to them outside of `Watch`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stop_at_once() -> None:
 
 
 def exit_stopped(*_: object) -> None:
-    """Exit with the code that says stopped, without clean-up."""
+    """Exit with the code `STOPPED`, without clean-up."""
     os.write(2, f"selfgen-ds: {BEFORE}\n".encode())
     os._exit(STOPPED)
 

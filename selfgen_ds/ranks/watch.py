@@ -1,4 +1,4 @@
-"""The two things that interrupt training: a signal that asks the run to stop, and a step that never ends.
+"""Notice the two interruptions of training: a signal that asks the run to stop, and a step that never ends.
 
 A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away. Wherever a run spends time (steps, chunks of a
 round, evaluation batches), all ranks ask together whether any of them received one.

@@ -1,4 +1,4 @@
-"""Checks of rounds: is a complete round one that this run can train on, and do a method's rows fit the samples?"""
+"""Checks that a run can train on a complete round, and that a method's rows fit the samples."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def check_round(
 
     Args:
         setting: Name of the setting that errors blame.
-        fingerprint: Checksums of what the run draws contexts from: `model`, `tokenizer`, and `data`.
+        fingerprint: Checksums of the sources of the run's contexts: `model`, `tokenizer`, and `data`.
         settings: The method's name and the settings that the method reads.
         max_length: Most tokens of a row.
 
     Raises:
-        InputError: The round was drawn from something else, is damaged, or has rows that are too long.
+        InputError: The round was drawn from another source, is damaged, or has rows that are too long.
     """
     audit = read_audit(folder)
     if audit.get("method") != settings["method"]:
@@ -62,7 +62,7 @@ def check_round(
 
 
 def rows_problem(method: RoundMethod, samples: Sequence[TrainingRow], rows: Sequence[TrainingRow]) -> str | None:
-    """Say how the rows of a method do not fit the samples that they take the place of; None if they fit."""
+    """Describe how a method's rows do not fit the samples that they replace; None if they fit."""
     for row in rows:
         if len({len(getattr(row, name)) for name in ARRAYS}) > 1:
             return f"sample {row.sample_id} has arrays of several lengths"

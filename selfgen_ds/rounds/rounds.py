@@ -1,4 +1,4 @@
-"""The rounds of a method such as `bash` or `rac`: drawn when they start, then trained on in the place of the data set.
+"""The rounds of a method such as `bash` or `rac`: drawn when they start, then trained on instead of the data set.
 
 The ranks draw different chunks of a round and write them to `rollouts/round-01/` (`store.py`). A run that was killed
 continues at the first missing chunk, and a complete round is never drawn again.
@@ -43,9 +43,9 @@ _SHARED = "shared.json"
 _CHUNK = 256
 """Most samples of a chunk, unless more can be generated at once."""
 _CHUNKS = 32
-"""Chunks per rank that a round has at least, so that it shows progress and a killed round can continue ..."""
+"""Fewest chunks per rank in a round: it shows progress after each, and a killed round continues after the last."""
 _FEW_CHUNKS = 4
-"""... or this many, if smaller chunks would leave rows free in what can be generated at once."""
+"""Fewest chunks per rank if smaller chunks had fewer rows than can be generated at once."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,7 +97,7 @@ class Rounds:
     def _shared_rounds(self, needed: range) -> list[Path]:
         """Return the rounds of the other run that existed when this run first started.
 
-        A later round is drawn here, although the other run may have it by now: with it, a resumed run would differ.
+        A later round is drawn here even if the other run has it by now; otherwise a resumed run would differ.
         """
         if self.shared is None:
             return []

@@ -1,7 +1,7 @@
 """The files of a round: `rollouts/round-01/`, a folder for `datasets.load_from_disk`.
 
-All ranks fill the folder chunk by chunk, as `round-01.partial/`; it is renamed when it is complete. A chunk is complete
-when the file with its counts exists, which is written last. `round.json`, the audit, records the weights and settings
+All ranks fill `round-01.partial/` chunk by chunk; the folder is renamed when it is complete. The file with a chunk's
+counts is written last, and shows that the chunk is complete. `round.json`, the audit, records the weights and settings
 that drew the round.
 """
 
@@ -43,7 +43,7 @@ _FEATURES = datasets.Features(
 
 
 class StoredRows:
-    """Some rows of a round, all of one source, that are trained on in the place of its samples.
+    """Rows of a round that are trained on instead of the samples of one source.
 
     Args:
         rows: `[rows]` int64: numbers of the rows in the table.
@@ -68,7 +68,7 @@ class StoredRows:
 
 
 def read_audit(folder: Path) -> dict[str, Any]:
-    """Return the record of what drew a round.
+    """Return the record of the weights and settings that drew a round.
 
     Raises:
         InputError: The folder has no such record.
@@ -124,7 +124,7 @@ class Writer:
         """Begin the round, or continue one that an earlier process began. Only one rank may call this.
 
         Args:
-            audit: Record of what draws the round.
+            audit: Record of the weights and settings that draw the round.
 
         Returns:
             The audit to continue with. A round that is continued keeps its chunk size, which may differ from that of

@@ -37,8 +37,7 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     Args:
         recipe: The model, the DeepSpeed JSON, the rows per micro-batch, and the tokens per row; the data is not read.
         overrides: Settings given on the command line.
-        grid: `budget` for the steps that the budget of a pass is about, and the loss; `rollouts` for rounds; `full`
-            for all steps, the loss, and rounds.
+        grid: `budget` for the blocks `BUDGET` and the loss; `rollouts` for rounds; `full` for all of these and `FULL`.
         steps: Timed steps of every variant.
 
     Raises:

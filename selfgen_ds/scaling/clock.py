@@ -40,7 +40,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of the context as that of a phase; inside another phase, as the outer one's."""
+        """Count the time of the context for a phase; inside another phase, for the outer phase."""
         if self._in_phase:
             yield
             return

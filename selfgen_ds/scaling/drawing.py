@@ -36,16 +36,15 @@ _P = 0.25
 
 
 def block(recipe: Recipe) -> Block:
-    """Return the block whose engine rounds are drawn and trained on: without accumulation and without mixtures."""
+    """Return the block whose engine draws rounds and trains on them: without accumulation and without mixtures."""
     return Block(accumulation=1, checkpointing=recipe.train.activation_checkpointing, mixtures=())
 
 
 def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one pass, the exact mixture, and free-running answers, with gathered and with sharded weights, in turn.
 
-    A round is drawn as in training, then trained on for an epoch in micro-batches of the recipe's size.
-
-    Collective: every rank must call this, because the ranks draw and train together.
+    A round is drawn as in training, then trained on for an epoch in micro-batches of the recipe's size. Collective:
+    every rank must call this, because the ranks draw and train together.
 
     Returns:
         The rows of `drawing` in `bench.json`.

@@ -37,7 +37,7 @@ def measure(hidden_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         dtype: Type of the model's weights.
 
     Returns:
-        The rows of `losses` in `bench.json`; the ratios are those to the plain loss.
+        The rows of `losses` in `bench.json`; the ratios are to the plain loss.
     """
     targets = torch.randint(VOCABULARY, (TOKENS,), device=process_group.device())
     rows: list[dict[str, Any]] = []

@@ -68,7 +68,7 @@ BUDGET = [
     ),
     Block(accumulation=8, checkpointing=True, mixtures=((0.25, 1),)),
 ]
-"""The blocks that the project's budget for a pass is about."""
+"""The blocks that measure whether a pass stays within its budget."""
 FULL = [Block(accumulation=a, checkpointing=c, mixtures=_ALL) for c in (True, False) for a in (1, 8)]
 
 

@@ -30,9 +30,7 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     total_steps: int,
 ) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
-    """Build the recipe's model under DeepSpeed, with a valid ZeRO-3 trace.
-
-    Collective: every rank must call this.
+    """Build the recipe's model under DeepSpeed, with a valid ZeRO-3 trace. Collective: every rank must call this.
 
     Returns:
         The engine, and the configuration that transformers holds by a weak reference only: the caller must keep it.

@@ -95,9 +95,7 @@ class Run(Inputs):
 
 
 def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lambda: None) -> Run:
-    """Check the recipe and everything that it names, then build the run.
-
-    Collective: every rank must call this.
+    """Check the recipe and everything that it names, then build the run. Collective: every rank must call this.
 
     Args:
         overrides: Settings that were given on the command line.

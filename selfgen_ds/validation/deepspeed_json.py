@@ -173,7 +173,7 @@ def _library_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _machine_problems(zero: dict[str, Any], world_size: int) -> list[str]:
-    """Report what DeepSpeed cannot do with these ranks, this accelerator, or this host.
+    """Report settings that DeepSpeed cannot honor with these ranks, this accelerator, or this host.
 
     DeepSpeed itself would fail late or with an obscure message.
     """

@@ -36,7 +36,7 @@ def check_attention(problems: Problems, recipe: Recipe) -> None:
 
 
 def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfig, storage: Storage) -> None:
-    """Refuse a run whose first checkpoint does not fit on the disk, and warn about one whose later ones do not."""
+    """Refuse a run whose first checkpoint does not fit on the disk, and warn if later checkpoints do not fit."""
     folder = Path(recipe.output_dir).absolute()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     checkpoint_size = saving.required_bytes(trained_parameter_count(recipe.model, config), recipe.model.dtype)

@@ -62,7 +62,7 @@ def check_corrected_length(needed: int, positions: int) -> None:
 
 
 def check_bench(recipe: Recipe) -> None:
-    """Check what `bench` needs of its recipe beyond what training needs.
+    """Check the needs of `bench` that training does not have.
 
     Raises:
         InputError: Rows are too short to be split into prompt and answer.

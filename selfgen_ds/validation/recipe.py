@@ -48,7 +48,7 @@ _SHARES = (
 
 
 def check_recipe(problems: Problems, recipe: Recipe) -> None:
-    """Check everything that the recipe alone, and the existence of the files that it names, can tell."""
+    """Check the recipe by itself, and whether the files that it names exist."""
     for setting, least in _LEAST.items():
         value = attrgetter(setting)(recipe)
         problems.expect(value is None or value >= least, setting, f"{least} or more", value)
