@@ -70,7 +70,7 @@ class Host:
 
     def launch(self, *command: object, log: Path, **variables: str) -> Launched:
         """Start a command."""
-        return Launched(self.command(*command, **variables), log, timeout=120.0)
+        return Launched(self.command(*command, **variables), log, timeout=240.0)
 
     def signal(self, run: Launched, number: signal.Signals) -> None:
         """Send a signal to a launched command. The process that `launch` starts waits outside and forwards nothing."""

@@ -21,7 +21,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
 
 
-def wait_until(done: Callable[[], bool], run: Launched | None = None, timeout: float = 60.0) -> None:
+def wait_until(done: Callable[[], bool], run: Launched | None = None, timeout: float = 120.0) -> None:
     """Wait until `done()` is true.
 
     Raises:
