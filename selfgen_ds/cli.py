@@ -133,9 +133,9 @@ def _parser() -> ArgumentParser:
     inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
     bench = command_with_recipe(
         "bench",
-        "measure what training on own tokens costs; under the same launchers as `train`",
+        "measure what training on the model's own tokens costs; under the same launchers as `train`",
         "Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
-        "(recipes/bench.yaml unless --config names another one) gives model, JSON, rows per micro-batch, "
+        "(the packaged `bench` unless --config names another one) gives the model, the JSON, the rows per micro-batch, "
         "data.max_length and the settings of the draws; the rows are random tokens.",
     )
     bench.add_argument("--grid", type=Literal["budget", "rollouts", "full"], default="budget", help="what to measure")

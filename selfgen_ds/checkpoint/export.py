@@ -72,7 +72,7 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
 
     Raises:
         InputError: `path` is no complete checkpoint, one of its files is not as it was written or holds more than plain
-            data, `folder` exists, or the model that an adapter was trained on is gone.
+            data, `folder` exists, or an adapter's base model no longer exists.
     """
     complete = complete_checkpoints(path.parent)
     checkpoint = next((c for c in complete if c.path == path), None)
@@ -82,7 +82,7 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
     if broken := [name for files in checkpoint.files for name in broken_files(checkpoint, files)]:
         raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
     if folder.exists():
-        raise InputError(f"{folder}: expected no such folder, but it exists")
+        raise InputError(f"{folder}: already exists; choose a new folder")
     with unpickling.loading(trust):
         tensors = _saved_tensors(path)
     if (source := adapted_model(path)) is not None:

@@ -46,15 +46,8 @@ def find(folder: Path, storage: Storage) -> Checkpoint | None:
     """
     complete = storage.complete(folder)
     checkpoint = _newest_intact(complete, folder, storage)
-    if checkpoint is None:
-        if complete and not complete[-1].shared and complete[-1].world_size != dist.get_world_size():
-            raise InputError(
-                f"resume: {complete[-1].path} was written by {complete[-1].world_size} ranks, on hosts that share no "
-                "folder; not all of its parts are here"
-            )
-        if damaged := _union([str(marker.parent) for marker in marked(folder, MARKER, BROKEN)]):
-            broken = "is broken" if storage.shared else "is broken, or not whole on hosts that share none"
-            raise InputError(f"resume: every checkpoint {broken}, the newest is {damaged[-1]}")
+    if checkpoint is None and (saved := _union([str(marker.parent) for marker in marked(folder, MARKER, BROKEN)])):
+        raise InputError(storage.explain_nothing_intact(complete, saved))
     if storage.writes:
         retention.remove_all(half_written(folder))
         shutil.rmtree(folder / universal.FOLDER, ignore_errors=True)  # a killed start may have left it

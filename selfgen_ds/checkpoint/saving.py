@@ -71,7 +71,9 @@ def save(
 
     files, damaged = _read_back(path, storage)
     if damaged:
-        log.warning("%s did not come back from the disk as it was written (%s); keeping older ones", path, damaged)
+        log.warning(
+            "%s reads back from the disk differently than it was written (%s); keeping older checkpoints", path, damaged
+        )
     if storage.writes:
         for written_to in (path / HF_FOLDER, folder, folder.parent):
             sync_folder(written_to)

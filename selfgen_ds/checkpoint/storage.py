@@ -63,9 +63,25 @@ class Storage:
         """
         if not self.shared and checkpoint.world_size != dist.get_world_size():
             raise InputError(
-                f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks; for {dist.get_world_size()} "
-                f"it is converted where all hosts share {checkpoint.path.parent}, but here they do not"
+                f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks; converting it for "
+                f"{dist.get_world_size()} ranks needs a folder that all hosts share, and these hosts do not share "
+                f"{checkpoint.path.parent}"
             )
+
+    def explain_nothing_intact(self, complete: list[Checkpoint], saved: list[str]) -> str:
+        """Return why none of the checkpoints in a folder can be loaded, although something was saved there.
+
+        Args:
+            complete: The checkpoints that are complete on every host, oldest first.
+            saved: The folders of all checkpoints that some host completed, oldest first.
+        """
+        if complete and not complete[-1].shared and complete[-1].world_size != dist.get_world_size():
+            return (
+                f"resume: {complete[-1].path} was written by {complete[-1].world_size} ranks, on hosts that share no "
+                "folder; not all of its parts are here"
+            )
+        broken = "is broken" if self.shared else "is broken or, because the hosts share no folder, incomplete"
+        return f"resume: every checkpoint {broken}; the newest is {saved[-1]}"
 
     def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
         """Return the files of a checkpoint that this rank reads to verify them: name -> [bytes, CRC-32].

@@ -70,8 +70,8 @@ def _problem_of_groups(engine: deepspeed.DeepSpeedEngine, path: Path) -> str | N
     if all(any(parameter._hp_mapping is not None for parameter in group) for group in groups):
         return None
     return (
-        f"resume: {path} cannot be loaded by {dist.get_world_size()} ranks, over which ZeRO stage {stage} has too few "
-        "norms and biases to divide; fewer ranks can"
+        f"resume: {path} cannot be loaded by {dist.get_world_size()} ranks: the model has too few norms and biases to "
+        f"give every rank a part at ZeRO stage {stage}; start fewer ranks"
     )
 
 

@@ -53,7 +53,7 @@ def loading(trust: bool) -> Iterator[None]:
             name = f" ({match[1]})" if match else ""
             raise InputError(
                 f"{os.path.realpath(file)}: expected tensors and plain containers, found something else{name}, which "
-                "may run code when it is loaded; trust_checkpoint: true loads it all the same"
+                "may run code when it is loaded; to load the file anyway, set trust_checkpoint: true"
             ) from error
 
     if trust:

@@ -74,7 +74,9 @@ class Stream:
         self._seed = seed
         self._quotas = list(sizes) if weights is None else _apportion(self.size, weights)
         if weights is not None and min(self._quotas) < least:
-            raise InputError(f"data.train: a weight of {weights} is less than one of {self.size} rows an epoch")
+            raise InputError(
+                f"data.train: weights {weights} give a source less than one of the {self.size} rows per epoch"
+            )
         self._ends = np.cumsum(self._quotas)
         self._starts = self._ends - self._quotas
 

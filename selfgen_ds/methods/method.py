@@ -115,6 +115,8 @@ class Method:
     """Fields of `selfgen` that the method reads. A recipe for the method may set no other field."""
     keeps_rows: ClassVar[bool] = True
     """Whether the method trains on one row per sample, as long as the sample. Only such rows can be packed."""
+    has_rounds: ClassVar[bool] = False
+    """Whether the method draws contexts in rounds: asked of the class, before there is a method to ask."""
     passes: int = 0
     """Self-generated-token passes of the last step."""
 
@@ -140,7 +142,7 @@ class Method:
     def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         """Return the micro-batches of one optimizer step with the contexts that the model is to read.
 
-        Every rank must call this, because the method may ask the policy.
+        Collective: every rank must call this, because the method may ask the policy.
         """
         return batches
 
@@ -150,6 +152,8 @@ class RoundMethod(Method):
 
     A round lasts `selfgen.epochs_per_round` epochs of the data set; rounds count from 0.
     """
+
+    has_rounds: ClassVar[bool] = True
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -175,7 +179,7 @@ class RoundMethod(Method):
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         """Draw the rows that a round trains on instead of some samples.
 
-        Every rank must call this, because the method asks the policy.
+        Collective: every rank must call this, because the method asks the policy.
 
         Args:
             samples: Some rows of the data set; none on a rank that has nothing left to draw.

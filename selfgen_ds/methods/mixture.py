@@ -72,7 +72,8 @@ def mix(
 ) -> tuple[list[TokenBatch], int]:
     """Replace the masked tokens of the contexts by draws; targets and loss masks stay as they are.
 
-    Every rank must call this and makes the same number of passes, because the policy's draws are collective.
+    Collective: every rank must call this, because the policy's draws are collective. All ranks make the same number of
+    passes.
 
     A pass recomputes the tokens that can still change: in each sample, the masked tokens after the first token that
     the last pass changed. All other tokens were drawn from the prefix that stands before them now. Every pass

@@ -42,7 +42,7 @@ def load_reject(given: list[str] | str | None) -> Spans:
         try:
             expressions.append(re.compile(pattern))
         except re.error as error:
-            raise InputError(f"selfgen.reject: {pattern!r} is no regular expression: {error}") from error
+            raise InputError(f"selfgen.reject: {pattern!r} is not a valid regular expression: {error}") from error
     return lambda text: [match.span() for expression in expressions for match in expression.finditer(text)]
 
 

@@ -59,7 +59,7 @@ def _preset_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     fields = dict(model.preset or {})
     model_type = fields.pop("model_type", "llama")
     if model_type not in CONFIG_MAPPING:
-        raise InputError(f"model.preset: model_type: transformers knows no {model_type!r}")
+        raise InputError(f"model.preset: model_type: expected a model type of transformers, got {model_type!r}")
     defaults = {
         "vocab_size": vocabulary(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

@@ -143,7 +143,7 @@ def base_of(name: str) -> str:
     """Return the model that an adapter folder was trained on; for any other folder or hub id, `name` itself.
 
     Raises:
-        InputError: The base model is gone, or the adapter's configuration is unreadable.
+        InputError: The base model no longer exists, or the adapter's configuration is unreadable.
     """
     folder = Path(name)
     if not (folder / CONFIG_NAME).is_file() or (folder / MODEL_CONFIG_NAME).is_file():
@@ -164,7 +164,7 @@ def check_base(trained: str, base: str) -> None:
         base: Absolute path, or hub id.
 
     Raises:
-        InputError: The folder is gone.
+        InputError: The folder no longer exists.
     """
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise InputError(f"{trained}: the model that it was trained on, {base}, is gone")
+        raise InputError(f"{trained}: the adapter's base model {base} no longer exists")

@@ -60,10 +60,10 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
         separate = [_hidden(small, sample) for sample in ids.split(_LENGTHS, dim=1)]
         joined = _hidden(small, ids)
         if not _equal(joined[:, : _LENGTHS[0]], separate[0]):
-            raise InputError(f"model: {name} is not causal: a token sees those after it")
+            raise InputError(f"model: {name} is not causal: a token sees the tokens after it")
         logit_transform = _find_logit_transform(small, config, ids)
         if logit_transform is None:
-            raise InputError(f"model: {name} computes its logits in a way that is not known here")
+            raise InputError(f"model: {name} computes its logits in a way that selfgen-ds does not support")
         if packing:
             _check_packing(name, small, ids, joined, separate)
         if coefficient > 0:
@@ -80,7 +80,9 @@ def _check_packing(name: str, model: PreTrainedModel, ids: Tensor, joined: Tenso
         separate: The hidden states of the two samples, each read alone.
     """
     if _equal(joined[:, _LENGTHS[0] :], separate[1]):
-        raise InputError(f"data.packing: {name}: whether it keeps samples apart cannot be told")
+        raise InputError(
+            f"data.packing: cannot tell whether {name} keeps packed samples apart; set data.packing: false"
+        )
     position_ids = torch.cat([torch.arange(n, device=model.device) for n in _LENGTHS])[None]
     if not _gives(lambda: _hidden(model, ids, position_ids), torch.cat(separate, dim=1)):
         raise InputError(f"data.packing: {name} does not keep the samples of a packed row apart")

@@ -37,7 +37,7 @@ def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     shrinks = [_narrow, _fewer_heads, _shallow] if size > _MOST else [copy.deepcopy]
     flash = model.attn_implementation == "flash_attention_2"
     dtype, device = (torch.bfloat16, process_group.device()) if flash else (torch.float32, torch.device("cpu"))
-    problem = "it is too large"
+    problem = "the copy is too large"
     for shrink in shrinks:
         try:
             smaller = shrink(config)
@@ -50,7 +50,7 @@ def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
             _randomize(built)
             if torch.isfinite(backbone(built, random_ids(built, _TRIED_TOKENS), None).last_hidden_state).all():
                 return built
-            problem = "its hidden states are not finite"
+            problem = "the copy's hidden states are not finite"
         except Exception as error:  # types differ by model
             problem = " ".join(str(error).split())
     raise InputError(f"model: no small copy of model type {config.model_type!r} could be tried: {problem}")

@@ -217,7 +217,7 @@ def leave_node_group() -> None:
         deepspeed.comm.destroy_process_group(group)
 
 
-def leave_process_group(reason: str = "it was done") -> None:
+def leave_process_group(reason: str = "the rank had finished") -> None:
     """Leave the process group. At the interpreter's end gloo's threads could abort the process.
 
     Args:

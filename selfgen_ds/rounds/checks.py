@@ -71,10 +71,15 @@ def rows_problem(method: RoundMethod, samples: Sequence[TrainingRow], rows: Sequ
     ids, row_ids = [sample.sample_id for sample in samples], [row.sample_id for row in rows]
     if method.keeps_rows:
         if row_ids != ids:
-            return f"samples {ids[:5]} ... have become rows of {row_ids[:5]} ..., as {len(ids)} and {len(row_ids)}"
+            return (
+                f"expected one row for each of samples {ids[:5]} ... ({len(ids)} in all), got rows for samples "
+                f"{row_ids[:5]} ... ({len(row_ids)} in all)"
+            )
         for sample, row in zip(samples, rows, strict=True):
             if len(row) != len(sample):
-                return f"sample {row.sample_id} has become longer or shorter, against `keeps_rows`"
+                return (
+                    f"sample {row.sample_id} has become longer or shorter, although the method has `keeps_rows = True`"
+                )
     elif row_ids != sorted(row_ids) or not set(row_ids) <= set(ids):
-        return f"rows of {row_ids[:5]} ... are none of samples {ids[:5]} ..., or in another order"
+        return f"expected rows of samples {ids[:5]} ..., in their order, got rows of samples {row_ids[:5]} ..."
     return None

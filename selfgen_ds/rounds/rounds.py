@@ -107,7 +107,7 @@ class Rounds:
             complete = [drawn for drawn in complete if drawn.name in names]
             for gone in sorted(set(names) - {drawn.name for drawn in complete}):
                 if _number(self.shared / gone) in needed:
-                    log.warning("%s is gone; drawing this round here", self.shared / gone)
+                    log.warning("%s no longer exists; drawing this round here", self.shared / gone)
         elif not self.shared.is_dir():
             raise InputError(
                 f"selfgen.rollouts: expected an existing folder, another run's `rollouts`, got {str(self.shared)!r}"
@@ -115,7 +115,7 @@ class Rounds:
         elif not complete:
             raise InputError(f"selfgen.rollouts: {self.shared} holds no complete round, such as {_name(0)}")
         read = ", ".join(drawn.name for drawn in complete if _number(drawn) in needed)
-        log.info("of the next %d rounds, reading %s from %s", len(needed), read or "none", self.shared)
+        log.info("reading rounds %s from %s, of the %d rounds still to come", read or "none", self.shared, len(needed))
         return complete
 
     def starts(self, step: int) -> bool:
@@ -125,7 +125,7 @@ class Rounds:
     def step_batches(self, step: int) -> StepBatches:
         """Return the batches of the step's round, which is drawn if it is not complete.
 
-        Every rank must call this, because all ranks draw a round together.
+        Collective: every rank must call this, because all ranks draw a round together.
         """
         number = self.method.round_of(step)
         if self.number != number:
@@ -140,7 +140,7 @@ class Rounds:
     def _find(self, number: int, step: int) -> Path | None:
         """Return the folder of a complete round, of this run or of the other run, or None if there is none.
 
-        Every rank must call this. Rank 0 looks, so that all ranks read the same folder.
+        Collective: every rank must call this. Rank 0 looks, so that all ranks read the same folder.
         """
         agreed: list[Path | None] = [None]
         if dist.get_rank() == 0:
@@ -160,7 +160,7 @@ class Rounds:
     def _draw(self, number: int, step: int) -> Path:
         """Draw the missing chunks of a round and complete it; return its folder.
 
-        Every rank must call this, because the method asks the policy.
+        Collective: every rank must call this, because the method asks the policy.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         audit = self._audit(number, step)
@@ -174,7 +174,8 @@ class Rounds:
         audit, chunks, missing = agreed[0]
         if step != self.method.first_step(number):
             log.warning(
-                "%s is gone; drawing it again with the weights of step %d, so that the run will not be the same",
+                "%s no longer exists; drawing it again with the weights of step %d, so that the run will not be the "
+                "same",
                 writer.folder,
                 step,
             )
@@ -194,8 +195,8 @@ class Rounds:
                 # other must stay below the timeout of the process group.
                 problem = rows_problem(self.method, samples, rows)
                 if self.policy.max_over_ranks(int(problem is not None)):
-                    where = problem or "those of another rank"
-                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {where}")
+                    told = ", on another rank; its log says why" if problem is None else f": {problem}"
+                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples{told}")
                 for chunk in own:
                     writer.write(chunk, rows, counts)
                 bar.update(min(world_size, len(missing) - first))
@@ -213,7 +214,7 @@ class Rounds:
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """Return the record of the weights and settings that draw a round.
 
-        Every rank must call this: the checksum of sharded weights is computed by all ranks.
+        Collective: every rank must call this, because all ranks compute the checksum of sharded weights.
         """
         samples_per_rank = -(-int(self._ends[-1]) // dist.get_world_size())
         return {
@@ -247,7 +248,9 @@ class Rounds:
                 raise RuntimeError(f"{self.settings['method']}: round {number + 1} has no row of {source.name}")
             chosen = numbers[self.method.select(sample_ids[numbers], equal[numbers], number)]
             if self.method.keeps_rows and len(chosen) < len(numbers):
-                raise RuntimeError(f"{self.settings['method']}: `select` leaves rows out, against `keeps_rows`")
+                raise RuntimeError(
+                    f"{self.settings['method']}: `select` leaves rows out, although the method has `keeps_rows = True`"
+                )
             if not len(chosen):
                 log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
                 chosen = numbers

@@ -13,7 +13,6 @@ from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Format, Samples, load
-from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.model.policy import Sampling
 
@@ -87,11 +86,6 @@ def load_method(
         correction=correction(samples, tokenizer, recipe.selfgen.cue) if asks else Correction(),
     )
     method = method_class(recipe.selfgen, plan)
-    if recipe.data.packing and not method.keeps_rows:
-        raise InputError(
-            f"data.packing: expected false with {recipe.selfgen.method}, whose rows are not as many or as long as "
-            "the samples; data.group_by_length saves padding"
-        )
     method.check(samples)
     return method
 

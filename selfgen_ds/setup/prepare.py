@@ -41,7 +41,14 @@ from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
-from selfgen_ds.validation.inputs import check_attention, check_disk_space, check_positions, check_rounds, check_shares
+from selfgen_ds.validation.inputs import (
+    check_attention,
+    check_disk_space,
+    check_positions,
+    check_rounds_folder,
+    check_shares,
+    check_steps,
+)
 from selfgen_ds.validation.output_folder import flat
 from selfgen_ds.validation.settings import check_settings
 from selfgen_ds.versions import versions
@@ -127,24 +134,18 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         problems = Problems()
         check_positions(problems, recipe, config)
         check_attention(problems, recipe)
+        check_rounds_folder(problems, recipe, folder.storage)
         with problems.collect():  # there may be no such model
             check_disk_space(problems, recipe, config, folder.storage)
         with problems.collect():
             logit_transform = probe.check(recipe.model, config, recipe.data.packing)
         problems.raise_all()
         samples, eval_samples = _load_samples(recipe, tokenizer)
-        step_batches = _in_steps(recipe, samples, folder)
-        total_steps = recipe.train.max_steps or step_batches.steps()
-        if total_steps == 0:
-            raise InputError(f"train.epochs: {recipe.train.epochs} of {len(step_batches)} rows is no row")
-        method = load_method(recipe, tokenizer, samples, step_batches, total_steps)
-        if (round_method := method.as_round_method()) is not None:
-            check_rounds(problems, recipe, round_method, folder.storage)
-        problems.raise_all()
+        step_batches, total_steps, method = _plan(recipe, tokenizer, samples, folder)
     data = zlib.crc32(repr([source.checksum for source in samples]).encode())
     check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
     if folder.resumed is not None and folder.resumed.data != data:
-        raise InputError(f"data.train: not the rows that {folder.resumed.path} was trained on")
+        raise InputError(f"data.train: expected the rows that {folder.resumed.path} was trained on, got other rows")
     return Inputs(
         folder=folder,
         tokenizer=tokenizer,
@@ -174,6 +175,20 @@ def _load_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[l
         check_shares(problems, recipe, eval_samples)
     problems.raise_all()
     return samples, eval_samples
+
+
+def _plan(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, samples: list[Samples], folder: RunFolder
+) -> tuple[StepBatches, int, Method]:
+    """Return the training rows in steps, the number of steps and the method; report the problems of all together."""
+    problems = Problems()
+    with problems.collect():  # without the batches, nothing else can be checked
+        step_batches = _in_steps(recipe, samples, folder)
+        check_steps(problems, recipe, step_batches)
+        total_steps = recipe.train.max_steps or step_batches.steps()
+        method = load_method(recipe, tokenizer, samples, step_batches, max(1, total_steps))
+    problems.raise_all()
+    return step_batches, total_steps, method
 
 
 def _in_steps(recipe: Recipe, samples: list[Samples], folder: RunFolder) -> StepBatches:
@@ -248,7 +263,8 @@ def _log_start(recipe: Recipe, inputs: Inputs) -> None:
     resumed = inputs.folder.resumed
     if resumed is not None and resumed.world_size != world_size:
         log.info(
-            "%d ranks before, %d now: a step keeps its %d rows, as %d micro-batches of %d per rank",
+            "resuming a run of %d ranks on %d ranks: a step keeps its %d rows, now as %d micro-batches of %d rows per "
+            "rank",
             *(resumed.world_size, world_size, batches.step_size, batches.accumulation),
             recipe.train.micro_batch_size,
         )

@@ -1,7 +1,8 @@
-"""Checks of the user's input: recipe, options, JSON, output folder, model, and data.
+"""Checks of settings: recipe, options, JSON, and output folder, and whether they fit the model and the data.
 
 A check adds lines to a `Problems` list (`selfgen_ds.errors`) instead of raising its own error, so that a user reads all
-problems of a stage at once. The stages follow what a check needs:
+problems of a stage at once. Only the checks of `options.py` raise their own errors, because each is alone in its stage.
+The stages follow what a check needs:
 
 | file | needs | is run |
 |---|---|---|
@@ -10,6 +11,7 @@ problems of a stage at once. The stages follow what a check needs:
 | `output_folder.py` | the output folder, as an earlier run left it | when the ranks know whether they share it |
 | `inputs.py` | the model's configuration, then the tokenized data | before the model's weights are loaded |
 
-Readers refuse a file, row, or template that they cannot read where they read it (`data/`), because only they know the
-row; `setup/prepare.py` collects those errors with the others.
+What is read is refused where it is read, because only the reader knows the row: files, rows, and templates in `data/`,
+complete rounds in `rounds/checks.py`, and data that a method cannot work with in its `Method.check`. `setup/prepare.py`
+collects the errors of data and method with the others; those of rounds come after the weights are loaded.
 """

@@ -169,7 +169,7 @@ def _library_problems(config: dict[str, Any]) -> list[str]:
         return [f"{section}.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
     except Exception as error:  # DeepSpeed raises several types, each with the key in its message
         return [str(error).strip().split("\n", 1)[0]]
-    return [f"{key}: DeepSpeed reads no such key" for key in config.keys() - recorder.read]
+    return [f"{key}: unknown key: DeepSpeed does not read it" for key in config.keys() - recorder.read]
 
 
 def _machine_problems(zero: dict[str, Any], world_size: int) -> list[str]:

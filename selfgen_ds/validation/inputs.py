@@ -9,12 +9,13 @@ from pathlib import Path
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from selfgen_ds import methods
 from selfgen_ds.checkpoint import manifest, saving
 from selfgen_ds.checkpoint.storage import Storage
 from selfgen_ds.config import Recipe
+from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
-from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.model.loading import most_positions, trained_parameter_count
 
 log = logging.getLogger("selfgen_ds")
@@ -46,6 +47,15 @@ def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfi
         log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)
 
 
+def check_rounds_folder(problems: Problems, recipe: Recipe, storage: Storage) -> None:
+    """Check that all hosts can read the rounds that other hosts draw, if the method has rounds."""
+    if methods.find(recipe.selfgen.method).has_rounds and not storage.shared:
+        problems.add(
+            f"output_dir: expected a folder that all hosts share, because {recipe.selfgen.method} writes rounds there; "
+            f"the hosts do not share {recipe.output_dir}"
+        )
+
+
 def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> None:
     """Refuse data of which `data.max_length` cuts or refuses a larger share of rows than the recipe allows."""
     data = recipe.data
@@ -62,13 +72,11 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
                 )
 
 
-def check_rounds(problems: Problems, recipe: Recipe, method: RoundMethod, storage: Storage) -> None:
-    """Check that a round is at least one step, and that all hosts can read the rounds that other hosts draw."""
-    plan = method.plan
-    rows = recipe.selfgen.epochs_per_round * plan.epoch_size
-    if rows < plan.step_size:
-        problems.add(f"selfgen.epochs_per_round: a round of {rows} rows is less than a step of {plan.step_size}")
-    if not storage.shared:
-        problems.add(
-            f"output_dir: hosts do not share {recipe.output_dir}; {recipe.selfgen.method} draws rounds into it"
-        )
+def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -> None:
+    """Check that a run is at least one step, and that a round is, if the method has rounds."""
+    train, rows, step_size = recipe.train, len(step_batches), step_batches.step_size
+    if train.max_steps is None and step_batches.steps() == 0:
+        problems.add(f"train.epochs: {train.epochs} epochs of {rows} rows contain no whole row; raise train.epochs")
+    rows_per_round = recipe.selfgen.epochs_per_round * rows
+    if methods.find(recipe.selfgen.method).has_rounds and rows_per_round < step_size:
+        problems.add(f"selfgen.epochs_per_round: a round of {rows_per_round} rows is less than a step of {step_size}")

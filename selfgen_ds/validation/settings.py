@@ -35,6 +35,7 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     check_recipe(problems, recipe)
     with problems.collect():  # there may be no such method
         _check_unread_settings(problems, recipe.selfgen, overrides)
+        _check_packing(problems, recipe)
     with problems.collect():
         load_reject(recipe.selfgen.reject)
     eval_is_task = all(source.path.startswith("builtin:") for source in sources(recipe.data.eval))
@@ -60,7 +61,18 @@ def _check_unread_settings(problems: Problems, selfgen: SelfgenConfig, overrides
         unread = [name for name in unread if name not in of_the_recipe]
         if of_the_recipe:
             log.info("%s does not read the recipe's selfgen.%s", selfgen.method, ", selfgen.".join(of_the_recipe))
-    problems.add(*(f"selfgen.{name}: {selfgen.method} does not read it; remove it" for name in unread))
+    problems.add(
+        *(f"selfgen.{name}: {selfgen.method} does not read this setting; remove the setting" for name in unread)
+    )
+
+
+def _check_packing(problems: Problems, recipe: Recipe) -> None:
+    """Refuse packing with a method whose rows are not the samples: packs are made before a method makes its rows."""
+    if recipe.data.packing and not methods.find(recipe.selfgen.method).keeps_rows:
+        problems.add(
+            f"data.packing: expected false with {recipe.selfgen.method}, whose rows differ from the samples in number "
+            "and length; use data.group_by_length to save padding"
+        )
 
 
 def _first_ranks(recipe: Recipe) -> int | None:

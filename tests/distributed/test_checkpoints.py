@@ -322,7 +322,7 @@ def test_retention_keeps_the_number_of_checkpoints_that_is_set(two_ranks: Ranks,
 
 def test_other_rows_are_refused_on_resume(two_ranks: Ranks, saved: Recipe, folder: Path) -> None:
     runs.write_rows(folder, count=41)
-    with pytest.raises(AssertionError, match=r"data\.train: not the rows that"):
+    with pytest.raises(AssertionError, match=r"data\.train: expected the rows that"):
         resume(two_ranks, saved)
 
 

@@ -149,7 +149,7 @@ HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers":
             ["--selfgen.method", "none"],
             "selfgen.method: expected one of sft, scheduled_sampling, bash, rac, or module:Class, got 'none'",
         ),
-        (["--selfgen.method", "sft", "--selfgen.top_p", "0.5"], "selfgen.top_p: sft does not read it"),
+        (["--selfgen.method", "sft", "--selfgen.top_p", "0.5"], "selfgen.top_p: sft does not read this setting"),
         (["--checkpoint.every", "0"], "checkpoint.every: expected 1 or more, got 0"),
         (["--model.preset", HUGE], "output_dir: a checkpoint takes"),
         (["--model.preset", '{"hidden_size": 0}'], "model"),

@@ -125,8 +125,8 @@ def test_a_run_of_two_ranks_continues_with_another_number(
     check_continues(before, after)
     assert sum(len(steps.contexts) for steps in after) == 8 * (STEPS - SAVED)
     assert {steps.accumulation for steps in after} == {accumulation}
-    line = f"2 ranks before, {number} now: a step keeps its 8 rows, as {accumulation} micro-batches of 2 per rank"
-    assert line in after[0].logged
+    line = f"a step keeps its 8 rows, now as {accumulation} micro-batches of 2 rows per rank"
+    assert f"resuming a run of 2 ranks on {number} ranks: {line}" in after[0].logged
     assert not any("nothing to do" in line for line in after[0].logged)
 
 
@@ -383,7 +383,7 @@ def test_ranks_that_would_have_none_of_the_norms_are_refused_before_stage_3(
     losses = joined(ranks[2].run(steps, settings, SAVED))[0]
     part = replace(settings, resume="auto")
     with pytest.raises(
-        AssertionError, match=r"InputError: resume: .* cannot be loaded by 4 ranks, .*; fewer ranks can"
+        AssertionError, match=r"InputError: resume: .* cannot be loaded by 4 ranks: .*; start fewer ranks"
     ):
         ranks[4].run(steps, part)
     assert joined(ranks[3].run(steps, part))[0] == pytest.approx(losses[SAVED:], rel=1e-6)

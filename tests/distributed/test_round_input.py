@@ -79,13 +79,16 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     shutil.rmtree(store)
     resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")
     assert train(folder, *bash, *resume)[0] == 0
-    assert f"{store / 'round-01'} is gone; drawing it again with the weights of step" in (folder / "log").read_text()
+    assert (
+        f"{store / 'round-01'} no longer exists; drawing it again with the weights of step"
+        in (folder / "log").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is no regular expression: "),
+        (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is not a valid regular expression: "),
         (
             ["bash", "--selfgen.reject", "tests.ranks:none"],
             "selfgen.reject: expected a list of regular expressions, such as ",
@@ -103,8 +106,8 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
             ["bash", "--train.micro_batch_size", "41"],
             "selfgen.epochs_per_round: a round of 40 rows is less than a step of",
         ),
-        (["bash", "--selfgen.cue", "No."], "selfgen.cue: bash does not read it"),
-        (["rac", "--selfgen.passes", "exact"], "selfgen.passes: rac does not read it"),
+        (["bash", "--selfgen.cue", "No."], "selfgen.cue: bash does not read this setting"),
+        (["rac", "--selfgen.passes", "exact"], "selfgen.passes: rac does not read this setting"),
         (["tests.ranks:none"], "selfgen.method: 'tests.ranks:none': "),
     ],
 )

@@ -191,15 +191,15 @@ def test_if_no_checkpoint_is_complete_on_all_hosts_the_run_stops_and_loses_none(
     (folder / "host-1").rename(folder / "elsewhere")
     with pytest.raises(AssertionError) as caught:
         two_ranks.run(on_hosts, folder, 1, first_step, saved)
-    line = "InputError: resume: every checkpoint is broken, or not whole on hosts that share none, the newest is run/"
-    assert str(caught.value).count(line) == 2
+    line = "is broken or, because the hosts share no folder, incomplete; the newest is run/"
+    assert str(caught.value).count(f"InputError: resume: every checkpoint {line}") == 2
     shutil.rmtree(folder / "host-1")
     (folder / "elsewhere").rename(folder / "host-1")
     assert two_ranks.run(on_hosts, folder, 1, first_step, saved) == [6, 6]
 
 
 def test_another_number_of_ranks_needs_a_shared_folder(four_ranks: Ranks, folder: Path, saved: Recipe) -> None:
-    line = "run/checkpoints/step-000006 was written by 2 ranks; for 4 it is converted where all hosts share run/"
+    line = "run/checkpoints/step-000006 was written by 2 ranks; converting it for 4 ranks needs a folder that all hosts"
     with pytest.raises(AssertionError, match=line):
         four_ranks.run(on_hosts, folder, 2, first_step, saved)
 
@@ -212,7 +212,8 @@ def test_a_host_without_the_other_hosts_parts_says_so(one_rank: Ranks, folder: P
 
 def test_rounds_need_a_shared_folder(two_ranks: Ranks, folder: Path, settings: Recipe) -> None:
     settings.selfgen = SelfgenConfig(method="bash")
-    with pytest.raises(AssertionError, match="output_dir: hosts do not share run; bash draws") as caught:
+    line = "output_dir: expected a folder that all hosts share, because bash writes rounds there"
+    with pytest.raises(AssertionError, match=line) as caught:
         two_ranks.run(on_hosts, folder, 1, train, settings)
     assert all(f"rank {rank}: " in str(caught.value) for rank in (0, 1))
     assert not (folder / "host-0" / RUN / "metrics.jsonl").exists()

@@ -329,7 +329,7 @@ def test_a_setting_that_the_method_does_not_read_is_an_error_on_the_command_line
     # a setting that the recipe has for its own method is no error: the log names it
     assert _main(monkeypatch, "train", "--config", DEMO, "--seed", "-1", "--selfgen.method", "sft", *option) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "selfgen." in line and "error" in line]
-    assert errors == ["selfgen-ds: error: selfgen.passes: sft does not read it; remove it"]
+    assert errors == ["selfgen-ds: error: selfgen.passes: sft does not read this setting; remove the setting"]
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ BYTES = byte_tokenizer()
 NO_CLASS = 3
 
 
+class Half(Method):
+    """A user's method that leaves rows out."""
+
+    keeps_rows = False
+
+
 class Nothing(Method):
     """A user's method that reads one setting."""
 
@@ -150,7 +156,7 @@ def test_a_setting_is_read_or_refused(method: str, setting: str, tmp_path: Path)
     else:
         with pytest.raises(InputError) as caught:
             check_settings(recipe, set())
-        assert str(caught.value) == f"selfgen.{setting}: {method} does not read it; remove it"
+        assert str(caught.value) == f"selfgen.{setting}: {method} does not read this setting; remove the setting"
 
 
 def test_a_recipes_settings_for_another_method_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,6 +164,24 @@ def test_a_recipes_settings_for_another_method_are_named(tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO, "selfgen_ds"):
         check_settings(recipe, {"selfgen.method", "selfgen.cue"})
     assert "rac does not read the recipe's selfgen.schedule, selfgen.passes" in caplog.text
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, "tests.unit.test_methods:Half"])
+def test_packing_is_refused_before_any_row_is_read_if_the_method_makes_rows_of_its_own(
+    method: str, tmp_path: Path
+) -> None:
+    recipe = _recipe(tmp_path, method=method)
+    recipe.data.train, recipe.data.packing = str(tmp_path / "rows.jsonl"), True
+    (tmp_path / "rows.jsonl").write_text("no row\n")
+    if methods.find(method).keeps_rows:
+        check_settings(recipe, set())
+    else:
+        with pytest.raises(InputError) as caught:
+            check_settings(recipe, set())
+        assert str(caught.value) == (
+            f"data.packing: expected false with {method}, whose rows differ from the samples in number and length; "
+            "use data.group_by_length to save padding"
+        )
 
 
 BAD_VALUES = [

@@ -38,7 +38,7 @@ def test_a_preset_of_another_type_takes_that_types_fields_and_their_common_names
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"model_type": "lama"}, "model.preset: model_type: transformers knows no 'lama'"),
+        ({"model_type": "lama"}, "model.preset: model_type: expected a model type of transformers, got 'lama'"),
         ({"n_embd": 64}, "model.preset: not fields of a llama configuration: n_embd"),
         ({"model_type": "gpt2", "head_size": 8, "z": 1}, "not fields of a gpt2 configuration: head_size, z"),
         ({"model_type": "gpt2", "n_embd": "wide"}, "model.preset: .*n_embd"),

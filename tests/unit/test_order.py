@@ -204,7 +204,8 @@ def test_equal_weights_of_equal_sources_are_as_no_weights() -> None:
 
 
 def test_a_share_of_less_than_a_row_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"^data\.train: a weight of .* is less than one of 20 rows an epoch"):
+    line = r"^data\.train: weights .* give a source less than one of the 20 rows per epoch"
+    with pytest.raises(InputError, match=line):
         Stream([10, 10], [1.0, 0.001], seed=0)
 
 

@@ -128,7 +128,7 @@ def test_a_model_that_may_mix_samples_unseen_is_refused_for_packing(monkeypatch:
         return flat
 
     monkeypatch.setattr(LlamaModel, "forward", blind)
-    with pytest.raises(InputError, match="cannot be told"):
+    with pytest.raises(InputError, match="cannot tell whether"):
         check(ARCHITECTURES["llama"], packing=True)
 
 
@@ -141,7 +141,9 @@ def test_an_unknown_transform_of_the_logits_is_refused(monkeypatch: pytest.Monke
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
-    with pytest.raises(InputError, match="model type 'llama' computes its logits in a way that is not known"):
+    with pytest.raises(
+        InputError, match="model type 'llama' computes its logits in a way that selfgen-ds does not support"
+    ):
         check(ARCHITECTURES["llama"])
 
 
