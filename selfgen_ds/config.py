@@ -39,7 +39,7 @@ class ModelConfig:
     type that `model_type` names, or else of a Llama. Vocabulary and special tokens are the tokenizer's unless given.
     With `name_or_path`: the fields that the model's configuration must have."""
     tokenizer: str | None = None
-    """Tokenizer folder or hub id; `byte` is built in (256 bytes, a padding and an end token). Default: the model's."""
+    """Tokenizer folder or hub id; `byte` is built in (256 bytes, padding, and an end token). Default: the model's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; with `bfloat16` the optimizer keeps float32 master weights."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"

@@ -144,7 +144,7 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
     """Return the samples of a source from the cache, or tokenize the source into it.
 
     The cache is `selfgen_ds/` in the folder where `datasets` keeps its own (`HF_DATASETS_CACHE`). Of the processes that
-    want the same samples, on all hosts that share the folder, one tokenizes and the others wait.
+    want the same samples, on all hosts that share the folder, one process tokenizes and the others wait.
 
     Raises:
         InputError: A row is not as expected, or none is usable.

@@ -115,6 +115,8 @@ class Method:
     """Fields of `selfgen` that the method reads. A recipe for the method may set no other field."""
     keeps_rows: ClassVar[bool] = True
     """Whether the method trains on one row per sample, as long as the sample. Only such rows can be packed."""
+    has_rounds: ClassVar[bool] = False
+    """Whether the method draws contexts in rounds: asked of the class, before there is a method to ask."""
     passes: int = 0
     """Self-generated-token passes of the last step."""
 
@@ -150,6 +152,8 @@ class RoundMethod(Method):
 
     A round lasts `selfgen.epochs_per_round` epochs of the data set; rounds count from 0.
     """
+
+    has_rounds: ClassVar[bool] = True
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)

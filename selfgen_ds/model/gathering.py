@@ -66,7 +66,7 @@ class GatherableModel:
         rank must call this, because the ranks decide together.
 
         Args:
-            longest: Tokens of the longest row, prompt and answer.
+            longest: Tokens of the longest row, prompt and answer together.
         """
         if self._inside_gathered:
             yield

@@ -43,7 +43,7 @@ _SHARED = "shared.json"
 _CHUNK = 256
 """Most samples of a chunk, unless more can be generated at once."""
 _CHUNKS = 32
-"""Fewest chunks per rank in a round: it shows progress after each, and a killed round continues after the last."""
+"""Fewest chunks per rank in a round. Progress is shown by chunks, and a killed round loses at most one per rank."""
 _FEW_CHUNKS = 4
 """Fewest chunks per rank if smaller chunks had fewer rows than can be generated at once."""
 

@@ -180,7 +180,7 @@ def _load_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[l
 def _plan(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, samples: list[Samples], folder: RunFolder
 ) -> tuple[StepBatches, int, Method]:
-    """Return the training rows in steps, the number of steps and the method; report the problems of all together."""
+    """Return the training rows in steps, the number of steps, and the method; report all problems together."""
     problems = Problems()
     with problems.collect():  # without the batches, nothing else can be checked
         step_batches = _in_steps(recipe, samples, folder)

@@ -1,4 +1,4 @@
-"""Checks of settings: recipe, options, JSON and output folder, and whether they fit the model and the data.
+"""Checks of settings: recipe, options, JSON, and output folder, and whether they fit the model and the data.
 
 A check adds lines to a `Problems` list (`selfgen_ds.errors`) instead of raising its own error, so that a user reads all
 problems of a stage at once. Only the checks of `options.py` raise their own errors, because each is alone in its stage.
@@ -11,7 +11,7 @@ The stages follow what a check needs:
 | `output_folder.py` | the output folder, as an earlier run left it | when the ranks know whether they share it |
 | `inputs.py` | the model's configuration, then the tokenized data | before the model's weights are loaded |
 
-What is read is refused where it is read, because only the reader knows the row: files, rows and templates in `data/`,
+What is read is refused where it is read, because only the reader knows the row: files, rows, and templates in `data/`,
 complete rounds in `rounds/checks.py`, and data that a method cannot work with in its `Method.check`. `setup/prepare.py`
 collects the errors of data and method with the others; those of rounds come after the weights are loaded.
 """

@@ -16,7 +16,6 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
-from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.model.loading import most_positions, trained_parameter_count
 
 log = logging.getLogger("selfgen_ds")
@@ -50,7 +49,7 @@ def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfi
 
 def check_rounds_folder(problems: Problems, recipe: Recipe, storage: Storage) -> None:
     """Check that all hosts can read the rounds that other hosts draw, if the method has rounds."""
-    if _has_rounds(recipe) and not storage.shared:
+    if methods.find(recipe.selfgen.method).has_rounds and not storage.shared:
         problems.add(
             f"output_dir: expected a folder that all hosts share, because {recipe.selfgen.method} writes rounds there; "
             f"the hosts do not share {recipe.output_dir}"
@@ -79,10 +78,5 @@ def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -
     if train.max_steps is None and step_batches.steps() == 0:
         problems.add(f"train.epochs: {train.epochs} epochs of {rows} rows contain no whole row; raise train.epochs")
     rows_per_round = recipe.selfgen.epochs_per_round * rows
-    if _has_rounds(recipe) and rows_per_round < step_size:
+    if methods.find(recipe.selfgen.method).has_rounds and rows_per_round < step_size:
         problems.add(f"selfgen.epochs_per_round: a round of {rows_per_round} rows is less than a step of {step_size}")
-
-
-def _has_rounds(recipe: Recipe) -> bool:
-    """Return whether the recipe's method draws rounds."""
-    return issubclass(methods.find(recipe.selfgen.method), RoundMethod)
