@@ -82,7 +82,7 @@ class Slurm:
         words = self.first.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, *states: str, timeout: float = 90.0) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout: float = 180.0) -> dict[str, str]:
         """Wait until a job is in one of the states, and return its fields."""
         deadline = time.monotonic() + timeout
         while (found := self.job(job))["JobState"] not in states:
@@ -103,7 +103,7 @@ class Slurm:
 
         self.until(job, runs)
 
-    def until(self, job: str, done: Callable[[], bool], timeout: float = 90.0) -> None:
+    def until(self, job: str, done: Callable[[], bool], timeout: float = 180.0) -> None:
         """Wait until `done()` is true.
 
         Raises:
