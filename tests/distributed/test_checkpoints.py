@@ -431,7 +431,7 @@ def test_another_setting_may_not_change_on_resume(two_ranks: Ranks, saved: Recip
 
 def test_the_newest_and_the_best_checkpoints_are_kept(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2, keep=1))
-    settings.optim.learning_rate, settings.optim.schedule = 1.0, "constant"  # a rate at which the model learns nothing
+    settings.optim.learning_rate, settings.optim.schedule = 0.3, "constant"  # a rate at which the model unlearns
     settings.data.eval, settings.eval = settings.data.train, EvalConfig(every=1, max_samples=8)
     settings.train.max_steps = 8
     two_ranks.run(runs.run_training, settings)
