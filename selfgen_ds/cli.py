@@ -58,7 +58,6 @@ def main() -> None:
     try:
         _run(parsed, overrides)
     except InputError as error:
-        signals.ignore()
         _tell(str(error))
         process_group.leave_process_group(f"error: {error}")
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
@@ -83,6 +82,7 @@ def main() -> None:
 
 def _tell(problems: str) -> None:
     """Print problems of the user's input, one line each, on one rank per host."""
+    signals.ignore()
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()
