@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -44,7 +45,10 @@ _NUMBERS = itertools.count()
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
-    """Return the recipe of a run of a few steps on `folder/rows.jsonl`, in a folder of its own."""
+    """Return the recipe of a run of a few steps on `folder/rows.jsonl`, in a folder of its own.
+
+    Nothing in it is shared with another recipe, so that a test may change it.
+    """
     settings: dict[str, Any] = {
         "output_dir": str(folder / f"run-{next(_NUMBERS)}"),
         "deepspeed": str(ROOT / "ds_configs" / "zero3_cpu.json"),
@@ -57,7 +61,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         "eval": EvalConfig(),
         "seed": 3,
     }
-    return Recipe(**(settings | changes))
+    return copy.deepcopy(Recipe(**(settings | changes)))
 
 
 def write_rows(folder: Path, count: int = 40) -> None:
