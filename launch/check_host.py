@@ -16,10 +16,9 @@ import sys
 
 def same(arguments: list[str]) -> dict[str, str]:
     """Return what must be equal on all hosts, and `address`, at which ssh reached this host."""
-    from jsonargparse import ArgumentError
-
     from selfgen_ds import packaged
     from selfgen_ds.cli import recipe_of
+    from selfgen_ds.errors import InputError
     from selfgen_ds.versions import versions
 
     try:
@@ -31,8 +30,8 @@ def same(arguments: list[str]) -> dict[str, str]:
         hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}")
-    except (ArgumentError, UnicodeDecodeError) as error:
-        sys.exit(" ".join(str(error).split()))
+    except InputError as error:
+        sys.exit("; ".join(str(error).splitlines()))
     connection = os.environ.get("SSH_CONNECTION", "- - 127.0.0.1 -")
     return {"address": connection.split()[2]} | versions() | hashes
 

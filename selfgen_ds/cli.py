@@ -25,6 +25,20 @@ from selfgen_ds.ranks import signals
 
 log = logging.getLogger("selfgen_ds")
 
+_SETTINGS: dict[str, type] = {
+    "train": Recipe,
+    "inspect": Recipe,
+    "bench": Recipe,
+    "evaluate": EvaluateOptions,
+    "export": ExportOptions,
+}
+"""Sub-command -> the dataclass whose fields are its options."""
+_OTHERS: dict[str, dict[str, Any]] = {
+    "inspect": {"rows": int, "draw": bool},
+    "bench": {"grid": Literal["budget", "rollouts", "full"], "steps": int},
+}
+"""Sub-command -> its other options, and their types."""
+
 
 def main() -> None:
     """Run the sub-command that the command line names.
@@ -39,11 +53,10 @@ def main() -> None:
         arguments[1:1] = ["--config", "bench"]
     os.umask(os.umask(0o077) | 0o002)  # only the owner and the group may write to a run's files
     sys.path.append(os.getcwd())  # finds modules that a recipe names, as `python -m` does
-    parser = _parser()
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
-    except (ArgumentError, UnicodeDecodeError) as error:
-        _tell(" ".join(str(error).split()))
+        parsed = _parse(arguments)
+    except InputError as error:
+        _tell(str(error))
         sys.exit(2)
     overrides = _overrides(arguments)
 
@@ -80,6 +93,24 @@ def main() -> None:
     process_group.leave_process_group()
 
 
+def _parse(arguments: list[str]) -> Namespace:
+    """Return a parsed command line.
+
+    Raises:
+        InputError: One line for every unknown, missing, or mistyped setting.
+    """
+    parser = _parser()
+    try:
+        return parser.instantiate(parser.parse_args(arguments))
+    except (ArgumentError, TypeError, UnicodeDecodeError) as error:
+        from selfgen_ds.validation import command_line
+
+        command, *options = arguments or [""]
+        settings = _SETTINGS.get(command)
+        problems = [] if settings is None else command_line.problems(options, settings, _OTHERS.get(command, {}))
+        raise InputError("\n".join(problems) or " ".join(str(error).split())) from error
+
+
 def _tell(problems: str) -> None:
     """Print problems of the user's input, one line each, on one rank per host."""
     signals.ignore()
@@ -110,18 +141,21 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
 
-    def command(name: str, summary: str, description: str | None) -> ArgumentParser:
-        added = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    def command(name: str, summary: str, description: str | None, usage: str | None = None) -> ArgumentParser:
+        added = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
         commands.add_subcommand(name, added, help=summary)
         return added
 
     def command_with_recipe(name: str, summary: str, description: str) -> ArgumentParser:
-        added = command(name, summary, description)
+        usage = f"selfgen-ds {name} --config RECIPE [--section.setting VALUE ...]"  # the whole list takes 70 lines
+        added = command(name, summary, f"{description} {packaged_files}", usage)
         config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"
         added.add_argument("--config", action=_RecipeFile, help=config)
         added.add_class_arguments(Recipe)
         return added
 
+    packaged_files = f"Packaged recipes: {packaged.names('recipes')}. "
+    packaged_files += f"Packaged DeepSpeed JSONs: {packaged.names('ds_configs')}."
     launched = "under deepspeed, torchrun or mpirun, or in one process"
     command_with_recipe("train", f"train a recipe; {launched}", "Train a recipe.")
     inspect = command_with_recipe(
@@ -191,12 +225,11 @@ def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
     """Return the recipe that the options of `train` describe, and the settings that the options give, for scripts.
 
     Raises:
-        ArgumentError: An option is unknown or has a wrong type.
+        InputError: One line for every unknown, missing, or mistyped setting.
     """
     given = [a for a in arguments if not a.startswith("--local_rank=")]
-    parser = _parser()
     overrides = _overrides(given)
-    return _recipe(parser.instantiate(parser.parse_args(["train", *given])).train, overrides), overrides
+    return _recipe(_parse(["train", *given]).train, overrides), overrides
 
 
 def _overrides(arguments: list[str]) -> set[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+Kind = Literal["recipes", "ds_configs"]
+
+_SUFFIX: dict[Kind, str] = {"recipes": ".yaml", "ds_configs": ".json"}
 _ROOT = Path(__file__).parent  # holds links to the repository's recipes/ and ds_configs/; a wheel holds their files
 
 
-def find(name: str, kind: Literal["recipes", "ds_configs"]) -> Path:
+def find(name: str, kind: Kind) -> Path:
     """Return the file that a path or a name means.
 
     An existing path means itself. Otherwise the last part of the name, with or without its suffix, may be that of a
@@ -18,6 +21,11 @@ def find(name: str, kind: Literal["recipes", "ds_configs"]) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    suffix = {"recipes": ".yaml", "ds_configs": ".json"}[kind]
+    suffix = _SUFFIX[kind]
     packaged = _ROOT / kind / (path.name.removesuffix(suffix) + suffix)
     return packaged if packaged.exists() else path
+
+
+def names(kind: Kind) -> str:
+    """Return the names of the packaged files, for help texts and messages."""
+    return ", ".join(sorted(path.stem for path in (_ROOT / kind).glob("*" + _SUFFIX[kind])))

@@ -6,6 +6,7 @@ The stages follow what a check needs:
 
 | file | needs | is run |
 |---|---|---|
+| `command_line.py` | the command line and the recipe file: names and types of settings | when parsing has failed |
 | `options.py` | the command line of `evaluate`, `bench`, and `compare` | first |
 | `settings.py` | the recipe, the DeepSpeed JSON, and the method's class | before any rank waits for another |
 | `output_folder.py` | the output folder, as an earlier run left it | when the ranks know whether they share it |

@@ -54,7 +54,7 @@ def test_a_bad_hostfile_is_one_clear_line(nodes: list[Host], recipe: Path, text:
 def test_a_bad_recipe_is_met_before_any_host_is_asked(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     nodes[1].link("down")
     for arguments, expected in {
-        (recipe, "--train.max_step", "3"): "unrecognized arguments: --train.max_step",
+        (recipe, "--train.max_step", "3"): "--train.max_step: no such setting",
         (recipe.with_name("none.yaml"),): "none.yaml",
         (recipe, "--deepspeed", "none.json"): "none.json",
     }.items():

@@ -34,7 +34,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(nodes: list[Host], recipe: 
     ("arguments", "problem"),
     [
         (["none.yaml"], "none.yaml"),
-        (["recipes/demo.yaml", "--train.max_step", "3"], "unrecognized arguments: --train.max_step 3"),
+        (["recipes/demo.yaml", "--train.max_step", "3"], "--train.max_step: no such setting"),
         (["recipes/demo.yaml", "--deepspeed", "none.json"], "none.json"),
     ],
     ids=["recipe", "setting", "JSON"],

@@ -98,7 +98,8 @@ def test_a_refusal_is_exit_code_2_and_one_line_that_usage_does_not_bury(folder: 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "selfgen-ds: error: unrecognized arguments: --optim.learning_rat 3\n"
+    line = "--optim.learning_rat: no such setting; did you mean --optim.learning_rate?"
+    assert done.stderr == f"selfgen-ds: error: {line}\n"
 
 
 def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:

@@ -1,0 +1,97 @@
+"""A refused command line: every problem of its options and of its recipe file is a line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selfgen_ds import cli
+from selfgen_ds.errors import InputError
+
+RECIPE = """\
+output_dir: runs/mine
+deepspeed: zero3_cpu
+data: {train: rows.jsonl}
+"""
+
+
+def refused(*options: object) -> list[str]:
+    """Return the lines with which `train` refuses its options."""
+    with pytest.raises(InputError) as caught:
+        cli.recipe_of([str(option) for option in options])
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Return the path of a recipe to be written."""
+    return tmp_path / "recipe.yaml"
+
+
+def test_all_problems_of_file_and_options_come_at_once(file: Path) -> None:
+    file.write_text(RECIPE + "train: {micro_batchsize: 8, max_steps: ten}\noptim: {learning_rate: 1e-4}\n")
+    assert refused("--config", file, "--seed=x", "--train.epoch", "3") == [
+        f"{file}: train.micro_batchsize: no such setting; did you mean train.micro_batch_size?",
+        f"{file}: train.max_steps: expected a whole number, got 'ten'",
+        "--seed: expected a whole number, got 'x'",
+        "--train.epoch: no such setting; did you mean --train.epochs?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("max_steps: 3", "max_steps: no such setting; did you mean train.max_steps?"),
+        ("zebra: 3", "zebra: no such setting"),
+        ("train: 5", "train: expected settings by name, got 5"),
+        ("model: {lora: {rank: 4}}", "model.lora.rank: no such setting; did you mean model.lora.r?"),
+        ("model: {dtype: float16}", "model.dtype: expected float32 or bfloat16, got 'float16'"),
+        ("model: {preset: 5}", "model.preset: expected settings by name, got 5"),
+        ("train: {activation_checkpointing: 7}", "train.activation_checkpointing: expected true or false, got 7"),
+        ("optim: {betas: 0.9}", "optim.betas: expected a list, got 0.9"),
+        ("selfgen: {passes: few}", "selfgen.passes: expected a whole number or exact, got 'few'"),
+    ],
+)
+def test_a_setting_that_does_not_exist_or_has_another_type_is_named_with_its_file(
+    file: Path, text: str, problem: str
+) -> None:
+    file.write_text(RECIPE + text)
+    assert refused("--config", file) == [f"{file}: {problem}"]
+
+
+@pytest.mark.parametrize("sources", ["{path: a.jsonl, subst: b}", "[a.jsonl, {path: b.jsonl, subst: b}]"])
+def test_an_unknown_key_of_a_source_is_named(file: Path, sources: str) -> None:
+    file.write_text(RECIPE.replace("rows.jsonl", sources))
+    problem = "data.train.subst: no such setting; did you mean data.train.subset?"
+    assert refused("--config", file) == [f"{file}: {problem}"]
+
+
+def test_every_missing_setting_is_named_with_the_two_places_for_it() -> None:
+    assert refused("--deepspeed", "zero3_cpu") == [
+        f"{setting}: missing; give it in the recipe (--config) or as --{setting}"
+        for setting in ("output_dir", "data.train")
+    ]
+
+
+def test_a_recipe_that_does_not_exist_is_answered_with_the_packaged_ones() -> None:
+    [line] = refused("--config", "none.yaml", "--train.max_steps", "3")
+    assert line.startswith("--config: no file 'none.yaml'; the packaged recipes are bench, bench-1b, demo, ")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"data: [1\nseed: 2", ", line 2: malformed YAML: expected ',' or ']', but got ':'"),
+        (b"- 1", ": expected settings by name, got list"),
+        (b"output_dir: \xff", ": 'utf-8' codec can't decode byte 0xff in position 12: invalid start byte"),
+    ],
+    ids=["YAML", "list", "bytes"],
+)
+def test_a_damaged_recipe_is_one_line(file: Path, content: bytes, problem: str) -> None:
+    file.write_bytes(content)
+    assert refused("--config", file) == [f"--config: {file}{problem}"]
+
+
+def test_what_only_the_parser_knows_is_in_its_words() -> None:
+    assert refused("--config", "demo", "--output_dir") == ["argument --output_dir: expected one argument"]
