@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -75,8 +76,12 @@ def parser() -> ArgumentParser:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_commands_are_understood(page: str, parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_commands_are_understood(
+    page: str, parser: ArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, recipe in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", TEXTS[page], re.MULTILINE | re.DOTALL):
+        Path(name).write_text(recipe, encoding="utf-8")
     for words in commands(TEXTS[page]):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), words
