@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation.options import check_corrected_length, check_evaluate, evaluated_length
 
+log = logging.getLogger("selfgen_ds")
+
 
 def run(options: EvaluateOptions) -> None:
     """Evaluate a model folder and write the results.
@@ -36,6 +39,8 @@ def run(options: EvaluateOptions) -> None:
     """
     check_evaluate(options)
     make_folder(Path(options.output_dir), "--output_dir")
+    if (Path(options.output_dir) / "evaluation.json").exists():
+        log.info("%s holds an evaluation, which this one will replace", options.output_dir)
     source = ModelConfig(
         name_or_path=options.model, dtype=options.dtype, attn_implementation=options.attn_implementation
     )

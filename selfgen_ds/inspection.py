@@ -51,9 +51,10 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts and
             lengths are printed first.
     """
-    check_settings(recipe, overrides)
-    tokenizer = load_tokenizer(recipe.model)
     problems = Problems()
+    check_settings(problems, recipe, overrides)
+    problems.raise_all()
+    tokenizer = load_tokenizer(recipe.model)
     check_positions(problems, recipe, model_config(recipe.model, tokenizer))
     problems.raise_all()
     samples = load_data(recipe, tokenizer)
@@ -126,23 +127,28 @@ def _print_lengths(console: Console, lengths: np.ndarray) -> None:
 
 
 def _print_rows(console: Console, batch: TokenBatch, tokenizer: PreTrainedTokenizerBase) -> None:
-    legend = Text()
-    for kind, (style, meaning) in _KINDS.items():
-        legend.append(kind, style=style).append(f": {meaning}\n")
-    if not console.is_terminal:
-        legend.append("for: the tokens of the reference that were replaced\n")
-    console.print(legend)
+    masks = (batch.replaceable_mask, batch.loss_mask, batch.replaced_mask)
+    replaceable, learned, drawn = (mask.numpy() for mask in masks)
+    kinds = np.where(learned, np.where(replaceable, "replaceable", "target"), "prompt")
+    kinds = np.where(drawn, np.where(learned, "drawn", "answer"), kinds)
+    _print_legend(console, set(kinds[batch.sample_ids.numpy() >= 0].tolist()))
     for row in range(len(batch.context_ids)):
         for sample_id in dict.fromkeys(batch.sample_ids[row][batch.sample_ids[row] >= 0].tolist()):
             of_sample = batch.sample_ids[row] == sample_id
             console.rule(f"row {row + 1}, sample {sample_id}, {int(of_sample.sum())} tokens", align="left")
-            masks = (batch.replaceable_mask, batch.loss_mask, batch.replaced_mask)
-            replaceable, learned, drawn = (mask[row][of_sample].numpy() for mask in masks)
             context, target = (ids[row][of_sample].tolist() for ids in (batch.context_ids, batch.target_ids))
-            kinds = np.where(learned, np.where(replaceable, "replaceable", "target"), "prompt")
-            kinds = np.where(drawn, np.where(learned, "drawn", "answer"), kinds)
-            tokens = zip(kinds, context, target, strict=True)
+            tokens = zip(kinds[row][of_sample.numpy()], context, target, strict=True)
             console.print(_marked(list(tokens), tokenizer, console.is_terminal), soft_wrap=True)
+
+
+def _print_legend(console: Console, shown: set[str]) -> None:
+    legend = Text()
+    for kind, (style, meaning) in _KINDS.items():
+        if kind in shown:
+            legend.append(kind, style=style).append(f": {meaning}\n")
+    if "drawn" in shown and not console.is_terminal:
+        legend.append("for: the tokens of the reference that were replaced\n")
+    console.print(legend)
 
 
 def _marked(tokens: list[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase, in_color: bool) -> Text:

@@ -58,11 +58,10 @@ class MetricsLogger:
             # JSON has no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps(finite) + "\n")
-        self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, p {metrics['replace_probability']:.2f}, "
-            f"differing {metrics['differing_share']:.1%}, {metrics['tokens_per_second']:.0f} tokens/s",
-            refresh=False,
-        )
+        shown = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:.0f} tokens/s"]
+        if metrics["drawn_tokens"]:
+            shown[1:1] = [f"p {metrics['replace_probability']:.2f}", f"differing {metrics['differing_share']:.1%}"]
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)
         scores = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")]
         if scores:

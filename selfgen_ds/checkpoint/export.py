@@ -74,6 +74,8 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
         InputError: `path` is no complete checkpoint, one of its files is not as it was written or holds more than plain
             data, `folder` exists, or an adapter's base model no longer exists.
     """
+    if of_run := complete_checkpoints(path / "checkpoints"):
+        raise InputError(f"{path}: expected a checkpoint, got a run; its newest checkpoint is {of_run[-1].path}")
     complete = complete_checkpoints(path.parent)
     checkpoint = next((c for c in complete if c.path == path), None)
     if checkpoint is None:

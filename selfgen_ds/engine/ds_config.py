@@ -25,8 +25,11 @@ def read(path: str) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read or is not a JSON object.
     """
+    file = packaged.find(path, "ds_configs")
+    if not file.is_file():
+        raise InputError(f"deepspeed: no file {path!r}; the packaged JSONs are {packaged.names('ds_configs')}")
     try:
-        config = json.loads(packaged.find(path, "ds_configs").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"deepspeed: {path}: {error}") from error
     except json.JSONDecodeError as error:

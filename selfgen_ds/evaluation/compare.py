@@ -47,7 +47,6 @@ def run(options: CompareOptions) -> None:
         InputError: A run is missing or damaged, or the runs were evaluated on different rows or settings.
     """
     folder = Path(options.output_dir)
-    make_folder(folder, "--output_dir")
     try:
         groups = _group([_load(Path(run)) for run in options.runs])
     except (KeyError, TypeError, AttributeError) as error:
@@ -57,6 +56,7 @@ def run(options: CompareOptions) -> None:
     rounds = baseline.settings["correction_rounds"]
     # The intervals are of means over rows; the loss is a mean over tokens.
     metrics = [m for m in descriptions(rounds) if m != "loss" and all(m in group.scores for group in groups)]
+    make_folder(folder, "--output_dir")
     rng = np.random.default_rng(0)
     rows = [_row(group, baseline, metric, rng) for group in groups for metric in metrics]
     write_atomically(folder / "comparison.json", json.dumps({"baseline": baseline.name, "rows": rows}, indent=1))
@@ -77,9 +77,13 @@ def _check_comparable(groups: list[_Group]) -> None:
     for group in groups:
         if (group.settings, group.sample_ids) == (baseline.settings, baseline.sample_ids):
             continue
-        differing = [name for name, value in group.settings.items() if value != baseline.settings[name]] or ["rows"]
-        different = f"different rows or settings ({', '.join(differing)})"
-        raise InputError(f"{group.name} and {baseline.name} were evaluated on {different}")
+        differing = [
+            f"with {name} {value!r} and {baseline.settings[name]!r}"
+            for name, value in group.settings.items()
+            if value != baseline.settings[name]
+        ]
+        how = ", ".join(differing) or "on different rows"
+        raise InputError(f"{group.name} and {baseline.name} were evaluated {how}; evaluate them alike")
 
 
 def _load(folder: Path) -> dict[str, Any]:
@@ -190,7 +194,7 @@ def _interval(values: np.ndarray, rng: np.random.Generator, reference: np.ndarra
 def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[str]) -> str:
     """Return a Markdown table with a line per metric and a column per group."""
     row_of = {(row["run"], row["metric"]): row for row in rows}
-    columns = [f"{g.method} ({g.name}, seeds {', '.join(map(str, g.seeds))})" for g in groups]
+    columns = [f"{g.method} ({g.name}, seed{'s' * (len(g.seeds) > 1)} {', '.join(map(str, g.seeds))})" for g in groups]
     lines = ["| metric | " + " | ".join(columns) + " |", "|---|" + "---|" * len(groups)]
     for metric in metrics:
         cells = []

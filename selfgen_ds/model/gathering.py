@@ -94,7 +94,7 @@ class GatherableModel:
                 self._inside_gathered, self._spare_bytes = False, math.inf
         if announced and self.generated_tokens:
             log.info(
-                "rollouts: this rank generated %d tokens in %.1f s, %.0f tokens per second",
+                "generation: this rank generated %d tokens in %.1f s, %.0f tokens per second",
                 self.generated_tokens,
                 self.generation_seconds,
                 self.generated_tokens / self.generation_seconds,
@@ -120,7 +120,7 @@ class GatherableModel:
         rows = max(1, min(self.rows_at_once, rows))
         if self.sharded and gathers != self._gathered_before:
             log.info(
-                "rollouts: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free",
+                "generation: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free",
                 weights / 1e6,
                 "are gathered once" if gathers else "stay sharded and are gathered again for every token or pass",
                 rows,

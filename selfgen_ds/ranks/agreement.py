@@ -42,8 +42,8 @@ def check_ranks(facts: dict[str, Any]) -> None:
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise the `InputError` of any rank on all ranks, so that all of them end instead of waiting for the failed one.
 
-    Collective: every rank must enter and leave this context. A line that only some ranks have names a rank and its
-    host.
+    Collective: every rank must enter and leave this context. If there are several hosts, a line that only some ranks
+    have names a rank and its host.
 
     Raises:
         InputError: The body raised an `InputError` on at least one rank.
@@ -59,7 +59,8 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise InputError(problem)
         return
     lines: dict[str, str] = {}
+    several_hosts = len({host for host, _ in gathered}) > 1
     for rank, (host, other) in enumerate(gathered):
         for line in (other or "").splitlines():
-            lines.setdefault(line, f"{line} (rank {rank} on {host})")
+            lines.setdefault(line, f"{line} (rank {rank} on {host})" if several_hosts else line)
     raise InputError("\n".join(lines.values()))

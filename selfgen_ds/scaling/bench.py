@@ -45,14 +45,15 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     """
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
     check_bench(recipe)
+    problems = Problems()
     for block in [drawing.block(recipe), *blocks]:
-        json_config = check_settings(block.of(recipe), overrides)
+        json_config = check_settings(problems, block.of(recipe), overrides)
+    problems.raise_all()
     folder = Path(recipe.output_dir)
     make_folder(folder, "output_dir")  # on every rank, so that a folder that cannot be made stops all of them
     process_group.init_process_group()
     with raise_on_all_ranks():
         config = model_config(recipe.model, load_tokenizer(recipe.model))
-        problems = Problems()
         check_positions(problems, recipe, config)
         problems.raise_all()
         parameters = parameter_count(recipe.model, config)

@@ -49,7 +49,7 @@ from selfgen_ds.validation.inputs import (
     check_shares,
     check_steps,
 )
-from selfgen_ds.validation.output_folder import flat
+from selfgen_ds.validation.output_folder import check_same_run, flat
 from selfgen_ds.validation.settings import check_settings
 from selfgen_ds.versions import versions
 
@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     Raises:
         InputError: Bad input or configuration, the same lines on every rank.
     """
-    json_config = check_settings(recipe, overrides)
+    json_config = _check_settings(recipe, overrides)
     process_group.init_process_group()
     check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
     folder = open_run_folder(recipe, json_config)
@@ -121,6 +121,16 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
         write_atomically(folder.path / "ds_config.json", json.dumps(resolved, indent=2) + "\n")
         write_atomically(folder.path / "config.yaml", to_yaml(recipe))
     return Run(**vars(inputs), engine=engine, policy=policy, rounds=rounds, hf_config=hf_config)
+
+
+def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
+    """Check recipe and JSON, and return the JSON as it stands."""
+    problems = Problems()
+    json_config = check_settings(problems, recipe, overrides)
+    if problems.lines and json_config:  # the run ends here in any case: report problems of the output folder as well
+        check_same_run(problems, recipe, json_config)
+    problems.raise_all()
+    return json_config
 
 
 def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
@@ -271,7 +281,7 @@ def _log_start(recipe: Recipe, inputs: Inputs) -> None:
         if (idle := world_size - -(-batches.step_size // recipe.train.micro_batch_size)) > 0:
             log.warning("a step has fewer micro-batches than there are ranks: %d ranks have nothing to do", idle)
     log.info(
-        "%s on %d samples (%d truncated, %d refused)%s: %d steps of %d rows, %d ranks, %s",
+        "%s on %d samples (%d truncated, %d refused)%s: %d steps of %d rows, %s, %s",
         recipe.selfgen.method,
         sum(map(len, inputs.samples)),
         sum(source.truncated for source in inputs.samples),
@@ -279,6 +289,6 @@ def _log_start(recipe: Recipe, inputs: Inputs) -> None:
         f" in {len(batches)} packed rows" if recipe.data.packing else "",
         inputs.total_steps,
         batches.step_size,
-        world_size,
+        "1 rank" if world_size == 1 else f"{world_size} ranks",
         f"resumed from {resumed.path}" if resumed else "from the start",
     )

@@ -68,7 +68,7 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
             if count > share * source.read:
                 problems.add(
                     f"{source.name}: {count} of {source.read} {what} at data.max_length={data.max_length}; "
-                    f"data.{setting}={share} allows fewer"
+                    f"raise data.max_length, or allow more than {share:.1%} of the rows (data.{setting})"
                 )
 
 
@@ -79,4 +79,7 @@ def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -
         problems.add(f"train.epochs: {train.epochs} epochs of {rows} rows contain no whole row; raise train.epochs")
     rows_per_round = recipe.selfgen.epochs_per_round * rows
     if methods.find(recipe.selfgen.method).has_rounds and rows_per_round < step_size:
-        problems.add(f"selfgen.epochs_per_round: a round of {rows_per_round} rows is less than a step of {step_size}")
+        problems.add(
+            f"selfgen.epochs_per_round: a round of {rows_per_round} rows is less than a step of {step_size}; raise it, "
+            "or lower train.micro_batch_size or train.gradient_accumulation_steps"
+        )

@@ -56,7 +56,7 @@ def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_conf
         problems.add(f"resume: {folder} was started with other settings: {'; '.join(changed)}")
     steps_before, steps = before.get("train.max_steps"), recipe.train.max_steps
     if steps_before is not None and steps is not None and steps < steps_before:
-        problems.add(f"train.max_steps: may be raised on resume, was {steps_before} and is {steps}")
+        problems.add(f"train.max_steps: a resumed run may only raise it, was {steps_before} and is {steps}")
     json_before = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
     stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
     if stage_before != stage:

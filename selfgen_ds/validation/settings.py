@@ -16,22 +16,17 @@ from selfgen_ds.evaluation.metrics import METRICS, RECOVERY_METRICS
 from selfgen_ds.methods.reject import load_reject
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation import deepspeed_json
-from selfgen_ds.validation.output_folder import check_same_run
 from selfgen_ds.validation.recipe import check_recipe
 
 log = logging.getLogger("selfgen_ds")
 
 
-def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
-    """Check all settings of a recipe and its JSON, and return the JSON as it stands.
+def check_settings(problems: Problems, recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
+    """Check all settings of a recipe and its JSON, and return the JSON as it stands; an unreadable one is empty.
 
     Args:
         overrides: Settings that were given on the command line.
-
-    Raises:
-        InputError: One line for every problem of recipe, JSON, and method.
     """
-    problems = Problems()
     check_recipe(problems, recipe)
     with problems.collect():  # there may be no such method
         _check_unread_settings(problems, recipe.selfgen, overrides)
@@ -46,9 +41,6 @@ def check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
         json_config = ds_config.read(recipe.deepspeed)
         first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
         problems.add(*deepspeed_json.problems(recipe, json_config, process_group.world_size(), first_ranks))
-    if problems.lines and json_config:  # the run ends here in any case: report problems of the output folder as well
-        check_same_run(problems, recipe, json_config)
-    problems.raise_all()
     return json_config
 
 

@@ -328,7 +328,7 @@ def test_other_rows_are_refused_on_resume(two_ranks: Ranks, saved: Recipe, folde
 
 def test_max_steps_may_not_be_lowered_on_resume(two_ranks: Ranks, saved: Recipe) -> None:
     saved.train.max_steps = 5
-    with pytest.raises(AssertionError, match=r"train\.max_steps: may be raised on resume, was 6 and is 5"):
+    with pytest.raises(AssertionError, match=r"train\.max_steps: a resumed run may only raise it, was 6 and is 5"):
         resume(two_ranks, saved)
 
 

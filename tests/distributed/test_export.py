@@ -60,3 +60,9 @@ def test_a_broken_checkpoint_is_not_exported(saved: Recipe, folder: Path) -> Non
     with pytest.raises(InputError, match=r"broken: zero_pp_rank_1_mp_rank_00_optim_states\.pt"):
         export.export_checkpoint(path, folder / "exported")
     assert not (folder / "exported").exists()
+
+
+def test_the_folder_of_a_run_is_answered_with_its_newest_checkpoint(saved: Recipe, folder: Path) -> None:
+    newest = f"its newest checkpoint is {saved.output_dir}/checkpoints/step-000006"
+    with pytest.raises(InputError, match=f"{saved.output_dir}: expected a checkpoint, got a run; {newest}$"):
+        export.export_checkpoint(Path(saved.output_dir), folder / "exported")

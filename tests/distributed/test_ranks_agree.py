@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -48,18 +49,29 @@ def test_what_differs_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
     assert [sorted(lines.splitlines()) for lines in found] == [expected, expected]
 
 
-def bad_input_of(problems: list[str | None]) -> None:
-    with raise_on_all_ranks():
+def bad_input_of(problems: list[str | None], hosts: list[str]) -> None:
+    with patch("socket.gethostname", return_value=hosts[dist.get_rank()]), raise_on_all_ranks():
         if (problem := problems[dist.get_rank()]) is not None:
             raise InputError(problem)
 
 
-def test_bad_input_that_not_all_ranks_have_names_rank_and_host(two_ranks: Ranks) -> None:
-    two_ranks.run(bad_input_of, [None, None])
-    with pytest.raises(AssertionError, match=rf"InputError: no such file \(rank 1 on {socket.gethostname()}\)\n"):
-        two_ranks.run(bad_input_of, [None, "no such file"])
-    with pytest.raises(AssertionError, match=r"InputError: no such file\n"):
-        two_ranks.run(bad_input_of, ["no such file"] * 2)
+@pytest.mark.parametrize(
+    ("problems", "hosts", "line"),
+    [
+        ([None, "no such file"], ["a", "b"], r"no such file \(rank 1 on b\)"),
+        ([None, "no such file"], ["a", "a"], "no such file"),
+        (["no such file", "no such file"], ["a", "b"], "no such file"),
+    ],
+)
+def test_bad_input_that_not_all_ranks_have_names_rank_and_host_if_there_are_several(
+    two_ranks: Ranks, problems: list[str | None], hosts: list[str], line: str
+) -> None:
+    with pytest.raises(AssertionError, match=rf"InputError: {line}\n"):
+        two_ranks.run(bad_input_of, problems, hosts)
+
+
+def test_ranks_without_bad_input_go_on(two_ranks: Ranks) -> None:
+    two_ranks.run(bad_input_of, [None, None], ["a", "b"])
 
 
 def train_with_another_seed_on_rank_1(settings: Recipe) -> None:

@@ -209,8 +209,8 @@ def test_weights_are_gathered_where_they_and_a_row_fit_on_every_rank_and_the_cho
     sharded, rate, gathered, other_rate = lines
     assert "stay sharded" in sharded
     assert "are gathered once; 2 rows at once" in gathered
-    assert rate.startswith("rollouts: this rank generated 10 tokens in")
-    assert other_rate.startswith("rollouts: this rank generated 10 tokens in")
+    assert rate.startswith("generation: this rank generated 10 tokens in")
+    assert other_rate.startswith("generation: this rank generated 10 tokens in")
 
 
 @contextmanager

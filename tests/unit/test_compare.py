@@ -187,8 +187,9 @@ def test_runs_evaluated_on_different_rows_are_an_error_that_names_both(tmp_path:
 def test_runs_evaluated_on_different_data_are_an_error(tmp_path: Path) -> None:
     a = _run_folder(tmp_path / "a", BASELINE)
     b = _run_folder(tmp_path / "b", BASELINE, method="bash", data="other.jsonl")
-    with pytest.raises(InputError, match="different rows"):
+    with pytest.raises(InputError, match=r"with data 'other\.jsonl' and 'test\.jsonl'"):
         _compare(tmp_path, a, b)
+    assert not (tmp_path / "out").exists()
 
 
 FILES = pytest.mark.parametrize("name", ["config.yaml", "evaluation.json", "predictions.jsonl"])
@@ -253,5 +254,5 @@ def test_evaluations_with_different_corrections_are_refused(tmp_path: Path, cue:
     first = _run_folder(tmp_path / "a", BASELINE)
     first = first if setting == "correction_rounds" else _with_corrections(first, BASELINE)
     second = _with_corrections(_run_folder(tmp_path / "b", BASELINE), BASELINE, cue)
-    with pytest.raises(InputError, match=rf"evaluated on different rows or settings \({setting}\)"):
+    with pytest.raises(InputError, match=rf"were evaluated with {setting} \S+ and \S+; evaluate them alike"):
         _compare(tmp_path, first, second)

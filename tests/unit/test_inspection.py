@@ -153,3 +153,11 @@ def test_every_answer_to_a_prompt_is_shown(tmp_path: Path, capsys: pytest.Captur
     recipe.selfgen = SelfgenConfig(method="rac", sft_share=0.0, answers_per_prompt=3, max_new_tokens=3, cue="")
     output = _shown(recipe, capsys, rows=1, draw=True)
     assert len(re.findall(r"row \d, sample 0", output)) == 3
+
+
+def test_only_kinds_of_tokens_that_are_shown_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path, ["tell"])
+    assert re.findall(r"^(\w+): ", _shown(recipe, capsys), flags=re.M) == ["prompt", "replaceable", "target"]
+    recipe.selfgen.replace_probability = 1.0
+    drawn = re.findall(r"^(\w+): ", _shown(recipe, capsys, draw=True), flags=re.M)
+    assert drawn == ["prompt", "target", "drawn", "for"]

@@ -69,7 +69,8 @@ def test_epochs_rounds_and_what_the_method_refuses_are_reported_together(tmp_pat
     lines = _problems_of_the_plan(recipe)
     assert lines[:2] == [
         "train.epochs: 0.1 epochs of 4 rows contain no whole row; raise train.epochs",
-        "selfgen.epochs_per_round: a round of 4 rows is less than a step of 5",
+        "selfgen.epochs_per_round: a round of 4 rows is less than a step of 5; raise it, "
+        "or lower train.micro_batch_size or train.gradient_accumulation_steps",
     ]
     assert [line.split(":")[0] for line in lines[2:]] == ["data.max_length"]
 
