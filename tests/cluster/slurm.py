@@ -92,7 +92,7 @@ class Slurm:
 
     def start_again(self, job: str) -> None:
         """Start a requeued job at once, instead of after the two minutes for which Slurm holds one."""
-        self.until(job, lambda: not any(host.processes().keys() - host.daemons for host in self._hosts))
+        self.until(job, lambda: not self._left())
 
         def runs() -> bool:
             found = self.job(job)
@@ -103,17 +103,21 @@ class Slurm:
 
         self.until(job, runs)
 
+    def _left(self) -> list[list[str]]:
+        """Return the command lines of all processes that are no daemons."""
+        return [words for host in self._hosts for pid, words in host.processes().items() if pid not in host.daemons]
+
     def until(self, job: str, done: Callable[[], bool], timeout: float = 180.0) -> None:
         """Wait until `done()` is true.
 
         Raises:
-            AssertionError: `timeout` seconds have passed. The message holds the logs of the job.
+            AssertionError: `timeout` seconds have passed. The message holds the processes and the logs of the job.
         """
         deadline = time.monotonic() + timeout
         while not done():
             if time.monotonic() > deadline:
                 logs = [file.read_text()[-3000:] for file in sorted(self._folders[job].rglob("*.log"))]
-                raise AssertionError("\n".join([str(self.job(job)), *logs]))
+                raise AssertionError("\n".join([str(self.job(job)), str(self._left()), *logs]))
             time.sleep(0.1)
 
     def cancel_all(self) -> None:
