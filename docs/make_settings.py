@@ -40,6 +40,8 @@ _SECTIONS: list[tuple[str, type, str]] = [
     ("train", config.TrainConfig, "train."),
     ("checkpoint", config.CheckpointConfig, "checkpoint."),
     ("eval", config.EvalConfig, "eval."),
+    ("inspect", config.InspectOptions, "--"),
+    ("bench", config.BenchOptions, "--"),
     ("evaluate", config.EvaluateOptions, "--"),
     ("compare", config.CompareOptions, ""),
     ("export", config.ExportOptions, "--"),

@@ -13,31 +13,25 @@ import warnings
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from selfgen_ds import __version__, packaged
-from selfgen_ds.config import CompareOptions, EvaluateOptions, ExportOptions, Recipe
-from selfgen_ds.errors import InputError, Stopped
+from selfgen_ds.config import BenchOptions, CompareOptions, EvaluateOptions, ExportOptions, InspectOptions, Recipe
+from selfgen_ds.errors import InputError, Problems, Stopped
 from selfgen_ds.ranks import signals
 
 log = logging.getLogger("selfgen_ds")
 
-_SETTINGS: dict[str, type] = {
-    "train": Recipe,
-    "inspect": Recipe,
-    "bench": Recipe,
-    "evaluate": EvaluateOptions,
-    "export": ExportOptions,
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "train": (Recipe,),
+    "inspect": (Recipe, InspectOptions),
+    "bench": (Recipe, BenchOptions),
+    "evaluate": (EvaluateOptions,),
+    "export": (ExportOptions,),
 }
-"""Sub-command -> the dataclass whose fields are its options."""
-_OTHERS: dict[str, dict[str, Any]] = {
-    "inspect": {"rows": int, "draw": bool},
-    "bench": {"grid": Literal["budget", "rollouts", "full"], "steps": int},
-}
-"""Sub-command -> its other options, and their types."""
+"""Sub-command -> the dataclasses whose fields are its options. `compare` takes folders instead."""
 
 
 def main() -> None:
@@ -49,8 +43,6 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]  # the `deepspeed` launcher puts it before the sub-command; LOCAL_RANK says the same
-    if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
-        arguments[1:1] = ["--config", "bench"]
     os.umask(os.umask(0o077) | 0o002)  # only the owner and the group may write to a run's files
     sys.path.append(os.getcwd())  # finds modules that a recipe names, as `python -m` does
     try:
@@ -58,18 +50,13 @@ def main() -> None:
     except InputError as error:
         _tell(str(error))
         sys.exit(2)
-    overrides = _overrides(arguments)
-
     # Torch's stack traces of a broken connection would bury the line that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from selfgen_ds.ranks import process_group  # slow imports, which `--help` does not need
 
-    logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
-    logging.getLogger("selfgen_ds").setLevel(logging.INFO if process_group.rank() == 0 else logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    _set_up_logging(process_group.rank())
     try:
-        _run(parsed, overrides)
+        _run(parsed, _overrides(arguments))
     except InputError as error:
         _tell(str(error))
         process_group.leave_process_group(f"error: {error}")
@@ -94,21 +81,33 @@ def main() -> None:
 
 
 def _parse(arguments: list[str]) -> Namespace:
-    """Return a parsed command line.
+    """Return a parsed command line; `bench` has a recipe of its own.
 
     Raises:
         InputError: One line for every unknown, missing, or mistyped setting.
     """
+    if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
+        arguments = ["bench", "--config", "bench", *arguments[1:]]
     parser = _parser()
     try:
         return parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, TypeError, UnicodeDecodeError) as error:
-        from selfgen_ds.validation import command_line
+        from selfgen_ds.validation.command_line import check_command_line
 
+        problems = Problems()
         command, *options = arguments or [""]
-        settings = _SETTINGS.get(command)
-        problems = [] if settings is None else command_line.problems(options, settings, _OTHERS.get(command, {}))
-        raise InputError("\n".join(problems) or " ".join(str(error).split())) from error
+        if command in _SETTINGS:
+            check_command_line(problems, options, _SETTINGS[command])
+        problems.raise_all()
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _set_up_logging(rank: int) -> None:
+    """Log on rank 0, and errors on every rank; keep the warnings of libraries out of the log."""
+    logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
+    logging.getLogger("selfgen_ds").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _tell(problems: str) -> None:
@@ -144,47 +143,30 @@ def _parser() -> ArgumentParser:
     def command(name: str, summary: str, description: str | None, usage: str | None = None) -> ArgumentParser:
         added = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
         commands.add_subcommand(name, added, help=summary)
+        if usage is not None:
+            config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"
+            added.add_argument("--config", action=_RecipeFile, help=config)
+        for settings in _SETTINGS.get(name, ()):
+            added.add_class_arguments(settings)
         return added
 
-    def command_with_recipe(name: str, summary: str, description: str) -> ArgumentParser:
+    def command_with_recipe(name: str, summary: str, description: str | None) -> None:
         usage = f"selfgen-ds {name} --config RECIPE [--section.setting VALUE ...]"  # the whole list takes 70 lines
-        added = command(name, summary, f"{description} {packaged_files}", usage)
-        config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"
-        added.add_argument("--config", action=_RecipeFile, help=config)
-        added.add_class_arguments(Recipe)
-        return added
+        command(name, summary, f"{description} {packaged_files}", usage)
 
     packaged_files = f"Packaged recipes: {packaged.names('recipes')}. "
     packaged_files += f"Packaged DeepSpeed JSONs: {packaged.names('ds_configs')}."
-    launched = "under deepspeed, torchrun or mpirun, or in one process"
-    command_with_recipe("train", f"train a recipe; {launched}", "Train a recipe.")
-    inspect = command_with_recipe(
-        "inspect",
-        "show what a recipe's rows become, in one process",
-        "Show what a recipe's rows become, without training.",
-    )
-    inspect.add_argument("--rows", type=NonNegativeInt, default=3, help="training rows to show")
-    inspect.add_argument("--draw", type=bool, default=False, help="load the model, and show the tokens that it draws")
-    bench = command_with_recipe(
-        "bench",
-        "measure what training on the model's own tokens costs; under the same launchers as `train`",
-        "Measure what training on the model's own tokens costs, as ratios to sft. The recipe "
-        "(the packaged `bench` unless --config names another one) gives the model, the JSON, the rows per micro-batch, "
-        "data.max_length and the settings of the draws; the rows are random tokens.",
-    )
-    bench.add_argument("--grid", type=Literal["budget", "rollouts", "full"], default="budget", help="what to measure")
-    bench.add_argument("--steps", type=PositiveInt, default=7, help="timed steps of every variant (rollouts: 3 turns)")
-    evaluate = command(
-        "evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__
-    )
-    evaluate.add_class_arguments(EvaluateOptions)
-    compare = command(
-        "compare", "make a table and a plot of evaluated runs; the first run is the baseline", CompareOptions.__doc__
-    )
+    launchers = "under deepspeed, torchrun or mpirun, or in one process"
+    command_with_recipe("train", f"train a recipe; {launchers}", "Train a recipe.")
+    command_with_recipe("inspect", "show what a recipe's rows become, in one process", InspectOptions.__doc__)
+    cost = f"measure what training on the model's own tokens costs; {launchers}"
+    command_with_recipe("bench", cost, BenchOptions.__doc__)
+    command("evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__)
+    command("export", "write a checkpoint as a Hugging Face folder", ExportOptions.__doc__)
+    summary = "make a table and a plot of evaluated runs; the first run is the baseline"
+    compare = command("compare", summary, CompareOptions.__doc__)
     compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
     compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
-    export = command("export", "write a checkpoint as a Hugging Face folder", ExportOptions.__doc__)
-    export.add_class_arguments(ExportOptions)
     return parser
 
 
@@ -208,12 +190,9 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
 
         evaluate.run(EvaluateOptions(**vars(options)))
     elif parsed.command == "compare":
-        from selfgen_ds.evaluation import compare
-        from selfgen_ds.validation.options import check_compare
+        from selfgen_ds import compare
 
-        compared = CompareOptions(**vars(options))
-        check_compare(compared)
-        compare.run(compared)
+        compare.run(CompareOptions(**vars(options)))
     else:
         from selfgen_ds.checkpoint.export import export_checkpoint
 

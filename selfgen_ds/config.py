@@ -252,6 +252,28 @@ class Recipe:
 
 
 @dataclass(kw_only=True)
+class InspectOptions:
+    """Show what a recipe's rows become, without training."""
+
+    rows: int = 3
+    """Training rows to show."""
+    draw: bool = False
+    """Load the model, and show the tokens that it draws."""
+
+
+@dataclass(kw_only=True)
+class BenchOptions:
+    """Measure what training on the model's own tokens costs, as ratios to sft. The recipe (the packaged `bench` unless
+    `--config` names another one) gives the model, the JSON, the rows per micro-batch, `data.max_length` and the
+    settings of the draws. The rows are random tokens."""
+
+    grid: Literal["budget", "rollouts", "full"] = "budget"
+    """Cost to measure: that of a pass, of rounds, or both with more variants."""
+    steps: int = 7
+    """Timed steps of every variant; rounds have three timed turns."""
+
+
+@dataclass(kw_only=True)
 class EvaluateOptions:
     """Evaluate a Hugging Face model folder. Under a launcher, the ranks share the rows; each holds the model."""
 

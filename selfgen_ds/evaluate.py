@@ -15,6 +15,7 @@ from selfgen_ds.data.correction import correction
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Format, Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.errors import Problems
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
@@ -24,7 +25,7 @@ from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
-from selfgen_ds.validation.options import check_corrected_length, check_evaluate, evaluated_length
+from selfgen_ds.validation.options import check_corrected_length, check_evaluate, check_evaluated_length
 
 log = logging.getLogger("selfgen_ds")
 
@@ -37,7 +38,9 @@ def run(options: EvaluateOptions) -> None:
     Raises:
         InputError: The options, the data, or the model are not as expected.
     """
-    check_evaluate(options)
+    problems = Problems()
+    check_evaluate(problems, options)
+    problems.raise_all()
     make_folder(Path(options.output_dir), "--output_dir")
     if (Path(options.output_dir) / "evaluation.json").exists():
         log.info("%s holds an evaluation, which this one will replace", options.output_dir)
@@ -47,16 +50,22 @@ def run(options: EvaluateOptions) -> None:
     tokenizer = load_tokenizer(source)
     config = model_config(source, tokenizer)
     positions = most_positions(config)
-    logit_transform = probe.check(source, config, packing=False, training=False)
+    length = options.max_length or positions
+    check_evaluated_length(problems, length, positions)
+    with problems.collect():
+        logit_transform = probe.check(source, config, packing=False, training=False)
+    problems.raise_all()
+    assert length is not None
     columns = Columns(
         prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
     )
-    form = Format(columns=columns, max_length=evaluated_length(options, positions), limit=options.max_samples)
+    form = Format(columns=columns, max_length=length, limit=options.max_samples)
     samples = load(options.data, "test", tokenizer, form)
     chosen = first_rows(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
     if asked is not None and positions is not None:
-        check_corrected_length(corrected_length(chosen, asked), positions)
+        check_corrected_length(problems, corrected_length(chosen, asked), positions)
+        problems.raise_all()
     if process_group.world_size() > 1:
         process_group.init_process_group()
     model = build_model(source, config, logit_transform).to(process_group.device()).eval()

@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import TokenBatch, collate
@@ -21,11 +21,13 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
+from selfgen_ds.model.head import LogitTransform
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
-from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches, sampling
-from selfgen_ds.validation.inputs import check_positions, check_shares
+from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches, sampling
+from selfgen_ds.validation.inputs import check_attention, check_positions, check_shares
+from selfgen_ds.validation.options import check_inspect
 from selfgen_ds.validation.settings import check_settings
 
 _KINDS = {
@@ -52,16 +54,21 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
             lengths are printed first.
     """
     problems = Problems()
+    check_inspect(problems, rows)
     check_settings(problems, recipe, overrides)
     problems.raise_all()
     tokenizer = load_tokenizer(recipe.model)
-    check_positions(problems, recipe, model_config(recipe.model, tokenizer))
+    config = model_config(recipe.model, tokenizer)
+    check_positions(problems, recipe, config)
+    check_attention(problems, recipe)
+    with problems.collect():
+        logit_transform = probe.check(recipe.model, config, recipe.data.packing)
     problems.raise_all()
-    samples = load_data(recipe, tokenizer)
+    samples, eval_samples = load_samples(problems, recipe, tokenizer)
+    problems.raise_all()
     step_batches = load_step_batches(
         recipe, samples, step_size=max(1, rows), micro_batch_size=max(1, rows), rank=0, world_size=1, epochs=1
     )
-    eval_samples = load_eval_data(recipe, tokenizer)
     console = Console(highlight=False)
     lengths = np.concatenate([source.table["length"][:] for source in samples])
     _print_counts(console, samples + eval_samples, tokenizer)
@@ -78,18 +85,26 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
             p = method.replace_probability(1 if method.as_round_method() is None else 0)
             console.print(f"drawn with p = {p:g}, the value in the last step or round\n")
         batch = step_batches.at(0)[0]
-        _print_rows(console, _draw(recipe, batch, samples, tokenizer, method) if draw else batch, tokenizer)
+        if draw:
+            batch = _draw(batch, samples, method, _policy(recipe, config, logit_transform, samples, tokenizer))
+        _print_rows(console, batch, tokenizer)
 
 
-def _draw(
-    recipe: Recipe, batch: TokenBatch, samples: list[Samples], tokenizer: PreTrainedTokenizerBase, method: Method
-) -> TokenBatch:
-    """Return a batch as the method has the model read it in the last step, or in a round."""
-    config = model_config(recipe.model, tokenizer)
-    logit_transform = probe.check(recipe.model, config, recipe.data.packing)
+def _policy(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    logit_transform: LogitTransform,
+    samples: list[Samples],
+    tokenizer: PreTrainedTokenizerBase,
+) -> EnginePolicy:
+    """Load the model before training, in this process."""
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer)).to(process_group.device())
-    policy = EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
+    return EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
+
+
+def _draw(batch: TokenBatch, samples: list[Samples], method: Method, policy: EnginePolicy) -> TokenBatch:
+    """Return a batch as the method has the model read it in the last step, or in a round."""
     if (round_method := method.as_round_method()) is not None:
         rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)
         return collate([[row] for row in rows])

@@ -14,16 +14,14 @@ _ROOT = Path(__file__).parent  # holds links to the repository's recipes/ and ds
 def find(name: str, kind: Kind) -> Path:
     """Return the file that a path or a name means.
 
-    An existing path means itself. Otherwise the last part of the name, with or without its suffix, may be that of a
-    packaged file: `demo`, `demo.yaml` and `recipes/demo.yaml` all mean the packaged recipe. A name that means nothing
-    is returned as it is, for the reader to refuse.
+    An existing file means itself. Otherwise `demo`, `demo.yaml` and `recipes/demo.yaml` mean the packaged recipe. The
+    path of a file that does not exist, in any other folder, is returned as it is, for the reader to refuse.
     """
     path = Path(name)
-    if path.exists():
+    if path.is_file() or path.parent not in (Path(), Path(kind)):
         return path
-    suffix = _SUFFIX[kind]
-    packaged = _ROOT / kind / (path.name.removesuffix(suffix) + suffix)
-    return packaged if packaged.exists() else path
+    packaged = _ROOT / kind / (path.name.removesuffix(_SUFFIX[kind]) + _SUFFIX[kind])
+    return packaged if packaged.is_file() else path
 
 
 def names(kind: Kind) -> str:

@@ -183,7 +183,10 @@ class BetweenSteps:
         cause = f"sample ids {result.suspects}" if result.suspects else "the loss was finite, the gradient was not"
         log.warning("step %d was dropped, %d in a row: not finite (%s)", step, self._dropped_in_a_row, cause)
         if self._dropped_in_a_row >= self._recipe.train.max_nonfinite_steps:
-            raise RuntimeError(f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps)")
+            raise RuntimeError(
+                f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps): lower "
+                "optim.learning_rate, or look at the samples that the log names"
+            )
 
     def _is_best(self, scores: dict[str, float]) -> bool:
         """Return whether an evaluation is better than that of every checkpoint: rank 0 decides for all ranks."""

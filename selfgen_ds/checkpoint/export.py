@@ -82,7 +82,8 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
         names = ", ".join(c.path.name for c in complete) or "none"
         raise InputError(f"{path}: expected a complete checkpoint (with {MARKER}); complete are: {names}")
     if broken := [name for files in checkpoint.files for name in broken_files(checkpoint, files)]:
-        raise InputError(f"{path}: broken: {', '.join(sorted(broken))}")
+        names = ", ".join(sorted(broken))
+        raise InputError(f"{path}: {names}: not as written; export another checkpoint")
     if folder.exists():
         raise InputError(f"{folder}: already exists; choose a new folder")
     with unpickling.loading(trust):

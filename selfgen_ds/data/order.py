@@ -75,7 +75,8 @@ class Stream:
         self._quotas = list(sizes) if weights is None else _apportion(self.size, weights)
         if weights is not None and min(self._quotas) < least:
             raise InputError(
-                f"data.train: weights {weights} give a source less than one of the {self.size} rows per epoch"
+                f"data.train: weights {weights} give a source less than one of the {self.size} rows per epoch; "
+                "raise its weight"
             )
         self._ends = np.cumsum(self._quotas)
         self._starts = self._ends - self._quotas

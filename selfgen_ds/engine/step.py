@@ -78,7 +78,10 @@ def train_step(
             objective = objective * (totals[:2].sum() * 0 + 1)
         engine.backward(objective)
         if engine.zero_optimization_stage() == 0 and number == len(batches) and not torch.isfinite(totals[:2]).all():
-            raise RuntimeError("the loss is not finite, and ZeRO stage 0 cannot drop a step")
+            raise RuntimeError(
+                "the loss is not finite, and ZeRO stage 0 cannot drop a step: lower optim.learning_rate, or set "
+                "zero_optimization.stage to 1, 2, or 3"
+            )
         engine.step()
     loss_total, router_total, drawn, differing, tokens = totals.tolist()
     return StepResult(

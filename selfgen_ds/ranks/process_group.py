@@ -180,7 +180,9 @@ def _listen(address: str, port: int) -> socket.socket | None:
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"MASTER_PORT: {port} is taken on {address}, perhaps by another run") from error
+            raise InputError(
+                f"MASTER_PORT: {port} is taken on {address}, perhaps by another run; set another port"
+            ) from error
         if error.errno == errno.EADDRNOTAVAIL:
             log.warning("MASTER_ADDR %s is not an address of this host: the store listens on all interfaces", address)
             return None

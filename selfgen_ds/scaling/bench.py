@@ -44,8 +44,8 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         InputError: The recipe or the JSON is not as expected.
     """
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
-    check_bench(recipe)
     problems = Problems()
+    check_bench(problems, recipe, steps)
     for block in [drawing.block(recipe), *blocks]:
         json_config = check_settings(problems, block.of(recipe), overrides)
     problems.raise_all()

@@ -13,8 +13,22 @@ from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Format, Samples, load
+from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.model.policy import Sampling
+
+
+def load_samples(
+    problems: Problems, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Samples], list[Samples]]:
+    """Load the training and the evaluation rows, and add the problems of both; data with a problem are empty."""
+    samples: list[Samples] = []
+    eval_samples: list[Samples] = []
+    with problems.collect():
+        samples = load_data(recipe, tokenizer)
+    with problems.collect():
+        eval_samples = load_eval_data(recipe, tokenizer)
+    return samples, eval_samples
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Samples]:

@@ -39,7 +39,7 @@ from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
 from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
-from selfgen_ds.setup.inputs import load_data, load_eval_data, load_method, load_step_batches
+from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
 from selfgen_ds.validation.inputs import (
     check_attention,
@@ -150,7 +150,9 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         with problems.collect():
             logit_transform = probe.check(recipe.model, config, recipe.data.packing)
         problems.raise_all()
-        samples, eval_samples = _load_samples(recipe, tokenizer)
+        samples, eval_samples = load_samples(problems, recipe, tokenizer)
+        check_shares(problems, recipe, samples + eval_samples)
+        problems.raise_all()
         step_batches, total_steps, method = _plan(recipe, tokenizer, samples, folder)
     data = zlib.crc32(repr([source.checksum for source in samples]).encode())
     check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
@@ -170,21 +172,6 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         total_steps=total_steps,
         data=data,
     )
-
-
-def _load_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Samples], list[Samples]]:
-    """Load the training and the evaluation rows, and report the problems of both together."""
-    problems = Problems()
-    samples: list[Samples] = []
-    eval_samples: list[Samples] = []
-    with problems.collect():
-        samples = load_data(recipe, tokenizer)
-        check_shares(problems, recipe, samples)
-    with problems.collect():
-        eval_samples = load_eval_data(recipe, tokenizer)
-        check_shares(problems, recipe, eval_samples)
-    problems.raise_all()
-    return samples, eval_samples
 
 
 def _plan(

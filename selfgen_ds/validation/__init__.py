@@ -1,8 +1,7 @@
 """Checks of settings: recipe, options, JSON, and output folder, and whether they fit the model and the data.
 
 A check adds lines to a `Problems` list (`selfgen_ds.errors`) instead of raising its own error, so that a user reads all
-problems of a stage at once. Only the checks of `options.py` raise their own errors, because each is alone in its stage.
-The stages follow what a check needs:
+problems of a stage at once. The stages follow what a check needs:
 
 | file | needs | is run |
 |---|---|---|

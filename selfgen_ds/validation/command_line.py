@@ -1,13 +1,14 @@
 """Find everything that is wrong with a command line, and with the recipe file that it names.
 
 jsonargparse parses both, but stops at its first problem, and names neither the file of a setting nor a similar setting.
-When it has refused a command line, `problems` looks at all settings again.
+When it has refused a command line, `check_command_line` looks at all settings again.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,42 +17,58 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from selfgen_ds import packaged
+from selfgen_ds.config import Recipe
 from selfgen_ds.errors import InputError, Problems
 
+_OF_THE_PARSER = ("help", "print_config")
 
-def problems(arguments: list[str], settings: type, others: dict[str, Any]) -> list[str]:
-    """Return every unknown, missing, and mistyped setting, one line each; none if something else is wrong.
+
+def check_command_line(problems: Problems, arguments: list[str], settings: tuple[type, ...]) -> None:
+    """Check that every given setting exists and has its type, and that no setting is missing.
 
     Args:
         arguments: The command line after the sub-command.
-        settings: The dataclass that the command line and the recipe file fill.
-        others: The sub-command's other options, and their types.
+        settings: The dataclasses whose fields are the sub-command's options.
     """
-    options = dict(_options(arguments))
-    known, required = _known(settings)
-    found = Problems()
+    options, stray = _options(arguments)
+    known: dict[str, Any] = {}
+    required: list[str] = []
+    for part in settings:
+        of_part, needed = _known(part)
+        known |= of_part
+        required += needed
     in_file: list[tuple[str, Any]] = []
     recipe = options.pop("config", None)
     if recipe is not None:
-        with found.collect():
+        with problems.collect():
             in_file = list(_dotted(_read(recipe), known))
-    given = [*in_file, *options.items()]
-    found.add(*(f"{recipe}: {line}" for line in _wrong(in_file, known)))
-    as_options = {f"--{name}": hint for name, hint in (known | others).items()}
-    found.add(*_wrong([(f"--{name}", text) for name, text in options.items()], as_options))
-    if recipe is None or in_file:  # a file that cannot be read may have the missing settings
-        where = " in the recipe (--config) or" if settings.__name__ == "Recipe" else ""
-        missing = [setting for setting in required if not any(_within(name, setting) for name, _ in given)]
-        found.add(*(f"{setting}: missing; give it{where} as --{setting}" for setting in missing))
-    return found.lines
+    in_options = list(_dotted({name: _value(text) for name, text in options.items()}, known))
+    problems.add(*(f"{recipe}: {line}" for line in _wrong(in_file, known)))
+    problems.add(*_wrong(in_options, known, "--"))
+    option = "--config" if Recipe in settings else f"--{required[0]}"
+    problems.add(*(f"{text}: expected an option, such as {option} {text}" for text in stray))
+    if not stray and (recipe is None or in_file):  # otherwise the file, once found, may have the missing settings
+        where = " in the recipe (--config) or" if Recipe in settings else ""
+        names = [name for name, _ in (*in_file, *in_options)]
+        missing = [setting for setting in required if not any(_within(name, setting) for name in names)]
+        problems.add(*(f"{setting}: missing; give it{where} as --{setting}" for setting in missing))
 
 
-def _options(arguments: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the text of every option, which stands behind `=` or is the next argument."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the text of every option by its name, and the arguments that belong to no option."""
+    options: dict[str, str] = {}
+    stray: list[str] = []
+    waiting: str | None = None  # the option whose text comes next
+    for argument in arguments:
         if argument.startswith("--"):
             name, equals, text = argument.removeprefix("--").partition("=")
-            yield name, text if equals else "" if following.startswith("--") else following
+            options[name.removesuffix("+")] = text  # `+` appends to a list
+            waiting = None if equals else name.removesuffix("+")
+        elif waiting is not None:
+            options[waiting], waiting = argument, None
+        else:
+            stray.append(argument)
+    return options, stray
 
 
 def _known(settings: type, prefix: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -84,8 +101,10 @@ def _read(recipe: str) -> dict[str, Any]:
         raise InputError(f"--config: no file {recipe!r}; the packaged recipes are {packaged.names('recipes')}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config: {recipe}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config: {recipe}: expected UTF-8, got another encoding at byte {error.start}") from error
+    except OSError as error:
+        raise InputError(f"--config: {recipe}: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise InputError(f"--config: {recipe}{line}: malformed YAML: {error.problem}") from error
@@ -94,58 +113,90 @@ def _read(recipe: str) -> dict[str, Any]:
     return content
 
 
+def _value(text: str) -> Any:
+    """Return the settings that an option's text gives as a YAML mapping or list, or else the text itself."""
+    with suppress(yaml.YAMLError):
+        if isinstance(value := yaml.safe_load(text), dict | list):
+            return value
+    return text
+
+
 def _dotted(content: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and the value of every setting of a recipe file; sources in a list share their names."""
+    """Yield the dotted name and the value of every setting; sources in a list share their names."""
     for key, value in content.items():
         name = f"{prefix}{key}"
-        sections = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)]
-        if not sections or not any(_within(setting, name) and setting != name for setting in known):
+        parts = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)]
+        has_parts = any(_within(setting, name) and setting != name for setting in known)
+        if has_parts:
+            for part in parts:
+                yield from _dotted(part, known, f"{name}.")
+        if name in known or not (has_parts and parts):
             yield name, value
-        else:
-            for section in sections:
-                yield from _dotted(section, known, f"{name}.")
 
 
 def _within(name: str, section: str) -> bool:
+    """Return whether a name is the section's own or that of a setting in it."""
     return f"{name}.".startswith(f"{section}.")
 
 
-def _wrong(given: Iterable[tuple[str, Any]], known: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for every given setting that does not exist or does not have its type."""
+def _wrong(given: Iterable[tuple[str, Any]], known: dict[str, Any], dashes: str = "") -> list[str]:
+    """Return a line for every given setting that does not exist or does not have its type.
+
+    Args:
+        dashes: What stands before the name of an option.
+    """
+    found: list[str] = []
     for name, value in given:
         if name in known:
-            if not _fits(known[name], value):
-                yield f"{name}: expected {_words(known[name])}, got {value!r}"
+            # A wrong part of a setting has its own line already.
+            if not any(line.startswith(f"{dashes}{name}.") for line in found):
+                found += [f"{dashes}{name}{problem}" for problem in _mismatch(known[name], value)]
         elif any(_within(setting, name) for setting in known):
-            yield f"{name}: expected settings by name, got {value!r}"
-        else:
+            if not dashes:  # an option may name a file with the settings of a section
+                found.append(f"{name}: expected settings by name, got {value!r}")
+        elif not _is_free(name, known):
             last = name.rpartition(".")[2]
             similar = [s for s in known if s.rpartition(".")[2] == last] or get_close_matches(name, known, n=1)
-            yield f"{name}: no such setting" + (f"; did you mean {similar[0]}?" if similar else "")
+            meant = f"; did you mean {dashes}{similar[0]}?" if similar else ""
+            found.append(f"{dashes}{name}: no such setting{meant}")
+    return found
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    """Return whether a value has a type; an option's text may also have it as YAML."""
-    values = [value]
-    if isinstance(value, str):
-        with contextlib.suppress(yaml.YAMLError):
-            values.append(yaml.safe_load(value))
-    for form in values:
+def _is_free(name: str, known: dict[str, Any]) -> bool:
+    """Return whether a name that is no setting may be given: the parser's own option, or a key that is not checked."""
+    open_settings = [
+        s for s, hint in known.items() if any(get_origin(form) is dict for form in (hint, *get_args(hint)))
+    ]
+    return name.rpartition(".")[2] in _OF_THE_PARSER or any(_within(name, setting) for setting in open_settings)
+
+
+def _mismatch(hint: Any, value: Any) -> list[str]:
+    """Return what is wrong with a value for a type, to follow the setting's name; nothing if the value fits."""
+    forms = [value]
+    if isinstance(value, str):  # a text fits too if it is the YAML of a value of the type
+        with suppress(yaml.YAMLError):
+            forms.append(yaml.safe_load(value))
+        with suppress(ValueError):
+            forms.append(float(value))  # YAML 1.1 takes 1e-4 for a text
+    for form in forms:
         try:
-            TypeAdapter(hint).validate_python(form)
-        except ValidationError:
-            continue
-        return True
-    return False
+            TypeAdapter(hint).validate_json(json.dumps(form, default=str), strict=True)
+        except ValidationError as error:
+            missing = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "missing"]
+        else:
+            return []
+    if isinstance(value, dict) and missing:
+        return [f".{key}: missing" for key in missing]
+    return [f": expected {_describe(hint)}, got {value!r}"]
 
 
-def _words(hint: Any) -> str:
+def _describe(hint: Any) -> str:
     """Return a type in a user's words."""
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) in (list, tuple):
         return "a list"
     if get_args(hint) and get_origin(hint) is not dict:
-        return " or ".join(_words(form) for form in get_args(hint) if form is not type(None))
+        return " or ".join(_describe(form) for form in get_args(hint) if form is not type(None))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return words.get(hint, "settings by name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ _MAY_CHANGE = (
 
 
 def check_same_run(problems: Problems, recipe: Recipe, json_config: dict[str, Any]) -> None:
-    """Check that the output folder holds nothing, or this very run if the recipe resumes it."""
+    """Check that the output folder is empty, or holds the run that the recipe resumes."""
     folder = Path(recipe.output_dir)
     if not (folder / "config.yaml").exists():
         if foreign := [name for name in ("model", "checkpoints", "metrics.jsonl") if (folder / name).exists()]:
-            problems.add(f"output_dir: {folder} holds {', '.join(foreign)}, but no run's config.yaml")
+            problems.add(f"output_dir: {folder} holds {', '.join(foreign)}, but no config.yaml; choose another folder")
     elif recipe.resume is None:
         problems.add(f"output_dir: {folder} holds a run already; continue it with --resume auto")
     else:
@@ -41,11 +42,13 @@ def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_conf
     written = folder / "config.yaml"
     # A setting that an older version did not write had the value that is its default now.
     defaults = flat(Recipe(output_dir="", deepspeed="", data=DataConfig(train="")))
-    try:
-        before = defaults | _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, AttributeError):
-        problems.add(f"{written}: not a run's recipe")
+    content = None
+    with suppress(yaml.YAMLError):
+        content = yaml.safe_load(written.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        problems.add(f"{written}: expected the recipe that `train` wrote; restore it, or choose another output_dir")
         return
+    before = defaults | _flat(content)
     now = flat(recipe)
     changed = [
         f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
@@ -53,14 +56,20 @@ def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_conf
         if before.get(setting) != now.get(setting) and not setting.startswith(_MAY_CHANGE)
     ]
     if changed:
-        problems.add(f"resume: {folder} was started with other settings: {'; '.join(changed)}")
+        problems.add(
+            f"resume: {folder} was started with other settings: {'; '.join(changed)}; restore them, or choose another "
+            "output_dir"
+        )
     steps_before, steps = before.get("train.max_steps"), recipe.train.max_steps
     if steps_before is not None and steps is not None and steps < steps_before:
         problems.add(f"train.max_steps: a resumed run may only raise it, was {steps_before} and is {steps}")
     json_before = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
     stage_before, stage = (c.get("zero_optimization", {}).get("stage") for c in (json_before, json_config))
     if stage_before != stage:
-        problems.add(f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}")
+        problems.add(
+            f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}; restore it, or choose another "
+            "output_dir"
+        )
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

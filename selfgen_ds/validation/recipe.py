@@ -48,7 +48,7 @@ _SHARES = (
 
 
 def check_recipe(problems: Problems, recipe: Recipe) -> None:
-    """Check the recipe by itself, and whether the files that it names exist."""
+    """Check ranges and contradictions of the recipe's settings, and that the files that it names exist."""
     for setting, least in _LEAST.items():
         value = attrgetter(setting)(recipe)
         problems.expect(value is None or value >= least, setting, f"{least} or more", value)
@@ -126,9 +126,8 @@ def _check_selfgen(problems: Problems, selfgen: SelfgenConfig) -> None:
     problems.expect(0 < selfgen.top_p <= 1, "selfgen.top_p", "a probability mass in (0, 1]", selfgen.top_p)
     share = selfgen.schedule_share
     problems.expect(0 < share <= 1, "selfgen.schedule_share", "a share in (0, 1]", share)
-    if selfgen.schedule == "constant":
-        unchanged = share == SelfgenConfig.schedule_share
-        problems.expect(unchanged, "selfgen.schedule_share", "a growing schedule", share)
+    if selfgen.schedule == "constant" and share != SelfgenConfig.schedule_share:
+        problems.add("selfgen.schedule_share: has no effect with selfgen.schedule: constant; remove one of the two")
 
 
 def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:

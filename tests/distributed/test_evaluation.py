@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from selfgen_ds import evaluate
+from selfgen_ds import compare, evaluate
 from selfgen_ds.config import (
     CompareOptions,
     DataConfig,
@@ -24,7 +24,6 @@ from selfgen_ds.config import (
     TrainConfig,
 )
 from selfgen_ds.data.tasks import generate
-from selfgen_ds.evaluation import compare
 from tests.distributed import runs
 from tests.ranks import Ranks
 

@@ -51,6 +51,8 @@ def test_all_problems_of_file_and_options_come_at_once(file: Path) -> None:
         ("train: {activation_checkpointing: 7}", "train.activation_checkpointing: expected true or false, got 7"),
         ("optim: {betas: 0.9}", "optim.betas: expected a list, got 0.9"),
         ("selfgen: {passes: few}", "selfgen.passes: expected a whole number or exact, got 'few'"),
+        ("train: {max_steps: true}", "train.max_steps: expected a whole number, got True"),
+        ("seed: 1.0", "seed: expected a whole number, got 1.0"),
     ],
 )
 def test_a_setting_that_does_not_exist_or_has_another_type_is_named_with_its_file(
@@ -65,6 +67,36 @@ def test_an_unknown_key_of_a_source_is_named(file: Path, sources: str) -> None:
     file.write_text(RECIPE.replace("rows.jsonl", sources))
     problem = "data.train.subst: no such setting; did you mean data.train.subset?"
     assert refused("--config", file) == [f"{file}: {problem}"]
+
+
+def test_a_source_without_a_path_is_named(file: Path) -> None:
+    file.write_text(RECIPE.replace("rows.jsonl", "{subset: a}"))
+    assert refused("--config", file) == [f"{file}: data.train.path: missing"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--train", "{max_steps: 3}"),
+        ("--train", "{max_steps: 3, epochs: null}"),
+        ("--model.preset.hidden_size", "8"),
+        ("--data.train+", "more.jsonl"),
+        ("--data.train", "[a.jsonl, {path: b.jsonl}]"),
+        ("--optim.learning_rate", "1e-4"),
+        ("--optim.betas", "[0.9, 0.95]"),
+        ("--resume", "null"),
+        ("--model.lora.r", "8"),
+    ],
+)
+def test_an_option_that_is_right_is_not_accused_beside_one_that_is_wrong(option: tuple[str, str]) -> None:
+    assert refused("--config", "demo", *option, "--seeds", "3") == [
+        "--seeds: no such setting; did you mean --seed?",
+    ]
+
+
+def test_a_recipe_without_its_option_is_told_how_to_give_it() -> None:
+    recipe = "recipes/demo.yaml"
+    assert refused(recipe) == [f"{recipe}: expected an option, such as --config {recipe}"]
 
 
 def test_every_missing_setting_is_named_with_the_two_places_for_it() -> None:
@@ -84,7 +116,7 @@ def test_a_recipe_that_does_not_exist_is_answered_with_the_packaged_ones() -> No
     [
         (b"data: [1\nseed: 2", ", line 2: malformed YAML: expected ',' or ']', but got ':'"),
         (b"- 1", ": expected settings by name, got list"),
-        (b"output_dir: \xff", ": 'utf-8' codec can't decode byte 0xff in position 12: invalid start byte"),
+        (b"output_dir: \xff", ": expected UTF-8, got another encoding at byte 12"),
     ],
     ids=["YAML", "list", "bytes"],
 )

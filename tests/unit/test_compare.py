@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from selfgen_ds import compare
 from selfgen_ds.config import (
     CompareOptions,
     DataConfig,
@@ -18,9 +19,7 @@ from selfgen_ds.config import (
     to_yaml,
 )
 from selfgen_ds.errors import InputError
-from selfgen_ds.evaluation import compare
 from selfgen_ds.evaluation.metrics import corrected
-from selfgen_ds.validation.options import check_compare
 
 KEYS = {
     *("run", "method", "seeds", "metric", "mean", "low", "high"),
@@ -213,8 +212,8 @@ def test_a_broken_file_is_an_error_that_names_the_run(tmp_path: Path, name: str)
 
 def test_a_run_that_is_given_twice_is_an_error_by_whatever_path(tmp_path: Path) -> None:
     runs = [_run_folder(tmp_path / "run", [0.5]), str(tmp_path / "run" / ".." / "run")]
-    with pytest.raises(InputError, match=r"^runs: expected each run once, got \["):
-        check_compare(CompareOptions(runs=runs, output_dir=str(tmp_path)))
+    with pytest.raises(InputError, match=r"^runs: \S+/run is given twice$"):
+        _compare(tmp_path, *runs)
 
 
 def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -161,3 +161,19 @@ def test_only_kinds_of_tokens_that_are_shown_are_explained(tmp_path: Path, capsy
     recipe.selfgen.replace_probability = 1.0
     drawn = re.findall(r"^(\w+): ", _shown(recipe, capsys, draw=True), flags=re.M)
     assert drawn == ["prompt", "target", "drawn", "for"]
+
+
+def test_problems_of_training_and_evaluation_rows_come_together(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, ["tell"])
+    recipe.data.eval = str(tmp_path / "eval.jsonl")
+    for name in ("rows", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(InputError) as caught:
+        inspect(recipe, set(), 1, False)
+    lines = str(caught.value).splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"{tmp_path}/{name}.jsonl" for name in ("rows", "eval")]
+
+
+def test_a_negative_number_of_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="^--rows: expected 0 or more, got -1$"):
+        inspect(_recipe(tmp_path, ["tell"]), set(), -1, False)

@@ -45,7 +45,7 @@ def _problems_of_the_plan(recipe: Recipe) -> list[str]:
 def test_hosts_without_a_shared_folder_are_refused_for_rounds_before_any_row_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(prepare, "load_data", lambda *_: pytest.fail("rows are read"))
+    monkeypatch.setattr(prepare, "load_samples", lambda *_: pytest.fail("rows are read"))
     recipe = _recipe(tmp_path, "bash", TrainConfig(max_steps=1), max_length=10**6)
     with pytest.raises(InputError) as caught:
         prepare._load_inputs(recipe, _folder(recipe, shared=False))
@@ -80,4 +80,5 @@ def test_a_weight_of_less_than_a_row_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "rows.jsonl")
     recipe.data.train = [Source(path=path, weight=weight) for weight in (1.0, 1000.0)]
     lines = _problems_of_the_plan(recipe)
-    assert lines == ["data.train: weights [1.0, 1000.0] give a source less than one of the 8 rows per epoch"]
+    what = "weights [1.0, 1000.0] give a source less than one of the 8 rows per epoch"
+    assert lines == [f"data.train: {what}; raise its weight"]

@@ -16,10 +16,11 @@ import numpy as np
 import yaml
 
 from selfgen_ds.config import CompareOptions
-from selfgen_ds.errors import InputError
+from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.metrics import descriptions
 from selfgen_ds.evaluation.plots import plot_comparison
 from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.validation.options import check_compare
 
 _RESAMPLES = 2000
 
@@ -44,18 +45,23 @@ def run(options: CompareOptions) -> None:
     """Compare evaluated runs, and write the table and the plot.
 
     Raises:
-        InputError: A run is missing or damaged, or the runs were evaluated on different rows or settings.
+        InputError: A run is given twice, missing or damaged, or the runs were evaluated on different rows or settings.
     """
-    folder = Path(options.output_dir)
+    problems = Problems()
+    check_compare(problems, options)
+    problems.raise_all()
     try:
         groups = _group([_load(Path(run)) for run in options.runs])
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{', '.join(options.runs)}: not as train and evaluate write them: {error!r}") from error
+        raise InputError(
+            f"{', '.join(options.runs)}: not as train and evaluate write them ({error!r}); evaluate them again"
+        ) from error
     baseline = groups[0]
     _check_comparable(groups)
     rounds = baseline.settings["correction_rounds"]
     # The intervals are of means over rows; the loss is a mean over tokens.
     metrics = [m for m in descriptions(rounds) if m != "loss" and all(m in group.scores for group in groups)]
+    folder = Path(options.output_dir)
     make_folder(folder, "--output_dir")
     rng = np.random.default_rng(0)
     rows = [_row(group, baseline, metric, rng) for group in groups for metric in metrics]
