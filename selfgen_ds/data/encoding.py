@@ -15,7 +15,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.data.chat import ChatEncoder, Conversation
-from selfgen_ds.data.tasks import TextPair
+from selfgen_ds.data.row_checks import TextPair
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 1_000_000
 """A chunk has this many rows at most, and ends with the row that brings its text above this many characters."""

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from selfgen_ds.data.chat import SURROGATE, Conversation
 from selfgen_ds.data.formats import RawRow
-from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPair:
+    """One example as two texts."""
+
+    prompt: str
+    completion: str
+    where: str = field(default="", compare=False)
+    """File and line of the example; empty for a built-in task."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from selfgen_ds.config import Source
+from selfgen_ds.data import tasks
 from selfgen_ds.data.cache import cache_folder, content_hash
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.formats import READERS, RawRow, first_line, read_file
 from selfgen_ds.data.hub import use_cache_without_network
-from selfgen_ds.data.row_checks import Columns, validated
-from selfgen_ds.data.tasks import TASKS, TextPair, generate
+from selfgen_ds.data.row_checks import Columns, TextPair, validated
 from selfgen_ds.errors import InputError
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
@@ -47,9 +48,10 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
     path = Path(source.path)
     if source.path.startswith("builtin:"):
         task = source.path.removeprefix("builtin:")
-        if task not in TASKS:
-            raise InputError(f"{source.path}: unknown task; known are {', '.join(sorted(TASKS))}")
-        return Opened(name=source.path, fingerprint=[source.path, split], rows=generate(task, split))
+        if task not in tasks.TASKS:
+            raise InputError(f"{source.path}: unknown task; known are {', '.join(sorted(tasks.TASKS))}")
+        fingerprint = [source.path, split, inspect.getsource(tasks)]
+        return Opened(name=source.path, fingerprint=fingerprint, rows=tasks.generate(task, split))
     if path.is_file():
         return _open_files(source.path, [path], columns)
     if path.is_dir():

@@ -31,9 +31,8 @@ from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, chunks
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import Opened, open_source
-from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import write_atomically
@@ -185,7 +184,7 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
     digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
     # Other code may make other samples of the same rows.
-    for name in ("chat", "encoding", "formats", "row_checks", "rows", "samples", "tasks"):
+    for name in ("chat", "encoding", "formats", "row_checks", "rows", "samples"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]
 

@@ -10,21 +10,13 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+
+from selfgen_ds.data.row_checks import TextPair
 
 _TRAIN_ROWS = 65_536
 _TEST_ROWS = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPair:
-    """One example as two texts."""
-
-    prompt: str
-    completion: str
-    where: str = field(default="", compare=False)
-    """File and line of the example; empty for a built-in task."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples, with_consecutive_ids
-from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.batches import lengths, padded, sample
 

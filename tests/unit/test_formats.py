@@ -13,9 +13,8 @@ import pytest
 from selfgen_ds.config import Source
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.formats import read_file
-from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import open_source
-from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.errors import InputError
 
 Rows = list[dict[str, Any]]

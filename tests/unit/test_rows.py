@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -13,9 +14,9 @@ from huggingface_hub import constants
 from selfgen_ds.config import Source
 from selfgen_ds.data import hub
 from selfgen_ds.data.chat import Conversation
-from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import _open_hub, _read_hub, open_source
-from selfgen_ds.data.tasks import TextPair, generate
+from selfgen_ds.data.tasks import generate
 from selfgen_ds.errors import InputError
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
@@ -268,6 +269,20 @@ def test_a_row_of_the_hub_that_cannot_be_read_is_one_line_with_its_number() -> N
 def test_a_built_in_task_is_read_by_its_name() -> None:
     rows = list(open_source(Source(path="builtin:running_sum"), "test", Columns()).rows)
     assert rows == list(generate("running_sum", "test"))
+
+
+def test_the_cache_of_a_built_in_task_alone_depends_on_the_code_of_the_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprints() -> list[list[str]]:
+        paths = "builtin:running_sum", str(tmp_path / "rows.jsonl")
+        return [open_source(Source(path=path), "train", Columns()).fingerprint for path in paths]
+
+    (tmp_path / "rows.jsonl").write_bytes(GOOD)
+    task, file = fingerprints()
+    monkeypatch.setattr(inspect, "getsource", lambda _: "other code")
+    assert fingerprints()[0] != task
+    assert fingerprints()[1] == file
 
 
 def test_an_unknown_built_in_task_is_an_error_that_names_the_known_ones() -> None:

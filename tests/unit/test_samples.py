@@ -17,7 +17,7 @@ from selfgen_ds.config import DataConfig, Recipe, Source
 from selfgen_ds.data import encoding
 from selfgen_ds.data.chat import Conversation
 from selfgen_ds.data.encoding import chunks
-from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.samples import (
     Format,
@@ -28,7 +28,6 @@ from selfgen_ds.data.samples import (
     load_samples,
     with_consecutive_ids,
 )
-from selfgen_ds.data.tasks import TextPair
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.validation.inputs import check_shares

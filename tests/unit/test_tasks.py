@@ -4,7 +4,8 @@ from itertools import islice
 
 import pytest
 
-from selfgen_ds.data.tasks import TASKS, ForcedErrorText, TextPair, forced_error_texts, generate
+from selfgen_ds.data.row_checks import TextPair
+from selfgen_ds.data.tasks import TASKS, ForcedErrorText, forced_error_texts, generate
 
 BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
 
