@@ -39,7 +39,6 @@ from selfgen_ds.cli import recipe_of
 from selfgen_ds.engine import ds_config
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.ranks import process_group
-from selfgen_ds.scaling.clock import max_over_ranks
 from selfgen_ds.scaling.environment import environment
 from selfgen_ds.scaling.report import table
 
@@ -92,7 +91,7 @@ def measure(contenders: Contenders, folder: str) -> list[dict[str, Any]]:
         if name in OURS:
             row["passes"] = contenders.passes[name]
         if name in MEASURED:
-            row["peak_memory_bytes"] = int(max_over_ranks([turns[name].peak()])[0])
+            row["peak_memory_bytes"] = process_group.max_over_ranks([turns[name].peak()])[0]
             row["peak_memory_ratio"] = row["peak_memory_bytes"] / rows[0]["peak_memory_bytes"]
     return rows
 

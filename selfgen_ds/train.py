@@ -6,7 +6,6 @@ import gc
 import logging
 import time
 
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from selfgen_ds.checkpoint import manifest, retention, saving
@@ -17,6 +16,7 @@ from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
 from selfgen_ds.evaluation.scores import EvaluationRequests, evaluate
 from selfgen_ds.metrics_logger import MetricsLogger
+from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.watch import Watch
 from selfgen_ds.setup.prepare import Run, prepare
 
@@ -189,15 +189,17 @@ class BetweenSteps:
             )
 
     def _is_best(self, scores: dict[str, float]) -> bool:
-        """Return whether an evaluation is better than that of every checkpoint: rank 0 decides for all ranks."""
-        if not scores:
-            return False
-        verdict, metric = [False], self._recipe.eval.best
-        if dist.get_rank() == 0:
+        """Return whether an evaluation is better than that of every checkpoint: rank 0 decides for all ranks.
+
+        Collective: every rank must call this.
+        """
+        metric = self._recipe.eval.best
+
+        def is_best() -> bool:
             best = manifest.best_of(manifest.complete_checkpoints(self._checkpoints), metric)
-            verdict = [best is None or manifest.better(scores[metric], best.metrics[metric], metric)]
-        dist.broadcast_object_list(verdict, src=0)
-        return verdict[0]
+            return best is None or manifest.better(scores[metric], best.metrics[metric], metric)
+
+        return bool(scores) and process_group.from_rank_0(is_best)
 
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
         self._watch.pause()

@@ -12,7 +12,6 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -48,9 +47,7 @@ class Storage:
         """
         if self.shared:
             # Rank 0 looks for all ranks: over NFS another host may not see a new file yet.
-            agreed: list[Any] = [complete_checkpoints(folder) if dist.get_rank() == 0 else None]
-            dist.broadcast_object_list(agreed, src=0)
-            return agreed[0]
+            return process_group.from_rank_0(lambda: complete_checkpoints(folder))
         views = process_group.all_gather_object(complete_checkpoints(folder))
         everywhere = set.intersection(*({_identity(checkpoint) for checkpoint in view} for view in views))
         return [replace(c, path=folder / c.path.name) for c in views[0] if _identity(c) in everywhere]
@@ -108,9 +105,8 @@ def detect_storage(folder: Path) -> Storage:
 
     Collective: every rank must call this.
     """
-    rank, name = dist.get_rank(), [f".{uuid.uuid4().hex}.tmp"]
-    dist.broadcast_object_list(name, src=0)
-    probe = folder / name[0]
+    rank = dist.get_rank()
+    probe = folder / process_group.from_rank_0(lambda: f".{uuid.uuid4().hex}.tmp")
     if rank == 0:
         probe.touch()
     dist.barrier()

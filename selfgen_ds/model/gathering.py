@@ -167,10 +167,7 @@ class GatherableModel:
 
     def max_over_ranks(self, value: int) -> int:
         """Return the largest of the ranks' values. Collective: every rank must call this."""
-        result = torch.tensor(value, device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(result, op=dist.ReduceOp.MAX)
-        return int(result)
+        return process_group.max_over_ranks([value])[0] if dist.is_initialized() else value
 
 
 @contextmanager

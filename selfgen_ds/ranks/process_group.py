@@ -6,10 +6,12 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
+import numpy as np
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -22,6 +24,7 @@ from selfgen_ds.ranks.heartbeat import Heartbeat
 log = logging.getLogger("selfgen_ds")
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=15)
@@ -208,6 +211,20 @@ def all_gather_object(value: T) -> list[T]:
     values = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def max_over_ranks(values: list[Number]) -> list[Number]:
+    """Return the largest of the ranks' values, position by position. Collective: every rank must call this."""
+    result = torch.from_numpy(np.array(values)).to(device())
+    torch.distributed.all_reduce(result, op=torch.distributed.ReduceOp.MAX)
+    return result.tolist()
+
+
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """Return the value that rank 0 computes; no other rank calls `compute`. Collective: every rank must call this."""
+    values: list[Any] = [compute() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def leave_node_group() -> None:

@@ -12,7 +12,6 @@ import signal
 import threading
 
 import torch
-import torch.distributed as dist
 
 from selfgen_ds.errors import Stopped
 from selfgen_ds.ranks import process_group, signals
@@ -86,9 +85,7 @@ class Watch:
                 in vain.
         """
         self._heartbeat.stall_seconds = self._stall_seconds
-        extremes = torch.tensor([self._signal, forwards, -forwards], device=process_group.device())
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        number, most, least = extremes.tolist()
+        number, most, least = process_group.max_over_ranks([self._signal, forwards, -forwards])
         if most != -least:
             made = process_group.all_gather_object(forwards)
             other = next(rank for rank, count in enumerate(made) if count != made[0])

@@ -142,13 +142,9 @@ class Rounds:
 
         Collective: every rank must call this. Rank 0 looks, so that all ranks read the same folder.
         """
-        agreed: list[Path | None] = [None]
-        if dist.get_rank() == 0:
-            own = self.folder / _name(number)
-            shared = next((drawn for drawn in self._shared_folders if drawn.name == own.name), None)
-            agreed = [own if own.is_dir() else shared]
-        dist.broadcast_object_list(agreed, src=0)
-        [folder] = agreed
+        own = self.folder / _name(number)
+        shared = next((drawn for drawn in self._shared_folders if drawn.name == own.name), None)
+        folder = process_group.from_rank_0(lambda: own if own.is_dir() else shared)
         if folder is not None and folder.parent == self.folder and step == self.method.first_step(number):
             weights = weights_checksum(self.engine)
             with raise_on_all_ranks():
@@ -163,15 +159,10 @@ class Rounds:
         Collective: every rank must call this, because the method asks the policy.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        audit = self._audit(number, step)
-        writer = Writer(self.folder / _name(number))
-        agreed: list[Any] = [None]
-        if rank == 0:
-            audit = writer.start(audit)
-            chunks = -(-int(self._ends[-1]) // audit["chunk_size"])
-            agreed = [(audit, chunks, writer.missing(chunks))]
-        dist.broadcast_object_list(agreed, src=0)
-        audit, chunks, missing = agreed[0]
+        writer, audit = Writer(self.folder / _name(number)), self._audit(number, step)
+        audit = process_group.from_rank_0(lambda: writer.start(audit))
+        chunks = -(-int(self._ends[-1]) // audit["chunk_size"])
+        missing = process_group.from_rank_0(lambda: writer.missing(chunks))
         if step != self.method.first_step(number):
             log.warning(
                 "%s no longer exists; drawing it again with the weights of step %d, so that the run will not be the "

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
-import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from selfgen_ds.ranks import process_group
@@ -66,11 +64,4 @@ class StepClock:
         Collective: every rank must call this, because the times are compared over the ranks.
         """
         phases = [self._seconds[name] for name in PHASES[:-1]]
-        return max_over_ranks([*phases, self._total - sum(phases), self._total])
-
-
-def max_over_ranks(values: Sequence[float]) -> list[float]:
-    """Return the largest of the ranks' values, position by position. Collective: every rank must call this."""
-    result = torch.tensor(values, dtype=torch.float64, device=process_group.device())
-    dist.all_reduce(result, op=dist.ReduceOp.MAX)
-    return result.tolist()
+        return process_group.max_over_ranks([*phases, self._total - sum(phases), self._total])

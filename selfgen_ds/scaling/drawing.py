@@ -27,7 +27,7 @@ from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Plan, RoundMethod
 from selfgen_ds.methods.rac import Rac
 from selfgen_ds.model import generation
-from selfgen_ds.scaling.clock import max_over_ranks
+from selfgen_ds.ranks import process_group
 from selfgen_ds.scaling.steps import Block, BlockBenchmark
 
 _ROWS = 16  # per rank
@@ -154,7 +154,7 @@ class _Rounds:
         started = time.perf_counter()
         result = action()
         get_accelerator().synchronize()
-        self.seconds[name, activity] += max_over_ranks([time.perf_counter() - started])
+        self.seconds[name, activity] += process_group.max_over_ranks([time.perf_counter() - started])
         return result
 
     def _rate(self, name: str, activity: str) -> float | None:

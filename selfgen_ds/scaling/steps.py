@@ -30,7 +30,7 @@ from selfgen_ds.model.loading import model_config
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import statistics
-from selfgen_ds.scaling.clock import StepClock, max_over_ranks
+from selfgen_ds.scaling.clock import StepClock
 from selfgen_ds.scaling.environment import peak_flops
 from selfgen_ds.scaling.memory import PeakMemory
 from selfgen_ds.setup.build import build_engine, engine_policy
@@ -161,7 +161,7 @@ class BlockBenchmark:
             "groups": self.policy.groups if method.passes else 0,
             "collectives": collectives,
             "gathered_bytes": sent * dist.get_world_size(),
-            "peak_memory_bytes": max_over_ranks([self.memory.during(lambda: self.step(method, 0))])[0],
+            "peak_memory_bytes": process_group.max_over_ranks([self.memory.during(lambda: self.step(method, 0))])[0],
         }
 
     def _collectives(self, method: Method) -> dict[str, dict[str, int]]:
