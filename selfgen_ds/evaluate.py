@@ -69,9 +69,7 @@ def run(options: EvaluateOptions) -> None:
     if process_group.world_size() > 1:
         process_group.init_process_group()
     model = build_model(source, config, logit_transform).to(process_group.device()).eval()
-    policy = EnginePolicy(
-        model, model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size
-    )
+    policy = EnginePolicy(model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size)
     requests = EvaluationRequests(
         forced_errors=forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,

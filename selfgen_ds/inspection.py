@@ -100,7 +100,7 @@ def _policy(
     """Load the model before training, in this process."""
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer)).to(process_group.device())
-    return EnginePolicy(model, model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
+    return EnginePolicy(model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
 
 
 def _draw(batch: TokenBatch, samples: list[Samples], method: Method, policy: EnginePolicy) -> TokenBatch:

@@ -32,14 +32,13 @@ class GatherableModel:
     """A model whose weights can be gathered for a while if ZeRO-3 shards them.
 
     Args:
-        forward: The module to call for a forward: the DeepSpeed engine, or the model itself.
-        model: The model with reductions (`selfgen_ds.model.reductions.add_reductions`).
+        forward: A model with reductions (`selfgen_ds.model.reductions.add_reductions`), or the DeepSpeed engine of one.
         rows_at_once: The most rows that a rank generates at the same time.
     """
 
-    def __init__(self, forward: DeepSpeedEngine | PreTrainedModel, model: PreTrainedModel, rows_at_once: int) -> None:
+    def __init__(self, forward: DeepSpeedEngine | PreTrainedModel, rows_at_once: int) -> None:
         self.forward = forward
-        self.model = model
+        self.model: PreTrainedModel = forward.module if isinstance(forward, DeepSpeedEngine) else forward
         self.rows_at_once = rows_at_once
         """The most rows to generate at the same time now: fewer inside `gathered` if memory is short."""
         self.device = torch.device(forward.device)

@@ -39,8 +39,7 @@ class EnginePolicy(GatherableModel, Policy):
     """The policy of the current weights.
 
     Args:
-        forward: The module to call for a forward: the DeepSpeed engine, or the model itself.
-        model: The model with reductions (`selfgen_ds.model.reductions.add_reductions`).
+        forward: A model with reductions (`selfgen_ds.model.reductions.add_reductions`), or the DeepSpeed engine of one.
         end_tokens: Tokens that end an answer.
         budget: The size of one no-grad sweep; None means that a sweep reads all micro-batches of a step.
         generation_batch_size: The most rows that a rank generates at the same time.
@@ -49,14 +48,13 @@ class EnginePolicy(GatherableModel, Policy):
     def __init__(
         self,
         forward: DeepSpeedEngine | PreTrainedModel,
-        model: PreTrainedModel,
         *,
         end_tokens: list[int],
         sampling: Sampling | None = None,
         budget: SweepBudget | None = None,
         generation_batch_size: int = 64,
     ) -> None:
-        super().__init__(forward, model, generation_batch_size)
+        super().__init__(forward, generation_batch_size)
         self.end_tokens = end_tokens
         self.sampling = sampling or Sampling()
         self.budget = budget
@@ -65,7 +63,7 @@ class EnginePolicy(GatherableModel, Policy):
         self._gathered_in_training = False
         """Whether ZeRO-3's limits let a training step hold all weights, so that a pass may leave them gathered."""
         if self.sharded:
-            parameters = sum(p.ds_numel for p in model.parameters())
+            parameters = sum(p.ds_numel for p in self.model.parameters())
             limits = forward.zero_max_live_parameters(), forward.zero_max_reuse_distance()
             self._gathered_in_training = parameters <= min(limits)
 

@@ -67,7 +67,6 @@ def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]
         prefetched = min(int(engine.zero_prefetch_bucket_size()), size)
     return EnginePolicy(
         engine,
-        engine.module,
         end_tokens=end_tokens,
         sampling=sampling(recipe),
         budget=sweep_budget(

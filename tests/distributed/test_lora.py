@@ -168,7 +168,7 @@ def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, chec
     for path in (f"{settings.output_dir}/model", str(folder / "base")):
         source = ModelConfig(name_or_path=path, dtype="float32")
         model = build_model(source, model_config(source, byte_tokenizer()))
-        expected.append(EnginePolicy(model, model, end_tokens=[257]).draw(*draw_inputs())[0])
+        expected.append(EnginePolicy(model, end_tokens=[257]).draw(*draw_inputs())[0])
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], expected[0])
     assert not torch.equal(drawn[0], expected[1])

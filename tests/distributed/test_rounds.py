@@ -229,7 +229,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     step_batches = load_step_batches(settings, samples, **shape)
     method = load_method(settings, tokenizer, samples, step_batches, 6).as_round_method()
     assert method is not None
-    policy = EnginePolicy(plain, plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
+    policy = EnginePolicy(plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
     own, _ = method.rows(first_rows(samples), policy, number)
     pairs = [(one.context_ids.tolist(), row["context_ids"]) for one, row in zip(own, rows, strict=True)]
     same = [one == other for (one, other), row in zip(pairs, rows, strict=True) if any(row["replaced_mask"])]

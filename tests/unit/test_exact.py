@@ -75,9 +75,7 @@ def test_exact_draws_what_a_loop_over_the_tokens_draws(
     expected = token_by_token(trained_model(), alone, mask, sampling, DRAW)
     batches = layouts()[layout]
     masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
-    mixed, made = mix(
-        batches, EnginePolicy(extended, extended, end_tokens=[0], sampling=sampling), masks, "exact", DRAW
-    )
+    mixed, made = mix(batches, EnginePolicy(extended, end_tokens=[0], sampling=sampling), masks, "exact", DRAW)
     assert contexts(mixed) == dict(enumerate(expected))
     assert contexts(mixed) != contexts(batches)
     longest = int(mask.sum(dim=1).max())
@@ -108,7 +106,7 @@ def test_what_is_drawn_in_order_is_what_passes_draw(
     model = add_reductions(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
     batches = layouts()["padded"]
     masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
-    policy = InOrderPolicy(model, model, end_tokens=[0], generation_batch_size=rows_at_once)
+    policy = InOrderPolicy(model, end_tokens=[0], generation_batch_size=rows_at_once)
     by_passes, many = mix(batches, policy, masks, "exact", DRAW, max_differing_share=0.9)
     assert not hasattr(policy, "rows")
     with policy.gathered(100):
@@ -123,7 +121,7 @@ def test_what_is_drawn_in_order_is_what_passes_draw(
 def test_a_trained_model_needs_few_passes_and_draws_nothing_in_order(extended: PreTrainedModel, p: float) -> None:
     batches = layouts()["padded"]
     masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
-    policy = InOrderPolicy(extended, extended, end_tokens=[0])
+    policy = InOrderPolicy(extended, end_tokens=[0])
     with policy.gathered(100):
         _, made = mix(batches, policy, masks, "exact", DRAW)
     assert made > 1
@@ -132,7 +130,7 @@ def test_a_trained_model_needs_few_passes_and_draws_nothing_in_order(extended: P
 
 def test_packed_samples_are_never_drawn_in_order(extended: PreTrainedModel) -> None:
     batches = layouts()["packed"]
-    policy = InOrderPolicy(extended, extended, end_tokens=[0], sampling=Sampling(temperature=5.0))
+    policy = InOrderPolicy(extended, end_tokens=[0], sampling=Sampling(temperature=5.0))
     with policy.gathered(100):
         inside, made = mix(batches, policy, [batch.replaceable_mask for batch in batches], "exact", DRAW)
     outside, _ = mix(batches, policy, [batch.replaceable_mask for batch in batches], "exact", DRAW)
@@ -151,7 +149,7 @@ def test_rows_are_drawn_in_order_up_to_rows_at_once_and_leave_when_they_are_done
     )
     uniforms = torch.full((int(batch.replaceable_mask.sum()),), 0.5, dtype=torch.float64)
     for rows_at_once, expected in ((64, [3] * 32 + [1] * 8), (1, [1] * (40 + 4 + 4))):
-        policy = EnginePolicy(extended, extended, end_tokens=[0], generation_batch_size=rows_at_once)
+        policy = EnginePolicy(extended, end_tokens=[0], generation_batch_size=rows_at_once)
         with policy.gathered(60):
             seen.clear()
             [drawn] = policy.draw_in_order([batch], [batch.replaceable_mask], [uniforms])
@@ -164,7 +162,7 @@ def test_models_that_keep_states_are_not_drawn_from_in_order() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=8)
     model = add_reductions(AutoModelForCausalLM.from_config(config).eval())
-    policy = EnginePolicy(model, model, end_tokens=[0])
+    policy = EnginePolicy(model, end_tokens=[0])
     with policy.gathered(100):
         assert not policy.can_draw_in_order
 
@@ -172,7 +170,7 @@ def test_models_that_keep_states_are_not_drawn_from_in_order() -> None:
 def test_a_number_of_passes_is_never_drawn_in_order(extended: PreTrainedModel) -> None:
     batches = layouts()["padded"]
     masks = [batch.replaceable_mask for batch in batches]
-    policy = InOrderPolicy(extended, extended, end_tokens=[0])
+    policy = InOrderPolicy(extended, end_tokens=[0])
     with policy.gathered(100):
         inside, made = mix(batches, policy, masks, 3, DRAW)
     outside, _ = mix(batches, policy, masks, 3, DRAW)
@@ -184,7 +182,7 @@ def test_a_number_of_passes_is_never_drawn_in_order(extended: PreTrainedModel) -
 def test_one_pass_is_not_the_loop(extended: PreTrainedModel) -> None:
     alone = collate([[s] for s in samples()])
     expected = token_by_token(trained_model(), alone, alone.replaceable_mask, Sampling(), DRAW)
-    mixed, _ = mix([alone], EnginePolicy(extended, extended, end_tokens=[0]), [alone.replaceable_mask], 1, DRAW)
+    mixed, _ = mix([alone], EnginePolicy(extended, end_tokens=[0]), [alone.replaceable_mask], 1, DRAW)
     assert contexts(mixed) != dict(enumerate(expected))
 
 
@@ -198,7 +196,7 @@ class CountingPolicy(EnginePolicy):
 
 def test_later_passes_read_fewer_rows_and_draw_fewer_tokens(extended: PreTrainedModel) -> None:
     batches = layouts()["padded"]
-    policy = CountingPolicy(extended, extended, end_tokens=[0])
+    policy = CountingPolicy(extended, end_tokens=[0])
     mix(batches, policy, [batch.replaceable_mask for batch in batches], "exact", DRAW)
     for (rows, tokens), (later_rows, later_tokens) in zip(policy.drawn, policy.drawn[1:], strict=False):
         assert later_rows <= rows
@@ -252,7 +250,7 @@ def chi_square(
     """Compare contexts of many samples with ancestral sampling; return chi-square and its degrees of freedom."""
     batch = padded([PROMPT] * count, [ANSWER] * count, list(range(count)))
     masks = [torch.tensor([False, False, *mask]).expand(count, -1)]
-    policy = EnginePolicy(model, model, end_tokens=[0], sampling=sampling)
+    policy = EnginePolicy(model, end_tokens=[0], sampling=sampling)
     (mixed,), _ = mix([batch], policy, masks, passes, DRAW)  # type: ignore[arg-type]
     ids, counts = mixed.context_ids[:, len(PROMPT) :].unique(dim=0, return_counts=True)
     seen = dict(zip(map(tuple, ids.tolist()), counts.tolist(), strict=True))

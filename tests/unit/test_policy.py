@@ -101,7 +101,7 @@ def reference_context(
 def test_the_pass_draws_from_the_model_given_the_context_before(
     plain: LlamaForCausalLM, extended: PreTrainedModel, passes: int, budget: SweepBudget | None, sampling: Sampling
 ) -> None:
-    policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=sampling, budget=budget)
+    policy = EnginePolicy(extended, end_tokens=[END], sampling=sampling, budget=budget)
     batches = micro_batches()
     masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]
     mixed, made = mix(batches, policy, masks, passes, (hashing.DRAW, SEED, STEP))
@@ -124,7 +124,7 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     settings = ModelConfig(preset=fields, attn_implementation=attention(name))  # type: ignore[arg-type]
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention(name)).eval()
     extended = add_reductions(deepcopy(plain), probe.check(settings, config, packing=False))
-    policy = EnginePolicy(extended, extended, end_tokens=[END], sampling=Sampling(temperature=1.5))
+    policy = EnginePolicy(extended, end_tokens=[END], sampling=Sampling(temperature=1.5))
     batches = micro_batches()
     masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]
     mixed, _ = mix(batches, policy, masks, 2, (hashing.DRAW, SEED, STEP))
@@ -142,7 +142,7 @@ def test_greedy_answers_are_those_of_plain_generate_row_by_row(
     plain: LlamaForCausalLM, extended: PreTrainedModel
 ) -> None:
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    answers = EnginePolicy(extended, extended, end_tokens=[END]).complete(prompts, 12)
+    answers = EnginePolicy(extended, end_tokens=[END]).complete(prompts, 12)
     for prompt, answer in zip(prompts, answers, strict=True):
         output = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=END)
         assert answer == output[0, len(prompt) :].tolist()
@@ -162,7 +162,7 @@ def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
 
 
 def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedModel) -> None:
-    policy = EnginePolicy(extended, extended, end_tokens=[END])
+    policy = EnginePolicy(extended, end_tokens=[END])
     prompts = [[1, 2, 3], [4, 5]]
     greedy = policy.complete(prompts, 12)
     with defaults(extended, do_sample=True, temperature=5.0, repetition_penalty=3.0, min_new_tokens=12):
@@ -173,14 +173,14 @@ def test_the_models_own_generation_defaults_are_not_used(extended: PreTrainedMod
 
 
 def test_an_answer_ends_with_its_end_token(extended: PreTrainedModel) -> None:
-    policy = EnginePolicy(extended, extended, end_tokens=[END])
+    policy = EnginePolicy(extended, end_tokens=[END])
     first = policy.complete([[1, 2, 3]], 6)[0]
-    ending = EnginePolicy(extended, extended, end_tokens=[first[2]])
+    ending = EnginePolicy(extended, end_tokens=[first[2]])
     assert ending.complete([[1, 2, 3], [4, 5]], 6)[0] == first[: first.index(first[2]) + 1]
 
 
 def test_predictions_are_the_plain_models(plain: LlamaForCausalLM, extended: PreTrainedModel) -> None:
-    assert_predictions_are_those_of(plain, EnginePolicy(extended, extended, end_tokens=[END]))
+    assert_predictions_are_those_of(plain, EnginePolicy(extended, end_tokens=[END]))
 
 
 def assert_predictions_are_those_of(plain: PreTrainedModel, policy: EnginePolicy) -> None:

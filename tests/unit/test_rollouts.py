@@ -69,7 +69,7 @@ def test_rows_that_are_finished_are_dropped_and_prompts_of_similar_length_go_tog
     config = LlamaConfig(vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = Countdown(config).eval()
     seen = forwards(model)
-    policy = EnginePolicy(model, model, end_tokens=[0], generation_batch_size=3)
+    policy = EnginePolicy(model, end_tokens=[0], generation_batch_size=3)
     answers = policy.complete([[100], [9, 5], [9, 9, 9, 40], [2]], 90)
     assert answers == [list(range(99, 9, -1)), [4, 3, 2, 1, 0], list(range(39, -1, -1)), [1, 0]]
     assert seen[0] == (3, 4)
@@ -81,7 +81,7 @@ def test_rows_that_are_finished_are_dropped_and_prompts_of_similar_length_go_tog
 @pytest.mark.parametrize("name", ["gemma3_text", "mamba", "lfm2"])
 def test_answers_of_models_with_other_caches_are_plain_generates(name: str) -> None:
     plain = build(name)
-    policy = EnginePolicy(plain, plain, end_tokens=[END, 20, 21, 7])
+    policy = EnginePolicy(plain, end_tokens=[END, 20, 21, 7])
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12]]
     lengths = set()
     for prompt, answer in zip(prompts, policy.complete(prompts, 50), strict=True):
@@ -93,7 +93,7 @@ def test_answers_of_models_with_other_caches_are_plain_generates(name: str) -> N
 
 
 def test_sampled_first_tokens_have_the_models_distribution(model: PreTrainedModel) -> None:
-    policy = EnginePolicy(model, model, end_tokens=[END])
+    policy = EnginePolicy(model, end_tokens=[END])
     prompt, count = [1, 2, 3], 2000
     answers = policy.complete([prompt] * count, 1, keyed(1), Sampling(temperature=3.0, top_k=8))
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_sampled_first_tokens_have_the_models_distribution(model: PreTrainedMode
 
 
 def test_an_answer_is_drawn_as_ancestral_sampling_with_its_noise_draws(model: PreTrainedModel) -> None:
-    policy = EnginePolicy(model, model, end_tokens=[END], sampling=Sampling(temperature=1.5), generation_batch_size=2)
+    policy = EnginePolicy(model, end_tokens=[END], sampling=Sampling(temperature=1.5), generation_batch_size=2)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     answers = policy.complete(prompts, 40, keyed(2))
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -122,7 +122,7 @@ def test_an_answer_is_drawn_as_ancestral_sampling_with_its_noise_draws(model: Pr
 
 
 def test_other_noise_gives_another_answer_and_no_noise_the_most_probable(model: PreTrainedModel) -> None:
-    policy = EnginePolicy(model, model, end_tokens=[END], sampling=Sampling(temperature=2.0))
+    policy = EnginePolicy(model, end_tokens=[END], sampling=Sampling(temperature=2.0))
     one, other, again = (policy.complete([[1, 2, 3]], 30, keyed(stream)) for stream in (1, 2, 1))
     assert one == again != other
     cold = policy.complete([[1, 2, 3]], 30, keyed(1), Sampling(temperature=1e-4))
@@ -134,14 +134,14 @@ def test_an_answer_ends_where_the_models_positions_do(prompt: int, answer: int) 
     config = LlamaConfig(vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     config.max_position_embeddings = 64
     model = Countdown(config).eval()
-    policy = EnginePolicy(model, model, end_tokens=[0])
+    policy = EnginePolicy(model, end_tokens=[0])
     [short, longest] = policy.complete([[40], [127] * prompt], 90)
     assert short == list(range(39, -1, -1))
     assert longest == list(range(126, 126 - answer, -1))  # no forward reads the last token, so it takes no position
 
 
 def test_no_prompts_have_no_answers(model: PreTrainedModel) -> None:
-    policy = EnginePolicy(model, model, end_tokens=[END])
+    policy = EnginePolicy(model, end_tokens=[END])
     with policy.gathered(10):
         assert policy.complete([], 10) == policy.complete([], 10, keyed(1)) == []
 
@@ -160,7 +160,7 @@ def test_the_cache_of_a_row_is_what_generation_keeps(name: str) -> None:
 def test_whole_weights_are_generated_from_in_as_many_rows_as_fit(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = EnginePolicy(model, model, end_tokens=[END])
+    policy = EnginePolicy(model, end_tokens=[END])
     row = policy._row_bytes(50)
     monkeypatch.setattr(gathering, "free_bytes", lambda: int(5.5 * row / 0.9))
     with policy.gathered(50):

@@ -133,7 +133,7 @@ def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> 
     tokenizer = byte_tokenizer()
     config = GPT2Config(vocab_size=258, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     model = add_reductions(GPT2LMHeadModel(config).eval())
-    policy = EnginePolicy(model, model, end_tokens=[tokenizer.eos_token_id])
+    policy = EnginePolicy(model, end_tokens=[tokenizer.eos_token_id])
     scores = evaluate(policy, _uneven(6), tokenizer, batch_size=6)
     assert [len(score.free_running) for score in scores] == [4, 27] * 3
 
@@ -160,7 +160,7 @@ def _text_sample(prompt: str, response: str, sample_id: int) -> TrainingRow:
 def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> None:
     config = GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     model = add_reductions(GPT2LMHeadModel(config).eval())
-    policy = Scripted(model, model, end_tokens=[BYTES.eos_token_id])
+    policy = Scripted(model, end_tokens=[BYTES.eos_token_id])
     policy.limits = []
     policy.script = {
         "1+1=": "3", "1+1=3 or: ": "2", "1+1=2 or: ": "2",
@@ -192,7 +192,7 @@ def test_corrections_that_just_fit_into_the_models_positions_are_made() -> None:
     assert length == 27 + 27 + 27 + 3
     config = GPT2Config(vocab_size=258, n_positions=length, n_embd=16, n_layer=1, n_head=2)
     model = add_reductions(GPT2LMHeadModel(config).eval())
-    policy = EnginePolicy(model, model, end_tokens=[BYTES.eos_token_id])
+    policy = EnginePolicy(model, end_tokens=[BYTES.eos_token_id])
     scores = evaluate(
         policy, samples, BYTES, batch_size=6, requests=EvaluationRequests(correction=asked, correction_rounds=2)
     )
