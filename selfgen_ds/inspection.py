@@ -23,9 +23,9 @@ from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.head import LogitTransform
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
-from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.ranks import process_group
-from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches, sampling
+from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
 from selfgen_ds.validation.inputs import check_attention, check_positions, check_shares
 from selfgen_ds.validation.options import check_inspect
 from selfgen_ds.validation.settings import check_settings
@@ -100,7 +100,7 @@ def _policy(
     """Load the model before training, in this process."""
     set_seed(recipe.seed)
     model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer)).to(process_group.device())
-    return EnginePolicy(model, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(recipe))
+    return EnginePolicy(model, end_tokens=end_tokens(samples, tokenizer), sampling=Sampling.of(recipe.selfgen))
 
 
 def _draw(batch: TokenBatch, samples: list[Samples], method: Method, policy: EnginePolicy) -> TokenBatch:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
+from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.model import generation, head
@@ -33,6 +34,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    @classmethod
+    def of(cls, selfgen: SelfgenConfig) -> Sampling:
+        """Return the distribution that the draws of a recipe have."""
+        return cls(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k)
 
 
 class EnginePolicy(GatherableModel, Policy):

@@ -16,10 +16,9 @@ from selfgen_ds.model import lora
 from selfgen_ds.model.budget import sweep_budget
 from selfgen_ds.model.head import LogitTransform
 from selfgen_ds.model.loading import build_model, checkpoint_activations, vocabulary
-from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
-from selfgen_ds.setup.inputs import sampling
 
 
 def build_engine(
@@ -68,7 +67,7 @@ def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]
     return EnginePolicy(
         engine,
         end_tokens=end_tokens,
-        sampling=sampling(recipe),
+        sampling=Sampling.of(recipe.selfgen),
         budget=sweep_budget(
             engine.module.config,
             recipe.train.activation_checkpointing,

@@ -15,7 +15,6 @@ from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import Method, Plan
-from selfgen_ds.model.policy import Sampling
 
 
 def load_samples(
@@ -102,9 +101,3 @@ def load_method(
     method = method_class(recipe.selfgen, plan)
     method.check(samples)
     return method
-
-
-def sampling(recipe: Recipe) -> Sampling:
-    """Return the distribution that tokens are drawn from."""
-    selfgen = recipe.selfgen
-    return Sampling(temperature=selfgen.temperature, top_p=selfgen.top_p, top_k=selfgen.top_k)

@@ -21,10 +21,10 @@ from selfgen_ds.engine.step import train_step
 from selfgen_ds.model import checksum, gathering
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.loading import build_model, model_config
-from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.scaling.memory import LiveTensors
 from selfgen_ds.scaling.steps import count_invalidations
-from selfgen_ds.setup.inputs import load_data, load_method, load_step_batches, sampling
+from selfgen_ds.setup.inputs import load_data, load_method, load_step_batches
 from selfgen_ds.setup.prepare import prepare
 from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
@@ -229,7 +229,7 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     step_batches = load_step_batches(settings, samples, **shape)
     method = load_method(settings, tokenizer, samples, step_batches, 6).as_round_method()
     assert method is not None
-    policy = EnginePolicy(plain, end_tokens=end_tokens(samples, tokenizer), sampling=sampling(settings))
+    policy = EnginePolicy(plain, end_tokens=end_tokens(samples, tokenizer), sampling=Sampling.of(settings.selfgen))
     own, _ = method.rows(first_rows(samples), policy, number)
     pairs = [(one.context_ids.tolist(), row["context_ids"]) for one, row in zip(own, rows, strict=True)]
     same = [one == other for (one, other), row in zip(pairs, rows, strict=True) if any(row["replaced_mask"])]
