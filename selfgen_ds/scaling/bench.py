@@ -1,4 +1,4 @@
-"""`selfgen-ds bench`: measure the cost of training on own tokens, as ratios to sft and to `generate()`."""
+"""`selfgen-ds bench`: measure the cost of training on the model's own tokens, as ratios to sft and to `generate()`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.environment import environment
 from selfgen_ds.scaling.steps import BUDGET, FULL, BlockBenchmark
+from selfgen_ds.validation import deepspeed_json
 from selfgen_ds.validation.inputs import check_positions
 from selfgen_ds.validation.options import check_bench
 from selfgen_ds.validation.settings import check_settings
@@ -46,8 +47,10 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
     problems = Problems()
     check_bench(problems, recipe, steps)
-    for block in [drawing.block(recipe), *blocks]:
-        json_config = check_settings(problems, block.of(recipe), overrides)
+    json_config = check_settings(problems, drawing.block(recipe).of(recipe), overrides)
+    problems.raise_all()
+    for block in blocks:
+        problems.add(*deepspeed_json.problems(block.of(recipe), json_config, process_group.world_size()))
     problems.raise_all()
     folder = Path(recipe.output_dir)
     make_folder(folder, "output_dir")  # on every rank, so that a folder that cannot be made stops all of them
