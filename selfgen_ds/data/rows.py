@@ -46,12 +46,10 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
             that is not as expected, and names the file, the row, and the field.
     """
     path = Path(source.path)
-    if source.path.startswith("builtin:"):
-        task = source.path.removeprefix("builtin:")
-        if task not in tasks.TASKS:
-            raise InputError(f"{source.path}: unknown task; known are {', '.join(sorted(tasks.TASKS))}")
+    if (task := tasks.task_of(source.path)) is not None:
         fingerprint = [source.path, split, inspect.getsource(tasks)]
-        return Opened(name=source.path, fingerprint=fingerprint, rows=tasks.generate(task, split))
+        pairs = (TextPair(prompt=prompt, completion=completion) for prompt, completion in tasks.generate(task, split))
+        return Opened(name=source.path, fingerprint=fingerprint, rows=pairs)
     if path.is_file():
         return _open_files(source.path, [path], columns)
     if path.is_dir():

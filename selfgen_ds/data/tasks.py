@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from selfgen_ds.data.row_checks import TextPair
-
+BUILTIN = "builtin:"
 _TRAIN_ROWS = 65_536
 _TEST_ROWS = 512
 
@@ -29,10 +28,14 @@ class ForcedErrorText:
     """The rest of the completion, which is right."""
 
 
+Example = tuple[str, str, ForcedErrorText]
+"""A prompt, its completion, and the completion with an error."""
+
+
 _SYMBOLS, _HOPS = 8, 6
 
 
-def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
+def _pointer_chase(rng: random.Random) -> Example:
     """Follow a random 8-cycle: `FaBc...A=` -> `cCdD...`; capitals are keys, small letters values.
 
     The prompt holds the 8 pairs KEY value in random order, a start key, and `=`. The answer is 6 hops, each written
@@ -49,16 +52,13 @@ def _pointer_chase(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
         path.append(following[path[-1]])
     completion = "".join(value[s] + key[s] for s in path[1:])
     third_hop = 4
-    return (
-        TextPair(prompt=f"{pairs}{key[start]}=", completion=completion),
-        _forced_error_text(completion, third_hop, value, rng),
-    )
+    return f"{pairs}{key[start]}=", completion, _forced_error_text(completion, third_hop, value, rng)
 
 
 _OPERANDS = 16
 
 
-def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
+def _running_sum(rng: random.Random) -> Example:
     """Add digits modulo 10, with all running sums: `3141592653589793=` -> `3489...`.
 
     A control: each sum can be read off the operands so far, so that teacher forcing is enough.
@@ -67,10 +67,8 @@ def _running_sum(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
     sums = [sum(operands[: i + 1]) % 10 for i in range(_OPERANDS)]
     completion = "".join(map(str, sums))
     third_sum = 2
-    return (
-        TextPair(prompt="".join(map(str, operands)) + "=", completion=completion),
-        _forced_error_text(completion, third_sum, "0123456789", rng),
-    )
+    prompt = "".join(map(str, operands)) + "="
+    return prompt, completion, _forced_error_text(completion, third_sum, "0123456789", rng)
 
 
 def _forced_error_text(completion: str, index: int, alphabet: str, rng: random.Random) -> ForcedErrorText:
@@ -79,24 +77,29 @@ def _forced_error_text(completion: str, index: int, alphabet: str, rng: random.R
     return ForcedErrorText(start=completion[:index] + wrong, rest=completion[index + 1 :])
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[TextPair, ForcedErrorText]]] = {
+TASKS: dict[str, Callable[[random.Random], Example]] = {
     "pointer_chase": _pointer_chase,
     "running_sum": _running_sum,
 }
 
 
-def generate(task: str, split: str) -> Iterator[TextPair]:
-    """Yield the rows of a built-in task's `train` or `test` set, the same rows in every run."""
-    return (pair for pair, _ in _examples(task, split))
+def task_of(path: str) -> str | None:
+    """Return the built-in task that the path of a source names, or None if the path names other data."""
+    return path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else None
+
+
+def generate(task: str, split: str) -> Iterator[tuple[str, str]]:
+    """Yield prompts and completions of a built-in task's `train` or `test` set, the same in every run."""
+    return ((prompt, completion) for prompt, completion, _ in _examples(task, split))
 
 
 @cache
 def forced_error_texts(task: str) -> list[ForcedErrorText]:
     """Return an error for every row of a built-in task's `test` set, in the order of `generate`."""
-    return [error for _, error in _examples(task, "test")]
+    return [error for *_, error in _examples(task, "test")]
 
 
-def _examples(task: str, split: str) -> Iterator[tuple[TextPair, ForcedErrorText]]:
+def _examples(task: str, split: str) -> Iterator[Example]:
     """Yield every prompt once.
 
     A prompt belongs to the test set if its checksum says so, hence the sets cannot overlap.
@@ -105,8 +108,8 @@ def _examples(task: str, split: str) -> Iterator[tuple[TextPair, ForcedErrorText
     rng = random.Random(f"{task}/{split}")
     seen: set[str] = set()
     while len(seen) < count:
-        pair, error = TASKS[task](rng)
-        in_test = zlib.crc32(pair.prompt.encode()) % 16 == 0
-        if pair.prompt not in seen and in_test == (split == "test"):
-            seen.add(pair.prompt)
-            yield pair, error
+        prompt, completion, error = TASKS[task](rng)
+        in_test = zlib.crc32(prompt.encode()) % 16 == 0
+        if prompt not in seen and in_test == (split == "test"):
+            seen.add(prompt)
+            yield prompt, completion, error

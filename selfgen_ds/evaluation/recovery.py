@@ -28,11 +28,11 @@ def forced_errors(samples: Sequence[Samples], tokenizer: PreTrainedTokenizerBase
     Returns:
         An empty dictionary if any of the sources is no built-in task: recovery is a metric of all rows or of none.
     """
-    if not all(source.name.startswith("builtin:") for source in samples):
-        return {}
-    errors = {}
+    errors: dict[int, ForcedError] = {}
     for source in samples:
-        texts = tasks.forced_error_texts(source.name.removeprefix("builtin:"))
+        if (task := tasks.task_of(source.name)) is None:
+            return {}
+        texts = tasks.forced_error_texts(task)
         starts = tokenize_plain([error.start for error in texts], tokenizer)
         rests = tokenize_plain([error.rest for error in texts], tokenizer)
         for number, (start, rest) in enumerate(zip(starts, rests, strict=True), start=source.first_id):

@@ -62,6 +62,7 @@ def open_run_folder(recipe: Recipe, json_config: dict[str, Any]) -> RunFolder:
 
 
 def _check_and_lock(recipe: Recipe, json_config: dict[str, Any]) -> IO[str]:
+    """Lock the output folder, then check it: `prepare` may have checked it before, but another run could change it."""
     folder = Path(recipe.output_dir)
     make_folder(folder, "output_dir")
     lock_file = lock(folder, "output_dir")

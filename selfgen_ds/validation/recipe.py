@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from operator import attrgetter
 from pathlib import Path
 
+from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import EvalConfig, Recipe, SelfgenConfig
 from selfgen_ds.errors import Problems
 from selfgen_ds.validation.sources import check_sources
@@ -98,7 +99,7 @@ def check_model_folder(problems: Problems, setting: str, name: str) -> None:
     """Check the name of a model that is meant to be a folder; any other name may be a hub id."""
     if name.startswith((".", "/", "~")):
         problems.expect(Path(name).is_dir(), setting, "an existing folder", name)
-    if (Path(name) / "complete.json").is_file():
+    if (Path(name) / MARKER).is_file():
         problems.add(f"{setting}: {name!r} is a checkpoint; `selfgen-ds export` makes a model of it")
 
 

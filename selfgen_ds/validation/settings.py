@@ -10,6 +10,7 @@ from typing import Any
 from selfgen_ds import methods
 from selfgen_ds.checkpoint import manifest
 from selfgen_ds.config import Recipe, SelfgenConfig, sources
+from selfgen_ds.data.tasks import task_of
 from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import Problems
 from selfgen_ds.evaluation.metrics import METRICS, RECOVERY_METRICS
@@ -33,7 +34,7 @@ def check_settings(problems: Problems, recipe: Recipe, overrides: set[str]) -> d
         _check_packing(problems, recipe)
     with problems.collect():
         load_reject(recipe.selfgen.reject)
-    eval_is_task = all(source.path.startswith("builtin:") for source in sources(recipe.data.eval))
+    eval_is_task = all(task_of(source.path) is not None for source in sources(recipe.data.eval))
     metrics = METRICS | (RECOVERY_METRICS if eval_is_task else {})
     problems.expect(recipe.eval.best in metrics, "eval.best", f"one of {', '.join(metrics)}", recipe.eval.best)
     json_config: dict[str, Any] = {}

@@ -7,11 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from selfgen_ds.config import Source, Sources, sources
-from selfgen_ds.data.tasks import TASKS
+from selfgen_ds.data.tasks import BUILTIN, TASKS, task_of
 from selfgen_ds.errors import Problems
 
 _HUB_ID = re.compile(r"(?!.*\.(jsonl|json|csv|parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_BUILTIN = "builtin:"
 
 
 def check_sources(problems: Problems, setting: str, value: Sources | None) -> None:
@@ -21,7 +20,7 @@ def check_sources(problems: Problems, setting: str, value: Sources | None) -> No
         problems.add(f"{setting}: expected at least one source")
     for source in given:
         _check_source(problems, setting, source)
-    tasks = [source for source in given if source.path.startswith(_BUILTIN)]
+    tasks = [source for source in given if task_of(source.path) is not None]
     if setting != "data.train" and 0 < len(tasks) < len(given):
         problems.add(f"{setting}: expected built-in tasks alone, whose recovery is measured, or none")
     weighted = [source for source in given if source.weight is not None]
@@ -32,16 +31,16 @@ def check_sources(problems: Problems, setting: str, value: Sources | None) -> No
 
 
 def _check_source(problems: Problems, setting: str, source: Source) -> None:
-    name, exists = source.path, Path(source.path).exists()
-    is_task = name.startswith(_BUILTIN)
+    name, exists, task = source.path, Path(source.path).exists(), task_of(source.path)
+    is_task = task is not None
     if name.startswith(("{", "[")):
         keys = ", ".join(f.name for f in fields(Source))
         problems.add(f"{setting}: expected a source with the keys {keys}, got {name}")
     elif not name:
         problems.add(f"{setting}: expected a file or folder, a hub id, or builtin:<task>, got an empty string")
-    elif is_task and name.removeprefix(_BUILTIN) not in TASKS:
-        tasks = ", ".join(_BUILTIN + task for task in TASKS)
-        problems.add(f"{setting}: unknown task {name.removeprefix(_BUILTIN)!r}; the built-in tasks are {tasks}")
+    elif is_task and task not in TASKS:
+        tasks = ", ".join(BUILTIN + known for known in TASKS)
+        problems.add(f"{setting}: unknown task {task!r}; the built-in tasks are {tasks}")
     elif not exists and not is_task and not _HUB_ID.fullmatch(name):
         problems.add(f"{setting}: expected an existing file or folder, a hub id, or builtin:<task>, got {name!r}")
     if (is_task or Path(name).is_file()) and (source.subset or source.split):

@@ -44,8 +44,8 @@ def task_recipe(folder: Path, steps: int, **changes: object) -> Recipe:
 
 def write_task_rows(folder: Path, count: int) -> str:
     """Write the first training rows of the task to a file, and return its path."""
-    rows = islice(generate("pointer_chase", "train"), count)
-    lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
+    pairs = islice(generate("pointer_chase", "train"), count)
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder / "rows.jsonl")
 

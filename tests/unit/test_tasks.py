@@ -12,14 +12,15 @@ BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
 
 @cache
 def _test_set(task: str) -> list[TextPair]:
-    return list(generate(task, "test"))
+    return [TextPair(prompt=prompt, completion=completion) for prompt, completion in generate(task, "test")]
 
 
 _errors = cache(forced_error_texts)
 
 
 def _rows(task: str, split: str = "train", count: int = 100) -> list[TextPair]:
-    return list(islice(generate(task, split), count))
+    pairs = islice(generate(task, split), count)
+    return [TextPair(prompt=prompt, completion=completion) for prompt, completion in pairs]
 
 
 def test_pointer_chase_answers_follow_the_pointers() -> None:
@@ -94,8 +95,8 @@ def test_the_test_set_has_512_rows(task: str) -> None:
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a task with 1000 prompts: by chance alone, rows would repeat and the sets would overlap."""
 
-    def example(rng: random.Random) -> tuple[TextPair, ForcedErrorText]:
-        return TextPair(prompt=f"{rng.randrange(1000)}", completion="x"), ForcedErrorText(start="y", rest="")
+    def example(rng: random.Random) -> tuple[str, str, ForcedErrorText]:
+        return f"{rng.randrange(1000)}", "x", ForcedErrorText(start="y", rest="")
 
     monkeypatch.setitem(TASKS, "tiny", example)
     return "tiny"
