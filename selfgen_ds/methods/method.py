@@ -129,7 +129,7 @@ class Method:
         return None
 
     def check(self, samples: list[Samples]) -> None:
-        """Refuse data that the method cannot work with, before the first step.
+        """Refuse data that the method cannot work with, and take from the data what the method needs to know.
 
         Raises:
             InputError: The method cannot work with these samples.

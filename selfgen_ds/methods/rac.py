@@ -40,6 +40,8 @@ class Rac(RoundMethod):
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.rejected = load_reject(config.reject)
+        self.max_new_tokens = config.max_new_tokens or plan.max_length
+        """Most tokens of an answer. If the setting is not given, `check` takes the length of the longest reference."""
         self._between = len(plan.correction.closing_ids) + len(plan.correction.cue_ids)
 
     def check(self, samples: list[Samples]) -> None:
@@ -54,23 +56,23 @@ class Rac(RoundMethod):
                 f"of data.max_length={self.plan.max_length}: prompt, cue and reference take "
                 f"{self.plan.max_length - room.max()} tokens or more"
             )
-        if self.config.answers_per_prompt > self.config.epochs_per_round and self.config.sft_share < 1:
-            log.warning(
-                "rac: a round of %d epochs reads about %d of the %d answers to each prompt",
-                self.config.epochs_per_round,
-                self.config.epochs_per_round,
-                self.config.answers_per_prompt,
-            )
+        self._warn(room)
+
+    def _warn(self, room: np.ndarray) -> None:
+        """Warn of answers that are not read, not drawn, or cut; `room` is the number of tokens left in each row."""
+        epochs, answers, most = self.config.epochs_per_round, self.config.answers_per_prompt, self.config.max_new_tokens
+        if answers > epochs and self.config.sft_share < 1:
+            told = "rac: a round of %d epochs reads about %d of the %d answers to each prompt"
+            log.warning(told, epochs, epochs, answers)
         if full := int((room < 1).sum()):
-            log.warning(
-                "rac: %d of %d rows have no room for the model's answer and are trained without one", full, len(room)
-            )
-        if self.config.max_new_tokens and (little := int((room < self.config.max_new_tokens).sum()) - full):
+            told = "rac: %d of %d rows have no room for the model's answer and are trained without one"
+            log.warning(told, full, len(room))
+        if most and (little := int((room < most).sum()) - full):
             log.warning("rac: answers to %d of %d rows are cut before selfgen.max_new_tokens", little, len(room))
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
-        corrected = hashing.uniform(hashing.PLAIN, self.plan.seed, number, ids) >= self.config.sft_share
+        corrected = hashing.uniform(hashing.SFT_SHARE, self.plan.seed, number, ids) >= self.config.sft_share
         draws = self.config.answers_per_prompt
         asked = [
             (i, draw)
@@ -140,6 +142,7 @@ class Rac(RoundMethod):
         share = self.config.max_equal_share
         # In floating point, 0.12 * 22 / 0.88 is less than 3.
         kept = len(equal) if share == 1 else int(share * others / (1 - share) + 1e-9)
-        order = hashing.uniform(hashing.PLAIN, self.plan.seed, number, torch.from_numpy(sample_ids[equal]), 1).numpy()
+        ids = torch.from_numpy(sample_ids[equal])
+        order = hashing.uniform(hashing.SFT_SHARE, self.plan.seed, number, ids, 1).numpy()
         some = np.flatnonzero(equal)[np.argsort(order, kind="stable")[:kept]]
         return np.sort(np.concatenate([np.flatnonzero(~equal), some]))

@@ -183,10 +183,9 @@ def _random_samples(recipe: Recipe, vocabulary: int) -> tuple[list[TrainingRow],
 
 def _methods(plan: Plan, answer_length: int) -> dict[str, RoundMethod]:
     mixture: dict[str, Any] = {"replace_probability": _P, "schedule": "constant"}
-    rac = Rac(SelfgenConfig(method="rac", max_new_tokens=answer_length, sft_share=0.0), plan)
-    rac.max_new_tokens = answer_length
+    corrections = SelfgenConfig(method="rac", max_new_tokens=answer_length, sft_share=0.0)
     return {
         f"bash, p {_P:g}, 1 pass": Bash(SelfgenConfig(method="bash", passes=1, **mixture), plan),
         f"bash, p {_P:g}, exact": Bash(SelfgenConfig(method="bash", passes="exact", **mixture), plan),
-        "rac, free-running": rac,
+        "rac, free-running": Rac(corrections, plan),
     }

@@ -260,7 +260,7 @@ def test_a_share_between_is_met_and_a_function_of_seed_round_and_sample() -> Non
         chosen[seed, number] = _corrected(rows, samples)
         assert sum(chosen[seed, number]) == pytest.approx(0.7 * 150, abs=28)
         ids = torch.arange(150)
-        assert chosen[seed, number] == (hashing.uniform(hashing.PLAIN, seed, number, ids) >= 0.3).tolist()
+        assert chosen[seed, number] == (hashing.uniform(hashing.SFT_SHARE, seed, number, ids) >= 0.3).tolist()
     assert len(set(map(tuple, chosen.values()))) == 3
 
 
@@ -498,7 +498,7 @@ def test_which_equal_answers_are_kept_is_a_function_of_seed_round_and_sample() -
 
 def test_which_equal_answers_are_kept_has_nothing_to_do_with_which_samples_are_corrected() -> None:
     ids = np.arange(4000)
-    coins = hashing.uniform(hashing.PLAIN, SEED, 0, torch.from_numpy(ids)).numpy()
+    coins = hashing.uniform(hashing.SFT_SHARE, SEED, 0, torch.from_numpy(ids)).numpy()
     corrected = ids[coins >= 0.5]
     chosen = _rac(_many(3), max_equal_share=0.4).select(corrected, np.arange(len(corrected)) % 2 == 0, 0)
     kept = [number for number in chosen.tolist() if number % 2 == 0]
