@@ -181,7 +181,8 @@ def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator)
 def _interval(values: np.ndarray, rng: np.random.Generator, reference: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of a mean, or of the difference between two means, paired by row.
 
-    Percentiles over `_RESAMPLES` draws of seeds and rows with replacement (Efron & Tibshirani 1993, chapter 13).
+    The ends of the interval are percentiles over `_RESAMPLES` draws of seeds and rows with replacement (Efron &
+    Tibshirani 1993, chapter 13).
 
     Args:
         values: `[seeds, rows]`.

@@ -79,12 +79,12 @@ def run(options: EvaluateOptions) -> None:
     )
     scores = evaluate(policy, chosen, tokenizer, options.batch_size, requests)
     if process_group.rank() == 0:
-        write(scores, options, samples)
+        _write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
 
 
-def write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:
+def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:
     """Write `evaluation.json`, `predictions.jsonl` and `evaluation.png` to the output folder, and print the metrics."""
     folder = Path(options.output_dir)
     lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]

@@ -35,7 +35,7 @@ def load(file: Path, **settings: Any) -> Any:
 
 @contextmanager
 def loading(trust: bool) -> Iterator[None]:
-    """Allow this package and DeepSpeed to load the files of a checkpoint inside.
+    """Refuse the files of a checkpoint that hold code; with `trust`, let their code run.
 
     Args:
         trust: Whether the files may run code.

@@ -50,7 +50,7 @@ def hardware() -> dict[str, Any]:
         "accelerator": "cpu" if get_accelerator().device_name() == "cpu" else torch.cuda.get_device_name(),
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
-        "threads_a_rank": torch.get_num_threads(),
+        "threads_per_rank": torch.get_num_threads(),
         "ranks": dist.get_world_size(),
     }
 

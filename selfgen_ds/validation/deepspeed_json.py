@@ -130,8 +130,8 @@ def _zero_problems(recipe: Recipe, zero: dict[str, Any]) -> list[str]:
 class _KeyRecorder(dict):
     """A dictionary that records which keys are read.
 
-    DeepSpeed ignores an unknown key without a word, so that a misspelled key would have no effect. It keeps no list of
-    its keys either: a key is unknown if `DeepSpeedConfig` does not read it.
+    DeepSpeed ignores an unknown key silently, so that a misspelled key would have no effect. DeepSpeed keeps no list of
+    the known keys either: a key is unknown if `DeepSpeedConfig` does not read it.
     """
 
     def __init__(self, content: dict[str, Any]) -> None:

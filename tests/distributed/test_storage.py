@@ -35,9 +35,9 @@ def four_ranks() -> Iterator[Ranks]:
     ranks.stop()
 
 
-def on_hosts(hosts: Path, ranks_a_host: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def on_hosts(hosts: Path, ranks_per_host: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function on this rank's host."""
-    host, local_rank = divmod(dist.get_rank(), ranks_a_host)
+    host, local_rank = divmod(dist.get_rank(), ranks_per_host)
     folder, before = hosts / f"host-{host}", os.environ["LOCAL_RANK"]
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
@@ -108,13 +108,13 @@ def steps_on(folder: Path, host: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("ranks_a_host", "expected"),
+    ("ranks_per_host", "expected"),
     [(4, [(True, True)] + [(True, False)] * 3), (2, [(False, True), (False, False)] * 2), (1, [(False, True)] * 4)],
 )
 def test_ranks_find_out_whether_their_hosts_share_a_folder(
-    four_ranks: Ranks, tmp_path: Path, ranks_a_host: int, expected: list[tuple[bool, bool]]
+    four_ranks: Ranks, tmp_path: Path, ranks_per_host: int, expected: list[tuple[bool, bool]]
 ) -> None:
-    assert four_ranks.run(on_hosts, tmp_path, ranks_a_host, shares_and_writes) == expected
+    assert four_ranks.run(on_hosts, tmp_path, ranks_per_host, shares_and_writes) == expected
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
