@@ -209,7 +209,7 @@ class BetweenSteps:
             path=manifest.path_of(self._checkpoints, step),
             step=step,
             step_size=run.step_batches.step_size,
-            data=run.data,
+            data=run.data_checksum,
             metrics=scores,
             unevaluated=unevaluated,
         )

@@ -50,11 +50,7 @@ _FEW_CHUNKS = 4
 
 @dataclass(kw_only=True, eq=False)
 class Rounds:
-    """Gives the step batches of each round, and draws the rounds that are not drawn yet.
-
-    Raises:
-        InputError: A complete round was drawn from something else, is damaged, or has rows that are too long.
-    """
+    """Gives the step batches of each round, and draws the rounds that are not drawn yet."""
 
     engine: deepspeed.DeepSpeedEngine
     policy: EnginePolicy
@@ -79,10 +75,19 @@ class Rounds:
     def __post_init__(self) -> None:
         self._ends = np.cumsum([len(source) for source in self.samples])
         self._step_batches = self.plain
+        self._shared_folders: list[Path] = []
         self.number = -1
         """Number of the current round, from 0; -1 before the first."""
         self.replace_probability = 0.0
         """p that the current round was drawn with."""
+
+    def open(self) -> Rounds:
+        """Check the complete rounds that the run still needs, its own and the other run's; return the object itself.
+
+        Raises:
+            InputError: A round was drawn from something else, is damaged, or has rows that are too long; or the other
+                run has no complete round.
+        """
         needed = range(self.method.round_of(self.step), self.method.rounds)
         self._shared_folders = self._shared_rounds(needed)
         complete = {"output_dir": _complete(self.folder), "selfgen.rollouts": self._shared_folders}
@@ -93,6 +98,7 @@ class Rounds:
         if self.shared and process_group.rank() == 0 and not (self.folder / _SHARED).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / _SHARED, json.dumps([drawn.name for drawn in self._shared_folders]))
+        return self
 
     def _shared_rounds(self, needed: range) -> list[Path]:
         """Return the rounds of the other run that existed when this run first started.
@@ -158,7 +164,6 @@ class Rounds:
 
         Collective: every rank must call this, because the method asks the policy.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
         writer, audit = Writer(self.folder / _name(number)), self._audit(number, step)
         audit = process_group.from_rank_0(lambda: writer.start(audit))
         chunks = -(-int(self._ends[-1]) // audit["chunk_size"])
@@ -174,26 +179,9 @@ class Rounds:
             log.warning("%s holds no %s; drawing it here", self.shared, _name(number))
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self.method.rounds, len(missing), chunks)
         began = time.perf_counter()
-        with (
-            self.policy.gathered(self.method.longest),
-            tqdm(desc=f"round {number + 1}", total=len(missing), unit="chunk", leave=False, disable=rank != 0) as bar,
-        ):
-            for first in range(0, len(missing), world_size):
-                own = missing[first + rank : first + rank + 1]
-                samples = [sample for chunk in own for sample in self._chunk(chunk, audit["chunk_size"])]
-                rows, counts = self.method.rows(samples, self.policy, number)
-                # Every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
-                # other must stay below the timeout of the process group.
-                problem = rows_problem(self.method, samples, rows)
-                if self.policy.max_over_ranks(int(problem is not None)):
-                    told = ", on another rank; its log says why" if problem is None else f": {problem}"
-                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples{told}")
-                for chunk in own:
-                    writer.write(chunk, rows, counts)
-                bar.update(min(world_size, len(missing) - first))
-                self.poll()
+        self._draw_chunks(number, missing, audit["chunk_size"], writer)
         dist.barrier()
-        if rank == 0:
+        if dist.get_rank() == 0:
             seconds = time.perf_counter() - began
             audit = writer.finish(chunks, audit | {"seconds_of_last_start": round(seconds, 3)})
             counts = audit["counts"] | {"passes": audit["passes"]}
@@ -201,6 +189,33 @@ class Rounds:
             log.info("round %d: %s, in %.1f s", number + 1, told, seconds)
         dist.barrier()
         return writer.folder
+
+    def _draw_chunks(self, number: int, missing: list[int], chunk_size: int, writer: Writer) -> None:
+        """Draw and write chunks of a round, at the same time one on each rank.
+
+        Collective: every rank must call this, because the method asks the policy.
+
+        Raises:
+            RuntimeError: The method's rows do not fit the samples on some rank.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        with (
+            self.policy.gathered(self.method.longest),
+            tqdm(desc=f"round {number + 1}", total=len(missing), unit="chunk", leave=False, disable=rank != 0) as bar,
+        ):
+            for first in range(0, len(missing), world_size):
+                own = missing[first + rank : first + rank + 1]
+                samples = [sample for chunk in own for sample in self._chunk(chunk, chunk_size)]
+                rows, counts = self.method.rows(samples, self.policy, number)
+                # Every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
+                # other must stay below the timeout of the process group.
+                problems = process_group.all_gather_object(rows_problem(self.method, samples, rows))
+                if told := "; ".join(f"rank {drawer}: {line}" for drawer, line in enumerate(problems) if line):
+                    raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {told}")
+                for chunk in own:
+                    writer.write(chunk, rows, counts)
+                bar.update(min(world_size, len(missing) - first))
+                self.poll()
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """Return the record of the weights and settings that draw a round.

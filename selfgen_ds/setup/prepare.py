@@ -78,8 +78,8 @@ class Inputs:
     """Batches of the training rows; for methods that have rounds, of the rows of the data set itself."""
     method: Method
     total_steps: int
-    data: int
-    """Checksum of the training data."""
+    data_checksum: int
+    """Checksum of the training rows: a resumed run must train on the same rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +154,9 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         check_shares(problems, recipe, samples + eval_samples)
         problems.raise_all()
         step_batches, total_steps, method = _plan(recipe, tokenizer, samples, folder)
-    data = zlib.crc32(repr([source.checksum for source in samples]).encode())
-    check_ranks({"data.train": f"rows with checksum {data:08x}"})  # hosts may have files of their own
-    if folder.resumed is not None and folder.resumed.data != data:
+    checksum = zlib.crc32(repr([source.checksum for source in samples]).encode())
+    check_ranks({"data.train": f"rows with checksum {checksum:08x}"})  # hosts may have files of their own
+    if folder.resumed is not None and folder.resumed.data != checksum:
         raise InputError(f"data.train: expected the rows that {folder.resumed.path} was trained on, got other rows")
     return Inputs(
         folder=folder,
@@ -170,7 +170,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         step_batches=step_batches,
         method=method,
         total_steps=total_steps,
-        data=data,
+        data_checksum=checksum,
     )
 
 
@@ -248,11 +248,11 @@ def _open_rounds(
             plain=inputs.step_batches,
             folder=inputs.folder.path / "rollouts",
             shared=None if selfgen.rollouts is None else Path(selfgen.rollouts),
-            fingerprint={"model": starting_model, "tokenizer": tokenizer, "data": f"{inputs.data:08x}"},
+            fingerprint={"model": starting_model, "tokenizer": tokenizer, "data": f"{inputs.data_checksum:08x}"},
             settings=settings | {"seed": recipe.seed, "max_length": recipe.data.max_length},
             step=inputs.folder.first_step,
             poll=poll,
-        )
+        ).open()
 
 
 def _log_start(recipe: Recipe, inputs: Inputs) -> None:

@@ -139,7 +139,7 @@ def save(run: Run, settings: Recipe, step: int) -> None:
         path=manifest.path_of(Path(settings.output_dir) / "checkpoints", step),
         step=step,
         step_size=run.step_batches.step_size,
-        data=run.data,
+        data=run.data_checksum,
         metrics={},
     )
     saving.save(run.engine, run.tokenizer, settings.model, checkpoint, run.folder.storage)

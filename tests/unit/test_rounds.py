@@ -56,7 +56,7 @@ def _open(folder: Path, shared: Path | None = None, step: int = 0) -> Rounds:
         fingerprint=OURS,
         settings={"method": "bash"},
         step=step,
-    )
+    ).open()
 
 
 def test_rounds_of_the_same_model_tokenizer_and_data_are_taken(tmp_path: Path) -> None:
