@@ -55,6 +55,7 @@ def find(folder: Path, storage: Storage) -> Checkpoint | None:
 
 
 def _newest_intact(complete: list[Checkpoint], folder: Path, storage: Storage) -> Checkpoint | None:
+    """Return the newest checkpoint that is intact on all hosts, or None. Collective: every rank must call this."""
     for checkpoint in reversed(complete):
         storage.check_world_size(checkpoint)
         if names := _union(broken_files(checkpoint, storage.verified_files(checkpoint))):

@@ -104,7 +104,8 @@ def _write(
 def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]], str]:
     """Force the files of a checkpoint to the disk, and verify them by reading them from there.
 
-    Every file is read twice, by the rank that wrote it: from memory for its checksum, and from the disk.
+    Every file is read twice, by the rank that wrote it: from memory for its checksum, and from the disk. Collective:
+    every rank must call this.
 
     Returns:
         Each rank's files, by rank (name -> [bytes, CRC-32]), and the names of all files that are damaged.

@@ -102,8 +102,8 @@ class GatherableModel:
     def _choose(self, row: int) -> tuple[bool, int]:
         """Decide whether to gather sharded weights, and how many rows to generate at once.
 
-        Ranks of a sharded model get the same result. The choice and its reasons are logged if the choice differs from
-        the previous one.
+        Collective if the weights are sharded: the ranks get the same result. The choice and its reasons are logged if
+        the choice differs from the previous one.
 
         Args:
             row: Memory to generate one row, in bytes.
@@ -134,7 +134,7 @@ class GatherableModel:
         return weights, min(weights, self.forward.zero_max_live_parameters() * self.model.dtype.itemsize)
 
     def _fitting_rows(self, available: float, row: int) -> int:
-        """Return the rows of `row` bytes that fit into `available` bytes, on all ranks that run the same forwards."""
+        """Return the rows that fit into `available` bytes on every rank. Collective if the weights are sharded."""
         rows = int(available // row)
         return -self.max_over_ranks(-rows) if self.sharded else rows
 
@@ -187,7 +187,7 @@ def gathered_weights(offload: Any) -> Iterator[None]:
 
     No weight may be gathered yet. Afterwards the weights are sharded again, and every hook is back at its old position,
     even after an exception: the recorded order of modules stays valid. The root module's hook is taken off too, because
-    with it the ranks would have to run the same number of forwards.
+    with it the ranks would have to run the same number of forwards. Collective: every rank must enter and leave this.
 
     Args:
         offload: The engine's `optimizer.parameter_offload`.

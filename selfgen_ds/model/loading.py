@@ -220,7 +220,7 @@ def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:
 
 
 def _add_embeddings(model: PreTrainedModel, size: int) -> None:
-    """Add rows to the embeddings and the output layer. New rows are the mean of the old ones, the same on all ranks."""
+    """Add rows, means of the old ones, to embeddings and output layer. Collective: every rank must call this."""
     before = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(size, mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]

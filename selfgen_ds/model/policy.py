@@ -79,7 +79,7 @@ class EnginePolicy(GatherableModel, Policy):
 
         All micro-batches go through the model in one sweep of parameter gathers, or in the fewest sweeps whose memory
         stays under the training step's. A row without a masked token is not read, nor is a token after the last masked
-        one.
+        one. Collective: every rank must call this.
         """
         context, mask, noise = _stack_step(batches, masks, uniforms)
         position_ids = _stack([batch.position_ids for batch in batches])

@@ -136,7 +136,8 @@ def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
 def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
     """Load tokenizer, model configuration, data, and method, and check each against the recipe.
 
-    The model is checked before any row is tokenized, because tokenizing may take long.
+    The model is checked before any row is tokenized, because tokenizing may take long. Collective: every rank must
+    call this.
     """
     with raise_on_all_ranks():
         tokenizer = load_tokenizer(recipe.model)
@@ -232,7 +233,7 @@ def _open_rounds(
     starting_model: str,
     poll: Callable[[], None],
 ) -> Rounds | None:
-    """Return the rounds of the run, or None for a method that has none."""
+    """Return the rounds of the run, or None for a method that has none. Collective: every rank must call this."""
     method, selfgen = inputs.method.as_round_method(), recipe.selfgen
     if method is None:
         return None

@@ -9,6 +9,7 @@ import ast
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import selfgen_ds
@@ -28,6 +29,24 @@ def test_no_function_is_longer_than_60_lines() -> None:
         and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
     }
     assert long == {}
+
+
+def test_a_function_that_waits_for_other_ranks_says_so() -> None:
+    """The docstring of the function or of its class has the word "collective". Functions inside it are part of it."""
+    waiting = {"all_gather_object", "all_reduce", "barrier", "broadcast_object_list", "check_ranks", "from_rank_0"}
+    waiting |= {"GatheredParameters", "max_over_ranks", "raise_on_all_ranks"}
+
+    def silent(node: ast.AST, told: str = "") -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                yield from silent(child, ast.get_docstring(child) or "")
+            elif isinstance(child, ast.FunctionDef):
+                calls = [call.func for call in ast.walk(child) if isinstance(call, ast.Call)]
+                names = {getattr(function, "attr", getattr(function, "id", "")) for function in calls}
+                if names & waiting and "collective" not in (told + (ast.get_docstring(child) or "")).lower():
+                    yield child.name
+
+    assert {str(file): names for file, text in FILES.items() if (names := [*silent(ast.parse(text))])} == {}
 
 
 def test_no_room_has_more_than_a_fifth_of_the_lines() -> None:
