@@ -31,7 +31,6 @@ class ForcedErrorText:
 Example = tuple[str, str, ForcedErrorText]
 """A prompt, its completion, and the completion with an error."""
 
-
 _SYMBOLS, _HOPS = 8, 6
 
 

@@ -92,12 +92,9 @@ class GatherableModel:
                 self.sharded, self.rows_at_once = sharded, rows_at_once
                 self._inside_gathered, self._spare_bytes = False, math.inf
         if announced and self.generated_tokens:
-            log.info(
-                "generation: this rank generated %d tokens in %.1f s, %.0f tokens per second",
-                self.generated_tokens,
-                self.generation_seconds,
-                self.generated_tokens / self.generation_seconds,
-            )
+            tokens, seconds = self.generated_tokens, self.generation_seconds
+            told = "generation: this rank generated %d tokens in %.1f s, %.0f tokens per second"
+            log.info(told, tokens, seconds, tokens / seconds)
 
     def _choose(self, row: int) -> tuple[bool, int]:
         """Decide whether to gather sharded weights, and how many rows to generate at once.
@@ -118,14 +115,9 @@ class GatherableModel:
         self._spare_bytes = usable - (weights if gathers else live)
         rows = max(1, min(self.rows_at_once, rows))
         if self.sharded and gathers != self._gathered_before:
-            log.info(
-                "generation: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free",
-                weights / 1e6,
-                "are gathered once" if gathers else "stay sharded and are gathered again for every token or pass",
-                rows,
-                row / 1e6,
-                free / 1e6,
-            )
+            how = "are gathered once" if gathers else "stay sharded and are gathered again for every token or pass"
+            told = "generation: weights of %.1f MB %s; %d rows at once, each %.1f MB; %.1f MB free"
+            log.info(told, weights / 1e6, how, rows, row / 1e6, free / 1e6)
         return gathers, rows
 
     def _weight_bytes(self) -> tuple[int, int]:

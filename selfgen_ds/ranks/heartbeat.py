@@ -112,7 +112,7 @@ class Heartbeat:
         A rank whose collective fails has usually lost a peer. It waits for the verdict that names the peer before it
         blames itself.
         """
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo raises a plain RuntimeError
             self._thread.join(2 * _SILENCE * _BEAT)
         traceback.print_exception(error)
         self.end_all(f"{self.process} failed: {type(error).__name__}: {_first_line(error)}")

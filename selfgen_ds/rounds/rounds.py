@@ -169,12 +169,8 @@ class Rounds:
         chunks = -(-int(self._ends[-1]) // audit["chunk_size"])
         missing = process_group.from_rank_0(lambda: writer.missing(chunks))
         if step != self.method.first_step(number):
-            log.warning(
-                "%s no longer exists; drawing it again with the weights of step %d, so that the run will not be the "
-                "same",
-                writer.folder,
-                step,
-            )
+            told = "%s no longer exists; drawing it again with the weights of step %d: the run will not be the same"
+            log.warning(told, writer.folder, step)
         if self.shared is not None:
             log.warning("%s holds no %s; drawing it here", self.shared, _name(number))
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self.method.rounds, len(missing), chunks)
@@ -254,9 +250,8 @@ class Rounds:
                 raise RuntimeError(f"{self.settings['method']}: round {number + 1} has no row of {source.name}")
             chosen = numbers[self.method.select(sample_ids[numbers], equal[numbers], number)]
             if self.method.keeps_rows and len(chosen) < len(numbers):
-                raise RuntimeError(
-                    f"{self.settings['method']}: `select` leaves rows out, although the method has `keeps_rows = True`"
-                )
+                problem = "`select` leaves rows out, although the method has `keeps_rows = True`"
+                raise RuntimeError(f"{self.settings['method']}: {problem}")
             if not len(chosen):
                 log.warning("round %d: no row of %s is selected (`select`); all are kept", number + 1, source.name)
                 chosen = numbers
