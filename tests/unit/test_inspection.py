@@ -175,5 +175,5 @@ def test_problems_of_training_and_evaluation_rows_come_together(tmp_path: Path) 
 
 
 def test_a_negative_number_of_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="^--rows: expected 0 or more, got -1$"):
+    with pytest.raises(InputError, match=r"^--rows: expected 0 or more, got -1$"):
         inspect(_recipe(tmp_path, ["tell"]), set(), -1, False)
