@@ -56,14 +56,6 @@ def test_a_mixture_with_probability_zero_is_sft_bit_for_bit(two_ranks: Ranks, fo
     assert weights[0] == weights[1]
 
 
-def test_a_mixture_that_draws_is_not_sft(two_ranks: Ranks, folder: Path) -> None:
-    losses = [
-        two_ranks.run(runs.losses_parameters_contexts, from_saved(folder, selfgen=selfgen), 3)[0][0]
-        for selfgen in (runs.SFT, runs.MIXING)
-    ]
-    assert losses[0] != losses[1]
-
-
 @pytest.mark.check
 def test_two_ranks_equal_one(two_ranks: Ranks, one_rank: Ranks, folder: Path) -> None:
     wide = TrainConfig(max_steps=4, micro_batch_size=4, gradient_accumulation_steps=2)

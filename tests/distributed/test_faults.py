@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 from selfgen_ds.checkpoint import manifest
-from selfgen_ds.config import CheckpointConfig
 from tests import faults
-from tests.distributed import runs
 from tests.points import Point
-from tests.ranks import Ranks
 from tests.tiers import matrix
 
 Unbroken = Callable[[str], faults.Whole]
@@ -110,32 +107,3 @@ def test_a_full_disk_leaves_the_existing_checkpoints(unbroken: Unbroken, tmp_pat
     assert again.wait() == [0, 0], again.output(0)[-3000:]
     assert f"resumed from {complete[-1].path}" in again.output(0)
     faults.check_equal(settings, against)
-
-
-@pytest.mark.slow
-def test_a_run_with_a_damaged_newest_checkpoint_ends_with_the_same_model(two_ranks: Ranks, folder: Path) -> None:
-    settings = runs.recipe(folder, checkpoint=CheckpointConfig(every=2), resume="auto")
-    two_ranks.run(runs.run_training, settings)
-    model, metrics = runs.weights(settings), runs.untimed(settings)
-    checkpoints = Path(settings.output_dir) / "checkpoints"
-    newest = manifest.complete_checkpoints(checkpoints)[-1].path
-    (newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"")  # test_checkpoints.py damages every file
-    assert two_ranks.run(runs.first_step, settings) == [2, 2]
-    two_ranks.run(runs.run_training, settings)
-    assert (runs.weights(settings), runs.untimed(settings)) == (model, metrics)
-
-
-def test_every_file_of_a_checkpoint_is_verified(unbroken: Unbroken, tmp_path: Path) -> None:
-    folder = Path(unbroken("scheduled_sampling").settings.output_dir) / "checkpoints"
-    newest = manifest.complete_checkpoints(folder)[-1]
-    files = [path for path in newest.path.rglob("*") if path.is_file() and path.name != manifest.MARKER]
-    assert len(files) > 8
-    for path in files:
-        name, content = str(path.relative_to(newest.path)), path.read_bytes()
-        for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), None):
-            if damaged is None:
-                path.unlink()
-            else:
-                path.write_bytes(damaged)
-            assert faults.broken_files(newest) == [name]
-            path.write_bytes(content)

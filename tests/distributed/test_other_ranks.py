@@ -121,7 +121,7 @@ def test_a_run_of_two_ranks_continues_with_another_number(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]], number: int, accumulation: int
 ) -> None:
     settings, before = two
-    after = ranks[number].run(steps, resumed(settings, str(number)))
+    after = ranks[number].run(steps, resumed(settings, f"a+b ({number})"))  # a folder may have any name
     check_continues(before, after)
     assert sum(len(steps.contexts) for steps in after) == 8 * (STEPS - SAVED)
     assert {steps.accumulation for steps in after} == {accumulation}
@@ -387,9 +387,3 @@ def test_ranks_that_would_have_none_of_the_norms_are_refused_before_stage_3(
     ):
         ranks[4].run(steps, part)
     assert joined(ranks[3].run(steps, part))[0] == pytest.approx(losses[SAVED:], rel=1e-6)
-
-
-def test_a_folder_may_have_any_name(ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]) -> None:
-    settings, before = two
-    losses = joined(ranks[1].run(steps, resumed(settings, "a+b (c)")))[0]
-    assert losses == pytest.approx(joined(before)[0][SAVED:], rel=1e-6)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import TokenBatch, collate
@@ -99,29 +98,6 @@ def test_packed_rows_are_read_drawn_and_learned_like_samples_apart(
         assert one["norm"] == pytest.approx(two["norm"], rel=1e-4)
         for name, parameter in one["parameters"].items():
             assert torch.allclose(parameter, two["parameters"][name], atol=1e-4), name
-
-
-def test_a_packed_run_trains_evaluates_and_ends(two_ranks: Ranks, tmp_path: Path) -> None:
-    recipe = settings(tmp_path, train=TrainConfig(epochs=2, micro_batch_size=1))
-    recipe.data.eval = recipe.data.train
-    two_ranks.run(runs.run_training, recipe, timeout=TIMEOUT)
-    last = runs.metrics(recipe)[-1]
-    assert last["epoch"] == 2.0
-    assert last["eval_loss"] > 0
-
-
-def tokens_of_an_epoch(recipe: Recipe) -> list[int]:
-    run = prepare(recipe, set())
-    ids = [batch.sample_ids for step in range(run.total_steps) for batch in run.step_batches.at(step)]
-    rank_ids = [int(i) for batch in ids for i in batch[batch >= 0].unique()]
-    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, rank_ids)
-    return sorted(i for ids in gathered for i in ids)
-
-
-def test_an_epoch_of_packed_rows_has_every_sample_once(two_ranks: Ranks, tmp_path: Path) -> None:
-    recipe = settings(tmp_path, train=TrainConfig(epochs=1, micro_batch_size=2))
-    assert two_ranks.run(tokens_of_an_epoch, recipe, timeout=TIMEOUT)[0] == list(range(40))
 
 
 def refused(recipe: Recipe) -> str:

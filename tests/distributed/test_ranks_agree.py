@@ -17,7 +17,6 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.engine import extensions
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
-from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
 from selfgen_ds.rounds import rounds
 from selfgen_ds.setup import prepare
@@ -33,10 +32,6 @@ def check(facts: list[dict[str, Any]]) -> str:
     except InputError as error:
         return str(error)
     return ""
-
-
-def test_ranks_with_the_same_facts_agree(two_ranks: Ranks) -> None:
-    assert two_ranks.run(check, [{"seed": 1}, {"seed": 1}]) == ["", ""]
 
 
 def test_what_differs_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
@@ -68,10 +63,6 @@ def test_bad_input_that_not_all_ranks_have_names_rank_and_host_if_there_are_seve
 ) -> None:
     with pytest.raises(AssertionError, match=rf"InputError: {line}\n"):
         two_ranks.run(bad_input_of, problems, hosts)
-
-
-def test_ranks_without_bad_input_go_on(two_ranks: Ranks) -> None:
-    two_ranks.run(bad_input_of, [None, None], ["a", "b"])
 
 
 def train_with_another_seed_on_rank_1(settings: Recipe) -> None:
@@ -142,21 +133,6 @@ def test_no_rank_listens_on_all_interfaces(two_ranks: Ranks) -> None:
         assert addresses, "gloo and the store of rank 0 listen somewhere"
         assert set(addresses).isdisjoint({"0.0.0.0", "::"})
     assert "127.0.0.1" in two_ranks.run(listening)[0]
-
-
-def join(port: int) -> None:
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    process_group._listen("127.0.0.1", port)
-
-
-def test_a_port_that_is_taken_is_one_clear_line(one_rank: Ranks) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(AssertionError, match=f"InputError: MASTER_PORT: {port} is taken on 127.0.0.1"):
-            one_rank.run(join, port)
-    one_rank.stop()
 
 
 def clear(root: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line refuses rounds of another run and settings that do not fit in one clear line."""
+"""The command line refuses rounds of another run, and a cue that a chat template swallows, in one clear line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-
-import pytest
 
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.rounds.store import read_audit
@@ -83,36 +81,6 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
         f"{store / 'round-01'} no longer exists; drawing it again with the weights of step"
         in (folder / "log").read_text()
     )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["bash", "--selfgen.reject", '["(a"]'], "selfgen.reject: '(a' is not a valid regular expression: "),
-        (
-            ["bash", "--selfgen.reject", "tests.ranks:none"],
-            "selfgen.reject: expected a list of regular expressions, such as ",
-        ),
-        (
-            ["rac", "--selfgen.max_new_tokens", "120"],
-            "selfgen.max_new_tokens: an answer of 120 tokens fits into no row",
-        ),
-        (["rac", "--data.packing", "true"], "data.packing: expected false with rac"),
-        (
-            ["tests.distributed.test_selection:Half", "--data.packing", "true"],
-            "data.packing: expected false with tests",
-        ),
-        (
-            ["bash", "--train.micro_batch_size", "41"],
-            "selfgen.epochs_per_round: a round of 40 rows is less than a step of",
-        ),
-        (["bash", "--selfgen.cue", "No."], "selfgen.cue: bash does not read this setting"),
-        (["rac", "--selfgen.passes", "exact"], "selfgen.passes: rac does not read this setting"),
-        (["tests.ranks:none"], "selfgen.method: 'tests.ranks:none': "),
-    ],
-)
-def test_bad_settings_of_rounds_are_one_clear_line(folder: Path, overrides: list[str], expected: str) -> None:
-    assert refused(folder, "--selfgen.method", *overrides).startswith(expected)
 
 
 def test_a_cue_that_the_chat_template_swallows_is_one_clear_line(folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selfgen_ds.checkpoint import export
-from selfgen_ds.config import DataConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
+from selfgen_ds.config import DataConfig, EvalConfig, ModelConfig, Recipe, SelfgenConfig, Source, TrainConfig
 from selfgen_ds.data.samples import end_tokens, first_rows
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
@@ -54,7 +54,8 @@ def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bi
         )
         rows_at_once = 1 if order == "packing" else 2
         train = TrainConfig(epochs=2.3, micro_batch_size=rows_at_once, gradient_accumulation_steps=2)
-        settings = runs.recipe(folder, selfgen=its, data=data, train=train)
+        settings = runs.recipe(folder, selfgen=its, data=data, train=train, eval=EvalConfig(max_samples=4))
+        settings.data.eval = str(folder / "more.jsonl")
         settings.model.preset = runs.PRESET | DROPOUT
         two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
         rows = [
@@ -62,6 +63,8 @@ def test_bash_of_probability_zero_and_rac_without_corrections_are_sft_bit_for_bi
             for row in runs.untimed(settings)
         ]
         found[name] = (rows, runs.weights(settings))
+        assert rows[-1]["epoch"] == pytest.approx(2.3, abs=0.2)
+        assert rows[-1]["eval_loss"] > 0
         assert name == "sft" or len(rounds(settings)) >= 3
     for name, (rows, its_weights) in found.items():
         assert rows == found["sft"][0], name

@@ -55,14 +55,11 @@ def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
     return [[i for batch in batches for i in batch.sample_ids[:, 0].tolist() if i >= 0] for batches in by_step]
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(
-    two_ranks: Ranks, folder: Path, grouped: bool
-) -> None:
+def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(
         folder,
         selfgen=SelfgenConfig(method="tests.distributed.test_selection:Half"),
-        data=DataConfig(train=str(folder / "rows.jsonl"), max_length=128, group_by_length=grouped),
+        data=DataConfig(train=str(folder / "rows.jsonl"), max_length=128),
         train=TrainConfig(max_steps=10, micro_batch_size=2, gradient_accumulation_steps=2),
     )
     by_rank = two_ranks.run(read_in_steps, settings, list(range(10)))

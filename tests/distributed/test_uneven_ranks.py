@@ -45,18 +45,6 @@ def test_a_rank_that_draws_nothing_keeps_step_with_one_that_draws_much(two_ranks
     assert drawn[0][1] == drawn[1][1] > 0
 
 
-def test_a_last_step_with_rows_for_one_rank_only_ends_the_epoch(two_ranks: Ranks, tmp_path: Path) -> None:
-    runs.write_rows(tmp_path, count=9)  # 8 a step: the second step has one row, on rank 0
-    settings = runs.recipe(
-        tmp_path, train=TrainConfig(epochs=1, micro_batch_size=2, gradient_accumulation_steps=2), selfgen=runs.MIXING
-    )
-    settings.data.eval = settings.data.train
-    two_ranks.run(runs.run_training, settings, timeout=_TIMEOUT)
-    rows = runs.metrics(settings)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert rows[-1]["epoch"] == 1.0
-
-
 def test_ranks_may_need_different_numbers_of_sweeps(two_ranks: Ranks, folder: Path) -> None:
     counts = two_ranks.run(sweeps, runs.recipe(folder), timeout=_TIMEOUT)
     assert counts[0] == counts[1] > 1
