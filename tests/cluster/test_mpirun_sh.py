@@ -22,22 +22,15 @@ def test_an_argument_that_is_neither_a_number_nor_a_hostfile_is_one_clear_line(
     assert run.output() == f"mpirun.sh: error: {where}: expected a number of ranks or a hostfile that can be read\n"
 
 
-def test_bad_input_is_one_clear_line_and_exit_code_2(nodes: list[Host], recipe: Path) -> None:
-    command = ["launch/mpirun.sh", "2", recipe, "--train.max_steps", "0"]
-    with nodes[0].launch(*command, log=recipe.with_name("log")) as run:
-        assert run.wait() == 2, run.output()
-    assert "selfgen-ds: error: train.max_steps: expected 1 or more, got 0" in run.output()
-
-
-@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize(
-    ("arguments", "problem"),
+    ("options", "arguments", "problem"),
     [
-        (["none.yaml"], "none.yaml"),
-        (["recipes/demo.yaml", "--train.max_step", "3"], "--train.max_step: no such setting"),
-        (["recipes/demo.yaml", "--deepspeed", "none.json"], "none.json"),
+        ([], ["none.yaml"], "none.yaml"),
+        ([], ["recipes/demo.yaml", "--train.max_step", "3"], "--train.max_step: no such setting"),
+        ([], ["recipes/demo.yaml", "--deepspeed", "none.json"], "none.json"),
+        (["--dry-run"], ["none.yaml"], "none.yaml"),
     ],
-    ids=["recipe", "setting", "JSON"],
+    ids=["recipe", "setting", "JSON", "dry run"],
 )
 def test_a_recipe_that_cannot_be_parsed_starts_nothing(
     nodes: list[Host], recipe: Path, options: list[str], arguments: list[str], problem: str
@@ -49,15 +42,12 @@ def test_a_recipe_that_cannot_be_parsed_starts_nothing(
     assert problem in line
 
 
-@pytest.mark.parametrize(("port", "problem"), [("22", "22 is taken on 10.77.0.1"), ("x", "expected a port, got 'x'")])
-def test_a_port_that_is_taken_or_is_none_ends_all_ranks(
-    nodes: list[Host], recipe: Path, hostfile: Path, port: str, problem: str
-) -> None:
+def test_a_port_that_is_taken_ends_all_ranks(nodes: list[Host], recipe: Path, hostfile: Path) -> None:
     command = ["launch/mpirun.sh", hostfile, recipe]
     started = time.monotonic()
-    with nodes[0].launch(*command, log=recipe.with_name("log"), GLOO_SOCKET_IFNAME="eth0", MASTER_PORT=port) as run:
+    with nodes[0].launch(*command, log=recipe.with_name("log"), GLOO_SOCKET_IFNAME="eth0", MASTER_PORT="22") as run:
         assert run.wait() == 2, run.output()[-3000:]
-    assert f"selfgen-ds: error: MASTER_PORT: {problem}" in run.output()
+    assert "selfgen-ds: error: MASTER_PORT: 22 is taken on 10.77.0.1" in run.output()
     assert time.monotonic() - started < 60
 
 

@@ -21,6 +21,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
 
+LENGTH = 48
 BLOCKS = [
     steps.Block(accumulation=1, checkpointing=True, mixtures=((0.0, 1), (0.25, 1), (0.25, 2), (0.5, "exact"))),
     steps.Block(accumulation=2, checkpointing=True, mixtures=((0.25, 1),)),
@@ -36,7 +37,7 @@ def measure(settings: Recipe) -> None:
         patch.setattr(losses, "VOCABULARY", 2000)
         patch.setattr(drawing, "_ROWS", 4)
         patch.setattr(drawing, "_TURNS", 1)
-        bench.bench(settings, set(), "full", 3)
+        bench.bench(settings, set(), "full", 2)
 
 
 def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
@@ -64,7 +65,7 @@ def record(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         folder,
         deepspeed=runs.write_limited_json(folder),
         model=ModelConfig(preset=wide, tokenizer="byte", dtype="float32"),
-        data=DataConfig(train="builtin:pointer_chase", max_length=96),
+        data=DataConfig(train="builtin:pointer_chase", max_length=LENGTH),
         selfgen=SelfgenConfig(temperature=2.0),
         train=TrainConfig(max_steps=1, micro_batch_size=2),
     )
@@ -171,12 +172,12 @@ def test_the_record_names_the_environment_the_recipe_and_the_json(record: dict[s
     assert environment["hardware"]["accelerator"] == "cpu"
     assert set(environment["versions"]) == {"selfgen_ds", "torch", "transformers", "deepspeed"}
     assert set(environment) == {"command", "date", "commit", "hardware", "versions"}
-    assert record["recipe"]["data"]["max_length"] == 96
+    assert record["recipe"]["data"]["max_length"] == LENGTH
     assert record["deepspeed"]["zero_optimization"]["stage"] == 3
     for row in record["rows"]:
         assert row["mfu"] is None
         assert row["tokens_per_second"] == pytest.approx(
-            2 * 2 * 96 * row["gradient_accumulation_steps"] / row["step_time_s"]
+            2 * 2 * LENGTH * row["gradient_accumulation_steps"] / row["step_time_s"]
         )
         assert row["gathered_bytes"] == pytest.approx(row["gathers"] * record["parameter_bytes"])
 

@@ -127,7 +127,7 @@ def saved_to_a_bad_disk(settings: Recipe, bad: list[int]) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize(
+@matrix(
     ("bad", "complete", "left"),
     [([2], ["1", "1", "3", "4"], "2 4"), ([1, 2, 3, 4], [""] * 4, "1 2 3 4")],
 )
@@ -320,7 +320,8 @@ def test_every_stage_resumes_and_exports(
     assert (folder / "exported" / "generation_config.json").exists()
 
 
-@matrix("order", ["packing of weighted sources", "group_by_length"])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["packing of weighted sources", "group_by_length"])
 def test_packed_grouped_and_weighted_rows_continue_where_they_stopped(
     two_ranks: Ranks, folder: Path, order: str
 ) -> None:

@@ -80,7 +80,7 @@ def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.Monkey
         assert values == pytest.approx(found["one process"], rel=1e-5), name
 
 
-def test_what_a_command_prints_arrives_where_it_is_no_terminal() -> None:
+def test_a_command_s_output_arrives_without_a_terminal() -> None:
     done = subprocess.run([BIN / "selfgen-ds", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"selfgen-ds {__version__}\n"
 
@@ -101,6 +101,7 @@ def test_a_refusal_is_exit_code_2_and_one_line_that_usage_does_not_bury(folder: 
     assert done.stderr == f"selfgen-ds: error: {line}\n"
 
 
+@pytest.mark.slow
 def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("[]\n")
     with deepspeed(train(folder), folder / "log") as run:
@@ -135,7 +136,7 @@ def test_rows_without_room_for_a_response_are_one_clear_line(folder: Path, refus
     assert "leave no room for a response" in refused()
 
 
-HUGE = '{"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 300, "num_attention_heads": 64}'
+HUGE = '{"hidden_size": 262144, "intermediate_size": 1048576, "num_hidden_layers": 20, "num_attention_heads": 64}'
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,12 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path, refused: Cal
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("{}")
     assert "holds a run already" in refused()
+
+
+def test_a_port_that_is_no_number_is_one_clear_line(folder: Path) -> None:
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
+    assert command(train(folder), folder / "log", rank) == 2
+    assert error_lines((folder / "log").read_text()) == ["MASTER_PORT: expected a port, got 'x'"]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:

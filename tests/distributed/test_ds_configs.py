@@ -165,6 +165,7 @@ def test_shards_of_a_node_are_never_those_of_an_older_step(
     same_as_zero3(four_ranks, tmp_path, "zero3_hpz.json", replace(runs.MIXING, passes=2), **edits)
 
 
+@pytest.mark.slow
 def test_rounds_draw_from_shards_of_a_node_what_they_draw_from_plain_ones(four_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
     found = []
@@ -203,6 +204,7 @@ def counted_gathers() -> Iterator[Counter[int]]:
         backend.all_gather_into_tensor = gather
 
 
+@pytest.mark.slow
 def test_with_shards_of_a_node_the_pass_gathers_nothing_more_between_nodes(four_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
     found = {}
@@ -245,6 +247,7 @@ def offloaded_bytes(settings: Recipe) -> tuple[int, int]:
     return sum(seen), tokens * runs.PRESET["hidden_size"] * 4 * runs.PRESET["num_hidden_layers"]
 
 
+@pytest.mark.slow
 def test_cpu_checkpointing_moves_every_layers_input_and_changes_no_bit(two_ranks: Ranks, tmp_path: Path) -> None:
     same_as_zero3(two_ranks, tmp_path, "zero3_long.json", runs.MIXING, **RELEASING)
     settings = runs.recipe(tmp_path, deepspeed=write_json(tmp_path, "zero3_long.json"))

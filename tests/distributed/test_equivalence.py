@@ -101,7 +101,7 @@ def test_zero_3_equals_lower_stages(two_ranks: Ranks, folder: Path, stage: int) 
     assert_same(zero3[0], other[0])
 
 
-@pytest.mark.parametrize(
+@matrix(
     "optim",
     [
         OptimConfig(learning_rate=1e-2, weight_decay=0.1, warmup_ratio=0.0),

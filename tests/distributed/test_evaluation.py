@@ -60,8 +60,8 @@ def evaluated(settings: Recipe) -> dict[str, float]:
 def test_an_evaluation_in_training_is_that_of_the_exported_model(
     two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
 ) -> None:
-    settings = task_recipe(tmp_path, 60)
-    settings.data.train = write_task_rows(tmp_path, 60 * 32)  # tokenizing all of the task takes long
+    settings = task_recipe(tmp_path, 20)
+    settings.data.train = write_task_rows(tmp_path, 20 * 32)  # tokenizing all of the task takes long
     two_ranks.run(runs.run_training, settings)
     last = runs.metrics(settings)[-1]
     in_training = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}

@@ -20,12 +20,12 @@ Unbroken = Callable[[str], faults.Whole]
 
 
 WORK = {
-    "a drawn round": ("bash", 1, Point(function="selfgen_ds.rounds.store:Writer.write", call=5, when="after")),
     "a step": (
         "scheduled_sampling",
         1,
         Point(function="selfgen_ds.train:train_step", call=8, when="during", delay=0.03),
     ),
+    "a drawn round": ("bash", 1, Point(function="selfgen_ds.rounds.store:Writer.write", call=5, when="after")),
     "a pass": ("scheduled_sampling", 0, Point(function="selfgen_ds.model.policy:EnginePolicy.draw", call=8)),
     "a rollout": ("rac", 0, Point(function="selfgen_ds.model.policy:EnginePolicy.complete", call=6)),
     "an evaluation": (
@@ -89,6 +89,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_existing_checkpoints(unbroken: Unbroken, tmp_path: Path, tmpfs: Path) -> None:
     against = unbroken("scheduled_sampling")
     settings = replace(against.settings, output_dir=str(tmpfs / "run"))

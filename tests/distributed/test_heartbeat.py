@@ -62,6 +62,7 @@ def test_a_rank_that_ends_without_the_others_is_named_with_its_reason(folder: Pa
     assert f"rank {alone} on {HOST} has ended without the others: error: no such row" in run.output(1 - alone)
 
 
+@pytest.mark.slow
 def test_a_run_on_the_port_of_another_one_is_refused_and_leaves_that_alone(folder: Path) -> None:
     settings = runs.recipe(folder)
     settings.train.max_steps = 100_000
@@ -83,6 +84,7 @@ def test_a_run_on_the_port_of_another_one_is_refused_and_leaves_that_alone(folde
         first.kill()
 
 
+@pytest.mark.slow
 def test_rank_0_waits_for_ranks_that_are_slow_to_end(folder: Path) -> None:
     at_the_end = Point(function="selfgen_ds.ranks.process_group:leave_process_group", signal=signal.SIGSTOP)
     run = start(folder, 2, {1: at_the_end})

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.distributed import runs
 from tests.ranks import ENVIRONMENT, ROOT
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_examples_run_from_the_top(tmp_path: Path) -> None:
     Path(runs.write_model(tmp_path)).rename(tmp_path / "my-model")
     runs.write_rows(tmp_path)

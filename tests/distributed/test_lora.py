@@ -133,7 +133,8 @@ def invalidations_and_left_gathered(settings: Recipe) -> tuple[int, list[str]]:
     return len(seen), left
 
 
-@matrix("checkpointing", [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_trace_stays_valid_and_the_frozen_model_is_released(
     two_ranks: Ranks, folder: Path, checkpointing: bool
 ) -> None:
@@ -158,7 +159,8 @@ def export_and_draws(settings: Recipe) -> torch.Tensor:
     return run.policy.draw(*draw_inputs())[0]
 
 
-@matrix("checkpointing", [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, checkpointing: bool) -> None:
     settings = adapting(folder, LoraConfig(r=4, lora_alpha=16, lora_dropout=0.5), deepspeed=with_stage(folder, 3))
     settings.train.activation_checkpointing = checkpointing
@@ -174,7 +176,8 @@ def test_the_pass_draws_with_the_adapter_on(two_ranks: Ranks, folder: Path, chec
     assert not torch.equal(drawn[0], expected[1])
 
 
-@matrix(("checkpointing", "targets", "groups"), [(True, "all-linear", 6), (False, ["q_proj"], 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "targets", "groups"), [(True, "all-linear", 6), (False, ["q_proj"], 4)])
 def test_the_pass_stays_under_the_training_steps_peak(
     one_rank: Ranks, folder: Path, checkpointing: bool, targets: str | list[str], groups: int
 ) -> None:
@@ -201,6 +204,7 @@ def repeated(settings: Recipe) -> tuple[list[torch.Tensor], list[float]]:
     return predictions, losses
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_training_steps_alone(two_ranks: Ranks, folder: Path) -> None:
     settings = adapting(folder, LoraConfig(lora_dropout=0.5))
     predictions, losses = two_ranks.run(repeated, settings)[0]
@@ -298,6 +302,7 @@ def test_merged_and_adapter_exports_are_what_was_trained(
         assert AutoTokenizer.from_pretrained(exports["adapter"]).eos_token == "</s>"
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_is_evaluated_like_the_merged_model(two_ranks: Ranks, folder: Path) -> None:
     metrics = {}
     for form in ("merged", "adapter"):
@@ -320,6 +325,7 @@ def test_an_adapter_folder_is_evaluated_like_the_merged_model(two_ranks: Ranks, 
         evaluate.run(EvaluateOptions(model=str(model), data=str(folder / "rows.jsonl"), output_dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_base_is_gone_is_not_merged(two_ranks: Ranks, folder: Path) -> None:
     settings = adapting(folder, deepspeed=with_stage(folder, 1))
     trained(two_ranks, settings)

@@ -39,7 +39,7 @@ def loading_peak(settings: Recipe) -> tuple[int, int]:
     return tensors.peak, sum(4 * p.ds_numel for p in model.parameters())
 
 
-@pytest.mark.parametrize("start", ["preset", "saved"])
+@matrix("start", ["preset", "saved"])
 def test_loading_takes_a_rank_its_share_and_the_largest_layer(two_ranks: Ranks, tmp_path: Path, start: str) -> None:
     """A rank may take its share, the largest tensor twice (once for the copy in flight), and 1 MiB."""
     model = ModelConfig(preset=WIDE, tokenizer="byte", dtype="float32")

@@ -130,6 +130,7 @@ def test_a_run_of_two_ranks_continues_with_another_number(
     assert not any("nothing to do" in line for line in after[0].logged)
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_more_ranks_and_back(ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]) -> None:
     settings, before = two
     there = resumed(settings, "there")
@@ -139,6 +140,7 @@ def test_a_run_goes_to_more_ranks_and_back(ranks: dict[int, Ranks], two: tuple[R
     assert [c.world_size for c in manifest.complete_checkpoints(Path(there.output_dir) / "checkpoints")] == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_step_of_three_ranks_does_not_divide_by_two(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     settings = small(tmp_path, train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=1))
     settings.train.max_steps = STEPS
@@ -197,6 +199,7 @@ def test_every_kind_of_run_continues_with_another_number_of_ranks(
         check_continues(before, after)
 
 
+@pytest.mark.slow
 def test_ranks_beyond_the_rows_of_a_step_have_nothing_to_do(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     settings = small(tmp_path, train=TrainConfig(micro_batch_size=1, gradient_accumulation_steps=1))
     settings.train.max_steps = STEPS
@@ -213,6 +216,7 @@ def random_number(settings: Recipe) -> float:
     return float(torch.rand(1))
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_has_new_random_numbers_which_every_attempt_repeats(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
 ) -> None:
@@ -294,6 +298,7 @@ def killed(function: Any, *arguments: Any, number: int = 2) -> None:
         group.stop()
 
 
+@pytest.mark.slow
 def test_drawing_a_round_continues_with_another_number_of_ranks(ranks: dict[int, Ranks], bash: Recipe) -> None:
     part = replace(bash, output_dir=bash.output_dir + "-killed", resume="auto")
     killed(die_in_the_second_round, part)
@@ -341,6 +346,7 @@ def bytes_of_common_state(settings: Recipe) -> int:
         return (folder / f"step-{SAVED:06d}" / "zero" / "optimizer_state.pt").stat().st_size
 
 
+@pytest.mark.slow
 def test_the_file_that_every_rank_loads_has_no_tensors(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
 ) -> None:
@@ -357,6 +363,7 @@ def with_free(settings: Recipe, free: int) -> None:
         prepare(settings, set())
 
 
+@pytest.mark.slow
 def test_a_conversion_that_the_disk_has_no_room_for_is_one_clear_line(
     ranks: dict[int, Ranks], two: tuple[Recipe, list[Steps]]
 ) -> None:
@@ -373,6 +380,7 @@ def test_a_conversion_that_the_disk_has_no_room_for_is_one_clear_line(
     ranks[3].run(with_free, part, 3 * optimizer)
 
 
+@pytest.mark.slow
 def test_ranks_that_would_have_none_of_the_norms_are_refused_before_stage_3(
     ranks: dict[int, Ranks], tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def check(facts: list[dict[str, Any]]) -> str:
     return ""
 
 
-def test_what_differs_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
+def test_each_difference_between_ranks_is_a_line_with_rank_and_host(two_ranks: Ranks) -> None:
     host = socket.gethostname()
     expected = [
         f"seed: 2 on rank 1 on {host}, 1 on rank 0 on {host}",

@@ -96,7 +96,7 @@ def greedy(settings: Recipe) -> tuple[dict[str, list[list[int]]], dict[str, Tens
     return answers, weights(run)
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "mixtral"])  # a shared parameter, and modules in varying order
+@matrix("name", ["llama, tied", "mixtral"])  # a shared parameter, and modules in varying order
 def test_greedy_answers_are_those_of_plain_transformers_on_the_same_weights(
     two_ranks: Ranks, tmp_path: Path, name: str
 ) -> None:
@@ -136,6 +136,7 @@ def sampled(settings: Recipe, mode: str, rows: int) -> dict[tuple[int, int], lis
     return results
 
 
+@pytest.mark.slow
 def test_sampled_answers_do_not_depend_on_ranks_batches_order_or_sharding(
     two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
 ) -> None:

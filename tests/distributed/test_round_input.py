@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.rounds.store import read_audit
 from tests.chat_tokenizers import CHATML, build
@@ -32,6 +34,7 @@ def refused(folder: Path, *overrides: str) -> str:
     return lines[0].removeprefix("selfgen-ds: error: ")
 
 
+@pytest.mark.slow
 def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(folder: Path) -> None:
     bash = ("--selfgen.method", "bash")
     assert train(folder, *bash, "--output_dir", str(folder / "first"))[0] == 0, (folder / "log").read_text()[-3000:]

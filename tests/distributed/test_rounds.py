@@ -239,7 +239,8 @@ def agreement(settings: Recipe, model: Path, rows: list[dict[str, Any]], number:
     return sum(same) / len(same)
 
 
-@matrix("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_rounds_are_drawn_from_the_adapted_model(two_ranks: Ranks, folder: Path, method: str) -> None:
     settings = adapting(folder, selfgen=METHODS[method])
     settings.optim.learning_rate, settings.train.max_steps = 0.05, 6
@@ -252,7 +253,8 @@ def test_rounds_are_drawn_from_the_adapted_model(two_ranks: Ranks, folder: Path,
     assert agreement(settings, folder / "base", rows[1], 1) < 0.5
 
 
-@matrix("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_mixture_of_experts_has_rounds_too(two_ranks: Ranks, folder: Path, method: str) -> None:
     model = ModelConfig(preset=ARCHITECTURES["mixtral"], tokenizer="byte", dtype="float32")
     settings = runs.recipe(folder, model=model, selfgen=METHODS[method])
@@ -318,6 +320,7 @@ def drawing_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     return drawing, tensors.peak, sum(4 * p.ds_numel for p in run.engine.module.parameters())
 
 
+@pytest.mark.slow
 def test_drawing_a_round_of_bash_takes_no_more_than_a_training_step_and_the_weights(
     two_ranks: Ranks, tmp_path: Path
 ) -> None:

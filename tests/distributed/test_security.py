@@ -12,6 +12,7 @@ from tests.distributed import runs
 from tests.distributed.test_command import RECIPE, train
 from tests.ranks import deepspeed
 
+pytestmark = pytest.mark.slow
 SECRETS = {"HF_TOKEN": "hf_3f9a1c", "WANDB_API_KEY": "wandb_77b2e0", "AWS_SECRET_ACCESS_KEY": "aws_5d11ce"}
 
 
@@ -40,7 +41,6 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
     return Left(folder=folder / "run", output=run.output())
 
 
-@pytest.mark.slow
 def test_no_secret_is_in_a_log_or_file(left: Left) -> None:
     files = [path for path in left.folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)

@@ -55,7 +55,7 @@ def read_in_steps(settings: Recipe, steps: list[int]) -> list[list[int]]:
     return [[i for batch in batches for i in batch.sample_ids[:, 0].tolist() if i >= 0] for batches in by_step]
 
 
-def test_what_a_method_selects_is_trained_on_all_of_it_equally_often(two_ranks: Ranks, folder: Path) -> None:
+def test_a_method_s_selected_rows_are_trained_on_equally_often(two_ranks: Ranks, folder: Path) -> None:
     settings = runs.recipe(
         folder,
         selfgen=SelfgenConfig(method="tests.distributed.test_selection:Half"),

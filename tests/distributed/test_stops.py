@@ -63,6 +63,7 @@ def test_a_signal_to_one_rank_stops_all_ranks(unbroken: Unbroken, tmp_path: Path
     assert {c.step for c in found if c.metrics} >= {8, 12} if where == "an evaluation" else {12}
 
 
+@pytest.mark.slow
 def test_a_second_signal_changes_nothing(unbroken: Unbroken, tmp_path: Path) -> None:
     against = unbroken("scheduled_sampling")
     settings = replace(against.settings, output_dir=str(tmp_path / "run"))
@@ -97,6 +98,7 @@ def test_before_the_first_step_there_is_nothing_to_save(folder: Path, function: 
         assert "error:" not in run.output(rank)
 
 
+@pytest.mark.slow
 def test_after_the_last_step_a_run_ends_as_it_would(unbroken: Unbroken, tmp_path: Path) -> None:
     settings = replace(unbroken("scheduled_sampling").settings, output_dir=str(tmp_path / "run"))
     point = Point(function="selfgen_ds.train:export_engine", signal=signal.SIGTERM)
@@ -118,6 +120,7 @@ def train_slowly(settings: Recipe) -> None:
         runs.run_training(settings)
 
 
+@pytest.mark.slow
 def test_a_chunk_of_a_round_that_takes_long_is_no_stall(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path, 8)  # one chunk on one rank, for which the other rank waits
     rac = SelfgenConfig(method="rac", max_new_tokens=24)

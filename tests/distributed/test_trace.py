@@ -54,6 +54,7 @@ def test_steps_with_a_pass_and_evaluations_never_invalidate_the_trace(
     assert two_ranks.run(invalidations, settings, True) == [0, 0]
 
 
+@pytest.mark.slow
 def test_ranks_that_choose_different_experts_do_not_invalidate_the_trace(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path, deepspeed=runs.write_limited_json(tmp_path))
@@ -61,6 +62,7 @@ def test_ranks_that_choose_different_experts_do_not_invalidate_the_trace(two_ran
     assert two_ranks.run(invalidations, settings, True) == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_steps_after_a_resume_do_not_invalidate_the_trace(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path, checkpoint=CheckpointConfig(every=2))

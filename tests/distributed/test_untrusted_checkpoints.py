@@ -20,6 +20,7 @@ from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.forked import command
 from tests.ranks import Ranks
+from tests.tiers import matrix
 
 
 class Exploit:
@@ -58,7 +59,7 @@ def last_lines(error: AssertionError) -> list[str]:
 REFUSED = r"expected tensors and plain containers, found something else \(posix.system\), .*trust_checkpoint"
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@matrix("number", [2, 1])
 def test_code_in_a_checkpoint_is_refused_in_one_clear_line(
     one_rank: Ranks, two_ranks: Ranks, infected: tuple[Recipe, Path, Path], number: int
 ) -> None:
@@ -88,7 +89,7 @@ def converted(settings: Recipe) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@matrix("number", [2, 1])
 def test_a_checkpoint_that_is_trusted_may_run_code(
     one_rank: Ranks, two_ranks: Ranks, infected: tuple[Recipe, Path, Path], number: int
 ) -> None:
@@ -121,7 +122,7 @@ def test_code_in_a_checkpoint_is_not_run_by_an_export_unless_it_is_trusted(
     assert (folder / "exported" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
+@matrix(
     "name",
     ["generators_rank_0.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
 )

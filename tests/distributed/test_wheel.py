@@ -13,6 +13,7 @@ import pytest
 
 from tests.ranks import ENVIRONMENT, ROOT
 
+pytestmark = pytest.mark.slow
 NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs", "tests")
 
 
