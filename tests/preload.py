@@ -14,5 +14,8 @@ import torch.utils.tensorboard  # noqa: F401 (the metrics logger does)
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import selfgen_ds.train  # noqa: F401
+from selfgen_ds import cli
+
+cli._parser()  # which is kept, and takes every rank a third of a second
 
 gc.freeze()  # DeepSpeed collects garbage for every engine, which would take a second over these modules' objects

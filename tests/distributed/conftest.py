@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,15 @@ import pytest
 from selfgen_ds.config import CheckpointConfig, Recipe
 from tests import faults
 from tests.distributed import runs
+from tests.distributed.launched import Left, launch
 from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture
@@ -42,6 +50,12 @@ def saved(saved_once: Path, folder: Path) -> Recipe:
     recipe = folder / "run" / "config.yaml"
     recipe.write_text(recipe.read_text().replace(str(saved_once), str(folder)))
     return _saving_recipe(folder)
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Left:
+    """Return what a run of two ranks, which the `deepspeed` command started, has left."""
+    return launch(tmp_path_factory.mktemp("launched"))
 
 
 @pytest.fixture(scope="session")

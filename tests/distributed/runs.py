@@ -40,6 +40,18 @@ PRESET: dict[str, Any] = {
 }
 MIXING = SelfgenConfig(replace_probability=0.5, temperature=2.0)
 SFT = SelfgenConfig(method="sft")
+YAML = """
+output_dir: {folder}/run
+deepspeed: ds_configs/zero3_cpu.json
+model:
+  preset: {{hidden_size: 32, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}}
+  tokenizer: byte
+  dtype: float32
+data: {{train: {folder}/rows.jsonl, max_length: 128}}
+selfgen: {{method: scheduled_sampling, replace_probability: 0.5}}
+train: {{max_steps: 2, micro_batch_size: 2}}
+"""
+"""The recipe of two steps on the rows in `folder`, as a user writes it."""
 TIMED = {"step_time_s", "pass_time_s", "round_time_s", "tokens_per_second", "peak_memory_bytes"}
 _NUMBERS = itertools.count()
 

@@ -16,27 +16,17 @@ from selfgen_ds import __version__, cli
 from selfgen_ds.errors import InputError
 from selfgen_ds.train import train as run_train
 from tests.distributed import runs
+from tests.distributed.launched import Left
 from tests.forked import Run, command
 from tests.ranks import ROOT, SHARED, Launched, Ranks, deepspeed, free_port
 
 BIN = Path(sys.executable).parent
-RECIPE = """
-output_dir: {folder}/run
-deepspeed: ds_configs/zero3_cpu.json
-model:
-  preset: {{hidden_size: 32, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}}
-  tokenizer: byte
-  dtype: float32
-data: {{train: {folder}/rows.jsonl, max_length: 128}}
-selfgen: {{method: scheduled_sampling, replace_probability: 0.5}}
-train: {{max_steps: 2, micro_batch_size: 2}}
-"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     runs.write_rows(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
+    (tmp_path / "recipe.yaml").write_text(runs.YAML.format(folder=tmp_path))
     return tmp_path
 
 
@@ -44,13 +34,12 @@ def train(folder: Path, *overrides: str) -> list[str]:
     return ["train", "--config", str(folder / "recipe.yaml"), *overrides]
 
 
-def losses(folder: Path) -> list[float]:
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 LAUNCHERS = {
-    "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--module", "selfgen_ds"],
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "selfgen_ds"],
     "mpirun": [
         *(str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", "-x", "MASTER_PORT"),
@@ -61,19 +50,20 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-def test_every_launcher_trains_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {}
+def test_every_launcher_trains_the_same(folder: Path, launched: Left, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"deepspeed": losses(launched.folder)}
+    assert "2 ranks" in launched.output
     monkeypatch.setenv("MASTER_PORT", str(free_port()))  # of the launchers, only mpirun reads it
     for name, launcher in LAUNCHERS.items():
         if not Path(launcher[0]).exists():
             continue  # mpirun is optional
         ranks = 1 if name == "one process" else 2
         micro = ["--train.micro_batch_size", str(4 // ranks), "--output_dir", str(folder / name / "run")]
-        if name in ("deepspeed", "torchrun"):
+        if name == "torchrun":
             launcher = [launcher[0], "--master_port", str(free_port()), *launcher[1:]]
         with Launched([*launcher, *train(folder, *micro)], folder / "log") as run:
             assert run.wait() == 0, run.output()[-3000:]
-        found[name] = losses(folder / name)
+        found[name] = losses(folder / name / "run")
         assert f"{ranks} ranks" in run.output()
     assert {"deepspeed", "torchrun", "one process"} <= found.keys()
     for name, values in found.items():

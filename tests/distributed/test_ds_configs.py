@@ -44,13 +44,6 @@ RELEASING = {
 }
 
 
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
 def write_json(folder: Path, name: str, **edits: Any) -> str:
     """Write a copy of a JSON in `ds_configs` for few ranks, with edits to its `zero_optimization`; return its path."""
     config = json.loads((FOLDER / name).read_text(encoding="utf-8"))

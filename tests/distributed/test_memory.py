@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from selfgen_ds.config import ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.samples import first_rows
@@ -104,6 +105,23 @@ def test_the_pass_stays_under_the_training_steps_peak_in_few_sweeps(
         print(f"{layers} layers, {vocabulary}, {attention}, {top_p}: {sweep / step:.2f} of the peak, {used} groups")
         assert sweep <= step
         assert used == groups
+
+
+def gathered_after_a_pass(settings: Recipe) -> tuple[int, int]:
+    """Run a pass after a training step; return the numbers of drawn tokens and of parameters left gathered."""
+    run = prepare(settings, set())
+    runs.steps(run, 1)
+    batches = run.method.contexts(run.step_batches.at(1), run.policy, 1)
+    left = [p for p in run.engine.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+    return sum(int(batch.replaced_mask.sum()) for batch in batches), len(left)
+
+
+def test_a_pass_leaves_no_parameter_gathered(two_ranks: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    settings = runs.recipe(tmp_path, deepspeed=runs.write_limited_json(tmp_path))
+    for drawn, left in two_ranks.run(gathered_after_a_pass, settings):
+        assert drawn > 0
+        assert left == 0
 
 
 @pytest.mark.slow

@@ -12,13 +12,13 @@ import pytest
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.rounds.store import read_audit
 from tests.chat_tokenizers import CHATML, build
-from tests.distributed.test_command import RECIPE
+from tests.distributed import runs
 from tests.forked import command
 
 
 def train(folder: Path, *overrides: str) -> tuple[int, list[str]]:
     """Run `selfgen-ds train`; return its exit code and its error lines."""
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    (folder / "recipe.yaml").write_text(runs.YAML.format(folder=folder))
     code = command(["train", "--config", str(folder / "recipe.yaml"), *overrides], folder / "log")
     output = (folder / "log").read_text()
     assert "Traceback" not in output
@@ -36,6 +36,7 @@ def refused(folder: Path, *overrides: str) -> str:
 
 @pytest.mark.slow
 def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(folder: Path) -> None:
+    runs.write_rows(folder, 8)  # 4 steps per round
     bash = ("--selfgen.method", "bash")
     assert train(folder, *bash, "--output_dir", str(folder / "first"))[0] == 0, (folder / "log").read_text()[-3000:]
     store = folder / "first" / "rollouts"
@@ -65,7 +66,7 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     line = refused(folder, *bash, "--selfgen.rollouts", str(folder / "first"))
     assert line.startswith(f"selfgen.rollouts: {folder / 'first'} holds no complete round")
 
-    assert train(folder, *sharing, "--selfgen.replace_probability", "0.9", "--train.max_steps", "21")[0] == 0, (
+    assert train(folder, *sharing, "--selfgen.replace_probability", "0.9", "--train.max_steps", "5")[0] == 0, (
         "what was refused leaves a folder behind that a run can start in"
     )
     log = (folder / "log").read_text()
@@ -74,8 +75,8 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     assert [path.name for path in (folder / "run" / "rollouts").glob("round-*")] == ["round-02"]
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     probabilities = [row["replace_probability"] for row in metrics]
-    assert probabilities == [0.5] * 20 + [0.9]  # the round that is read keeps its own probability
-    assert metrics[20]["round_time_s"] > 10 * metrics[19]["round_time_s"] > 0
+    assert probabilities == [0.5] * 4 + [0.9]  # the round that is read keeps its own probability
+    assert metrics[4]["round_time_s"] > 10 * metrics[3]["round_time_s"] > 0
 
     shutil.rmtree(store)
     resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,6 @@ from tests.ranks import ROOT, Ranks
 from tests.tiers import matrix
 
 RUN = "run"
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
 
 
 def on_hosts(hosts: Path, ranks_per_host: int, function: Callable[..., Any], *arguments: Any) -> Any:
