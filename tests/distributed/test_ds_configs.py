@@ -151,7 +151,8 @@ def test_an_optimizer_on_the_host_takes_the_same_steps_up_to_rounding(two_ranks:
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-@matrix("edits", [{}, RELEASING], ids=["gathered", "released"])
+@pytest.mark.slow
+@pytest.mark.parametrize("edits", [{}, RELEASING], ids=["gathered", "released"])
 def test_shards_of_a_node_are_never_those_of_an_older_step(
     four_ranks: Ranks, tmp_path: Path, edits: dict[str, Any]
 ) -> None:

@@ -53,7 +53,7 @@ class EndsAlone(ScheduledSampling):
         return super().contexts(batches, policy, step)
 
 
-@matrix("alone", [0, 1])
+@matrix("alone", [1, 0])
 def test_a_rank_that_ends_without_the_others_is_named_with_its_reason(folder: Path, alone: int) -> None:
     run = start(folder, 2, selfgen=SelfgenConfig(method=f"{__name__}:EndsAlone"), seed=alone)
     codes = run.wait()

@@ -264,7 +264,8 @@ def trained(two_ranks: Ranks, settings: Recipe) -> Path:
     return Path(settings.output_dir) / "model"
 
 
-@matrix(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
 def test_merged_and_adapter_exports_are_what_was_trained(
     two_ranks: Ranks, folder: Path, dtype: Any, tied: bool
 ) -> None:

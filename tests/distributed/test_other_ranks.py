@@ -265,7 +265,8 @@ def check_same_rounds(ranks: Ranks, settings: Recipe, whole: Recipe) -> None:
     assert rounds(settings) == rounds(whole)
 
 
-@matrix("number", [1, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 3])
 def test_a_round_continues_in_its_middle_and_the_next_round_draws_the_same(
     ranks: dict[int, Ranks], bash: Recipe, number: int
 ) -> None:

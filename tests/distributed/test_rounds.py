@@ -295,8 +295,9 @@ def invalidations(settings: Recipe, free: int) -> int:
     return len(seen)
 
 
-@matrix("free", [LITTLE, MUCH])
-@matrix("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [LITTLE, MUCH])
+@pytest.mark.parametrize("method", METHODS)
 def test_drawing_a_round_does_not_invalidate_the_trace(two_ranks: Ranks, folder: Path, method: str, free: int) -> None:
     few: dict[str, Any] = {"passes": 1} if method == "bash" else {"max_new_tokens": 3}
     settings = runs.recipe(folder, selfgen=replace(METHODS[method], **few), deepspeed=runs.write_limited_json(folder))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from selfgen_ds import metrics_logger
 from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.setup.prepare import prepare
@@ -81,7 +82,7 @@ def test_a_run_stops_after_the_set_number_of_dropped_steps_in_a_row(two_ranks: R
 
 
 def warnings_of(settings: Recipe) -> list[str]:
-    """Run a training and return its warnings."""
+    """Run a training that watches the draws of its last 20 steps, and return its warnings."""
     messages: list[str] = []
 
     class Collect(logging.Handler):
@@ -91,7 +92,9 @@ def warnings_of(settings: Recipe) -> list[str]:
     handler = Collect(level=logging.WARNING)
     logging.getLogger("selfgen_ds").addHandler(handler)
     try:
-        runs.run_training(settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics_logger, "_WATCHED_STEPS", 20)
+            runs.run_training(settings)
     finally:
         logging.getLogger("selfgen_ds").removeHandler(handler)
     return messages
@@ -105,7 +108,7 @@ def test_a_mixture_that_draws_the_reference_is_called_sft_in_all_but_name(
     settings = runs.recipe(
         tmp_path,
         selfgen=SelfgenConfig(replace_probability=0.5, temperature=temperature),
-        train=TrainConfig(max_steps=120, micro_batch_size=4),
+        train=TrainConfig(max_steps=50, micro_batch_size=4),
         checkpoint=CheckpointConfig(every=1000),
     )
     messages = two_ranks.run(warnings_of, settings)[0]

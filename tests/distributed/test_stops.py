@@ -156,6 +156,7 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
     assert [c.step for c in manifest.complete_checkpoints(output / "checkpoints")] == [steps]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path) -> None:
     settings = faults.recipe(folder, "scheduled_sampling")
     settings.train = replace(settings.train, stall_seconds=7.0)

@@ -132,7 +132,8 @@ def test_every_host_has_its_ranks_files_and_removes_its_own_folders(
     assert not (folder / "host-1" / RUN / "metrics.jsonl").exists()
 
 
-@matrix("stage", [3, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3, 2])
 def test_a_run_resumes_bit_for_bit(two_ranks: Ranks, folder: Path, settings: Recipe, stage: int) -> None:
     settings.deepspeed = with_stage(folder, stage)
     whole = replace(settings, output_dir=str(folder / "whole"))
