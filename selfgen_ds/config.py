@@ -342,3 +342,16 @@ def sources(value: Sources | None) -> list[Source]:
 def to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, in the order of the dataclasses."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False)
+
+
+def by_name(recipe: Recipe) -> dict[str, Any]:
+    """Return every setting by its name, such as `train.max_steps`, with the value that `config.yaml` has."""
+    return flat(yaml.safe_load(to_yaml(recipe)))
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names."""
+    settings: dict[str, Any] = {}
+    for key, value in node.items():
+        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return settings

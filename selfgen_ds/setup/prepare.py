@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from selfgen_ds.checkpoint import resuming
-from selfgen_ds.config import Recipe, to_yaml
+from selfgen_ds.config import Recipe, by_name, to_yaml
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows
@@ -49,7 +49,7 @@ from selfgen_ds.validation.inputs import (
     check_shares,
     check_steps,
 )
-from selfgen_ds.validation.output_folder import check_same_run, flat
+from selfgen_ds.validation.output_folder import check_same_run
 from selfgen_ds.validation.settings import check_settings
 from selfgen_ds.versions import versions
 
@@ -106,7 +106,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     """
     json_config = _check_settings(recipe, overrides)
     process_group.init_process_group()
-    check_ranks(flat(recipe) | {recipe.deepspeed: json_config} | versions())
+    check_ranks(by_name(recipe) | {recipe.deepspeed: json_config} | versions())
     folder = open_run_folder(recipe, json_config)
     inputs = _load_inputs(recipe, folder)
     engine, hf_config = _build(recipe, json_config, inputs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from selfgen_ds.config import DataConfig, Recipe, to_yaml
+from selfgen_ds.config import DataConfig, Recipe, by_name, flat
 from selfgen_ds.errors import Problems
 
 # Settings that may change when a run is resumed. A change of any other setting would make it another run.
@@ -41,15 +41,15 @@ def check_same_run(problems: Problems, recipe: Recipe, json_config: dict[str, An
 def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_config: dict[str, Any]) -> None:
     written = folder / "config.yaml"
     # A setting that an older version did not write had the value that is its default now.
-    defaults = flat(Recipe(output_dir="", deepspeed="", data=DataConfig(train="")))
+    defaults = by_name(Recipe(output_dir="", deepspeed="", data=DataConfig(train="")))
     content = None
     with suppress(yaml.YAMLError):
         content = yaml.safe_load(written.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         problems.add(f"{written}: expected the recipe that `train` wrote; restore it, or choose another output_dir")
         return
-    before = defaults | _flat(content)
-    now = flat(recipe)
+    before = defaults | flat(content)
+    now = by_name(recipe)
     changed = [
         f"{setting} was {before.get(setting)!r} and is {now.get(setting)!r}"
         for setting in sorted(before.keys() | now.keys())
@@ -70,15 +70,3 @@ def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_conf
             f"resume: {folder} was started with ZeRO stage {stage_before}, not {stage}; restore it, or choose another "
             "output_dir"
         )
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """Return every setting by its name, such as `train.max_steps`, with the value that `config.yaml` has."""
-    return _flat(yaml.safe_load(to_yaml(recipe)))
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for key, value in node.items():
-        settings |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return settings

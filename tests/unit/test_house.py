@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import selfgen_ds
@@ -67,3 +69,27 @@ def test_the_picture_of_the_house_shows_the_layers_that_lint_checks() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     picture = re.findall(r"^    (\S.*?)  ", page.split("## The house")[1].split("\n## ")[0], re.MULTILINE)
     assert [room for names in picture for room in re.findall(r"\w+", names)] == layers
+
+
+def test_every_package_that_the_code_imports_is_a_dependency() -> None:
+    """Otherwise a wheel works only where another package happens to bring it. Some imports wait until they are used."""
+    imported = {
+        name.split(".")[0]
+        for text in FILES.values()
+        for node in ast.walk(ast.parse(text))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    of_package = packages_distributions()
+    needed = {
+        of_package[name][0].lower().replace("_", "-")
+        for name in imported - set(sys.stdlib_module_names) - {"selfgen_ds"}
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[\[<>=; ]", line)[0].lower() for line in project["dependencies"]}
+    assert needed <= declared
