@@ -44,17 +44,18 @@ lint: install
 	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch; \
 	else echo "launch/ was not checked: shellcheck is missing (Debian: apt-get install shellcheck)"; fi
 
-# Two processes run the unit tests, and one of them then the tests that start ranks: tests/conftest.py says why.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2
+# Two processes run the unit tests, and one of them then the tests that start ranks: tests/conftest.py says why. Each
+# would rewrite the assertions of 170 modules in every run (5 s) where the environment forbids Python to keep bytecode.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2
 
-# The inner loop: unit tests, and the distributed tests marked `check`.
+# The inner loop: unit tests that are not marked `test` or `slow`, and the distributed tests marked `check`.
 check: install
 	@$(MAKE) --no-print-directory --jobs 2 lint check-tests
 
 check-tests: install
 	$(PYTEST) -m check tests/unit tests/distributed
 
-# All but the matrices marked `slow`.
+# All but the cases marked `slow`.
 test: lint
 	$(PYTEST) -m "not slow"
 
