@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.tiers import sweep
+
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -52,6 +54,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     | _COMMON
     | _EXPERTS,
 }
+
+
+# in `make check`: a plain model, one with capped scores and logits and a sliding window, and one with experts
+_IN_CHECK = ("llama", "gemma2", "mixtral")
+EVERY_ARCHITECTURE = sweep("name", [*_IN_CHECK, *(name for name in ARCHITECTURES if name not in _IN_CHECK)], check=3)
 
 
 def attention(name: str) -> str:

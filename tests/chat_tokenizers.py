@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.tiers import sweep
+
 _CORPUS = [
     "the user asks a question and the assistant answers it with a short and helpful text",
     "system\nYou are a helpful assistant.\n\nuser\nHow many apples are left?\n\nassistant\nThere are three left.",
@@ -162,6 +164,11 @@ FAMILIES = {
         template=QWEN3, tokenizer="byte_level", special=_CHATML_TOKENS, eos="<|im_end|>", closing="<|im_end|>"
     ),
 }
+
+
+# in `make check`: a byte-level tokenizer, and one whose template strips contents and whose tokenizer adds a space
+_IN_CHECK = ("chatml", "llama2")
+EVERY_FAMILY = sweep("family", [*_IN_CHECK, *(family for family in FAMILIES if family not in _IN_CHECK)], check=2)
 
 
 @functools.cache
