@@ -8,11 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from selfgen_ds.data.chat import ChatEncoder, Conversation
 from selfgen_ds.errors import InputError
-from tests.chat_tokenizers import CHATML, CHATML_GENERATION, FAMILIES, build, tokenizer
+from tests.chat_tokenizers import CHATML, CHATML_GENERATION, EVERY_FAMILY, FAMILIES, build, tokenizer
 
 Messages = list[dict[str, Any]]
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 

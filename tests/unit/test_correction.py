@@ -12,9 +12,8 @@ from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
-from tests.chat_tokenizers import CHATML, CHATML_GENERATION, FAMILIES, build, tokenizer
+from tests.chat_tokenizers import CHATML, CHATML_GENERATION, EVERY_FAMILY, build, tokenizer
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 QUESTION, WRONG, RIGHT = "How many apples are left?", "There are four", "There are three"
 

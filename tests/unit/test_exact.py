@@ -20,6 +20,7 @@ from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded, sample
+from tests.tiers import sweep
 from tests.trained import reference_probabilities, texts, token_by_token, trained_model
 
 REPLACE, DRAW = (hashing.REPLACE, 5, 7), (hashing.DRAW, 5, 7)
@@ -53,18 +54,19 @@ def contexts(batches: list[TokenBatch]) -> dict[int, list[int]]:
     return {i: [t for batch in batches for t in batch.context_ids[batch.sample_ids == i].tolist()] for i in ids}
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("layout", "p", "sampling"),
     [
         ("padded", 1.0, Sampling(temperature=0.3)),
+        ("packed", 0.5, Sampling(top_p=0.9)),
         ("packed", 0.1, Sampling()),
         ("padded", 0.5, Sampling()),
         ("packed", 1.0, Sampling()),
         ("padded", 0.1, Sampling(temperature=1.5)),
-        ("packed", 0.5, Sampling(top_p=0.9)),
         ("padded", 1.0, Sampling(temperature=2.0, top_p=0.5)),
         ("packed", 0.5, Sampling(temperature=1.5, top_k=3)),
     ],
+    check=2,
     ids=str,
 )
 def test_exact_draws_what_a_loop_over_the_tokens_draws(
@@ -92,7 +94,7 @@ class InOrderPolicy(EnginePolicy):
         return super().draw_in_order(batches, masks, uniforms)
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("name", "p", "rows_at_once"),
     [("llama", 0.25, 3), ("llama", 1.0, 64), ("gemma3_text", 0.25, 3), ("gemma3_text", 1.0, 64), ("gpt2", 0.25, 3)],
 )
@@ -261,15 +263,15 @@ def chi_square(
     return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
 
 
-LAWS = pytest.mark.parametrize(
+LAWS = sweep(
     ("mask", "sampling"),
     [
-        ([True, True, True, False], Sampling()),
         ([True, False, True, False], Sampling()),
+        ([True, True, True, False], Sampling()),
         ([True, True, True, False], Sampling(temperature=2.0)),
         ([True, True, True, False], Sampling(temperature=1.5, top_p=0.8)),
     ],
-    ids=["all", "every other", "temperature", "top-p"],
+    ids=["every other", "all", "temperature", "top-p"],
 )
 
 

@@ -18,7 +18,7 @@ from selfgen_ds.model import head, probe
 from selfgen_ds.model.budget import sweep_budget
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
-from tests.architectures import ARCHITECTURES, attention
+from tests.architectures import ARCHITECTURES, EVERY_ARCHITECTURE, attention
 
 
 def preset(**fields: Any) -> ModelConfig:
@@ -155,8 +155,19 @@ def test_added_embeddings_are_the_mean_of_the_old_ones(tmp_path: Path, tied: boo
 
 
 LENGTHS = (9, 6)
-EAGER_TOO = ("llama", "mistral", "gemma3_text", "gpt2")  # in every run; eager attention of the others: make test-all
+EAGER_TOO = ("llama", "mistral", "gemma3_text", "gpt2")  # with eager attention in `make test`, others in test-all
 OTHERS_EAGER = [name for name in ARCHITECTURES if attention(name) != "eager" and name not in EAGER_TOO]
+PACKED = [
+    *((name, attention(name), True) for name in ("llama", "gemma2", "mixtral", "gpt2", "mistral")),
+    ("llama", "eager", True),
+    ("llama", "sdpa", False),
+]
+"""The cases in `make check`."""
+MORE_PACKED = [
+    *((name, attention(name), True) for name in ARCHITECTURES),
+    *((name, "eager", True) for name in EAGER_TOO),
+    ("gemma2", "eager", False),
+]
 
 
 def fields_of(name: str) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def packed_row() -> tuple[Tensor, Tensor, Tensor]:
     return context, position_ids > 2, position_ids
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_the_loss_and_gradients_of_every_architecture_are_those_of_plain_transformers(name: str) -> None:
     model = extended(name, attention(name))
     plain = AutoModelForCausalLM.from_config(model.config, attn_implementation=attention(name))
@@ -210,11 +221,9 @@ def test_the_loss_and_gradients_of_every_architecture_are_those_of_plain_transfo
 @pytest.mark.parametrize(
     ("name", "attn_implementation", "checkpointing"),
     [
-        *((name, attention(name), True) for name in ARCHITECTURES),
-        *((name, "eager", True) for name in EAGER_TOO),
+        *PACKED,
+        *(pytest.param(*case, marks=pytest.mark.test) for case in MORE_PACKED if case not in PACKED),
         *(pytest.param(name, "eager", True, marks=pytest.mark.slow) for name in OTHERS_EAGER),
-        ("llama", "sdpa", False),
-        ("gemma2", "eager", False),
     ],
 )
 def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
@@ -244,7 +253,7 @@ def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-7)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_no_token_of_a_packed_row_sees_another_sample(name: str) -> None:
     model = extended(name, attention(name)).eval()
     context, _, position_ids = packed_row()

@@ -26,7 +26,7 @@ from selfgen_ds.model import probe
 from selfgen_ds.model.budget import SweepBudget, sweep_budget
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
-from tests.architectures import ARCHITECTURES, attention
+from tests.architectures import ARCHITECTURES, EVERY_ARCHITECTURE, attention
 from tests.batches import lengths, padded
 from tests.trained import reference_draw
 
@@ -116,7 +116,7 @@ def test_the_pass_draws_from_the_model_given_the_context_before(
     assert changed >= 4
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_draws_predictions_and_answers_of_every_architecture_are_plain_transformers(name: str) -> None:
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 40, "eos_token_id": END, "initializer_range": 0.5}
@@ -135,16 +135,6 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     assert_predictions_are_those_of(plain, policy)
     for prompt, answer in zip([[1, 2, 3], [4]], policy.complete([[1, 2, 3], [4]], 6), strict=True):
         output = plain.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=END)
-        assert answer == output[0, len(prompt) :].tolist()
-
-
-def test_greedy_answers_are_those_of_plain_generate_row_by_row(
-    plain: LlamaForCausalLM, extended: PreTrainedModel
-) -> None:
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    answers = EnginePolicy(extended, end_tokens=[END]).complete(prompts, 12)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        output = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=END)
         assert answer == output[0, len(prompt) :].tolist()
 
 
@@ -177,10 +167,6 @@ def test_an_answer_ends_with_its_end_token(extended: PreTrainedModel) -> None:
     first = policy.complete([[1, 2, 3]], 6)[0]
     ending = EnginePolicy(extended, end_tokens=[first[2]])
     assert ending.complete([[1, 2, 3], [4, 5]], 6)[0] == first[: first.index(first[2]) + 1]
-
-
-def test_predictions_are_the_plain_models(plain: LlamaForCausalLM, extended: PreTrainedModel) -> None:
-    assert_predictions_are_those_of(plain, EnginePolicy(extended, end_tokens=[END]))
 
 
 def assert_predictions_are_those_of(plain: PreTrainedModel, policy: EnginePolicy) -> None:

@@ -24,7 +24,7 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.methods.rac import Rac
 from tests.batches import runs
-from tests.chat_tokenizers import FAMILIES, tokenizer
+from tests.chat_tokenizers import EVERY_FAMILY, tokenizer
 from tests.plans import plan
 
 SEED = 5
@@ -194,7 +194,7 @@ def _conversation(*contents: str, **others: Any) -> Conversation:
     return Conversation(messages=messages, **others)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@EVERY_FAMILY
 @pytest.mark.parametrize("cue", [None, "Are you sure?\n\nThink."])
 @pytest.mark.parametrize("before", [[], ["Hello", "Thank you!"]])
 def test_a_conversation_reads_like_one_in_which_the_model_was_asked_to_correct_itself(
