@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +22,19 @@ from selfgen_ds.config import (
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.metrics import corrected
 
+RESAMPLES = compare._RESAMPLES
 KEYS = {
     *("run", "method", "seeds", "metric", "mean", "low", "high"),
     *("paired_difference", "paired_low", "paired_high"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_resamples() -> Iterator[None]:
+    """Draw a tenth of the resamples, which take most of the time; the test of the intervals' ends draws them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "_RESAMPLES", 200)
+        yield
 
 
 def _run_folder(
@@ -131,7 +141,10 @@ def test_the_interval_of_a_constant_has_no_width(tmp_path: Path) -> None:
     assert (row["low"], row["high"]) == (0.25, 0.25)
 
 
-def test_the_interval_of_many_rows_is_that_of_the_normal_approximation(tmp_path: Path) -> None:
+def test_the_interval_of_many_rows_is_that_of_the_normal_approximation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "_RESAMPLES", RESAMPLES)
     hits = np.random.default_rng(0).random(2000) < 0.3
     (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", hits.astype(float).tolist()))
     half = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / 2000)
