@@ -221,8 +221,9 @@ def test_p_grows_over_the_rounds_from_the_first_to_the_peak_in_the_last() -> Non
         assert sum(int(row.replaced_mask.sum()) for row in rows) == pytest.approx(p * replaceable, rel=0.15)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "exponential", "inverse_sigmoid"])
-@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("schedule", "rounds"), [("constant", 2), ("linear", 1), ("linear", 5), ("exponential", 5), ("inverse_sigmoid", 2)]
+)
 def test_the_last_round_has_reached_the_peak(schedule: Any, rounds: int) -> None:
     method = _bash(rounds=rounds, schedule=schedule, replace_probability=0.6, schedule_share=1.0)
     p = [method.replace_probability(method.first_step(number)) for number in range(rounds)]

@@ -192,13 +192,6 @@ def test_a_rows_tokens_come_with_its_sample_id() -> None:
             assert batch.context_ids[row, :size].tolist() == source[int(batch.sample_ids[row, 0])].target_ids.tolist()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_an_epoch_visits_every_row_once(ranks: int) -> None:
-    steps = range(24 // (4 * ranks))
-    seen = [i for rank in range(ranks) for i in _ids(_step_batches(rank=rank, world_size=ranks), steps)]
-    assert sorted(seen) == list(range(24))
-
-
 @KINDS
 def test_a_run_of_epochs_visits_every_sample_once_an_epoch(kind: str) -> None:
     runs = [_of_kind(kind, rank=rank, world_size=2, epochs=2) for rank in range(2)]
@@ -255,10 +248,6 @@ def test_the_order_changes_with_the_epoch_and_the_seed(kind: str) -> None:
     half = step_batches.steps() // 2
     assert _ids(step_batches, range(3)) != _ids(step_batches, range(half, half + 3))
     assert _ids(_of_kind(kind, seed=0), range(3)) != _ids(_of_kind(kind, seed=1), range(3))
-
-
-def test_rows_are_shuffled() -> None:
-    assert _ids(_step_batches(), range(6)) != list(range(24))
 
 
 def test_a_run_of_epochs_ends_with_a_short_step() -> None:
@@ -382,8 +371,14 @@ def _drawn(step_batches: StepBatches) -> list[ListRows]:
     ]
 
 
-@KINDS
-@pytest.mark.parametrize("steps", [range(3, 4), range(48, 52), range(118, 122)])  # from step 50: another group
+GROUPED = ("grouped", "several")  # only their order depends on the steps: from step 50 there is another group
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [(kind, range(118, 122)) for kind in ALL]
+    + [(kind, steps) for kind in GROUPED for steps in (range(3, 4), range(48, 52))],
+)
 def test_as_many_rows_come_in_the_very_order_of_the_data_set(kind: str, steps: range) -> None:
     step_batches = _of_kind(kind, rank=1, world_size=2)  # 120 steps are 8 epochs
     others = step_batches.with_rows(_drawn(step_batches), steps)
@@ -445,8 +440,7 @@ def test_other_rows_of_several_sources_keep_their_shares(grouped: bool) -> None:
     assert once == dict.fromkeys((*range(35), *range(1000, 1045)), 1)
 
 
-@pytest.mark.parametrize("count", [50, 120, 500])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("count", "grouped"), [(50, False), (120, True), (500, True)])
 def test_a_run_is_as_long_whatever_the_rows(count: int, grouped: bool) -> None:
     step_batches = _step_batches(
         sources=[_samples(LONG)], group_by_length=grouped, epochs=1.99, world_size=2
