@@ -43,31 +43,31 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", TEXTS)
-def test_links_lead_to_existing_files_and_headings(page: str) -> None:
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", TEXTS[page]):
-        path = (ROOT / page).parent / target if target else ROOT / page
-        assert path.exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in map(slug, headings), f"{target}#{anchor}"
+def test_links_lead_to_existing_files_and_headings() -> None:
+    for page, text in TEXTS.items():
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", text):
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in map(slug, headings), f"{page}: {target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", TEXTS)
-def test_named_paths_exist(page: str) -> None:
-    named = re.findall(rf"(?<![\w/.-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*[\w*/])", TEXTS[page])
-    assert [path for path in named if not list(ROOT.glob(path))] == []
+def test_named_paths_exist() -> None:
+    form = rf"(?<![\w/.-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*[\w*/])"
+    named = [(page, path) for page, text in TEXTS.items() for path in re.findall(form, text)]
+    assert [(page, path) for page, path in named if not list(ROOT.glob(path))] == []
 
 
-@pytest.mark.parametrize("page", TEXTS)
-def test_settings_are_those_of_the_configuration(page: str) -> None:
+def test_settings_are_those_of_the_configuration() -> None:
     section = rf"(?:{'|'.join(SECTIONS)})"
-    given = re.findall(rf"(?<![\w-])--({section}\.[\w.]+)", TEXTS[page])
-    quoted = re.findall(rf"`({section}\.[a-z_.]+)(?=[`:])", TEXTS[page])
-    named = {name.removesuffix(".help") for name in [*given, *quoted]}
-    assert {
-        name for name in named if name not in SECTIONS and not name.endswith((".md", ".py", ".json", ".jsonl"))
-    } <= SETTINGS
+    for page, text in TEXTS.items():
+        given = re.findall(rf"(?<![\w-])--({section}\.[\w.]+)", text)
+        quoted = re.findall(rf"`({section}\.[a-z_.]+)(?=[`:])", text)
+        named = {name.removesuffix(".help") for name in [*given, *quoted]}
+        assert {
+            name for name in named if name not in SECTIONS and not name.endswith((".md", ".py", ".json", ".jsonl"))
+        } <= SETTINGS, page
 
 
 @pytest.fixture(scope="module")

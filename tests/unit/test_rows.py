@@ -234,8 +234,9 @@ def test_a_hub_data_set_is_the_rows_of_its_files(
     opened = _open_hub(source, use, Columns())
     assert list(opened.rows) == [TextPair(prompt=f"b {split} {i}", completion="c") for i in range(5)]
     assert opened.fingerprint == _open_hub(source, use, Columns()).fingerprint
-    other = _open_hub(Source(path=source.path, subset="a", split=given), use, Columns())
-    assert opened.fingerprint[-1] != other.fingerprint[-1]
+    if given is None:  # one split is enough
+        other = _open_hub(Source(path=source.path, subset="a"), use, Columns())
+        assert opened.fingerprint[-1] != other.fingerprint[-1]
 
 
 @pytest.mark.parametrize(
