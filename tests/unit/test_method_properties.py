@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Policy
 from tests.plans import plan
+from tests.tiers import sweep
 
 DRAWN = 1000  # ids of 1000 and more are drawn
 
@@ -70,7 +70,7 @@ CONFIGS = st.builds(
 )
 
 
-@pytest.mark.parametrize("name", ["sft", "scheduled_sampling"])
+@sweep("name", ["scheduled_sampling", "sft"])
 @settings(max_examples=60, deadline=None)
 @given(batches=batch_lists(), config=CONFIGS, seed=st.integers(0, 2**31 - 1), step=st.integers(0, 99))
 def test_no_target_is_ever_a_drawn_token(

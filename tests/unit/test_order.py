@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from selfgen_ds.data.order import Stream, permute
 from selfgen_ds.errors import InputError
+from tests.tiers import sweep
 
 SIZES = [1, 2, 3, 5, 16, 17, 255, 256, 257, 1000, 1024, 1025, 4096, 4097, 65_536, 65_537]
 
@@ -84,7 +85,7 @@ def test_over_many_keys_every_number_comes_equally_often_to_every_place(size: in
     assert abs(chi_square - freedom * (size - 1) / size) < 5 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("parts", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [pytest.param(6, marks=pytest.mark.test), pytest.param(30, marks=pytest.mark.slow)])
 def test_over_many_keys_a_large_permutation_takes_a_row_to_every_part_equally_often(parts: int) -> None:
     width = 1500 // parts
     places = np.array([permute(np.array([0, 1, 1024, 1499]), 1500, key) for key in range(50 * parts)])
@@ -100,7 +101,7 @@ def test_over_many_keys_every_order_of_four_comes_equally_often() -> None:
     assert _chi_square_is_usual(np.array(list(orders.values())), keys / 24)
 
 
-@pytest.mark.parametrize("size", [1000, 2000])
+@sweep("size", [1000, 2000])
 def test_as_many_numbers_stay_in_place_as_by_chance(size: int) -> None:
     fixed = [int((_permutation(size, key) == np.arange(size)).sum()) for key in range(100)]
     assert np.mean(fixed) == pytest.approx(1.0, abs=5 / math.sqrt(100))  # Poisson with mean 1

@@ -14,6 +14,7 @@ from selfgen_ds.model import budget, gathering
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES, attention
+from tests.tiers import sweep
 
 END = 39
 _SPECIAL: dict[str, Any] = {"vocab_size": 40, "eos_token_id": END, "pad_token_id": None, "bos_token_id": None}
@@ -78,7 +79,7 @@ def test_rows_that_are_finished_are_dropped_and_prompts_of_similar_length_go_tog
     assert [tokens for _, tokens in seen].count(1) == len(seen) - 1
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "mamba", "lfm2"])
+@sweep("name", ["mamba", "lfm2", "gemma3_text"], check=2)
 def test_answers_of_models_with_other_caches_are_plain_generates(name: str) -> None:
     plain = build(name)
     policy = EnginePolicy(plain, end_tokens=[END, 20, 21, 7])
