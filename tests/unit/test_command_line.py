@@ -16,10 +16,10 @@ data: {train: rows.jsonl}
 """
 
 
-def refused(*options: object) -> list[str]:
-    """Return the lines with which `train` refuses its options."""
+def refused(*options: object, command: str = "train") -> list[str]:
+    """Return the lines with which a sub-command refuses its options."""
     with pytest.raises(InputError) as caught:
-        cli.recipe_of([str(option) for option in options])
+        cli._parse([command, *map(str, options)])
     return str(caught.value).splitlines()
 
 
@@ -99,6 +99,81 @@ def test_a_recipe_without_its_option_is_told_how_to_give_it() -> None:
     assert refused(recipe) == [f"{recipe}: expected an option, such as --config {recipe}"]
 
 
+@pytest.mark.parametrize("option", ["--optim.learning_rat", "--selfgen.temp", "--output_di"])
+def test_an_abbreviated_option_is_refused(option: str) -> None:
+    assert refused("--config", "demo", option, "3")[0].startswith(f"{option}: no such setting")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--train.max_steps", "many", "a whole number"),
+        ("--selfgen.schedule", "cubic", "constant or linear or exponential or inverse_sigmoid"),
+        ("--resume", "yes", "auto"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(option: str, value: str, expected: str) -> None:
+    assert refused("--config", "demo", option, value) == [f"{option}: expected {expected}, got {value!r}"]
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "bench"])
+def test_every_command_with_a_recipe_names_the_wrong_settings_of_its_file(command: str, file: Path) -> None:
+    file.write_text(RECIPE + "train: {max_step: 3}\n")
+    problem = f"{file}: train.max_step: no such setting; did you mean train.max_steps?"
+    assert refused("--config", file, command=command) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "problems"),
+    [
+        ("inspect", ["--rows", "few"], ["--rows: expected a whole number, got 'few'"]),
+        ("inspect", ["--draw=7"], ["--draw: expected true or false, got '7'"]),
+        ("inspect", ["--row", "3"], ["--row: no such setting; did you mean --rows?"]),
+        ("bench", ["--grid", "all"], ["--grid: expected budget or rollouts or full, got 'all'"]),
+        (
+            "bench",
+            ["--steps", "many", "--seed=x"],
+            ["--steps: expected a whole number, got 'many'", "--seed: expected a whole number, got 'x'"],
+        ),
+        ("train", ["--rows", "3"], ["--rows: no such setting"]),
+    ],
+)
+def test_a_commands_options_beside_the_recipe_are_checked_with_it(
+    command: str, options: list[str], problems: list[str]
+) -> None:
+    assert refused("--config", "demo", *options, command=command) == problems
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "problems"),
+    [
+        (
+            "evaluate",
+            ["--model", "run/model", "--max_lenght", "8", "--batch_size=ten"],
+            [
+                "--max_lenght: no such setting; did you mean --max_length?",
+                "--batch_size: expected a whole number, got 'ten'",
+                "data: missing; give it as --data",
+                "output_dir: missing; give it as --output_dir",
+            ],
+        ),
+        (
+            "export",
+            ["--checkpoints", "run"],
+            [
+                "--checkpoints: no such setting; did you mean --checkpoint?",
+                "checkpoint: missing; give it as --checkpoint",
+                "output_dir: missing; give it as --output_dir",
+            ],
+        ),
+    ],
+)
+def test_a_command_without_a_recipe_names_the_one_place_for_a_missing_setting(
+    command: str, options: list[str], problems: list[str]
+) -> None:
+    assert refused(*options, command=command) == problems
+
+
 def test_every_missing_setting_is_named_with_the_two_places_for_it() -> None:
     assert refused("--deepspeed", "zero3_cpu") == [
         f"{setting}: missing; give it in the recipe (--config) or as --{setting}"
@@ -125,5 +200,5 @@ def test_a_damaged_recipe_is_one_line(file: Path, content: bytes, problem: str) 
     assert refused("--config", file) == [f"--config: {file}{problem}"]
 
 
-def test_what_only_the_parser_knows_is_in_its_words() -> None:
+def test_an_option_without_its_value_is_refused() -> None:
     assert refused("--config", "demo", "--output_dir") == ["argument --output_dir: expected one argument"]

@@ -20,7 +20,6 @@ from selfgen_ds.config import (
     to_yaml,
 )
 from selfgen_ds.engine import ds_config
-from selfgen_ds.errors import InputError
 from selfgen_ds.files import write_atomically
 from selfgen_ds.validation import deepspeed_json
 from tests.problems import recipe_problems
@@ -266,21 +265,6 @@ def test_a_model_in_the_recipe_keeps_the_preset_that_describes_it() -> None:
     assert model.preset is not None
 
 
-@pytest.mark.parametrize("option", ["--optim.learning_rat", "--selfgen.temp", "--output_di"])
-def test_abbreviated_options_are_refused(option: str) -> None:
-    with pytest.raises(InputError, match=f"^{option}: no such setting"):
-        _parse("--config", DEMO, option, "3")
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--train.max_steps", "many"), ("--selfgen.schedule", "cubic"), ("--model.dtype", "float16"), ("--resume", "yes")],
-)
-def test_a_value_of_another_type_is_refused(option: str, value: str) -> None:
-    with pytest.raises(InputError, match=f"^{option}: expected .*, got '{value}'$"):
-        _parse("--config", DEMO, option, value)
-
-
 @RECIPES
 def test_a_shipped_recipe_has_no_problems_but_data_to_be_fetched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -368,10 +352,9 @@ def test_a_length_on_the_command_line_replaces_the_recipes(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--grid", "everything"], "grid"),
-        (["--steps", "0"], "steps"),
+        (["--steps", "0"], ".*steps"),
         (["--data.max_length", "8"], "data.max_length: expected 16 or more"),
-        (["--config", "recipes/none.yaml"], "recipes/none.yaml"),
+        (["--config", "recipes/none.yaml"], "--config: no file 'recipes/none.yaml'"),
     ],
 )
 def test_bench_has_a_recipe_of_its_own_and_refuses_bad_settings(
@@ -379,7 +362,7 @@ def test_bench_has_a_recipe_of_its_own_and_refuses_bad_settings(
 ) -> None:
     assert _main(monkeypatch, "bench", *arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert problem in line
+    assert re.match(f"selfgen-ds: error: {problem}", line)
 
 
 def test_a_script_reads_a_recipe_as_train_does() -> None:
