@@ -57,7 +57,7 @@ def test_a_json_object_is_read(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "ds.json: 'utf-8' codec"),
     ],
 )
-def test_what_is_no_json_object_is_an_error_that_names_the_file(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_a_file_without_a_json_object_is_an_error_that_names_it(tmp_path: Path, content: bytes, expected: str) -> None:
     with pytest.raises(InputError) as caught:
         _read(tmp_path, content)
     assert str(caught.value).startswith(f"deepspeed: {tmp_path}")
@@ -75,7 +75,7 @@ def test_a_json_with_nothing_but_a_stage_has_no_problems(recipe: Recipe, stage: 
 
 
 @pytest.mark.parametrize("stage", [4, -1, "3", "auto", None])
-def test_what_is_no_stage_is_refused(recipe: Recipe, stage: object) -> None:
+def test_an_unknown_stage_is_refused(recipe: Recipe, stage: object) -> None:
     assert _problem(recipe, {"zero_optimization": {"stage": stage}}).startswith("ds.json: zero_optimization.stage: ")
 
 

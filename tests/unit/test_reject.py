@@ -9,6 +9,7 @@ from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.reject import first_rejected, load_reject
 from tests.chat_tokenizers import tokenizer
+from tests.tiers import sweep
 
 BYTES = byte_tokenizer()
 NO_FUNCTION = 3
@@ -73,7 +74,7 @@ def test_what_a_draw_makes_of_a_character_is_rejected_where_it_breaks_it() -> No
 PIECES = st.sampled_from(["a", "the ", " answer", "é", "😀", "日", "</s>", "<|im_end|>", "\n", ".", " "])
 
 
-@pytest.mark.parametrize("family", ["chatml", "llama2", "zephyr", "gemma"])
+@sweep("family", ["chatml", "llama2", "zephyr", "gemma"], check=2)
 @given(before=st.lists(PIECES, max_size=4), behind=st.lists(PIECES, max_size=4))
 def test_of_any_tokenizer_what_is_found_begins_where_the_match_begins(
     family: str, before: list[str], behind: list[str]
@@ -102,7 +103,7 @@ def test_nothing_is_rejected_by_default() -> None:
 @pytest.mark.parametrize(
     "given", ["nowhere:f", "re:nothing", "re", "", ":", "./reject.py:f", "tests.unit.test_reject:NO_FUNCTION", ["a("]]
 )
-def test_what_is_neither_expressions_nor_a_function_is_one_clear_line(given: str | list[str]) -> None:
+def test_a_setting_of_neither_expressions_nor_a_function_is_one_clear_line(given: str | list[str]) -> None:
     with pytest.raises(InputError, match=r"^selfgen\.reject: ") as caught:
         load_reject(given)
     assert "\n" not in str(caught.value)
