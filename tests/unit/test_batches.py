@@ -3,7 +3,6 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,7 @@ from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
 from selfgen_ds.data.samples import Format, Samples, load_samples, with_consecutive_ids
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from tests.batches import lengths, padded, sample
+from tests.batches import lengths, padded, sample, samples_in
 
 # --- collate ---
 
@@ -116,8 +115,7 @@ def test_a_moved_batch_keeps_its_values(packed: bool) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    with samples_in(tmp_path_factory.mktemp("cache")):
         yield
 
 

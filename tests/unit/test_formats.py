@@ -16,6 +16,7 @@ from selfgen_ds.data.formats import read_file
 from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import open_source
 from selfgen_ds.errors import InputError
+from tests.tiers import sweep
 
 Rows = list[dict[str, Any]]
 
@@ -241,7 +242,7 @@ def test_rows_are_read_piece_by_piece(tmp_path: Path) -> None:
 
 # --- folders ---
 
-SHARDS = pytest.mark.parametrize("form", ["jsonl", "json array", "parquet", "csv", "arrow stream"])  # other builders
+SHARDS = sweep("form", ["jsonl", "parquet", "json array", "csv", "arrow stream"], check=2)  # each is another builder
 
 
 @SHARDS

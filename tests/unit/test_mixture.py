@@ -14,6 +14,7 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Policy
 from selfgen_ds.methods.mixture import Position, mix, replacement_mask, restore_reference_from
 from tests.batches import lengths, padded, sample
+from tests.tiers import sweep
 
 SEED, STEP = 5, 9
 REPLACE, DRAW = (hashing.REPLACE, SEED, STEP), (hashing.DRAW, SEED, STEP)
@@ -369,15 +370,16 @@ LAYOUTS = pytest.mark.parametrize("batches", [_random_batches(5), _packed_batche
 
 
 @LAYOUTS
-@pytest.mark.parametrize(
+@sweep(
     ("policy", "p"),
     [
+        (SuccessorPolicy(), 0.5),
+        (StickyPolicy(), 1.0),
         (PrefixPolicy(), 0.1),
         (PrefixPolicy(), 1.0),
-        (SuccessorPolicy(), 0.5),
         (StickyPolicy(), 0.5),
-        (StickyPolicy(), 1.0),
     ],
+    check=3,
 )
 def test_exact_is_the_token_by_token_draw(batches: list[TokenBatch], policy: Policy, p: float) -> None:
     masks = _masks(batches, p)

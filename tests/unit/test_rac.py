@@ -2,7 +2,6 @@ import logging
 from functools import cache
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,7 @@ from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.methods.rac import Rac
-from tests.batches import runs
+from tests.batches import runs, samples_in
 from tests.chat_tokenizers import EVERY_FAMILY, tokenizer
 from tests.plans import plan
 
@@ -35,8 +34,7 @@ QUESTION, WRONG, RIGHT = "How many apples are left?", "There are four", "There a
 
 @pytest.fixture(autouse=True, scope="module")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    with samples_in(tmp_path_factory.mktemp("cache")):
         yield
 
 

@@ -18,6 +18,7 @@ from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import _open_hub, _read_hub, open_source
 from selfgen_ds.data.tasks import generate
 from selfgen_ds.errors import InputError
+from tests.tiers import sweep
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
 
@@ -225,7 +226,7 @@ def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "hub")
 
 
-@pytest.mark.parametrize(("given", "split"), [(None, "train"), ("test", "test")])
+@sweep(("given", "split"), [(None, "train"), ("test", "test")])
 def test_a_hub_data_set_is_the_rows_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, split: str
 ) -> None:
