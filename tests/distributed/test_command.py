@@ -64,7 +64,7 @@ def test_every_launcher_trains_the_same(folder: Path, launched: Left, monkeypatc
         with Launched([*launcher, *train(folder, *micro)], folder / "log") as run:
             assert run.wait() == 0, run.output()[-3000:]
         found[name] = losses(folder / name / "run")
-        assert f"{ranks} ranks" in run.output()
+        assert f"{ranks} rank{'s' if ranks > 1 else ''}, from the start" in run.output()
     assert {"deepspeed", "torchrun", "one process"} <= found.keys()
     for name, values in found.items():
         assert values == pytest.approx(found["one process"], rel=1e-5), name
@@ -185,7 +185,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path, refused: Cal
 
 
 def test_a_port_that_is_no_number_is_one_clear_line(folder: Path) -> None:
-    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
     assert command(train(folder), folder / "log", rank) == 2
     assert error_lines((folder / "log").read_text()) == ["MASTER_PORT: expected a port, got 'x'"]
 
