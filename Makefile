@@ -53,7 +53,7 @@ check: install
 	@$(MAKE) --no-print-directory --jobs 2 lint check-tests
 
 check-tests: install
-	$(PYTEST) -m check tests/unit tests/distributed
+	$(PYTEST) -m check
 
 # All but the cases marked `slow`.
 test: lint

@@ -23,10 +23,11 @@ from selfgen_ds.data.samples import Format, Samples, first_rows, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION
-from tests.tiers import sweep
+
+pytestmark = pytest.mark.test  # hundreds of files are written and read
 
 FORMATS = ["rows.jsonl", "rows.parquet", "rows.json", "lines.json", "rows.csv", "rows.arrow", "file.arrow"]
-EVERY_FORMAT = sweep("name", FORMATS, check=2)  # `make check`: one format of lines, and one with a schema
+EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=12) | st.sampled_from(["", " ", "\n", "<|im_end|>", "\0"])
 GOOD_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

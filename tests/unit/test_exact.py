@@ -20,10 +20,12 @@ from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES
 from tests.batches import padded, sample
-from tests.tiers import sweep
 from tests.trained import reference_probabilities, texts, token_by_token, trained_model
 
 REPLACE, DRAW = (hashing.REPLACE, 5, 7), (hashing.DRAW, 5, 7)
+
+
+pytestmark = pytest.mark.test  # a model is trained for it, which takes seconds
 
 
 def samples() -> list[TrainingRow]:
@@ -54,7 +56,7 @@ def contexts(batches: list[TokenBatch]) -> dict[int, list[int]]:
     return {i: [t for batch in batches for t in batch.context_ids[batch.sample_ids == i].tolist()] for i in ids}
 
 
-@sweep(
+@pytest.mark.parametrize(
     ("layout", "p", "sampling"),
     [
         ("padded", 1.0, Sampling(temperature=0.3)),
@@ -94,7 +96,7 @@ class InOrderPolicy(EnginePolicy):
         return super().draw_in_order(batches, masks, uniforms)
 
 
-@sweep(
+@pytest.mark.parametrize(
     ("name", "p", "rows_at_once"),
     [("llama", 0.25, 3), ("llama", 1.0, 64), ("gemma3_text", 0.25, 3), ("gemma3_text", 1.0, 64), ("gpt2", 0.25, 3)],
 )
@@ -263,7 +265,7 @@ def chi_square(
     return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
 
 
-LAWS = sweep(
+LAWS = pytest.mark.parametrize(
     ("mask", "sampling"),
     [
         ([True, False, True, False], Sampling()),

@@ -198,7 +198,7 @@ def test_objects_that_datasets_stores_as_json_are_objects(tmp_path: Path) -> Non
         assert row.messages == messages
 
 
-@pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
+@sweep("form", ["parquet", "arrow stream", "arrow file"])
 def test_a_file_may_be_one_large_batch(tmp_path: Path, form: str) -> None:
     table = pa.table({"prompt": list(map(str, range(2500))), "completion": ["c"] * 2500})
     path = tmp_path / WRITERS[form][0]
@@ -372,7 +372,7 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     assert _error(path) == f"{path}: expected a file that ends in .jsonl, .json, .csv, .parquet, .arrow"
 
 
-@pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
+@sweep("form", ["parquet", "arrow stream", "arrow file"])
 def test_a_file_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path, form: str) -> None:
     path = _write(tmp_path, form, PAIRS)
     content = path.read_bytes()
@@ -397,7 +397,7 @@ def test_an_arrow_stream_cut_between_its_batches_is_refused(tmp_path: Path) -> N
         assert _error(path) == f"{path}: expected a complete Arrow file, got one without an end mark"
 
 
-@pytest.mark.parametrize("form", ["arrow stream", "arrow file", "parquet"])
+@sweep("form", ["arrow stream", "arrow file", "parquet"])
 def test_a_damaged_file_is_refused_or_read_and_never_ends_the_process(tmp_path: Path, form: str) -> None:
     path = _write(tmp_path, form, PAIRS)
     content = path.read_bytes()

@@ -10,9 +10,11 @@ from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods.method import Policy
 from selfgen_ds.methods.mixture import mix, replacement_mask
 from tests.batches import padded
-from tests.tiers import sweep
 
 ROWS, STEPS, LEARNING_RATE = 2000, 150, 4.0
+
+
+pytestmark = pytest.mark.test  # two models are trained for it
 
 
 class TabularModel(Policy):
@@ -32,7 +34,7 @@ class TabularModel(Policy):
         return first + F.cross_entropy(self.second[context[:, 1]], target[:, 2])
 
 
-@sweep(("replaced", "optimum"), [(0.5, 0.75), (0.0, 1.0), (1.0, 0.5)])
+@pytest.mark.parametrize(("replaced", "optimum"), [(0.5, 0.75), (0.0, 1.0), (1.0, 0.5)])
 def test_the_second_token_follows_the_first_with_1_minus_half_the_replaced_share(
     replaced: float, optimum: float
 ) -> None:
