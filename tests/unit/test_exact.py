@@ -68,7 +68,6 @@ def contexts(batches: list[TokenBatch]) -> dict[int, list[int]]:
         ("padded", 1.0, Sampling(temperature=2.0, top_p=0.5)),
         ("packed", 0.5, Sampling(temperature=1.5, top_k=3)),
     ],
-    check=2,
     ids=str,
 )
 def test_exact_draws_what_a_loop_over_the_tokens_draws(
