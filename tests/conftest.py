@@ -40,12 +40,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OnePairOfRan
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put unit tests first, mark them `check` unless they are marked `test` or `slow`, and mark tests/cluster `slow`.
 
-    Every test's tier is recorded for `tests/costs.py`.
+    `make check` begins with the ranks instead, so that the other process runs unit tests beside them and no core waits:
+    none of its few distributed tests depends on time. Every test's tier is recorded for `tests/costs.py`.
     """
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/unit/"))
+    ranks_first = config.option.markexpr == "check"
+    items.sort(key=lambda item: item.nodeid.startswith("tests/unit/") == ranks_first)
     for item in items:
         if item.nodeid.startswith("tests/cluster/"):
             item.add_marker("slow")
