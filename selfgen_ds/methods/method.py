@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def can_draw_in_order(self) -> bool:
-        """Return whether `draw_in_order` can be called now; the same on all ranks."""
+        """Whether `draw_in_order` can be called now; the same on all ranks."""
         return False
 
     def draw_in_order(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:

@@ -106,7 +106,7 @@ class EnginePolicy(GatherableModel, Policy):
 
     @property
     def can_draw_in_order(self) -> bool:
-        """Return whether `draw_in_order` can be called now: with gathered weights, if rows can leave the cache."""
+        """Whether `draw_in_order` can be called now: with gathered weights, if rows can leave the cache."""
         return self._inside_gathered and not self.sharded and generation.drops_rows(self.model)
 
     @torch.no_grad()
