@@ -21,7 +21,7 @@ from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import drawing, losses, report
 from selfgen_ds.scaling.environment import environment
-from selfgen_ds.scaling.steps import BUDGET, FULL, BlockBenchmark
+from selfgen_ds.scaling.steps import BUDGET, FULL, Block, BlockBenchmark
 from selfgen_ds.validation import deepspeed_json
 from selfgen_ds.validation.inputs import check_positions
 from selfgen_ds.validation.options import check_bench
@@ -45,18 +45,13 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
         InputError: The recipe or the JSON is not as expected.
     """
     blocks = {"budget": BUDGET, "full": FULL}.get(grid, [])
-    problems = Problems()
-    check_bench(problems, recipe, steps)
-    json_config = check_settings(problems, drawing.block(recipe).of(recipe), overrides)
-    problems.raise_all()
-    for block in blocks:
-        problems.add(*deepspeed_json.problems(block.of(recipe), json_config, process_group.world_size()))
-    problems.raise_all()
+    json_config = _check(recipe, overrides, blocks, steps)
     folder = Path(recipe.output_dir)
     make_folder(folder, "output_dir")  # on every rank, so that a folder that cannot be made stops all of them
     process_group.init_process_group()
     with raise_on_all_ranks():
         config = model_config(recipe.model, load_tokenizer(recipe.model))
+        problems = Problems()
         check_positions(problems, recipe, config)
         problems.raise_all()
         parameters = parameter_count(recipe.model, config)
@@ -87,6 +82,18 @@ def bench(recipe: Recipe, overrides: set[str], grid: str, steps: int) -> None:
     if dist.get_rank() == 0:
         report.show(folder, record)
     dist.barrier()
+
+
+def _check(recipe: Recipe, overrides: set[str], blocks: list[Block], steps: int) -> dict[str, Any]:
+    """Check the settings of every block, and return the DeepSpeed JSON as it stands."""
+    problems = Problems()
+    check_bench(problems, recipe, steps)
+    json_config = check_settings(problems, drawing.block(recipe).of(recipe), overrides)
+    problems.raise_all()
+    for block in blocks:
+        problems.add(*deepspeed_json.problems(block.of(recipe), json_config, process_group.world_size()))
+    problems.raise_all()
+    return json_config
 
 
 def _save(folder: Path, record: dict[str, Any]) -> None:
