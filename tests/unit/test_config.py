@@ -1,5 +1,6 @@
 import math
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from selfgen_ds.config import (
 )
 from selfgen_ds.engine import ds_config
 from selfgen_ds.files import write_atomically
+from selfgen_ds.ranks import signals
 from selfgen_ds.validation import deepspeed_json
 from tests.problems import recipe_problems
 
@@ -285,8 +287,11 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     """Return the exit code of a command that fails before it would start anything."""
     monkeypatch.setattr("sys.argv", ["selfgen-ds", *arguments])
     monkeypatch.chdir(ROOT)
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     with pytest.raises(SystemExit) as caught:
         cli.main()
+    for number, handler in handlers.items():  # a failed command ignores signals, and processes would inherit that
+        signal.signal(number, handler)
     return caught.value.code
 
 
