@@ -215,5 +215,5 @@ def test_rounds_need_a_shared_folder(two_ranks: Ranks, folder: Path, settings: R
 
 def test_a_folder_of_another_run_on_any_host_is_refused(two_ranks: Ranks, folder: Path, settings: Recipe) -> None:
     (folder / "host-1" / RUN / "checkpoints" / "step-000900").mkdir(parents=True)
-    with pytest.raises(AssertionError, match=r"output_dir: run holds checkpoints, but no run's config\.yaml"):
+    with pytest.raises(AssertionError, match=r"output_dir: run holds checkpoints, but no config\.yaml; choose"):
         two_ranks.run(on_hosts, folder, 1, train, settings)
