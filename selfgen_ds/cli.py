@@ -91,7 +91,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser = _parser()
     try:
         return parser.instantiate(parser.parse_args(arguments))
-    except (ArgumentError, TypeError, UnicodeDecodeError) as error:
+    except (ArgumentError, TypeError, UnicodeDecodeError) as error:  # TypeError: a section that is no mapping
         from selfgen_ds.validation.command_line import check_command_line
 
         problems = Problems()

@@ -37,17 +37,18 @@ def check_command_line(problems: Problems, arguments: list[str], settings: tuple
         of_part, needed = _known(part)
         known |= of_part
         required += needed
-    in_file: list[tuple[str, Any]] = []
+    in_file: list[tuple[str, Any]] | None = []
     recipe = options.pop("config", None)
     if recipe is not None:
+        in_file = None
         with problems.collect():
             in_file = list(_dotted(_read(recipe), known))
     in_options = list(_dotted({name: _value(text) for name, text in options.items()}, known))
-    problems.add(*(f"{recipe}: {line}" for line in _wrong(in_file, known)))
+    problems.add(*(f"{recipe}: {line}" for line in _wrong(in_file or [], known)))
     problems.add(*_wrong(in_options, known, "--"))
     option = "--config" if Recipe in settings else f"--{required[0]}"
     problems.add(*(f"{text}: expected an option, such as {option} {text}" for text in stray))
-    if not stray and (recipe is None or in_file):  # otherwise the file, once found, may have the missing settings
+    if not stray and in_file is not None:  # otherwise the file, once it can be read, may have the missing settings
         where = " in the recipe (--config) or" if Recipe in settings else ""
         names = [name for name, _ in (*in_file, *in_options)]
         missing = [setting for setting in required if not any(_within(name, setting) for name in names)]
@@ -108,6 +109,8 @@ def _read(recipe: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise InputError(f"--config: {recipe}{line}: malformed YAML: {error.problem}") from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise InputError(f"--config: {recipe}: malformed YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config: {recipe}: expected settings by name, got {type(content).__name__}")
     return content

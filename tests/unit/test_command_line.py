@@ -181,6 +181,11 @@ def test_every_missing_setting_is_named_with_the_two_places_for_it() -> None:
     ]
 
 
+def test_a_recipe_without_any_setting_misses_every_required_one(file: Path) -> None:
+    file.write_text("{}")
+    assert [line.split(":")[0] for line in refused("--config", file)] == ["output_dir", "deepspeed", "data.train"]
+
+
 def test_a_recipe_that_does_not_exist_is_answered_with_the_packaged_ones() -> None:
     [line] = refused("--config", "none.yaml", "--train.max_steps", "3")
     assert line.startswith("--config: no file 'none.yaml'; the packaged recipes are bench, bench-1b, demo, ")
@@ -190,10 +195,15 @@ def test_a_recipe_that_does_not_exist_is_answered_with_the_packaged_ones() -> No
     ("content", "problem"),
     [
         (b"data: [1\nseed: 2", ", line 2: malformed YAML: expected ',' or ']', but got ':'"),
+        (
+            b"seed: \x00",
+            ": malformed YAML: unacceptable character #x0000: special characters are not allowed in "
+            '"<unicode string>", position 6',
+        ),
         (b"- 1", ": expected settings by name, got list"),
         (b"output_dir: \xff", ": expected UTF-8, got another encoding at byte 12"),
     ],
-    ids=["YAML", "list", "bytes"],
+    ids=["YAML", "character", "list", "bytes"],
 )
 def test_a_damaged_recipe_is_one_line(file: Path, content: bytes, problem: str) -> None:
     file.write_bytes(content)
