@@ -66,7 +66,7 @@ def _section(heading: str, of: type, prefix: str) -> str:
         cells = [f"`{prefix}{field.name}`", _type(str(field.type)), _default(field)]
         cells += [_readers(field.name)] if read_by else []
         rows.append("| " + " | ".join([*cells, _escaped(" ".join(meanings[field.name].split()))]) + " |")
-    return f"\n## {heading}\n\n{documentation.short_description}\n\n" + "\n".join(rows) + "\n"
+    return f"\n## {heading}\n\n{documentation.description}\n\n" + "\n".join(rows) + "\n"
 
 
 def _type(annotation: str) -> str:

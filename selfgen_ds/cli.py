@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from tqdm import tqdm
 
 from selfgen_ds import __version__, packaged
 from selfgen_ds.config import BenchOptions, CompareOptions, EvaluateOptions, ExportOptions, InspectOptions, Recipe
@@ -86,6 +87,10 @@ def _parse(arguments: list[str]) -> Namespace:
     Raises:
         InputError: One line for every unknown, missing, or mistyped setting.
     """
+    command, *options = arguments or [""]
+    if not command.startswith("-") and command not in (*_SETTINGS, "compare"):
+        expected = f"expected a command ({', '.join(_SETTINGS)}, compare), got {command or 'none'}"
+        raise InputError(f"{expected}; `selfgen-ds --help` describes them")
     if arguments[:1] == ["bench"] and not any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
         arguments = ["bench", "--config", "bench", *arguments[1:]]
     parser = _parser()
@@ -95,7 +100,6 @@ def _parse(arguments: list[str]) -> Namespace:
         from selfgen_ds.validation.command_line import check_command_line
 
         problems = Problems()
-        command, *options = arguments or [""]
         if command in _SETTINGS:
             check_command_line(problems, options, _SETTINGS[command])
         problems.raise_all()
@@ -104,10 +108,21 @@ def _parse(arguments: list[str]) -> Namespace:
 
 def _set_up_logging(rank: int) -> None:
     """Log on rank 0, and errors on every rank; keep the warnings of libraries out of the log."""
-    logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING, handlers=[_BesideBars()])
     logging.getLogger("selfgen_ds").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+class _BesideBars(logging.StreamHandler):
+    """Writes log lines between redraws of the progress bars, and never behind a bar on the same line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a log line."""
+        with tqdm.external_write_mode(file=sys.stderr):  # clears the bars of a terminal, and draws them again
+            if not sys.stderr.isatty() and getattr(tqdm, "_instances", None):
+                sys.stderr.write("\n")  # in a file, a cleared bar is still there
+            super().emit(record)
 
 
 def _tell(problems: str) -> None:

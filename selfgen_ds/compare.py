@@ -212,6 +212,8 @@ def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[st
                 cell += f" ({row['paired_difference']:+.3f} [{row['paired_low']:+.3f}, {row['paired_high']:+.3f}])"
             cells.append(cell)
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    caption = f"{len(groups[0].sample_ids)} rows of {groups[0].settings['data']}; mean [95 % interval]; "
-    caption += f"in parentheses the difference to {groups[0].name}, paired by row."
+    caption = f"{len(groups[0].sample_ids)} rows of {groups[0].settings['data']}; mean [95 % interval]"
+    if len(groups) > 1:
+        caption += f"; in parentheses the difference to {groups[0].name}, paired by row"
+    caption += "."
     return "\n".join([*lines, "", caption]) + "\n"

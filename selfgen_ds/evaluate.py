@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from selfgen_ds.data.correction import correction
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Format, Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import load_tokenizer
-from selfgen_ds.errors import Problems
+from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
@@ -42,13 +44,12 @@ def run(options: EvaluateOptions) -> None:
     check_evaluate(problems, options)
     problems.raise_all()
     make_folder(Path(options.output_dir), "--output_dir")
-    if (Path(options.output_dir) / "evaluation.json").exists():
-        log.info("%s holds an evaluation, which this one will replace", options.output_dir)
     source = ModelConfig(
         name_or_path=options.model, dtype=options.dtype, attn_implementation=options.attn_implementation
     )
-    tokenizer = load_tokenizer(source)
-    config = model_config(source, tokenizer)
+    with _naming_the_option():
+        tokenizer = load_tokenizer(source)
+        config = model_config(source, tokenizer)
     positions = most_positions(config)
     length = options.max_length or positions
     check_evaluated_length(problems, length, positions)
@@ -84,6 +85,15 @@ def run(options: EvaluateOptions) -> None:
         dist.barrier()
 
 
+@contextmanager
+def _naming_the_option() -> Iterator[None]:
+    """Call the recipe's setting `model.name_or_path` by the option's name in errors."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("model.name_or_path", "--model")) from error
+
+
 def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:
     """Write `evaluation.json`, `predictions.jsonl` and `evaluation.png` to the output folder, and print the metrics."""
     folder = Path(options.output_dir)
@@ -103,6 +113,8 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
         "curves": positions,
         "torch": torch.__version__,
     }
+    if (folder / "evaluation.json").exists():
+        log.info("replacing the evaluation that %s holds", folder)
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
     title = f"{options.model} on {', '.join(s.name for s in samples)}"
     plot_evaluation(folder / "evaluation.png", title, positions, metrics, options.correction_rounds)

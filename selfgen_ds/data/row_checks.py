@@ -45,13 +45,13 @@ def validated(name: str, raw_rows: Iterable[RawRow], columns: Columns) -> Iterat
         if pairs:
             yield _pair(fields, where, columns)
         else:
-            value = _field(fields, columns.messages, where)
+            value = _field(fields, columns, "messages", where)
             messages = _check_messages(value, f"{where}, field {columns.messages!r}")
             yield _conversation(messages, fields, where)
 
 
 def _pair(fields: dict[str, Any], where: str, columns: Columns) -> TextPair | Conversation:
-    prompt, completion = (_field(fields, column, where) for column in (columns.prompt, columns.completion))
+    prompt, completion = _field(fields, columns, "prompt", where), _field(fields, columns, "completion", where)
     both = f"{where}, fields {columns.prompt!r} and {columns.completion!r}"
     if _are_messages(prompt) and _are_messages(completion):
         return _conversation(_check_messages(prompt + completion, both), fields, where, given=len(prompt))
@@ -62,9 +62,15 @@ def _pair(fields: dict[str, Any], where: str, columns: Columns) -> TextPair | Co
     return TextPair(prompt=prompt, completion=completion, where=where)
 
 
-def _field(fields: dict[str, Any], column: str, where: str) -> Any:
+def _field(fields: dict[str, Any], columns: Columns, kind: str, where: str) -> Any:
+    """Return a field of a row. `kind` is `prompt`, `completion` or `messages`."""
+    column = getattr(columns, kind)
     if column not in fields:
-        raise InputError(f"{where}: field {column!r} is missing; the row has {', '.join(map(repr, fields))}")
+        has = ", ".join(map(repr, fields)) or "no field"
+        raise InputError(
+            f"{where}: field {column!r} is missing; the row has {has}; if one of them is the {kind}, name it with "
+            f"{kind}_column"
+        )
     return fields[column]
 
 
@@ -112,6 +118,8 @@ def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
             order = f"after {previous!r}" if previous else "comes first"
             raise InputError(f"{message_where}: roles out of order: {role!r} {order}")
         calls = role == "assistant" and message.get("tool_calls")
+        if not calls and "content" not in message:
+            raise InputError(f"{message_where}: has no content, but {', '.join(map(repr, message))}")
         if not calls or "content" in message:
             may_be_empty = bool(calls) or role != "assistant"
             _check_text(message.get("content"), f"{message_where}, content", may_be_empty)

@@ -195,7 +195,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
     tally = _Tally(tokenizer, form.max_length)
     with (
         ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=CHUNK_ROWS) as writer,
-        tqdm(desc=f"tokenize {source.name}", unit="row", delay=2, leave=False) as bar,
+        tqdm(desc=f"tokenize {source.name}", unit="row", delay=2) as bar,
     ):
         for chunk in chunks(islice(source.rows, form.limit)):
             columns: dict[str, list] = {name: [] for name in _FEATURES}

@@ -38,6 +38,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
     if not Path(str(name)).is_dir():
         use_cache_without_network()
+    elif not model.tokenizer:
+        _check_is_model(Path(str(name)))
     try:
         # For some model types AutoTokenizer ignores the general class that the folder names, and loads a class that
         # adds tokens.
@@ -53,6 +55,17 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_is_model(folder: Path) -> None:
+    """Check that a folder holds a model or an adapter, as far as the names of its files tell.
+
+    Raises:
+        InputError: It does not. The message names a run's own model if the folder is that of a run.
+    """
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        meant = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").exists() else ""
+        raise InputError(f"model.name_or_path: the folder {str(folder)!r} is no model: it has no config.json{meant}")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

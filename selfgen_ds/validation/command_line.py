@@ -158,11 +158,18 @@ def _wrong(given: Iterable[tuple[str, Any]], known: dict[str, Any], dashes: str 
             if not dashes:  # an option may name a file with the settings of a section
                 found.append(f"{name}: expected settings by name, got {value!r}")
         elif not _is_free(name, known):
-            last = name.rpartition(".")[2]
-            similar = [s for s in known if s.rpartition(".")[2] == last] or get_close_matches(name, known, n=1)
-            meant = f"; did you mean {dashes}{similar[0]}?" if similar else ""
-            found.append(f"{dashes}{name}: no such setting{meant}")
+            meant = _nearest(name, known)
+            found.append(f"{dashes}{name}: no such setting" + (f"; did you mean {dashes}{meant}?" if meant else ""))
     return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the setting that a wrong name probably means: by its last part, its initials (`lr`), or its letters."""
+    section, _, last = name.rpartition(".")
+    same_part = [s for s in known if s.rpartition(".")[2] == last]
+    initials = [s for s in known if "".join(word[:1] for word in s.rpartition(".")[2].split("_")) == last]
+    initials.sort(key=lambda setting: setting.rpartition(".")[0] != section)
+    return next(iter([*same_part, *initials, *get_close_matches(name, known, n=1)]), None)
 
 
 def _is_free(name: str, known: dict[str, Any]) -> bool:

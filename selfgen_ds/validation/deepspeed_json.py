@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,27 @@ def _library_problems(config: dict[str, Any]) -> list[str]:
     try:
         DeepSpeedConfig(recorder)
     except ValidationError as error:
-        section = "zero_optimization" if error.title == DeepSpeedZeroConfig.__name__ else error.title
-        return [f"{section}.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        zero = error.title == DeepSpeedZeroConfig.__name__
+        section = "zero_optimization" if zero else error.title
+        found = [f"{section}.{'.'.join(map(str, e['loc']))}: {_reason(e, zero)}" for e in error.errors()]
+        return found + (_library_problems(config | {section: {}}) if config.get(section) else [])
     except Exception as error:  # DeepSpeed raises several types, each with the key in its message
         return [str(error).strip().split("\n", 1)[0]]
     return [f"{key}: unknown key: DeepSpeed does not read it" for key in config.keys() - recorder.read]
+
+
+def _reason(error: Any, zero: bool) -> str:
+    """Return what is wrong with a key of a section, in our words.
+
+    Args:
+        error: One of pydantic's errors.
+        zero: Whether the section is `zero_optimization`, whose keys are known.
+    """
+    if error["type"] != "extra_forbidden":
+        return f"{error['msg']}, got {error['input']!r}"
+    known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()] if zero else []
+    similar = get_close_matches(str(error["loc"][-1]), known, n=1)
+    return "unknown key: DeepSpeed does not read it" + (f"; did you mean {similar[0]}?" if similar else "")
 
 
 def _machine_problems(zero: dict[str, Any], world_size: int) -> list[str]:

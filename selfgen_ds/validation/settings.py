@@ -41,7 +41,8 @@ def check_settings(problems: Problems, recipe: Recipe, overrides: set[str]) -> d
     with problems.collect():
         json_config = ds_config.read(recipe.deepspeed)
         first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
-        problems.add(*deepspeed_json.problems(recipe, json_config, process_group.world_size(), first_ranks))
+        if min(recipe.train.micro_batch_size, recipe.train.gradient_accumulation_steps) >= 1:
+            problems.add(*deepspeed_json.problems(recipe, json_config, process_group.world_size(), first_ranks))
     return json_config
 
 

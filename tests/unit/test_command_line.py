@@ -44,6 +44,7 @@ def test_all_problems_of_file_and_options_come_at_once(file: Path) -> None:
     [
         ("max_steps: 3", "max_steps: no such setting; did you mean train.max_steps?"),
         ("zebra: 3", "zebra: no such setting"),
+        ("optim: {lr: 3}", "optim.lr: no such setting; did you mean optim.learning_rate?"),
         ("train: 5", "train: expected settings by name, got 5"),
         ("model: {lora: {rank: 4}}", "model.lora.rank: no such setting; did you mean model.lora.r?"),
         ("model: {dtype: float16}", "model.dtype: expected float32 or bfloat16, got 'float16'"),
@@ -212,3 +213,11 @@ def test_a_damaged_recipe_is_one_line(file: Path, content: bytes, problem: str) 
 
 def test_an_option_without_its_value_is_refused() -> None:
     assert refused("--config", "demo", "--output_dir") == ["argument --output_dir: expected one argument"]
+
+
+@pytest.mark.parametrize(("arguments", "got"), [([], "none"), (["trian", "--config", "demo"], "trian")])
+def test_an_unknown_command_is_answered_with_the_known_ones(arguments: list[str], got: str) -> None:
+    with pytest.raises(InputError) as caught:
+        cli._parse(arguments)
+    expected = "expected a command (train, inspect, bench, evaluate, export, compare)"
+    assert str(caught.value) == f"{expected}, got {got}; `selfgen-ds --help` describes them"

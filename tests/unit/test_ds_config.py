@@ -88,10 +88,13 @@ def test_no_zero_at_all_is_for_float32(recipe: Recipe, config: dict[str, Any]) -
     assert deepspeed_json.problems(recipe, config, WORLD_SIZE) == []
 
 
-def test_an_unknown_key_of_zero_optimization_is_named(recipe: Recipe) -> None:
-    assert "zero_optimization.stage3_max_live_paramters" in _problem(
-        recipe, {"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 1e9}}
-    )
+def test_unknown_keys_are_named_together_with_the_nearest_known_one(recipe: Recipe) -> None:
+    zero = {"stage": 3, "stage3_max_live_paramters": 1e9}
+    unknown = "unknown key: DeepSpeed does not read it"
+    assert deepspeed_json.problems(recipe, {"zero_optimization": zero, "zero_optimisation": {}}, WORLD_SIZE) == [
+        f"ds.json: zero_optimization.stage3_max_live_paramters: {unknown}; did you mean stage3_max_live_parameters?",
+        f"ds.json: zero_optimisation: {unknown}",
+    ]
 
 
 def test_a_value_of_another_type_is_named_with_its_key(recipe: Recipe) -> None:

@@ -144,8 +144,8 @@ BAD_CONVERSATIONS = {
     "role of another kind": (['{"role": ["user"], "content": "x"}'], "message 1: expected a role of"),
     "no role": (['{"content": "x"}'], "message 1: expected a role of"),
     "no object": (['"hello"'], "message 1: expected an object with role and content, got str"),
-    "no content": (['{"role": "user"}', ASSISTANT], "message 1, content: expected a string, got NoneType"),
-    "null content": ([USER, '{"role": "assistant", "content": null}'], "message 2, content: expected a string"),
+    "no content": (['{"role": "user"}', ASSISTANT], "message 1: has no content, but 'role'"),
+    "null content": ([USER, '{"role": "assistant", "content": null}'], "message 2: has no content, but 'role'"),
     "content of parts": (
         ['{"role": "user", "content": [{"type": "text", "text": "x"}]}', ASSISTANT],
         "message 1, content: expected a string, got list",

@@ -68,10 +68,22 @@ def test_the_recipe_gets_the_byte_tokenizer_by_name() -> None:
 
 def test_the_recipe_gets_the_model_folders_tokenizer(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     assert len(load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))) == 258
 
 
+def test_a_folder_that_is_no_model_is_an_error_that_names_the_model_inside(tmp_path: Path) -> None:
+    no_model = rf"^model\.name_or_path: the folder '{tmp_path}' is no model: it has no config\.json"
+    with pytest.raises(InputError, match=no_model + "$"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"{no_model}; did you mean {tmp_path}/model\?$"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+
+
 def test_a_folder_without_a_tokenizer_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match=rf"^model\.name_or_path: no tokenizer could be loaded from '{tmp_path}'"):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
     with pytest.raises(InputError, match=rf"^model\.tokenizer: no tokenizer could be loaded from '{tmp_path}'"):
@@ -83,14 +95,14 @@ def test_a_tokenizer_without_an_end_token_is_an_error(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has no end-of-sequence token"):
-        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+        load_tokenizer(ModelConfig(preset={}, tokenizer=str(tmp_path)))
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    loaded = load_tokenizer(ModelConfig(preset={}, tokenizer=str(tmp_path)))
     assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
 
 
