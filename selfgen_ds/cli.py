@@ -66,7 +66,7 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("selfgen-ds: interrupted", file=sys.stderr)
-        os._exit(130)  # other ranks may be inside a collective, and a clean-up would wait for them
+        os._exit(signals.INTERRUPTED)  # other ranks may be inside a collective, and a clean-up would wait for them
     except Stopped:
         signals.ignore()
         process_group.leave_process_group()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED = 3
 """Exit code of a run that was stopped by a signal: everything is saved, and the launcher may start the run again."""
+INTERRUPTED = 130
+"""Exit code of a run that a second Ctrl-C ended without saving."""
 BEFORE = "stopped by a signal before the first step"
 
 
@@ -24,9 +26,9 @@ def exit_stopped(*_: object) -> None:
 
 
 def ignore() -> None:
-    """Ignore signals from now on.
+    """Ignore signals from now on, except for Ctrl-C, which ends the process.
 
     When the first rank ends, launchers send SIGTERM to all others, which still have to say why they end.
     """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """Notice the two interruptions of training: a signal that asks the run to stop, and a step that never ends.
 
-A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away. Wherever a run spends time (steps, chunks of a
-round, evaluation batches), all ranks ask together whether any of them received one.
+A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away, and a terminal sends SIGINT on Ctrl-C. Wherever a
+run spends time (steps, chunks of a round, evaluation batches), all ranks ask together whether any of them received one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ log = logging.getLogger("selfgen_ds")
 class Watch:
     """A context in which signals are noticed and, once steps have begun, stalls.
 
-    A signal before `begin` ends all ranks at once, because there is nothing to save.
+    A signal before `begin` ends all ranks at once, because there is nothing to save. A second SIGINT ends this rank at
+    once, whatever would be lost.
 
     Args:
         stall_seconds: Seconds without a forward on any rank after which every rank prints its stacks. After twice as
@@ -32,6 +33,7 @@ class Watch:
     def __init__(self, stall_seconds: float) -> None:
         self._stall_seconds = stall_seconds
         self._signal = 0  # the number of the last signal that this rank received
+        self._interrupted = False
         self._announced = False
         self._starting = True
         self.forwards = 0
@@ -109,6 +111,10 @@ class Watch:
     def _run(self) -> None:
         while number := os.read(self._pipe[0], 1)[0]:  # zero is from __exit__
             if number in signals.SIGNALS:
+                if number == signal.SIGINT and self._interrupted:
+                    os.write(2, b"selfgen-ds: interrupted twice; the last steps are not saved\n")
+                    os._exit(signals.INTERRUPTED)
+                self._interrupted |= number == signal.SIGINT
                 self._signal = number
                 if self._starting and process_group.heartbeat is not None:
                     process_group.heartbeat.end_all(signals.BEFORE, signals.STOPPED)

@@ -15,7 +15,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.errors import Problems
 from selfgen_ds.files import lock, make_folder
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
-from selfgen_ds.validation.output_folder import check_same_run
+from selfgen_ds.validation.output_folder import check_nothing_overwritten, check_same_run
 
 log = logging.getLogger("selfgen_ds")
 
@@ -58,6 +58,11 @@ def open_run_folder(recipe: Recipe, json_config: dict[str, Any]) -> RunFolder:
     resumed = None
     if recipe.resume == "auto":
         resumed = resuming.find(path / "checkpoints", storage)
+        with raise_on_all_ranks():
+            if resumed is None and storage.writes:
+                problems = Problems()
+                check_nothing_overwritten(problems, recipe)
+                problems.raise_all()
     return RunFolder(path=path, storage=storage, resumed=resumed, lock=lock_file)
 
 

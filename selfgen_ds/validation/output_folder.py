@@ -38,6 +38,24 @@ def check_same_run(problems: Problems, recipe: Recipe, json_config: dict[str, An
         _check_unchanged(problems, folder, recipe, json_config)
 
 
+def check_nothing_overwritten(problems: Problems, recipe: Recipe) -> None:
+    """Check that a run without a checkpoint, which starts from the beginning, has no results yet.
+
+    A run that was killed before its first checkpoint has neither a model nor a step after this checkpoint.
+    """
+    folder, every = Path(recipe.output_dir), recipe.checkpoint.every
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    results = [f"metrics of {lines} steps"] if lines > every else []
+    if (folder / "model").exists():
+        results.append("a trained model")
+    if results:
+        problems.add(
+            f"resume: {folder} holds {' and '.join(results)}, but no checkpoint to resume from; put checkpoints/ back, "
+            "or choose another output_dir"
+        )
+
+
 def _check_unchanged(problems: Problems, folder: Path, recipe: Recipe, json_config: dict[str, Any]) -> None:
     written = folder / "config.yaml"
     # A setting that an older version did not write had the value that is its default now.

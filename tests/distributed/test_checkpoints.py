@@ -367,10 +367,34 @@ def test_a_folder_that_could_not_be_resumed_is_refused(one_rank: Ranks, folder: 
         one_rank.run(runs.first_step, settings)
 
 
-def test_with_no_usable_checkpoint_a_run_starts_from_the_beginning(two_ranks: Ranks, saved: Recipe) -> None:
-    for path in (Path(saved.output_dir) / "checkpoints").glob("step-*"):
+def without_checkpoints(saved: Recipe, steps: int) -> Path:
+    """Leave the run's folder as a kill leaves it that comes during a checkpoint, after some steps."""
+    folder = Path(saved.output_dir)
+    for path in (folder / "checkpoints").glob("step-*"):
         (path / manifest.MARKER).unlink()
+    shutil.rmtree(folder / "model")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:steps]))
+    return folder
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(
+    two_ranks: Ranks, saved: Recipe
+) -> None:
+    without_checkpoints(saved, saved.checkpoint.every)
     assert resume(two_ranks, saved) == 0
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(two_ranks: Ranks, saved: Recipe) -> None:
+    folder = without_checkpoints(saved, saved.checkpoint.every + 1)
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(AssertionError, match=r"holds metrics of 3 steps, but no checkpoint to resume from; put"):
+        resume(two_ranks, saved)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    (folder / "metrics.jsonl").unlink()
+    (folder / "model").mkdir()
+    with pytest.raises(AssertionError, match="holds a trained model, but no checkpoint to resume from"):
+        two_ranks.run(runs.first_step, saved)
 
 
 def test_a_finished_run_exports_again_and_trains_no_further(two_ranks: Ranks, saved: Recipe) -> None:

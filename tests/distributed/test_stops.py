@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from selfgen_ds.config import Recipe, SelfgenConfig, TrainConfig, to_yaml
 from selfgen_ds.ranks.watch import Watch
 from tests import faults
 from tests.distributed import runs
+from tests.forked import Run
 from tests.points import Point
 from tests.ranks import Launched, Ranks, free_port
 from tests.tiers import matrix
@@ -135,8 +137,8 @@ LAUNCHERS = {
 }
 
 
-@matrix("launcher", LAUNCHERS)
-def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher: str) -> None:
+def start_endless(tmp_path: Path, launcher: str) -> tuple[Path, Launched]:
+    """Start a run that does not end by itself, and wait for its first step. Return its folder and the launcher."""
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path)
     settings.train.max_steps = 100_000
@@ -145,15 +147,55 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
     binary, *options = LAUNCHERS[launcher]
     command = [str(Path(sys.executable).with_name(binary)), f"--master_port={free_port()}", *options]
     output = Path(settings.output_dir)
-    with Launched([*command, "train", "--config", str(recipe)], tmp_path / "log") as run:
-        while not runs.count_lines(output / "metrics.jsonl"):
-            assert run.process.poll() is None, run.output()[-3000:]
-            time.sleep(0.05)
-        subprocess.run(["pkill", "-USR1", "-f", "--", f"-u -m selfgen_ds .*{recipe}"], check=True)
+    run = Launched([*command, "train", "--config", str(recipe)], tmp_path / "log")
+    while not runs.count_lines(output / "metrics.jsonl"):
+        assert run.process.poll() is None, run.output()[-3000:]
+        time.sleep(0.05)
+    return output, run
+
+
+def wait_until_ended(output: Path) -> None:
+    """Wait until no process has the run's folder locked: a launcher may end before the ranks that it started."""
+    deadline = time.monotonic() + 60.0
+    while subprocess.run(["pgrep", "-f", str(output.parent / "recipe.yaml")], capture_output=True).returncode == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@matrix("launcher", LAUNCHERS)
+def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher: str) -> None:
+    output, run = start_endless(tmp_path, launcher)
+    with run:
+        subprocess.run(["pkill", "-USR1", "-f", "--", f"-u -m selfgen_ds .*{tmp_path / 'recipe.yaml'}"], check=True)
         assert run.wait() == {"deepspeed": 3, "torchrun": 1}[launcher], run.output()[-3000:]
     assert "received SIGUSR1: saving, then stopping" in run.output()
     steps = runs.count_lines(output / "metrics.jsonl")
     assert [c.step for c in manifest.complete_checkpoints(output / "checkpoints")] == [steps]
+
+
+@matrix("launcher", LAUNCHERS)
+def test_ctrl_c_saves_the_run_too(tmp_path: Path, launcher: str) -> None:
+    output, run = start_endless(tmp_path, launcher)
+    with run:
+        os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to the launcher and to every rank
+        run.wait()
+        wait_until_ended(output)
+    steps = runs.count_lines(output / "metrics.jsonl")
+    assert [c.step for c in manifest.complete_checkpoints(output / "checkpoints")] == [steps], run.output()[-3000:]
+
+
+def test_a_second_ctrl_c_ends_a_rank_at_once(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(runs.YAML.format(folder=folder))
+    arguments = ["train", "--config", str(folder / "recipe.yaml"), "--train.max_steps", "100000"]
+    run = Run(
+        arguments, folder, ranks=1, broken={0: Point(function="selfgen_ds.train:train_step", call=3, signal=None)}
+    )
+    run.until(lambda: runs.count_lines(folder / "run" / "metrics.jsonl") == 2)
+    for _ in range(2):  # the third step never ends, and never asks for signals
+        os.kill(run.processes[0].pid or 0, signal.SIGINT)
+        time.sleep(0.2)
+    assert run.wait() == [130]
+    assert "interrupted twice; the last steps are not saved" in run.output(0)
 
 
 @pytest.mark.slow
