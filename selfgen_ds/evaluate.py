@@ -54,7 +54,7 @@ def run(options: EvaluateOptions) -> None:
     length = options.max_length or positions
     check_evaluated_length(problems, length, positions)
     with problems.collect():
-        logit_transform = probe.check(source, config, packing=False, training=False)
+        traits = probe.check(source, config, packing=False, training=False)
     problems.raise_all()
     assert length is not None
     columns = Columns(
@@ -69,8 +69,13 @@ def run(options: EvaluateOptions) -> None:
         problems.raise_all()
     if process_group.world_size() > 1:
         process_group.init_process_group()
-    model = build_model(source, config, logit_transform).to(process_group.device()).eval()
-    policy = EnginePolicy(model, end_tokens=end_tokens(samples, tokenizer), generation_batch_size=options.batch_size)
+    model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
+    policy = EnginePolicy(
+        model,
+        end_tokens=end_tokens(samples, tokenizer),
+        generation_batch_size=options.batch_size,
+        takes_left_padding=traits.takes_left_padding,
+    )
     requests = EvaluationRequests(
         forced_errors=forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,

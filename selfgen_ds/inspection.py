@@ -21,9 +21,9 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
-from selfgen_ds.model.head import LogitTransform
 from selfgen_ds.model.loading import build_model, model_config, vocabulary
 from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
 from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
 from selfgen_ds.validation.inputs import check_attention, check_positions, check_shares
@@ -62,7 +62,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     check_positions(problems, recipe, config)
     check_attention(problems, recipe)
     with problems.collect():
-        logit_transform = probe.check(recipe.model, config, recipe.data.packing)
+        traits = probe.check(recipe.model, config, recipe.data.packing)
     problems.raise_all()
     samples, eval_samples = load_samples(problems, recipe, tokenizer)
     problems.raise_all()
@@ -86,21 +86,26 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
             console.print(f"drawn with p = {p:g}, the value in the last step or round\n")
         batch = step_batches.at(0)[0]
         if draw:
-            batch = _draw(batch, samples, method, _policy(recipe, config, logit_transform, samples, tokenizer))
+            batch = _draw(batch, samples, method, _policy(recipe, config, traits, samples, tokenizer))
         _print_rows(console, batch, tokenizer)
 
 
 def _policy(
     recipe: Recipe,
     config: PretrainedConfig,
-    logit_transform: LogitTransform,
+    traits: Traits,
     samples: list[Samples],
     tokenizer: PreTrainedTokenizerBase,
 ) -> EnginePolicy:
     """Load the model before training, in this process."""
     set_seed(recipe.seed)
-    model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer)).to(process_group.device())
-    return EnginePolicy(model, end_tokens=end_tokens(samples, tokenizer), sampling=Sampling.of(recipe.selfgen))
+    model = build_model(recipe.model, config, traits.logit_transform, vocabulary(tokenizer)).to(process_group.device())
+    return EnginePolicy(
+        model,
+        end_tokens=end_tokens(samples, tokenizer),
+        sampling=Sampling.of(recipe.selfgen),
+        takes_left_padding=traits.takes_left_padding,
+    )
 
 
 def _draw(batch: TokenBatch, samples: list[Samples], method: Method, policy: EnginePolicy) -> TokenBatch:

@@ -61,7 +61,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         watch.pause()
         between_steps.metrics_logger.close()
         folder = run.folder.path / "model"
-        export_engine(run.engine, folder, run.tokenizer, recipe.model.lora)
+        export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
         log.info("training is done; the model is in %s", folder)
 
 
@@ -123,7 +123,7 @@ class BetweenSteps:
 
         Raises:
             Stopped: A signal came before the last step; the step is saved.
-            RuntimeError: Too many steps in a row were not finite.
+            RuntimeError: Too many steps in a row were not finite, or the last one was not.
         """
         try:
             scores = self._evaluate(step)
@@ -142,6 +142,11 @@ class BetweenSteps:
             if not saved:
                 self._save(step, scores)
             raise Stopped
+        if self._is_last(step) and not result.applied:
+            raise RuntimeError(
+                f"the last step was dropped, {self._dropped_in_a_row} in a row: not finite; the run does not count as "
+                "done, and no model is exported; its checkpoints are in checkpoints/"
+            )
 
     def catch_up(self) -> None:
         """Run the evaluation that a signal cut short in an earlier process, which then saved the step.
@@ -213,5 +218,5 @@ class BetweenSteps:
             metrics=scores,
             unevaluated=unevaluated,
         )
-        saving.save(run.engine, run.tokenizer, recipe.model, checkpoint, storage)
+        saving.save(run.engine, run.tokenizer, run.config, run.source, checkpoint, storage)
         retention.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)

@@ -20,17 +20,20 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfgen_ds.checkpoint import unpickling
 from selfgen_ds.checkpoint.manifest import HF_FOLDER, MARKER, broken_files, complete_checkpoints
-from selfgen_ds.checkpoint.saving import adapted_model
+from selfgen_ds.checkpoint.source import Source, write_configs
+from selfgen_ds.checkpoint.source_tensors import SourceTensors
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tensors
-from selfgen_ds.config import LoraConfig, ModelConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import make_folder
 from selfgen_ds.model import lora
+from selfgen_ds.model.gathering import gather_copy
 from selfgen_ds.model.loading import build_model, from_config
+from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
 
 MAX_SHARD = "5GB"
 
@@ -39,29 +42,48 @@ def export_engine(
     engine: deepspeed.DeepSpeedEngine,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    adapter: LoraConfig | None = None,
+    config: PretrainedConfig,
+    source: Source,
 ) -> None:
     """Write the engine's model. Rank 0 writes; ZeRO-3's parameters are gathered one by one.
 
     Collective: every rank must call this.
 
     Args:
-        adapter: The settings of the model's adapters; with `export: adapter` the adapters alone are written.
+        config: The configuration that the model was loaded with.
+        source: Where the model comes from. With `lora.export: adapter` the adapters alone are written.
+
+    Raises:
+        InputError: The folder that the model comes from no longer exists, and the export copies tensors from it.
+        RuntimeError: A trained weight is not finite.
     """
     model, writes = engine.module, dist.get_rank() == 0
+    _check_finite(model)
     with _replacing(folder, writes) as partial:
-        if adapter is not None and adapter.export == "adapter":
-            trained = {name: _gather(p, writes) for name, p in model.named_parameters() if p.requires_grad}
+        if source.model.lora is not None and source.model.lora.export == "adapter":
+            trained = {name: gather_copy(p, writes) for name, p in model.named_parameters() if p.requires_grad}
             if writes:
                 lora.save_adapter(model, {n: t for n, t in trained.items() if t is not None}, partial)
         else:
-            _write_model(model, partial, writes)
+            with raise_on_all_ranks():
+                kept = source.tensors()
+            _write_model(model, partial, writes, source.kept, kept)
             if writes:
-                model.config.save_pretrained(partial)
-                model.generation_config.save_pretrained(partial)
+                write_configs(model, config, partial)
         if writes:
             tokenizer.save_pretrained(partial)
     dist.barrier()
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Check the trained weights of all ranks, each rank its own shards. Collective: every rank must call this."""
+    trained = [(name, getattr(p, "ds_tensor", p)) for name, p in model.named_parameters() if p.requires_grad]
+    broken = [name for name, tensor in trained if not torch.isfinite(tensor).all()]
+    if names := sorted({name for names in process_group.all_gather_object(broken[:1]) for name in names}):
+        raise RuntimeError(
+            f"trained weights are not finite, the first are in {names[0]}: the model is not exported; resume from an "
+            "older checkpoint with a lower optim.learning_rate"
+        )
 
 
 def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
@@ -88,12 +110,13 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
         raise InputError(f"{folder}: already exists; choose a new folder")
     with unpickling.loading(trust):
         tensors = _saved_tensors(path)
-    if (source := adapted_model(path)) is not None:
+    source = Source.read(path)
+    if source.model.lora is not None:
         _export_adapted(path, folder, tensors, source)
         return
-    layout = StateDictLayout.read(path)
+    layout, kept = StateDictLayout.read(path), source.tensors()
     with _replacing(folder, writes=True) as partial:
-        _write_shards(layout, lambda name: tensors[name].contiguous(), partial, writes=True)
+        _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source.kept, kept)
         shutil.copytree(path / HF_FOLDER, partial, dirs_exist_ok=True)
 
 
@@ -106,25 +129,26 @@ def _saved_tensors(path: Path) -> dict[str, Tensor]:
         return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
 
 
-def _export_adapted(path: Path, folder: Path, tensors: dict[str, Tensor], source: ModelConfig) -> None:
+def _export_adapted(path: Path, folder: Path, tensors: dict[str, Tensor], source: Source) -> None:
     """Write the model of a checkpoint that holds adapters: the adapters alone, or the model with them merged."""
-    assert source.lora is not None
-    assert source.name_or_path is not None
-    config = AutoConfig.from_pretrained(path / HF_FOLDER, trust_remote_code=source.trust_remote_code)
-    if merged := source.lora.export == "merged":
-        lora.check_base(str(path), source.name_or_path)
+    base = source.model
+    assert base.lora is not None
+    assert base.name_or_path is not None
+    config = AutoConfig.from_pretrained(path / HF_FOLDER, trust_remote_code=base.trust_remote_code)
+    if merged := base.lora.export == "merged":
+        lora.check_base(str(path), base.name_or_path)
         # "eager" exists on every device; the model is not run.
-        model = build_model(replace(source, attn_implementation="eager"), config)
+        model = build_model(replace(base, attn_implementation="eager"), config)
     else:
         with torch.device("meta"):
-            model = from_config(source, config)
-    lora.add_adapter(model, source.lora, source.name_or_path)
+            model = from_config(base, config)
+    lora.add_adapter(model, base.lora, base.name_or_path)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     adapters = {name: tensors[name].contiguous().to(config.dtype) for name in trained}
     with _replacing(folder, writes=True) as partial:
         if merged:
             model.load_state_dict(adapters, strict=False)
-            _write_model(model, partial, writes=True)
+            _write_model(model, partial, True, source.kept, source.tensors())
         else:
             lora.save_adapter(model, adapters, partial)
         # With a model's configuration in it, the adapter's folder would be taken for a whole model.
@@ -145,7 +169,9 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
         partial.rename(folder)
 
 
-def _write_model(model: PreTrainedModel, folder: Path, writes: bool) -> None:
+def _write_model(
+    model: PreTrainedModel, folder: Path, writes: bool, kept: list[str], source: SourceTensors | None
+) -> None:
     """Write the weights of a model, with its adapters merged.
 
     Collective if the model is partitioned: every rank must call this.
@@ -154,29 +180,38 @@ def _write_model(model: PreTrainedModel, folder: Path, writes: bool) -> None:
 
     def fetch(name: str) -> Tensor | None:
         partitioned = (tensors[name], *(lora.factors_of(layers[name]) if name in layers else ()))
-        parts = [part for tensor in partitioned if (part := _gather(tensor, writes)) is not None]
+        parts = [part for tensor in partitioned if (part := gather_copy(tensor, writes)) is not None]
         if not parts:
             return None
         return lora.merge(layers[name], *parts) if name in layers else parts[0]
 
-    _write_shards(StateDictLayout.of(model), fetch, folder, writes)
+    _write_shards(StateDictLayout.of(model), fetch, folder, writes, kept, source)
 
 
-def _write_shards(layout: StateDictLayout, fetch: Callable[[str], Tensor | None], folder: Path, writes: bool) -> None:
+def _write_shards(
+    layout: StateDictLayout,
+    fetch: Callable[[str], Tensor | None],
+    folder: Path,
+    writes: bool,
+    kept: list[str],
+    source: SourceTensors | None,
+) -> None:
     """Write safetensors shards of at most `MAX_SHARD`, laid out as `save_pretrained` does.
 
     Args:
         fetch: Returns a tensor of the model; called for the same names in the same order on every rank.
         writes: Whether this rank writes. On a rank that does not, `fetch` may return None.
+        kept: Names of the tensors that are copied from `source` as they are, whether the model has them or not.
     """
-    groups = layout.groups()
+    groups = [(names, stored) for names, stored in layout.groups() if not set(stored) <= set(kept)]
     group_of = {name: number for number, (_, stored) in enumerate(groups) for name in stored}
+    copied = {name: source.headers[name] for name in kept} if source else {}
     plan = split_torch_state_dict_into_shards(
-        {name: tensor for _, stored in groups for name, tensor in stored.items()}, max_shard_size=MAX_SHARD
+        {name: tensor for _, stored in groups for name, tensor in stored.items()} | copied, max_shard_size=MAX_SHARD
     )
     for shard, names in plan.filename_to_tensors.items():
-        tensors: dict[str, Tensor] = {}
-        for number in sorted({group_of[name] for name in names}):  # a group in two shards is fetched twice
+        tensors = {name: source.read(name) for name in names if name in copied} if source and writes else {}
+        for number in sorted({group_of[n] for n in names if n not in copied}):  # a group in two shards is fetched twice
             parts = {name: fetch(name) for name in groups[number][0]}
             if writes:
                 stored = layout.convert(
@@ -190,12 +225,3 @@ def _write_shards(layout: StateDictLayout, fetch: Callable[[str], Tensor | None]
     if writes and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _gather(tensor: Tensor, writes: bool) -> Tensor | None:
-    """Return a copy of the full tensor on the host; None on a rank that does not write.
-
-    Collective if the tensor is partitioned: every rank must call this.
-    """
-    with deepspeed.zero.GatheredParameters([tensor]):  # does nothing for a tensor that is not partitioned
-        return tensor.detach().cpu().clone() if writes else None

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from selfgen_ds.checkpoint import retention
 from selfgen_ds.checkpoint.generators import save_generators
 from selfgen_ds.checkpoint.manifest import BROKEN, HF_FOLDER, MARKER, Checkpoint, write_marker
+from selfgen_ds.checkpoint.source import Source, write_configs
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout
 from selfgen_ds.checkpoint.storage import Storage
-from selfgen_ds.config import LoraConfig, ModelConfig
-from selfgen_ds.files import absolute_folder, intact, sync_and_sum, sync_folder
+from selfgen_ds.files import intact, sync_and_sum, sync_folder
 from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
-
-_ADAPTED = "adapted_model.json"
 
 
 def required_bytes(parameters: int, dtype: str) -> int:
@@ -39,7 +36,8 @@ def required_bytes(parameters: int, dtype: str) -> int:
 def save(
     engine: deepspeed.DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerBase,
-    model: ModelConfig,
+    config: PretrainedConfig,
+    source: Source,
     checkpoint: Checkpoint,
     storage: Storage,
 ) -> None:
@@ -50,6 +48,8 @@ def save(
     as it was written is marked as broken, and training continues. Collective: every rank must call this.
 
     Args:
+        config: The configuration that the model was loaded with.
+        source: Where the model comes from.
         checkpoint: The content of the manifest, except for the files and `shared`.
 
     Raises:
@@ -62,7 +62,7 @@ def save(
         retention.remove(path)  # a killed run left it half-written
     dist.barrier()
     try:
-        _write(engine, path, tokenizer, model, storage)
+        _write(engine, path, tokenizer, config, source, storage)
     except dist.DistError:  # another rank is gone, and the disk is not to blame
         raise
     except (OSError, RuntimeError) as error:  # on a full disk torch reports an unexpected position in the file
@@ -86,19 +86,17 @@ def _write(
     engine: deepspeed.DeepSpeedEngine,
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
-    model: ModelConfig,
+    config: PretrainedConfig,
+    source: Source,
     storage: Storage,
 ) -> None:
     engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
     save_generators(path, engine.device)
     if storage.writes:
-        engine.module.config.save_pretrained(path / HF_FOLDER)
-        engine.module.generation_config.save_pretrained(path / HF_FOLDER)
+        write_configs(engine.module, config, path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
         StateDictLayout.of(engine.module).write(path)
-        if model.lora is not None and model.name_or_path is not None:
-            located = asdict(model) | {"name_or_path": absolute_folder(model.name_or_path)}
-            (path / _ADAPTED).write_text(json.dumps(located, indent=1), encoding="utf-8")
+        source.write(path)
 
 
 def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]], str]:
@@ -124,14 +122,3 @@ def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage
     """Add the step's evaluation to a checkpoint that was saved before the evaluation was done."""
     if storage.writes:
         write_marker(replace(checkpoint, metrics=metrics, unevaluated=None))
-
-
-def adapted_model(path: Path) -> ModelConfig | None:
-    """Return the model that a checkpoint's adapters belong to; None if the checkpoint holds a whole model.
-
-    The path of a model's folder is absolute.
-    """
-    if not (path / _ADAPTED).exists():
-        return None
-    settings = json.loads((path / _ADAPTED).read_text(encoding="utf-8"))
-    return ModelConfig(**settings | {"lora": LoraConfig(**settings["lora"])})

@@ -19,6 +19,11 @@ HIDDEN_SIZE_KEYS = {
 """Sizes that follow from the hidden size, as in transformers' Trainer: its JSONs have the same meaning here."""
 
 
+def zero_stage(config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed JSON."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
 def read(path: str) -> dict[str, Any]:
     """Return the JSON as it stands, with its `"auto"` values.
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.model import head
@@ -27,7 +28,7 @@ class StepResult:
     router_loss: float | None
     """Load balancing loss of a mixture of experts without its coefficient: the mean over micro-batches with tokens."""
     grad_norm: float
-    """Norm of the gradient before clipping."""
+    """Norm of the gradient before clipping; NaN if the DeepSpeed JSON turns its computation off."""
     drawn: int
     """Drawn context tokens at the positions of targets."""
     differing: int
@@ -82,19 +83,29 @@ def train_step(
                 "the loss is not finite, and ZeRO stage 0 cannot drop a step: lower optim.learning_rate, or set "
                 "zero_optimization.stage to 1, 2, or 3"
             )
+        grad_norm = _unpartitioned_norm(engine) if engine.zero_optimization_stage() == 0 else None
         engine.step()
     loss_total, router_total, drawn, differing, tokens = totals.tolist()
     return StepResult(
         loss=loss_total / total_weight,
         learning_rate=learning_rate,
         router_loss=router_total / nonempty if coefficient else None,
-        grad_norm=float(engine.get_global_grad_norm() or 0.0),
+        grad_norm=_known(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
         drawn=int(drawn),
         differing=int(differing),
         tokens=int(tokens),
         applied=engine.was_step_applied(),
         suspects=[] if math.isfinite(loss_total) else _suspects(batches, losses),
     )
+
+
+def _unpartitioned_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
+    """Return the norm of the gradient at ZeRO stage 0, of which DeepSpeed keeps none. All ranks have the same."""
+    return get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+
+
+def _known(norm: Tensor | float | None) -> float:
+    return math.nan if norm is None else float(norm)
 
 
 def _normalizers(batches: list[TokenBatch], weights: list[Tensor | None]) -> Tensor:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -196,6 +196,15 @@ def gathered_weights(offload: Any) -> Iterator[None]:
             for hooks, saved in before:
                 hooks.clear()
                 hooks.update(saved)
+
+
+def gather_copy(tensor: Tensor, keep: bool) -> Tensor | None:
+    """Return a copy of a full tensor on the host; None on a rank that does not keep it.
+
+    Collective if the tensor is partitioned: every rank must call this.
+    """
+    with deepspeed.zero.GatheredParameters([tensor]):  # does nothing for a tensor that is not partitioned
+        return tensor.detach().cpu().clone() if keep else None
 
 
 def free_bytes() -> int:

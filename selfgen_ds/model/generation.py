@@ -214,6 +214,17 @@ def generate(
     return [answers.get(number, []) for number in range(len(prompts))]
 
 
+def stop_at(model: PreTrainedModel, end_tokens: list[int]) -> None:
+    """Let `generate()` stop at the tokens that the training rows end with, in addition to the model's own end tokens.
+
+    Exports write these tokens to `generation_config.json`: without them, the exported model would not stop.
+    """
+    before = model.generation_config.eos_token_id
+    known = before if isinstance(before, list) else [] if before is None else [before]
+    tokens = list(dict.fromkeys([*known, *end_tokens]))
+    model.generation_config.eos_token_id = tokens[0] if len(tokens) == 1 else tokens
+
+
 def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return `[rows, longest]` int64 token ids and attention mask, padded on the left.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from selfgen_ds.model import lora
 from selfgen_ds.model.head import LogitTransform
 from selfgen_ds.model.reductions import add_reductions
 from selfgen_ds.ranks import process_group
+
+log = logging.getLogger("selfgen_ds")
 
 
 def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -103,8 +107,18 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def most_positions(config: PretrainedConfig) -> int | None:
-    """Return the tokens of the longest row that a model can read; None if its configuration sets no limit."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """Return the tokens of the longest row that a model can read; None if its configuration sets no limit.
+
+    Under LongRoPE, what a row computes depends on whether the longest row of its batch passes the original length: no
+    row may pass it, or else losses and answers would depend on a row's neighbors.
+    """
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    per_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in per_layer_type or [rope]:
+        if parameters.get("rope_type") == "longrope":
+            return parameters["original_max_position_embeddings"]
+    return getattr(text, "max_position_embeddings", None)
 
 
 def from_config(model: ModelConfig, config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
@@ -199,6 +213,19 @@ def _load_weights(model: ModelConfig, config: PretrainedConfig, dtype: torch.dty
     # The export reverses these conversions. Under ZeRO-3, transformers also lists conversions that it did not apply.
     built._weight_conversions = [c for c in built._weight_conversions or [] if c.was_used()]
     return built
+
+
+def warn_of_rounding(model: PreTrainedModel) -> None:
+    """Name the parameters that plain transformers keeps in float32, but DeepSpeed trains in the dtype of all others."""
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    pattern = re.compile("|".join(rf"(?:^|\.){part}(?:$|\.)" for part in kept) or "(?!)")
+    rounded = [n for n, p in model.named_parameters() if p.dtype != torch.float32 and pattern.search(n)]
+    if rounded:
+        log.warning(
+            "DeepSpeed rounds %d tensors to %s that plain transformers keeps in float32, the first is %s; their "
+            "optimizer states are float32, and model.dtype: float32 rounds nothing",
+            *(len(rounded), str(model.dtype).removeprefix("torch."), rounded[0]),
+        )
 
 
 def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:

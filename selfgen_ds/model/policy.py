@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ class EnginePolicy(GatherableModel, Policy):
         end_tokens: Tokens that end an answer.
         budget: The size of one no-grad sweep; None means that a sweep reads all micro-batches of a step.
         generation_batch_size: The most rows that a rank generates at the same time.
+        takes_left_padding: Whether prompts of different lengths may share a batch.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class EnginePolicy(GatherableModel, Policy):
         sampling: Sampling | None = None,
         budget: SweepBudget | None = None,
         generation_batch_size: int = 64,
+        takes_left_padding: bool = True,
     ) -> None:
         super().__init__(forward, generation_batch_size)
         self.end_tokens = end_tokens
         self.sampling = sampling or Sampling()
         self.budget = budget
+        self.takes_left_padding = takes_left_padding
         self.groups = 0
         """Sweeps that the last `draw` took."""
         self._gathered_in_training = False
@@ -131,6 +135,15 @@ class EnginePolicy(GatherableModel, Policy):
                 context[rows[row], start + column] = tokens[row, column]
         return _unstack(context, masks)
 
+    def _in_batches(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the numbers of the prompts in batches, the longest prompts first."""
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+        groups = [order]
+        if not self.takes_left_padding:
+            groups = [list(numbers) for _, numbers in groupby(order, key=lambda number: len(prompts[number]))]
+        size = self.rows_at_once
+        return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+
     def _idle_forward(self) -> None:
         """Run a forward whose result is not used, to take part in the other ranks' gathers.
 
@@ -185,8 +198,7 @@ class EnginePolicy(GatherableModel, Policy):
         """
         started = time.perf_counter()
         sample = head.sampler(**vars(sampling or self.sampling))
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
-        batches = [order[first : first + self.rows_at_once] for first in range(0, len(order), self.rows_at_once)]
+        batches = self._in_batches(prompts)
         max_over_ranks = self.max_over_ranks if self.sharded and dist.get_world_size() > 1 else None
         idle = max_over_ranks(len(batches)) - len(batches) if max_over_ranks else 0
         answers: list[list[int]] = [[] for _ in prompts]

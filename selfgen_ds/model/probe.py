@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.model.head import LMHead, LogitTransform
+from selfgen_ds.model.reach import Reach, try_rows
 from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
 from selfgen_ds.model.small_copy import random_ids, small_copy
 
@@ -37,14 +39,25 @@ _SCALES = (
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training: bool = True) -> LogitTransform:
-    """Try a small copy of the model and return how the model computes its logits.
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a model's small copy shows of the model."""
+
+    logit_transform: LogitTransform
+    reach: Reach
+    """What text rows reach; everything if the model will not be trained."""
+    takes_left_padding: bool
+    """Whether an answer does not depend on padding before its prompt, so that prompts of any lengths share a batch."""
+
+
+def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training: bool = True) -> Traits:
+    """Try a small copy of the model and return what it shows.
 
     torch's random generators are left as they were.
 
     Args:
         packing: Whether a row will hold several samples.
-        training: Whether a router loss will be needed.
+        training: Whether the model will be trained.
 
     Raises:
         InputError: The model would be trained incorrectly. The message names the model type.
@@ -64,11 +77,34 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
         logit_transform = _find_logit_transform(small, config, ids)
         if logit_transform is None:
             raise InputError(f"model: {name} computes its logits in a way that selfgen-ds does not support")
+        takes_left_padding = _takes_left_padding(small, ids)
         if packing:
             _check_packing(name, small, ids, joined, separate)
         if coefficient > 0:
             _check_router_loss(name, small, ids, logit_transform)
-    return logit_transform
+        reach = try_rows(small) if training else Reach(reached={}, routing=[])
+    return Traits(logit_transform=logit_transform, reach=reach, takes_left_padding=takes_left_padding)
+
+
+def _takes_left_padding(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Return whether the first tokens of an answer have the same logits with and without padding before the prompt.
+
+    Args:
+        ids: `[1, L]` int64, from whose end the prompt is taken.
+    """
+    prompt = ids[:, -_LENGTHS[1] :]
+    settings = GenerationConfig(
+        max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True, do_sample=False
+    )
+
+    def logits(padding: int) -> Tensor:
+        padded = F.pad(prompt, (padding, 0))
+        mask = F.pad(torch.ones_like(prompt), (padding, 0))
+        generated = model.generate(padded, attention_mask=mask, generation_config=settings)
+        return torch.stack(generated.logits, dim=1)
+
+    alone = _attempt(lambda: logits(0))
+    return alone is not None and _gives(lambda: logits(_LENGTHS[0]), alone)
 
 
 def _check_packing(name: str, model: PreTrainedModel, ids: Tensor, joined: Tensor, separate: list[Tensor]) -> None:

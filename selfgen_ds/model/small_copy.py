@@ -101,7 +101,7 @@ def _resized(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCon
     """Return a copy with some fields changed and with a small vocabulary, attention window, and inner layer."""
     fields = config.to_dict()
     text, names = _text_fields(config, fields), config.get_text_config(decoder=True).attribute_map
-    changes |= {"sliding_window": ATTENTION_WINDOW, "attention_chunk_size": ATTENTION_WINDOW}
+    changes |= dict.fromkeys(("sliding_window", "attention_chunk_size", "block_size"), ATTENTION_WINDOW)
     for name, value in text.items():
         if name.startswith("vocab_size"):
             changes[name] = _VOCABULARY

@@ -84,13 +84,13 @@ class BlockBenchmark:
         with raise_on_all_ranks():
             tokenizer = load_tokenizer(recipe.model)
             config = model_config(recipe.model, tokenizer)
-            logit_transform = probe.check(recipe.model, config, packing=False)
+            traits = probe.check(recipe.model, config, packing=False)
         self.vocabulary = config.get_text_config(decoder=True).vocab_size
         self.memory = PeakMemory()
         with self.memory.counting():
             quiet = json_config | {"tensorboard": {"enabled": False}}  # it would write in timed steps
             # Transformers learns from `hf_config`, through a weak reference, that the model is sharded.
-            self.engine, self.hf_config = build_engine(recipe, quiet, config, logit_transform, tokenizer, _TOTAL_STEPS)
+            self.engine, self.hf_config = build_engine(recipe, quiet, config, traits, tokenizer, _TOTAL_STEPS)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         self.policy = engine_policy(recipe, self.engine, end_tokens=[self.vocabulary])
         rows = recipe.train.micro_batch_size * block.accumulation * dist.get_world_size()

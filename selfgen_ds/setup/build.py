@@ -6,17 +6,20 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.utils import set_z3_leaf_modules_by_name
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from selfgen_ds.checkpoint.source import compare_with_source
 from selfgen_ds.config import Recipe
 from selfgen_ds.engine import ds_config
 from selfgen_ds.engine.initialize import initialize, warm_up
 from selfgen_ds.model import lora
 from selfgen_ds.model.budget import sweep_budget
-from selfgen_ds.model.head import LogitTransform
-from selfgen_ds.model.loading import build_model, checkpoint_activations, vocabulary
+from selfgen_ds.model.loading import build_model, checkpoint_activations, vocabulary, warn_of_rounding
 from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.model.probe import Traits
+from selfgen_ds.model.reach import freeze
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 
@@ -25,7 +28,7 @@ def build_engine(
     recipe: Recipe,
     json_config: dict[str, Any],
     config: PretrainedConfig,
-    logit_transform: LogitTransform,
+    traits: Traits,
     tokenizer: PreTrainedTokenizerBase,
     total_steps: int,
 ) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
@@ -42,7 +45,11 @@ def build_engine(
     process_group.leave_node_group()
     set_seed(recipe.seed)
     with raise_on_all_ranks():
-        model = build_model(recipe.model, config, logit_transform, vocabulary(tokenizer))
+        model = build_model(recipe.model, config, traits.logit_transform, vocabulary(tokenizer))
+        if recipe.model.name_or_path is not None:
+            compare_with_source(model, recipe.model.name_or_path, reads=dist.get_rank() == 0)
+        freeze(model, traits.reach.unreached(model))
+        set_z3_leaf_modules_by_name(model, traits.reach.routing_modules(model))
         if recipe.model.lora is not None:
             set_seed(recipe.seed)
             lora.add_adapter(model, recipe.model.lora, str(recipe.model.name_or_path))
@@ -50,15 +57,19 @@ def build_engine(
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model, ds_config.offloads_activations(json_config))
     engine = initialize(model, hf_config.config, recipe.optim, total_steps)
+    warn_of_rounding(engine.module)
     warm_up(engine)
     return engine, hf_config
 
 
-def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]) -> EnginePolicy:
+def engine_policy(
+    recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int], takes_left_padding: bool = True
+) -> EnginePolicy:
     """Return the policy that draws from the engine's model.
 
     Args:
         end_tokens: Token ids, each of which ends an answer.
+        takes_left_padding: Whether prompts of different lengths may share a batch.
     """
     prefetched = 0  # elements that ZeRO-3 gathers ahead of a forward
     if engine.zero_optimization_stage() == 3:
@@ -77,4 +88,5 @@ def engine_policy(recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int]
             offloaded=ds_config.offloads_activations(engine.config),
         ),
         generation_batch_size=recipe.selfgen.generation_batch_size,
+        takes_left_padding=takes_left_padding,
     )

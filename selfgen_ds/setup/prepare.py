@@ -21,20 +21,23 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from selfgen_ds.checkpoint import resuming
+from selfgen_ds.checkpoint.source import Source, inspect_source
 from selfgen_ds.config import Recipe, by_name, to_yaml
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+from selfgen_ds.engine.ds_config import zero_stage
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
 from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
-from selfgen_ds.model.head import LogitTransform
+from selfgen_ds.model.generation import stop_at
 from selfgen_ds.model.loading import model_config
 from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
 from selfgen_ds.rounds.rounds import Rounds
@@ -46,6 +49,7 @@ from selfgen_ds.validation.inputs import (
     check_disk_space,
     check_positions,
     check_rounds_folder,
+    check_routing,
     check_shares,
     check_steps,
 )
@@ -66,7 +70,8 @@ class Inputs:
     folder: RunFolder
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
-    logit_transform: LogitTransform
+    traits: Traits
+    source: Source
     samples: list[Samples]
     eval_samples: list[TrainingRow]
     """The rows to evaluate on; empty without `data.eval`."""
@@ -108,13 +113,14 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     process_group.init_process_group()
     check_ranks(by_name(recipe) | {recipe.deepspeed: json_config} | versions())
     folder = open_run_folder(recipe, json_config)
-    inputs = _load_inputs(recipe, folder)
+    inputs = _load_inputs(recipe, folder, zero_stage(json_config))
     engine, hf_config = _build(recipe, json_config, inputs)
+    stop_at(engine.module, inputs.end_tokens)
     starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
     _log_start(recipe, inputs)
-    policy = engine_policy(recipe, engine, inputs.end_tokens)
+    policy = engine_policy(recipe, engine, inputs.end_tokens, inputs.traits.takes_left_padding)
     rounds = _open_rounds(recipe, inputs, engine, policy, starting_model, poll)
     if folder.storage.writes:  # nothing is refused after this point
         resolved = {key: value for key, value in hf_config.config.items() if key != "checkpoint"}
@@ -133,11 +139,14 @@ def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     return json_config
 
 
-def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
+def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int) -> Inputs:
     """Load tokenizer, model configuration, data, and method, and check each against the recipe.
 
     The model is checked before any row is tokenized, because tokenizing may take long. Collective: every rank must
     call this.
+
+    Args:
+        stage: The ZeRO stage of the DeepSpeed JSON.
     """
     with raise_on_all_ranks():
         tokenizer = load_tokenizer(recipe.model)
@@ -149,7 +158,9 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         with problems.collect():  # there may be no such model
             check_disk_space(problems, recipe, config, folder.storage)
         with problems.collect():
-            logit_transform = probe.check(recipe.model, config, recipe.data.packing)
+            traits = probe.check(recipe.model, config, recipe.data.packing)
+            source = inspect_source(problems, recipe.model, config, traits.reach)
+            check_routing(problems, traits.reach, stage, process_group.world_size())
         problems.raise_all()
         samples, eval_samples = load_samples(problems, recipe, tokenizer)
         check_shares(problems, recipe, samples + eval_samples)
@@ -163,7 +174,8 @@ def _load_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         folder=folder,
         tokenizer=tokenizer,
         config=config,
-        logit_transform=logit_transform,
+        traits=traits,
+        source=source,
         samples=samples,
         eval_samples=first_rows(eval_samples, recipe.eval.max_samples),
         forced_errors=forced_errors(eval_samples, tokenizer),
@@ -213,13 +225,13 @@ def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple
     checkpointing = {
         "use_node_local_storage": not folder.storage.shared,
         # At stage 0 every rank loads the same file, whatever the number of ranks.
-        "load_universal": other_ranks and json_config.get("zero_optimization", {}).get("stage", 0) > 0,
+        "load_universal": other_ranks and zero_stage(json_config) > 0,
     }
     return build_engine(
         fitted,
         json_config | {"checkpoint": checkpointing},
         inputs.config,
-        inputs.logit_transform,
+        inputs.traits,
         inputs.tokenizer,
         inputs.total_steps,
     )

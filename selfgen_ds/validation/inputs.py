@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
 from selfgen_ds.model.loading import most_positions, trained_parameter_count
+from selfgen_ds.model.reach import Reach
 
 log = logging.getLogger("selfgen_ds")
 
@@ -25,13 +27,36 @@ def check_positions(problems: Problems, recipe: Recipe, config: PretrainedConfig
     """Check that the model has a position for every token of the longest row."""
     positions = most_positions(config)
     holds = positions is None or recipe.data.max_length <= positions
-    problems.expect(holds, "data.max_length", f"at most the model's {positions} positions", recipe.data.max_length)
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", positions)
+    limit = f"at most the model's {positions} positions"
+    if positions != longest:
+        limit += f" before LongRoPE changes them (a batch with a longer row would change the others; {longest} in all)"
+    problems.expect(holds, "data.max_length", limit, recipe.data.max_length)
 
 
 def check_attention(problems: Problems, recipe: Recipe) -> None:
     """Check that the attention kernel of the recipe is installed."""
     if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         problems.add("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
+
+
+def check_routing(problems: Problems, reach: Reach, stage: int, world_size: int) -> None:
+    """Check that ZeRO can train modules whose parts run for some rows only, so that ranks use different parameters.
+
+    At stage 3 all parts of such a module are gathered with it. At stages 1 and 2 DeepSpeed sums the gradients of
+    different parameters.
+
+    Args:
+        stage: The ZeRO stage of the DeepSpeed JSON.
+    """
+    skips_layers = [name for name in reach.routing if not re.search(r"\.\d+(\.|$)", name)]
+    if not reach.routing or stage == 0 or world_size == 1 or (stage == 3 and not skips_layers):
+        return
+    remedy = "stage 0" if skips_layers else "stage 3 or 0"
+    problems.add(
+        f"zero_optimization.stage: expected {remedy}, got {stage}: {(skips_layers or reach.routing)[0] or 'the model'} "
+        "runs parts of itself for some rows only (experts or layers), so that the ranks use different parameters"
+    )
 
 
 def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfig, storage: Storage) -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds.checkpoint import manifest, saving
+from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,6 +25,8 @@ from selfgen_ds.config import (
     SelfgenConfig,
     TrainConfig,
 )
+from selfgen_ds.data.batches import StepBatches, TokenBatch
+from selfgen_ds.data.samples import Format, Samples, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.setup.prepare import Run, prepare
@@ -126,6 +129,28 @@ def write_model_of(folder: Path, preset: dict[str, Any]) -> str:
     return str(path)
 
 
+def samples_of(settings: Recipe) -> Samples:
+    """Return the rows of a recipe."""
+    return load(settings.data.train, "train", byte_tokenizer(), Format(max_length=128))[0]
+
+
+def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[TokenBatch]:
+    """Return all micro-batches that two ranks read in one step."""
+    return [
+        batch
+        for rank in range(2)
+        for batch in StepBatches(
+            [samples],
+            seed=settings.seed,
+            step_size=2 * settings.train.micro_batch_size * settings.train.gradient_accumulation_steps,
+            micro_batch_size=settings.train.micro_batch_size,
+            rank=rank,
+            world_size=2,
+            epochs=settings.train.epochs,
+        ).at(step)
+    ]
+
+
 def run_training(settings: Recipe) -> None:
     """Train as `selfgen-ds train` does, without its launcher and its parser."""
     train(settings, set())
@@ -154,7 +179,12 @@ def save(run: Run, settings: Recipe, step: int) -> None:
         data=run.data_checksum,
         metrics={},
     )
-    saving.save(run.engine, run.tokenizer, settings.model, checkpoint, run.folder.storage)
+    saving.save(run.engine, run.tokenizer, run.config, run.source, checkpoint, run.folder.storage)
+
+
+def export(run: Run, folder: Path) -> None:
+    """Export the run's model as the training loop does."""
+    export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
 
 
 def losses_parameters_contexts(settings: Recipe, number: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:

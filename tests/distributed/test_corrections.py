@@ -27,7 +27,7 @@ QUESTIONS = {
 }
 
 
-def write_model(folder: Path, its_tokenizer: PreTrainedTokenizerFast, positions: int = 256) -> Path:
+def write_model(folder: Path, its_tokenizer: PreTrainedTokenizerFast, positions: int = 256, std: float = 0.3) -> Path:
     """Save a model with random weights that are large enough for answers that differ by prompt."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,7 +35,7 @@ def write_model(folder: Path, its_tokenizer: PreTrainedTokenizerFast, positions:
         vocab_size=len(its_tokenizer),
         bos_token_id=None,
         eos_token_id=its_tokenizer.eos_token_id,
-        initializer_range=0.3,
+        initializer_range=std,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     its_tokenizer.save_pretrained(folder / "model")

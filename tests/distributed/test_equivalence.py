@@ -15,11 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfgen_ds import hashing
-from selfgen_ds.checkpoint.export import export_checkpoint, export_engine
+from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.config import ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
-from selfgen_ds.data.batches import StepBatches, TokenBatch
-from selfgen_ds.data.samples import Format, Samples, load
-from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import StepResult
 from selfgen_ds.methods.mixture import replacement_mask
 from selfgen_ds.model.policy import Sampling
@@ -141,7 +138,7 @@ def plain_training(
     Returns:
         Losses, learning rates, and gradient norms by step, the parameters at the end, and router losses by step.
     """
-    samples = samples_of(settings)
+    samples = runs.samples_of(settings)
     model = model or plain_model(settings)
     router_loss_of: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     optim = settings.optim
@@ -160,7 +157,7 @@ def plain_training(
         after = {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[optim.schedule]
         rates.append(optim.learning_rate * (step / warm_up if step < warm_up else after))
         total, targets, router_loss = torch.zeros(()), 0, torch.zeros(())
-        micro_batches = micro_batches_of(settings, samples, step)
+        micro_batches = runs.micro_batches_of(settings, samples, step)
         for batch in micro_batches:
             routed = []
             for sample in [s for s in batch.sample_ids[:, 0].tolist() if s >= 0]:
@@ -197,35 +194,14 @@ def plain_model(settings: Recipe) -> PreTrainedModel:
     )
 
 
-def samples_of(settings: Recipe) -> Samples:
-    return load(settings.data.train, "train", byte_tokenizer(), Format(max_length=128))[0]
-
-
-def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[TokenBatch]:
-    """Return all micro-batches that two ranks read in one step."""
-    return [
-        batch
-        for rank in range(2)
-        for batch in StepBatches(
-            [samples],
-            seed=settings.seed,
-            step_size=2 * settings.train.micro_batch_size * settings.train.gradient_accumulation_steps,
-            micro_batch_size=settings.train.micro_batch_size,
-            rank=rank,
-            world_size=2,
-            epochs=settings.train.epochs,
-        ).at(step)
-    ]
-
-
 def train_and_export(settings: Recipe, number: int) -> tuple[list[StepResult], dict[tuple[int, int], list[int]]]:
     """Export, run some steps, save a checkpoint, and export again. Return the steps' results and contexts."""
     run = prepare(settings, set())
     folder = Path(settings.output_dir)
-    export_engine(run.engine, folder / "untrained", run.tokenizer)
+    runs.export(run, folder / "untrained")
     results = runs.steps(run, number)
     runs.save(run, settings, number)
-    export_engine(run.engine, folder / "trained", run.tokenizer)
+    runs.export(run, folder / "trained")
     return results
 
 
@@ -288,7 +264,7 @@ def assert_contexts_are_drawn_from(
     """Check the contexts of the first step against plain transformers."""
     changed = 0
     sampling = Sampling(temperature=settings.selfgen.temperature)
-    for batch in micro_batches_of(settings, samples_of(settings), 0):
+    for batch in runs.micro_batches_of(settings, runs.samples_of(settings), 0):
         mask = replacement_mask(batch, settings.selfgen.replace_probability, (hashing.REPLACE, settings.seed, 0))
         for row, sample in enumerate(batch.sample_ids[:, 0].tolist()):
             expected = reference_context(model, batch, row, mask, 1, sampling, settings.seed, 0)

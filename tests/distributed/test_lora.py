@@ -155,7 +155,7 @@ def draw_inputs() -> tuple[list[TokenBatch], list[torch.Tensor], list[torch.Tens
 def export_and_draws(settings: Recipe) -> torch.Tensor:
     run = prepare(settings, set())
     runs.steps(run, 4)
-    export.export_engine(run.engine, Path(settings.output_dir) / "model", run.tokenizer, settings.model.lora)
+    runs.export(run, Path(settings.output_dir) / "model")
     return run.policy.draw(*draw_inputs())[0]
 
 

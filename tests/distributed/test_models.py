@@ -29,7 +29,7 @@ def parameters_and_export(settings: Recipe) -> dict[str, torch.Tensor]:
     run = prepare(settings, set())
     parameters = {name: runs.whole(parameter) for name, parameter in run.engine.module.named_parameters()}
     runs.steps(run, 2)
-    export.export_engine(run.engine, Path(settings.output_dir) / "model", run.tokenizer)
+    runs.export(run, Path(settings.output_dir) / "model")
     return parameters
 
 
@@ -65,7 +65,7 @@ def export_in_small_shards(settings: Recipe) -> None:
     folder = Path(settings.output_dir)
     before, export.MAX_SHARD = export.MAX_SHARD, "30KB"
     try:
-        export.export_engine(run.engine, folder / "engine", run.tokenizer)
+        runs.export(run, folder / "engine")
         runs.save(run, settings, 1)
     finally:
         export.MAX_SHARD = before

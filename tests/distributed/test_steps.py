@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from selfgen_ds import metrics_logger
 from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.setup import build
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
@@ -39,8 +43,22 @@ def poisoned_recipe(folder: Path, rows: list[str], stage: int, **changes: object
     return runs.recipe(folder, model=model, deepspeed=str(folder / "ds.json"), **changes)
 
 
+@contextmanager
+def letting_poison_in() -> Iterator[None]:
+    """Skip the check that refuses a model with NaN in its files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "compare_with_source", lambda *_, **__: None)
+        yield
+
+
+def train_poisoned(settings: Recipe) -> None:
+    with letting_poison_in():
+        runs.run_training(settings)
+
+
 def dropped_steps(settings: Recipe, number: int) -> tuple[list[bool], list[list[int]], bool]:
-    run = prepare(settings, set())
+    with letting_poison_in():
+        run = prepare(settings, set())
     results, _ = runs.steps(run, number)
     # The poisoned weight is a matrix; its NaN would reach every other weight in a step that was not dropped.
     norms = [runs.whole(p) for p in run.engine.module.parameters() if getattr(p, "ds_numel", p.numel()) < 100]
@@ -77,8 +95,58 @@ def test_a_run_stops_after_the_set_number_of_dropped_steps_in_a_row(two_ranks: R
     train = TrainConfig(max_steps=9, micro_batch_size=1, max_nonfinite_steps=3)
     settings = poisoned_recipe(tmp_path, ["a~c"] * 4, 3, train=train, selfgen=runs.SFT)
     with pytest.raises(AssertionError, match="3 steps in a row were dropped"):
-        two_ranks.run(runs.run_training, settings)
+        two_ranks.run(train_poisoned, settings)
     assert [(row["loss"], row["dropped"]) for row in runs.metrics(settings)] == [(None, 1)] * 3
+
+
+def test_a_run_whose_last_step_was_dropped_is_not_done(two_ranks: Ranks, tmp_path: Path) -> None:
+    train = TrainConfig(max_steps=2, micro_batch_size=1, max_nonfinite_steps=3)
+    settings = poisoned_recipe(tmp_path, ["a~c"] * 4, 3, train=train, selfgen=runs.SFT)
+    with pytest.raises(AssertionError, match="the last step was dropped, 2 in a row"):
+        two_ranks.run(train_poisoned, settings)
+    assert not (Path(settings.output_dir) / "model").exists()
+    assert (Path(settings.output_dir) / "checkpoints" / "step-000002").exists()
+
+
+def test_a_model_with_nan_in_its_files_is_refused_by_the_tensor_s_name(two_ranks: Ranks, tmp_path: Path) -> None:
+    settings = poisoned_recipe(tmp_path, ["abc"] * 4, 3)
+    with pytest.raises(AssertionError, match=r"model\.embed_tokens\.weight holds NaN or infinity"):
+        two_ranks.run(runs.first_step, settings)
+
+
+def export_after_damage(settings: Recipe) -> None:
+    run = prepare(settings, set())
+    if dist.get_rank() == 1:
+        parameter = run.engine.module.get_output_embeddings().weight
+        getattr(parameter, "ds_tensor", parameter).data[-1] = float("inf")
+    runs.export(run, Path(settings.output_dir) / "model")
+
+
+@matrix("stage", [3, 0])
+def test_a_weight_that_is_not_finite_on_one_rank_is_exported_by_none(
+    two_ranks: Ranks, folder: Path, stage: int
+) -> None:
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    settings = runs.recipe(folder, deepspeed=str(folder / "ds.json"))
+    with pytest.raises(AssertionError, match=r"rank 0:[\s\S]*the first are in lm_head\.weight[\s\S]*rank 1:"):
+        two_ranks.run(export_after_damage, settings)
+    assert not (Path(settings.output_dir) / "model").exists()
+
+
+def gradient_norms(settings: Recipe) -> list[float]:
+    run = prepare(settings, set())
+    return [result.grad_norm for result in runs.steps(run, 2)[0]]
+
+
+def test_the_gradient_norm_is_the_same_at_every_stage(two_ranks: Ranks, folder: Path) -> None:
+    norms = []
+    for stage in range(4):
+        (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        settings = runs.recipe(folder, deepspeed=str(folder / "ds.json"), selfgen=runs.SFT)
+        settings.model = ModelConfig(name_or_path=runs.write_model(folder), dtype="float32")
+        norms.append(two_ranks.run(gradient_norms, settings)[0])
+    assert norms[0][0] > 0
+    assert norms == [pytest.approx(norms[3], rel=1e-5)] * 4
 
 
 def warnings_of(settings: Recipe) -> list[str]:

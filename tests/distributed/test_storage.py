@@ -122,6 +122,7 @@ def test_every_host_has_its_ranks_files_and_removes_its_own_folders(
             f"generators_rank_{host}.pt",
             "huggingface",
             "mp_rank_00_model_states.pt",
+            "source.json",
             "tensors.json",
             f"zero_pp_rank_{host}_mp_rank_00_optim_states.pt",
         }

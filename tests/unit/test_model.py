@@ -177,7 +177,7 @@ def fields_of(name: str) -> dict[str, Any]:
 @cache
 def logit_transform(name: str, attn_implementation: str) -> head.LogitTransform:
     settings = ModelConfig(preset=fields_of(name), attn_implementation=attn_implementation)  # type: ignore[arg-type]
-    return probe.check(settings, AutoConfig.for_model(**fields_of(name)), packing=True)
+    return probe.check(settings, AutoConfig.for_model(**fields_of(name)), packing=True).logit_transform
 
 
 def extended(name: str, attn_implementation: str) -> PreTrainedModel:

@@ -123,7 +123,7 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     config = AutoConfig.for_model(**fields | {"pad_token_id": None, "bos_token_id": None})
     settings = ModelConfig(preset=fields, attn_implementation=attention(name))  # type: ignore[arg-type]
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention(name)).eval()
-    extended = add_reductions(deepcopy(plain), probe.check(settings, config, packing=False))
+    extended = add_reductions(deepcopy(plain), probe.check(settings, config, packing=False).logit_transform)
     policy = EnginePolicy(extended, end_tokens=[END], sampling=Sampling(temperature=1.5))
     batches = micro_batches()
     masks = [replacement_mask(batch, 0.6, (hashing.REPLACE, SEED, STEP)) for batch in batches]

@@ -26,7 +26,7 @@ def check(
 ) -> LogitTransform:
     return probe.check(
         ModelConfig(preset=preset, attn_implementation=attn_implementation), configuration(preset), packing, training
-    )
+    ).logit_transform
 
 
 TRANSFORMS = {
@@ -101,7 +101,7 @@ def test_a_large_model_is_tried_as_a_small_one(name: str) -> None:
     preset, transform = LARGE[name]
     preset = {"pad_token_id": 0} | preset
     settings = ModelConfig(preset=preset, attn_implementation="eager" if preset["model_type"] == "gemma2" else "sdpa")
-    assert probe.check(settings, AutoConfig.for_model(**preset), packing=True) == transform
+    assert probe.check(settings, AutoConfig.for_model(**preset), packing=True).logit_transform == transform
 
 
 OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {

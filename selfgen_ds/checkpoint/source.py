@@ -1,0 +1,243 @@
+"""The folder that a run's model is loaded from: checked before, compared with the loaded model, kept for exports.
+
+Under ZeRO-3, transformers assumes that a folder fits its model: it reports no tensor that the model does not take, and
+ties weights without looking at their values. So the plain loader, which reports both, first loads the headers of the
+files onto the meta device. After the real loading, every tensor of the model is compared with its file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+from selfgen_ds.checkpoint.source_tensors import SourceTensors, stored_names, tied_names
+from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tensors
+from selfgen_ds.config import LoraConfig, ModelConfig
+from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.files import absolute_folder
+from selfgen_ds.model import lora
+from selfgen_ds.model.gathering import gather_copy
+from selfgen_ds.model.loading import from_config
+from selfgen_ds.model.reach import Reach
+
+log = logging.getLogger("selfgen_ds")
+
+_FILE = "source.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a run's model comes from, and the tensors that its exports copy from there."""
+
+    model: ModelConfig
+    """The recipe's section `model`; the path of a folder is absolute."""
+    kept: list[str] = field(default_factory=list)
+    """Names, in the folder, of the tensors that the model does not take, and of those that text does not reach."""
+
+    def write(self, folder: Path) -> None:
+        """Write the source into a checkpoint's folder, for `read`."""
+        (folder / _FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Source:
+        """Read the source of a checkpoint's model."""
+        content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        adapter = content["model"]["lora"]
+        model = ModelConfig(**content["model"] | {"lora": None if adapter is None else LoraConfig(**adapter)})
+        return cls(model=model, kept=content["kept"])
+
+    def tensors(self) -> SourceTensors | None:
+        """Return the tensors of the folder if exports copy some of them.
+
+        Raises:
+            InputError: The folder no longer exists.
+        """
+        if not self.kept:
+            return None
+        base = lora.base_of(str(self.model.name_or_path))
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise InputError(
+                f"{base}: this folder no longer exists, but the export copies {len(self.kept)} tensors from it, the "
+                f"first is {self.kept[0]}; put it back"
+            )
+        return SourceTensors(base)
+
+
+def inspect_source(problems: Problems, model: ModelConfig, config: PretrainedConfig, reach: Reach) -> Source:
+    """Check that every tensor of the model is in the folder, in its shape, and untie weights that differ there.
+
+    Args:
+        config: Its `tie_word_embeddings` becomes False if the folder has another output layer than its embeddings.
+        reach: What text rows reach.
+    """
+    if model.name_or_path is None:
+        with torch.device("meta"):
+            unreached = reach.unreached(from_config(model, config))
+        if unreached:
+            problems.add(
+                f"model.preset: text does not reach {unreached[0]} of model type {config.model_type!r}, which only a "
+                "pretrained model can have; give model.name_or_path, or the model type of the text model"
+            )
+        return Source(model=model)
+    located = replace(model, name_or_path=absolute_folder(model.name_or_path))
+    base = lora.base_of(model.name_or_path)
+    _check_generation_config(problems, base)
+    tensors = SourceTensors(base)
+    built, report = _plain_load(model, config, tensors)
+    where = f"model.name_or_path: {model.name_or_path!r}"
+    if absent := sorted(report["missing_keys"]):
+        problems.add(f"{where} lacks {len(absent)} tensors, the first is {absent[0]}")
+    if other := sorted(report["mismatched_keys"]):
+        tensor, found, expected = other[0]
+        shapes = f"{tensor} has the shape {list(found)} there and {list(expected)} in the model"
+        problems.add(f"{where} has {len(other)} tensors of another shape, the first is {shapes}")
+    if absent or other:
+        return Source(model=located)
+    layout = StateDictLayout.of(built)
+    with problems.collect():
+        _untie(where, config, built, layout, tensors)
+    stored = stored_names(layout)
+    taken = {name for names in stored.values() for name in names} | tied_names(built, layout).keys()
+    if untaken := sorted(tensors.headers.keys() - taken):
+        log.info(
+            "%s: %s does not take %d tensors; exports copy them, the first is %s",
+            *(where, type(built).__name__, len(untaken), untaken[0]),
+        )
+    unreached = [] if model.lora is not None else reach.unreached(built)
+    return Source(model=located, kept=untaken + sorted({name for n in unreached for name in stored[n]}))
+
+
+def _check_generation_config(problems: Problems, name: str) -> None:
+    """Check that the generation defaults of a folder or hub id can be read, if it has any."""
+    try:
+        GenerationConfig.from_pretrained(name)
+    except OSError:
+        if (Path(name) / GENERATION_CONFIG_NAME).exists():
+            problems.add(f"{Path(name) / GENERATION_CONFIG_NAME}: cannot be read; mend or remove the file")
+    except Exception as error:  # transformers raises many types
+        problems.add(f"{Path(name) / GENERATION_CONFIG_NAME}: {' '.join(str(error).split())}; mend or remove the file")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
+def _plain_load(
+    model: ModelConfig, config: PretrainedConfig, tensors: SourceTensors
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model that plain transformers makes of the folder, on the meta device, and what it reports."""
+    with torch.device("meta"):
+        kind = type(from_config(model, config, attn_implementation=model.attn_implementation))
+    text = config.get_text_config(decoder=True)
+    with _quiet_transformers():
+        return kind.from_pretrained(
+            None,
+            config=text if kind.config_class is type(text) else config,
+            state_dict=dict(tensors.headers),
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            attn_implementation=model.attn_implementation,
+        )
+
+
+def _untie(
+    where: str, config: PretrainedConfig, built: PreTrainedModel, layout: StateDictLayout, tensors: SourceTensors
+) -> None:
+    """Make the configuration say that weights are not tied if the folder has both of them, and they differ.
+
+    Plain transformers does not tie such weights either.
+
+    Raises:
+        InputError: The model ties weights other than those of embeddings and output layer, and they differ.
+    """
+    stored = stored_names(layout)
+    for target, other in built.all_tied_weights_keys.items():
+        if target not in stored or other not in stored:  # the folder has one of them, and both are one tensor
+            continue
+        if torch.equal(tensors.read(stored[target][0]), tensors.read(stored[other][0])):
+            continue
+        if built.get_parameter(target) is not built.get_output_embeddings().weight:
+            raise InputError(f"{where} has different values for {target} and {other}, which the model ties")
+        config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
+        log.info(
+            "%s: %s differs from %s, and is trained apart from it although config.json ties them", where, target, other
+        )
+
+
+def compare_with_source(model: PreTrainedModel, name: str, reads: bool) -> None:
+    """Check that the model holds what the folder holds, tensor by tensor, in the model's dtype.
+
+    Collective if the model is partitioned: every rank must call this.
+
+    Args:
+        name: The folder or hub id that the model was loaded from.
+        reads: Whether this rank reads the folder and compares.
+
+    Raises:
+        InputError: A tensor differs, or is not finite; on ranks that compare.
+    """
+    layout, tensors, loaded = StateDictLayout.of(model), SourceTensors(lora.base_of(name)), plain_tensors(model)
+    aliases = {stored: alias for alias, stored in tied_names(model, layout).items()}
+    different: list[str] = []
+    not_finite: list[str] = []
+    for names, _ in layout.groups():
+        copies = {name: copy for name in names if (copy := gather_copy(loaded[name], reads)) is not None}
+        for stored, tensor in layout.convert(copies).items() if reads else ():
+            original = tensors.read(stored if stored in tensors.headers else aliases[stored]).to(tensor.dtype)
+            if not torch.isfinite(original).all():
+                not_finite.append(stored)
+            elif not torch.equal(tensor[: len(original)] if original.ndim else tensor, original):  # rows may be added
+                different.append(stored)
+    if not_finite:
+        raise InputError(f"model.name_or_path: {name!r}: {not_finite[0]} holds NaN or infinity; mend the file")
+    if different:
+        raise InputError(
+            f"model.name_or_path: {name!r}: {len(different)} tensors were not loaded as they are there, the first is "
+            f"{different[0]}"
+        )
+
+
+def write_configs(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
+    """Write `config.json` and `generation_config.json`.
+
+    The generation defaults are written without transformers' check, which would refuse the contradictory settings of
+    some published models as soon as one setting is changed.
+
+    Args:
+        config: The configuration that the model was loaded with.
+    """
+    whole_config(model, config).save_pretrained(folder)
+    model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
+
+
+def whole_config(model: PreTrainedModel, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration that a folder with the model and all tensors of its source has.
+
+    Args:
+        config: The configuration of the source. A model of text alone takes only the part of it that describes text.
+    """
+    if type(config) is type(model.config):
+        return model.config
+    for name, value in vars(config).items():
+        if type(value) is type(model.config):
+            setattr(config, name, model.config)
+    config.dtype = model.config.dtype
+    config.tie_word_embeddings = model.config.tie_word_embeddings
+    return config
