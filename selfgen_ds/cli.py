@@ -211,7 +211,13 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
     else:
         from selfgen_ds.checkpoint.export import export_checkpoint
 
-        export_checkpoint(Path(options.checkpoint), Path(options.output_dir), options.trust_checkpoint)
+        export_checkpoint(
+            Path(options.checkpoint),
+            Path(options.output_dir),
+            options.trust_checkpoint,
+            options.trust_remote_code,
+            options.lora_export,
+        )
         print(f"written to {options.output_dir}")
 
 

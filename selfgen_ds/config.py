@@ -306,6 +306,8 @@ class EvaluateOptions:
     """Type of weights and activations."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, as `transformers` names it."""
+    trust_remote_code: bool = False
+    """Allow the code that a model brings in its own folder to run."""
     seed: int = 0
     """Seed of the sampled answers, which do not depend on the number of ranks."""
 
@@ -331,6 +333,10 @@ class ExportOptions:
     """Folder to write; it must not exist."""
     trust_checkpoint: bool = False
     """Let the checkpoint's files run code when they are loaded. By default anything but plain data is refused."""
+    trust_remote_code: bool = False
+    """Allow the code that a model brings in its own folder to run."""
+    lora_export: Literal["merged", "adapter"] | None = None
+    """Form in which adapters are written. Default: `model.lora.export` of the run."""
 
 
 def sources(value: Sources | None) -> list[Source]:

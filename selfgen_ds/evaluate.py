@@ -45,7 +45,10 @@ def run(options: EvaluateOptions) -> None:
     problems.raise_all()
     make_folder(Path(options.output_dir), "--output_dir")
     source = ModelConfig(
-        name_or_path=options.model, dtype=options.dtype, attn_implementation=options.attn_implementation
+        name_or_path=options.model,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
     )
     with _naming_the_option():
         tokenizer = load_tokenizer(source)

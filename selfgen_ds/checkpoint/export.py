@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import deepspeed
 import torch
@@ -21,6 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from selfgen_ds.checkpoint import unpickling
 from selfgen_ds.checkpoint.manifest import HF_FOLDER, MARKER, broken_files, complete_checkpoints
@@ -69,7 +71,7 @@ def export_engine(
                 kept = source.tensors()
             _write_model(model, partial, writes, source.kept, kept)
             if writes:
-                write_configs(model, config, partial)
+                write_configs(model, config, source.model.name_or_path, partial)
         if writes:
             tokenizer.save_pretrained(partial)
     dist.barrier()
@@ -86,15 +88,24 @@ def _check_finite(model: PreTrainedModel) -> None:
         )
 
 
-def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
+def export_checkpoint(
+    path: Path,
+    folder: Path,
+    trust: bool = False,
+    trust_remote_code: bool = False,
+    lora_export: Literal["merged", "adapter"] | None = None,
+) -> None:
     """Write the model of a complete checkpoint, in one process and without a process group.
 
     Args:
         trust: Whether the checkpoint's files may run code when they are loaded.
+        trust_remote_code: Whether code that the model brings in its own folder may run.
+        lora_export: Form in which adapters are written; None means that of the run.
 
     Raises:
         InputError: `path` is no complete checkpoint, one of its files is not as it was written or holds more than plain
-            data, `folder` exists, or an adapter's base model no longer exists.
+            data, the model's own code may not run, `folder` exists, the checkpoint has no adapters to write, or an
+            adapter's base model no longer exists.
     """
     if of_run := complete_checkpoints(path / "checkpoints"):
         raise InputError(f"{path}: expected a checkpoint, got a run; its newest checkpoint is {of_run[-1].path}")
@@ -111,10 +122,15 @@ def export_checkpoint(path: Path, folder: Path, trust: bool = False) -> None:
     with unpickling.loading(trust):
         tensors = _saved_tensors(path)
     source = Source.read(path)
-    if source.model.lora is not None:
-        _export_adapted(path, folder, tensors, source)
+    config = _saved_config(path, trust_remote_code)
+    if (adapter := source.model.lora) is not None:
+        adapter = replace(adapter, export=lora_export or adapter.export)
+        model = replace(source.model, lora=adapter, trust_remote_code=trust_remote_code)
+        _export_adapted(path, folder, tensors, replace(source, model=model), config)
         return
-    layout, kept = StateDictLayout.read(path), source.tensors()
+    if lora_export is not None:
+        raise InputError(f"--lora_export: {path} has no adapters; remove the option")
+    layout, kept = StateDictLayout.read(path, config, trust_remote_code), source.tensors()
     with _replacing(folder, writes=True) as partial:
         _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source.kept, kept)
         shutil.copytree(path / HF_FOLDER, partial, dirs_exist_ok=True)
@@ -129,12 +145,25 @@ def _saved_tensors(path: Path) -> dict[str, Tensor]:
         return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
 
 
-def _export_adapted(path: Path, folder: Path, tensors: dict[str, Tensor], source: Source) -> None:
+def _saved_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """Return the configuration of a checkpoint's model.
+
+    Raises:
+        InputError: The model brings its own code, which may not run.
+    """
+    content = json.loads((path / HF_FOLDER / CONFIG_NAME).read_text(encoding="utf-8"))
+    if "auto_map" in content and not trust_remote_code:
+        raise InputError(f"{path}: the model brings its own code; --trust_remote_code true lets it run")
+    return AutoConfig.from_pretrained(path / HF_FOLDER, trust_remote_code=trust_remote_code)
+
+
+def _export_adapted(
+    path: Path, folder: Path, tensors: dict[str, Tensor], source: Source, config: PretrainedConfig
+) -> None:
     """Write the model of a checkpoint that holds adapters: the adapters alone, or the model with them merged."""
     base = source.model
     assert base.lora is not None
     assert base.name_or_path is not None
-    config = AutoConfig.from_pretrained(path / HF_FOLDER, trust_remote_code=base.trust_remote_code)
     if merged := base.lora.export == "merged":
         lora.check_base(str(path), base.name_or_path)
         # "eager" exists on every device; the model is not run.

@@ -93,10 +93,10 @@ def _write(
     engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False, exclude_frozen_parameters=True)
     save_generators(path, engine.device)
     if storage.writes:
-        write_configs(engine.module, config, path / HF_FOLDER)
+        write_configs(engine.module, config, source.model.name_or_path, path / HF_FOLDER)
         tokenizer.save_pretrained(path / HF_FOLDER)
         StateDictLayout.of(engine.module).write(path)
-        source.write(path)
+        source.of_adapted(engine.module).write(path)
 
 
 def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]], str]:

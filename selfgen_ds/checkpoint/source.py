@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from selfgen_ds.checkpoint.source_tensors import SourceTensors, stored_names, tied_names
@@ -43,6 +44,14 @@ class Source:
     """The recipe's section `model`; the path of a folder is absolute."""
     kept: list[str] = field(default_factory=list)
     """Names, in the folder, of the tensors that the model does not take, and of those that text does not reach."""
+
+    def of_adapted(self, model: PreTrainedModel) -> Source:
+        """Return the source with the targets that the model's adapters have in the place of `all-linear`."""
+        if self.model.lora is None:
+            return self
+        return replace(
+            self, model=replace(self.model, lora=replace(self.model.lora, target_modules=lora.targets_of(model)))
+        )
 
     def write(self, folder: Path) -> None:
         """Write the source into a checkpoint's folder, for `read`."""
@@ -214,16 +223,24 @@ def compare_with_source(model: PreTrainedModel, name: str, reads: bool) -> None:
         )
 
 
-def write_configs(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
-    """Write `config.json` and `generation_config.json`.
+def write_configs(model: PreTrainedModel, config: PretrainedConfig, name: str | None, folder: Path) -> None:
+    """Write `config.json` and `generation_config.json`, and the code that the model brings in its own folder.
 
     The generation defaults are written without transformers' check, which would refuse the contradictory settings of
     some published models as soon as one setting is changed.
 
     Args:
         config: The configuration that the model was loaded with.
+        name: The folder or hub id that the model was loaded from, if any.
     """
-    whole_config(model, config).save_pretrained(folder)
+    written = whole_config(model, config)
+    if name is not None and hasattr(written, "auto_map"):
+        # For a hub id, transformers puts the id before the name of each class.
+        written.auto_map = {kind: code.rpartition("--")[2] for kind, code in written.auto_map.items()}
+    written.save_pretrained(folder)
+    if name is not None and hasattr(written, "auto_map"):
+        for file in Path(cached_file(lora.base_of(name), CONFIG_NAME)).parent.glob("*.py"):
+            shutil.copy(file, folder)
     model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
 
 

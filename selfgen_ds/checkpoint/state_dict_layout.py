@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -23,7 +23,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from selfgen_ds.checkpoint.manifest import HF_FOLDER
 from selfgen_ds.model import lora
 
 _FILE = "tensors.json"
@@ -61,14 +60,19 @@ class StateDictLayout:
         (folder / _FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> StateDictLayout:
-        """Read the layout of a checkpoint's model, without its tensors."""
+    def read(cls, folder: Path, config: PretrainedConfig, trust_remote_code: bool = False) -> StateDictLayout:
+        """Read the layout of a checkpoint's model, without its tensors.
+
+        Args:
+            config: The configuration in the checkpoint.
+            trust_remote_code: Whether code that the model brings in its own folder may run.
+        """
         content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder / HF_FOLDER)
         conversions = []
         if content["conversions"]:
             with torch.device("meta"):
-                known = get_model_conversion_mapping(AutoModelForCausalLM.from_config(config))
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                known = get_model_conversion_mapping(model)
             conversions = [conversion for conversion in known if repr(conversion) in content["conversions"]]
         return cls(
             tensors={

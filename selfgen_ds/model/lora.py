@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +30,10 @@ from selfgen_ds.config import LoraConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import absolute_folder
 
+log = logging.getLogger("selfgen_ds")
+
+_ROUTERS = {"gate", "router", "wg", "shared_expert_gate"}
+"""Parts of the names of layers that choose or weight experts."""
 _ADAPTER = "default"  # peft's name for a model's only adapter
 
 
@@ -41,11 +48,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
     Raises:
         InputError: `target_modules` names no linear layer, or a layer that cannot be adapted.
     """
-    targets = lora.target_modules
-    if targets == "all-linear":  # peft's "all-linear" would include the routers of experts
-        head = model.get_output_embeddings()
-        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
-        targets = sorted({name.rpartition(".")[2] for name in linear})
+    targets = _all_linear(model) if lora.target_modules == "all-linear" else lora.target_modules
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -68,6 +71,59 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
                 raise InputError(f"model.lora.target_modules: the model has no linear layer {target!r}")
     model.register_state_dict_post_hook(_drop_frozen)
+
+
+def _all_linear(model: PreTrainedModel) -> list[str] | str:
+    """Return peft's targets for every linear layer but the head, routers, and layers that are frozen already.
+
+    peft's own "all-linear" includes routers. The targets are last parts of names where these name no other module, or
+    else a regular expression of whole names.
+    """
+    chosen = [name for name, module in model.named_modules() if _can_be_adapted(model, name, module)]
+    last_parts = {name.rpartition(".")[2] for name in chosen}
+    alike = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts]
+    if alike == chosen:
+        return sorted(last_parts)
+    numberless = dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in chosen)
+    return "|".join(numberless)
+
+
+def _can_be_adapted(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    """Return whether `all-linear` adapts a module. Routers, which choose experts, are left out."""
+    if type(module) not in (nn.Linear, Conv1D) or module is model.get_output_embeddings():
+        return False
+    is_router = not _ROUTERS.isdisjoint(name.split("."))
+    return bool(module.weight.requires_grad) and not is_router and not _refused_by_peft(model, name)
+
+
+def _refused_by_peft(model: PreTrainedModel, name: str) -> bool:
+    """Return whether peft cannot adapt a linear layer because of the last part of its name.
+
+    The fused kernels of state-space models would pass an adapter by. In models whose experts were linear layers before
+    transformers 5, peft takes a name such as `gate_proj` for that of the experts, wherever in the model it is.
+    """
+    last = name.rpartition(".")[2]
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    if last in _MOE_TARGET_MODULE_MAPPING.get(pattern, {}):
+        return True
+    try:
+        _check_lora_target_modules_mamba(peft.LoraConfig(), model, last)
+    except ValueError:
+        return True
+    return False
+
+
+def log_left_out(model: PreTrainedModel) -> None:
+    """Name, in the log, the matrices of the model that have no adapter, with * for numbers in their names."""
+    adapted, embeddings = adapted_layers(model), model.get_input_embeddings().weight
+    left = [
+        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        for name, parameter in without_adapters(dict(model.named_parameters()), adapted).items()
+        if name not in adapted and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        if parameter is not embeddings
+    ]
+    if left:
+        log.info("model.lora: no adapters in %s", ", ".join(dict.fromkeys(left)))
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -123,6 +179,12 @@ def merge(layer: Linear, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.add(weight.float(), product, alpha=layer.scaling[_ADAPTER]).to(weight.dtype)
 
 
+def targets_of(model: PreTrainedModel) -> list[str] | str:
+    """Return the targets that `all-linear` stands for in a model with adapters, or the recipe's own targets."""
+    targets = model.peft_config[_ADAPTER].target_modules
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
 def save_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write an adapter folder in `peft`'s format, without a tokenizer.
 
@@ -134,8 +196,7 @@ def save_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pat
     (folder / SAFETENSORS_WEIGHTS_NAME).chmod(0o644)  # safetensors makes a file that only its owner can read
     config = copy.copy(model.peft_config[_ADAPTER])
     config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)
+    config.target_modules = targets_of(model)
     config.save_pretrained(str(folder))
 
 

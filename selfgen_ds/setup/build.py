@@ -53,6 +53,7 @@ def build_engine(
         if recipe.model.lora is not None:
             set_seed(recipe.seed)
             lora.add_adapter(model, recipe.model.lora, str(recipe.model.name_or_path))
+            lora.log_left_out(model)
     set_seed(recipe.seed + dist.get_rank())
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model, ds_config.offloads_activations(json_config))

@@ -20,6 +20,7 @@ _MAY_CHANGE = (
     "train.max_steps",
     "train.max_nonfinite_steps",
     "train.stall_seconds",
+    "model.lora.export",
     "checkpoint.",
     "eval.",
     "selfgen.generation_batch_size",

@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.config import LoraConfig, ModelConfig, Recipe
+from selfgen_ds.errors import InputError
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
 from tests.ranks import Ranks
+from tests.remote_code import write_list_moe
 from tests.sources import SOURCES, tensors, write
 from tests.tiers import matrix
 
@@ -129,3 +131,40 @@ def test_a_resumed_run_ends_with_the_same_bits(two_ranks: Ranks, folder: Path, k
     settings.resume = "auto"
     two_ranks.run(runs.run_training, settings)
     assert runs.weights(settings) == whole
+
+
+def test_a_model_with_its_own_code_goes_out_with_it(two_ranks: Ranks, folder: Path) -> None:
+    source = write_list_moe(folder)
+    settings = recipe(folder, source, 3)
+    settings.model.trust_remote_code, settings.model.tokenizer = True, None
+    two_ranks.run(loss_and_exports, settings)
+    output = Path(settings.output_dir)
+    checkpoint = output / "checkpoints" / "step-000002"
+    with pytest.raises(InputError, match="brings its own code; --trust_remote_code true lets it run"):
+        export_checkpoint(checkpoint, output / "exported")
+    export_checkpoint(checkpoint, output / "exported", trust_remote_code=True)
+    source.rename(folder / "moved")  # the exported folders need no other
+    ids = torch.arange(9)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)(ids).logits
+        for path in (output / "model", output / "exported")
+    ]
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(output / "model", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_adapters_are_exported_in_any_form_from_any_checkpoint(two_ranks: Ranks, folder: Path, form: str) -> None:
+    source = Path(runs.write_model(folder))
+    settings = recipe(folder, source, 3)
+    settings.model.lora = LoraConfig(r=2, export="adapter" if form == "merged" else "merged")
+    two_ranks.run(loss_and_exports, settings)
+    output = Path(settings.output_dir)
+    export_checkpoint(output / "checkpoints" / "step-000002", output / "exported", lora_export=form)  # type: ignore[arg-type]
+    assert (output / "exported" / "adapter_config.json").exists() == (form == "adapter")
+    ids = torch.arange(9)[None]
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (output / "model", output / "exported")
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

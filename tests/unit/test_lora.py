@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from selfgen_ds.checkpoint import saving
 from selfgen_ds.config import (
@@ -87,6 +88,77 @@ def test_routers_and_experts_are_left_alone_and_transposed_layers_adapted(config
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(expected)
     assert not [name for name in trained if "gate" in name or "router" in name or "experts" in name]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    # peft takes `gate_proj` of the dense layer and of the shared expert for that of the fused experts
+    "experts beside layers of the same names": (
+        {
+            "model_type": "deepseek_v3",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "head_dim": 8,
+            "first_k_dense_replace": 1,
+        },
+        {"self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"}
+        | {"self_attn.o_proj"},
+    ),
+    "a state space whose output layer is fused": (
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        {"mixer.in_proj", "mixer.x_proj", "mixer.dt_proj"},
+    ),
+    "layers without names": (
+        {"model_type": "ctrl", "n_embd": 32, "n_head": 2, "dff": 48, "n_layer": 2, "n_positions": 32},
+        {"multi_head_attention.Wq", "multi_head_attention.Wk", "multi_head_attention.Wv"}
+        | {"multi_head_attention.dense", "ffn.0", "ffn.2"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "expected"), OTHERS.values(), ids=OTHERS)
+def test_all_linear_suits_every_kind_of_model_and_comes_back_from_its_folder(
+    tmp_path: Path, fields: dict[str, Any], expected: set[str]
+) -> None:
+    config = AutoConfig.for_model(**fields | {"vocab_size": 32, "eos_token_id": 1, "pad_token_id": 0})
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    model = copy.deepcopy(plain)
+    lora.add_adapter(model, LoraConfig(r=2), str(tmp_path / "base"))
+    assert {re.split(r"\.\d+\.", name, maxsplit=1)[1] for name in lora.adapted_layers(model)} == {
+        f"{name}.weight" for name in expected
+    }
+    randomized(model)
+    (tmp_path / "adapter").mkdir()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    lora.save_adapter(model, trained, tmp_path / "adapter")
+    ids = torch.randint(32, (1, 9))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter")).eval()
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+    assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-2)
+
+
+def test_what_all_linear_leaves_out_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = built(MIXTRAL)
+    lora.add_adapter(model, LoraConfig(r=2), "base")
+    with caplog.at_level("INFO"):
+        lora.log_left_out(model)
+    assert caplog.messages == [
+        "model.lora: no adapters in model.layers.*.mlp.gate.weight, model.layers.*.mlp.experts.gate_up_proj, "
+        "model.layers.*.mlp.experts.down_proj, lm_head.weight"
+    ]
 
 
 def test_adapters_have_the_models_dtype() -> None:
