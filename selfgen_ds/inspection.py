@@ -26,7 +26,7 @@ from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
 from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
-from selfgen_ds.validation.inputs import check_attention, check_positions, check_shares
+from selfgen_ds.validation.inputs import check_attention, check_positions, check_quantization, check_shares
 from selfgen_ds.validation.options import check_inspect
 from selfgen_ds.validation.settings import check_settings
 
@@ -61,6 +61,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     config = model_config(recipe.model, tokenizer)
     check_positions(problems, recipe, config)
     check_attention(problems, recipe)
+    check_quantization(problems, config)
     with problems.collect():
         traits = probe.check(recipe.model, config, recipe.data.packing)
     problems.raise_all()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from tests.architectures import ARCHITECTURES
 from tests.distributed import runs
 
 _TEXT: dict[str, Any] = {
@@ -37,6 +38,13 @@ _COMPOSITE: dict[str, dict[str, Any]] = {
         "boi_token_index": 251,
         "eoi_token_index": 252,
         "mm_tokens_per_image": 4,
+    },
+    "llama4": {
+        "text_config": _TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1]},
+        "vision_config": _VISION
+        | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "pixel_shuffle_ratio": 0.5},
+        "image_token_index": 250,
+        "router_aux_loss_coef": 0.0,  # as the refusal of the type's router loss advises
     },
     "qwen3_5": {
         "text_config": _TEXT
@@ -90,11 +98,20 @@ def _composite(folder: Path, model_type: str) -> Path:
     return path
 
 
+def _backbone_names(folder: Path) -> Path:
+    """Write a folder as that of the published GPT-2, whose names are those of the model without its head."""
+    path = Path(runs.write_model_of(folder, ARCHITECTURES["gpt2"]))
+    write(path, {name.removeprefix("transformer."): tensor for name, tensor in tensors(path).items()})
+    return path
+
+
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "a head of its own under tied embeddings": _own_head,
     "the embeddings twice": _same_head,
     "more layers than the model has": _more_layers,
     "a vision tower that the text model does not take": lambda folder: _composite(folder, "qwen3_5"),
+    "names without the backbone's prefix": _backbone_names,
+    "experts beside a vision tower": lambda folder: _composite(folder, "llama4"),
     "a vision tower that text does not reach": lambda folder: _composite(folder, "gemma3"),
 }
 """Kind of folder -> function that writes one into an empty folder, and returns its path."""

@@ -69,7 +69,7 @@ def export_engine(
         else:
             with raise_on_all_ranks():
                 kept = source.tensors()
-            _write_model(model, partial, writes, source.kept, kept)
+            _write_model(model, partial, writes, source, kept)
             if writes:
                 write_configs(model, config, source.model.name_or_path, partial)
         if writes:
@@ -132,7 +132,7 @@ def export_checkpoint(
         raise InputError(f"--lora_export: {path} has no adapters; remove the option")
     layout, kept = StateDictLayout.read(path, config, trust_remote_code), source.tensors()
     with _replacing(folder, writes=True) as partial:
-        _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source.kept, kept)
+        _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source, kept)
         shutil.copytree(path / HF_FOLDER, partial, dirs_exist_ok=True)
 
 
@@ -177,7 +177,7 @@ def _export_adapted(
     with _replacing(folder, writes=True) as partial:
         if merged:
             model.load_state_dict(adapters, strict=False)
-            _write_model(model, partial, True, source.kept, source.tensors())
+            _write_model(model, partial, True, source, source.tensors())
         else:
             lora.save_adapter(model, adapters, partial)
         # With a model's configuration in it, the adapter's folder would be taken for a whole model.
@@ -199,7 +199,7 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
 
 
 def _write_model(
-    model: PreTrainedModel, folder: Path, writes: bool, kept: list[str], source: SourceTensors | None
+    model: PreTrainedModel, folder: Path, writes: bool, source: Source, kept: SourceTensors | None
 ) -> None:
     """Write the weights of a model, with its adapters merged.
 
@@ -214,7 +214,7 @@ def _write_model(
             return None
         return lora.merge(layers[name], *parts) if name in layers else parts[0]
 
-    _write_shards(StateDictLayout.of(model), fetch, folder, writes, kept, source)
+    _write_shards(StateDictLayout.of(model), fetch, folder, writes, source, kept)
 
 
 def _write_shards(
@@ -222,29 +222,31 @@ def _write_shards(
     fetch: Callable[[str], Tensor | None],
     folder: Path,
     writes: bool,
-    kept: list[str],
-    source: SourceTensors | None,
+    source: Source,
+    kept: SourceTensors | None,
 ) -> None:
     """Write safetensors shards of at most `MAX_SHARD`, laid out as `save_pretrained` does.
 
     Args:
         fetch: Returns a tensor of the model; called for the same names in the same order on every rank.
         writes: Whether this rank writes. On a rank that does not, `fetch` may return None.
-        kept: Names of the tensors that are copied from `source` as they are, whether the model has them or not.
+        source: Its tensors `kept` are copied as they are, whether the model has them or not; its names are kept, too.
+        kept: The tensors to copy from; None if there are none.
     """
-    groups = [(names, stored) for names, stored in layout.groups() if not set(stored) <= set(kept)]
+    groups = [(names, source.names(stored)) for names, stored in layout.groups()]
+    groups = [(names, stored) for names, stored in groups if not set(stored) <= set(source.kept)]
     group_of = {name: number for number, (_, stored) in enumerate(groups) for name in stored}
-    copied = {name: source.headers[name] for name in kept} if source else {}
+    copied = {name: kept.headers[name] for name in source.kept} if kept else {}
     plan = split_torch_state_dict_into_shards(
         {name: tensor for _, stored in groups for name, tensor in stored.items()} | copied, max_shard_size=MAX_SHARD
     )
     for shard, names in plan.filename_to_tensors.items():
-        tensors = {name: source.read(name) for name in names if name in copied} if source and writes else {}
+        tensors = {name: kept.read(name) for name in names if name in copied} if kept and writes else {}
         for number in sorted({group_of[n] for n in names if n not in copied}):  # a group in two shards is fetched twice
             parts = {name: fetch(name) for name in groups[number][0]}
             if writes:
-                stored = layout.convert(
-                    {name: p.to(layout.tensors[name][1]) for name, p in parts.items() if p is not None}
+                stored = source.names(
+                    layout.convert({name: p.to(layout.tensors[name][1]) for name, p in parts.items() if p is not None})
                 )
                 tensors |= {name: tensor.contiguous() for name, tensor in stored.items() if name in names}
         if writes:

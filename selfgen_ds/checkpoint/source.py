@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from selfgen_ds.checkpoint.source_tensors import SourceTensors, stored_names, tied_names
+from selfgen_ds.checkpoint.source_tensors import SourceTensors, names_in_folder, stored_names, untaken
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tensors
 from selfgen_ds.config import LoraConfig, ModelConfig
 from selfgen_ds.errors import InputError, Problems
@@ -44,6 +45,12 @@ class Source:
     """The recipe's section `model`; the path of a folder is absolute."""
     kept: list[str] = field(default_factory=list)
     """Names, in the folder, of the tensors that the model does not take, and of those that text does not reach."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Names in the folder of the tensors that the model would store under another name: the model's -> the folder's."""
+
+    def names(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors that the model stores by the names that the folder has for them."""
+        return {self.renamed.get(name, name): tensor for name, tensor in stored.items()}
 
     def of_adapted(self, model: PreTrainedModel) -> Source:
         """Return the source with the targets that the model's adapters have in the place of `all-linear`."""
@@ -63,7 +70,7 @@ class Source:
         content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         adapter = content["model"]["lora"]
         model = ModelConfig(**content["model"] | {"lora": None if adapter is None else LoraConfig(**adapter)})
-        return cls(model=model, kept=content["kept"])
+        return cls(model=model, kept=content["kept"], renamed=content["renamed"])
 
     def tensors(self) -> SourceTensors | None:
         """Return the tensors of the folder if exports copy some of them.
@@ -115,15 +122,18 @@ def inspect_source(problems: Problems, model: ModelConfig, config: PretrainedCon
     layout = StateDictLayout.of(built)
     with problems.collect():
         _untie(where, config, built, layout, tensors)
-    stored = stored_names(layout)
-    taken = {name for names in stored.values() for name in names} | tied_names(built, layout).keys()
-    if untaken := sorted(tensors.headers.keys() - taken):
+    stored, in_folder = stored_names(layout), names_in_folder(built, layout, tensors.headers)
+    if kept := untaken(built, layout, tensors.headers):
         log.info(
             "%s: %s does not take %d tensors; exports copy them, the first is %s",
-            *(where, type(built).__name__, len(untaken), untaken[0]),
+            *(where, type(built).__name__, len(kept), kept[0]),
         )
     unreached = [] if model.lora is not None else reach.unreached(built)
-    return Source(model=located, kept=untaken + sorted({name for n in unreached for name in stored[n]}))
+    kept += sorted({in_folder[name] for n in unreached for name in stored[n]})
+    renamed = {
+        own: name for own, name in in_folder.items() if own != name and (own.endswith(name) or name.endswith(own))
+    }
+    return Source(model=located, kept=kept, renamed=renamed)
 
 
 def _check_generation_config(problems: Problems, name: str) -> None:
@@ -176,11 +186,12 @@ def _untie(
     Raises:
         InputError: The model ties weights other than those of embeddings and output layer, and they differ.
     """
-    stored = stored_names(layout)
+    stored, in_folder = stored_names(layout), names_in_folder(built, layout, tensors.headers)
     for target, other in built.all_tied_weights_keys.items():
         if target not in stored or other not in stored:  # the folder has one of them, and both are one tensor
             continue
-        if torch.equal(tensors.read(stored[target][0]), tensors.read(stored[other][0])):
+        one, same = (tensors.read(in_folder[stored[name][0]]) for name in (target, other))
+        if torch.equal(one, same):
             continue
         if built.get_parameter(target) is not built.get_output_embeddings().weight:
             raise InputError(f"{where} has different values for {target} and {other}, which the model ties")
@@ -203,13 +214,13 @@ def compare_with_source(model: PreTrainedModel, name: str, reads: bool) -> None:
         InputError: A tensor differs, or is not finite; on ranks that compare.
     """
     layout, tensors, loaded = StateDictLayout.of(model), SourceTensors(lora.base_of(name)), plain_tensors(model)
-    aliases = {stored: alias for alias, stored in tied_names(model, layout).items()}
+    in_folder = names_in_folder(model, layout, tensors.headers)
     different: list[str] = []
     not_finite: list[str] = []
     for names, _ in layout.groups():
         copies = {name: copy for name in names if (copy := gather_copy(loaded[name], reads)) is not None}
         for stored, tensor in layout.convert(copies).items() if reads else ():
-            original = tensors.read(stored if stored in tensors.headers else aliases[stored]).to(tensor.dtype)
+            original = tensors.read(in_folder[stored]).to(tensor.dtype)
             if not torch.isfinite(original).all():
                 not_finite.append(stored)
             elif not torch.equal(tensor[: len(original)] if original.ndim else tensor, original):  # rows may be added

@@ -64,7 +64,32 @@ def stored_names(layout: StateDictLayout) -> dict[str, list[str]]:
     return {name: list(stored) for names, stored in layout.groups() for name in names}
 
 
-def tied_names(model: PreTrainedModel, layout: StateDictLayout) -> dict[str, str]:
+def names_in_folder(model: PreTrainedModel, layout: StateDictLayout, headers: dict[str, Tensor]) -> dict[str, str]:
+    """Return where each stored tensor of the model is in a folder: name that the layout gives -> name in the folder.
+
+    A folder may have the prefix of the backbone's names where the class has none, or the reverse: GPT-2's published
+    folder is that of the backbone, and a text model reads the folder of a multimodal one. Of tied tensors, a folder may
+    have either. A tensor that the folder lacks is left out.
+    """
+    prefix, tied = f"{model.base_model_prefix}.", _tied_names(model, layout)
+    found = {}
+    for stored in dict.fromkeys(name for names in stored_names(layout).values() for name in names):
+        alike = [stored, *(alias for alias, kept in tied.items() if kept == stored)]
+        candidates = [c for name in alike for c in (name, prefix + name, name.removeprefix(prefix))]
+        if (name := next((candidate for candidate in candidates if candidate in headers), None)) is not None:
+            found[stored] = name
+    return found
+
+
+def untaken(model: PreTrainedModel, layout: StateDictLayout, headers: dict[str, Tensor]) -> list[str]:
+    """Return the names of a folder's tensors that the model does not take, in order."""
+    prefix, tied = f"{model.base_model_prefix}.", _tied_names(model, layout)
+    taken = set(names_in_folder(model, layout, headers).values())
+    taken |= {alias for name in tied for alias in (name, prefix + name, name.removeprefix(prefix))}
+    return sorted(headers.keys() - taken)
+
+
+def _tied_names(model: PreTrainedModel, layout: StateDictLayout) -> dict[str, str]:
     """Return the folder's names of tied tensors: any of them -> the one that the layout has."""
     aliases: dict[str, str] = {}
     for pair in model.all_tied_weights_keys.items():

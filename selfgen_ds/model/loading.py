@@ -47,8 +47,11 @@ def model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
         raise InputError(f"model: expected a causal language model, got model type {config.model_type!r}")
     try:
         text = config.get_text_config(decoder=True)
-    except ValueError as error:  # the model has several text models
+        text.vocab_size  # noqa: B018 (a text model has one)
+    except (ValueError, AttributeError) as error:  # the model has several text models, or none
         raise InputError(f"model: expected a causal language model, got model type {config.model_type!r}") from error
+    if text is not config and (coefficient := getattr(config, "router_aux_loss_coef", None)) is not None:
+        text.router_aux_loss_coef = coefficient  # written beside the sections of a multimodal configuration
     size = vocabulary(tokenizer)
     if size > text.vocab_size and not model.resize_embeddings:
         raise InputError(
@@ -91,6 +94,9 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
+    except Exception as error:  # a field of config.json: the exception's type differs by field
+        reason = " ".join(str(error).split())
+        raise InputError(f"model.name_or_path: config.json of {model.name_or_path!r}: {reason}; mend it") from error
     differing = [
         f"{name} is {getattr(config, name, None)!r}, not {value!r}"
         for name, value in (model.preset or {}).items()
@@ -159,7 +165,8 @@ def _without_data(model: ModelConfig, config: PretrainedConfig) -> PreTrainedMod
                 f"model.attn_implementation: model type {config.model_type!r} has no {model.attn_implementation}; "
                 "every model has eager"
             ) from error
-        raise InputError(f"model: cannot be built: {' '.join(str(error).split())}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"model: config.json or model.preset: no model can be built from it: {reason}") from error
 
 
 def build_model(

@@ -46,6 +46,8 @@ class Traits:
     logit_transform: LogitTransform
     reach: Reach
     """What text rows reach; everything if the model will not be trained."""
+    checkpoints_activations: bool
+    """Whether the model type has activation checkpointing."""
     takes_left_padding: bool
     """Whether an answer does not depend on padding before its prompt, so that prompts of any lengths share a batch."""
 
@@ -83,7 +85,12 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
         if coefficient > 0:
             _check_router_loss(name, small, ids, logit_transform)
         reach = try_rows(small) if training else Reach(reached={}, routing=[])
-    return Traits(logit_transform=logit_transform, reach=reach, takes_left_padding=takes_left_padding)
+    return Traits(
+        logit_transform=logit_transform,
+        reach=reach,
+        checkpoints_activations=small.supports_gradient_checkpointing,
+        takes_left_padding=takes_left_padding,
+    )
 
 
 def _takes_left_padding(model: PreTrainedModel, ids: Tensor) -> bool:

@@ -108,6 +108,5 @@ def router_loss_coefficient(config: PretrainedConfig) -> float | None:
     counts = [value for name, value in text.to_dict().items() if "experts" in name and isinstance(value, int)]
     if max(counts, default=0) <= 1 or getattr(text, "is_moe", True) is False:
         return 0.0
-    # JetMoE has a name of its own for the field. A multimodal model's user writes the field beside the text model's.
-    candidates = [(config, "router_aux_loss_coef"), (text, "router_aux_loss_coef"), (text, "aux_loss_coef")]
-    return next((value for part, name in candidates if (value := getattr(part, name, None)) is not None), None)
+    # JetMoE has a name of its own for the field.
+    return getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", None))

@@ -45,9 +45,11 @@ from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
 from selfgen_ds.validation.inputs import (
+    check_activation_checkpointing,
     check_attention,
     check_disk_space,
     check_positions,
+    check_quantization,
     check_rounds_folder,
     check_routing,
     check_shares,
@@ -154,6 +156,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int) -> Inputs:
         problems = Problems()
         check_positions(problems, recipe, config)
         check_attention(problems, recipe)
+        check_quantization(problems, config)
         check_rounds_folder(problems, recipe, folder.storage)
         with problems.collect():  # there may be no such model
             check_disk_space(problems, recipe, config, folder.storage)
@@ -161,6 +164,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int) -> Inputs:
             traits = probe.check(recipe.model, config, recipe.data.packing)
             source = inspect_source(problems, recipe.model, config, traits.reach)
             check_routing(problems, traits.reach, stage, process_group.world_size())
+            check_activation_checkpointing(problems, recipe, traits, config)
         problems.raise_all()
         samples, eval_samples = load_samples(problems, recipe, tokenizer)
         check_shares(problems, recipe, samples + eval_samples)

@@ -18,6 +18,7 @@ from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
 from selfgen_ds.model.loading import most_positions, trained_parameter_count
+from selfgen_ds.model.probe import Traits
 from selfgen_ds.model.reach import Reach
 
 log = logging.getLogger("selfgen_ds")
@@ -38,6 +39,24 @@ def check_attention(problems: Problems, recipe: Recipe) -> None:
     """Check that the attention kernel of the recipe is installed."""
     if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         problems.add("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
+
+
+def check_quantization(problems: Problems, config: PretrainedConfig) -> None:
+    """Check that the model's weights are numbers that an optimizer can change."""
+    quantization = config.to_dict().get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "of an unknown method")
+        problems.add(
+            f"model.name_or_path: the model is quantized ({method}); name an unquantized one, in float32 or bfloat16"
+        )
+
+
+def check_activation_checkpointing(
+    problems: Problems, recipe: Recipe, traits: Traits, config: PretrainedConfig
+) -> None:
+    """Check that the model type has activation checkpointing if the recipe asks for it."""
+    if recipe.train.activation_checkpointing and not traits.checkpoints_activations:
+        problems.add(f"train.activation_checkpointing: expected false: model type {config.model_type!r} has none")
 
 
 def check_routing(problems: Problems, reach: Reach, stage: int, world_size: int) -> None:

@@ -23,6 +23,7 @@ from tests.tiers import matrix
 NOT_TRAINED = {
     "more layers than the model has": ("model.layers.1.",),
     "a vision tower that the text model does not take": ("model.visual.",),
+    "experts beside a vision tower": ("vision_model.", "multi_modal_projector."),
     "a vision tower that text does not reach": ("vision_tower.", "multi_modal_projector."),
 }
 

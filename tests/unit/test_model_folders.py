@@ -1,0 +1,70 @@
+"""Folders and types of models that are refused, each in one line, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from selfgen_ds.config import DataConfig, ModelConfig, Recipe
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.model import probe
+from selfgen_ds.model.loading import model_config
+from selfgen_ds.validation.inputs import check_activation_checkpointing, check_quantization
+from tests.distributed import runs
+
+FIELDS: dict[str, tuple[Any, str]] = {
+    "hidden_size": ("wide", "Field 'hidden_size' expected int, got str"),
+    "num_attention_heads": (3, "not a multiple of the number of attention heads"),
+    "num_hidden_layers": (None, "Field 'num_hidden_layers' expected int, got NoneType"),
+    "rope_parameters": ({"rope_type": "none"}, "no model can be built from it: KeyError: 'none'"),
+    "layer_types": (["round"], "but got ['round']"),
+    "dtype": ("float99", "float99"),
+    "hidden_act": ("nope", "no model can be built from it: KeyError: 'nope'"),
+    "model_type": (7, "does not recognize this architecture"),
+    "text_config": (3, "expected a causal language model"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_odd_field_of_a_configuration_is_one_line(tmp_path: Path, name: str) -> None:
+    path = Path(runs.write_model(tmp_path))
+    value, reason = FIELDS[name]
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {name: value}))
+    settings = ModelConfig(name_or_path=str(path))
+    with pytest.raises(InputError) as caught:
+        probe.check(settings, model_config(settings, byte_tokenizer()), packing=False)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_model_is_refused_by_its_method(tmp_path: Path) -> None:
+    path = Path(runs.write_model(tmp_path))
+    config = json.loads((path / "config.json").read_text())
+    problems = Problems()
+    check_quantization(problems, AutoConfig.from_pretrained(path))
+    assert problems.lines == []
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (path / "config.json").write_text(json.dumps(config | quantized))
+    check_quantization(problems, AutoConfig.from_pretrained(path))
+    assert problems.lines == [
+        "model.name_or_path: the model is quantized (fp8); name an unquantized one, in float32 or bfloat16"
+    ]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_type_without_activation_checkpointing_is_refused_if_it_is_asked_for(asked: bool) -> None:
+    preset = {"model_type": "ctrl", "n_embd": 32, "n_head": 2, "dff": 48, "n_layer": 2, "n_positions": 32}
+    config = AutoConfig.for_model(**preset | {"vocab_size": 258, "pad_token_id": 0})
+    recipe = Recipe(output_dir="", deepspeed="", data=DataConfig(train=""), model=ModelConfig(preset=preset))
+    recipe.train.activation_checkpointing = asked
+    recipe.model.attn_implementation = "eager"
+    problems = Problems()
+    check_activation_checkpointing(problems, recipe, probe.check(recipe.model, config, packing=False), config)
+    refusal = ["train.activation_checkpointing: expected false: model type 'ctrl' has none"]
+    assert problems.lines == (refusal if asked else [])
