@@ -314,9 +314,11 @@ def test_an_adapter_may_not_change_on_resume(recipe: Recipe) -> None:
     recipe.resume = "auto"
     written(recipe)
     assert found_by(check_same_run, recipe, {}) == []
+    recipe.model.lora = LoraConfig(export="adapter")  # the form of the export may change
+    assert found_by(check_same_run, recipe, {}) == []
     recipe.model.lora = LoraConfig(r=4)
     [problem] = found_by(check_same_run, recipe, {})
     assert "model.lora.r was 8 and is 4" in problem
     recipe.model.lora = None
     [problem] = found_by(check_same_run, recipe, {})
-    assert "model.lora.export was 'merged' and is None" in problem
+    assert "model.lora.r was 8 and is None" in problem
