@@ -224,7 +224,7 @@ def _load_weights(model: ModelConfig, config: PretrainedConfig, dtype: torch.dty
 
 def warn_of_rounding(model: PreTrainedModel) -> None:
     """Name the parameters that plain transformers keeps in float32, but DeepSpeed trains in the dtype of all others."""
-    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    kept = model._keep_in_fp32_modules_strict or ()  # `_keep_in_fp32_modules` is for float16 alone
     pattern = re.compile("|".join(rf"(?:^|\.){part}(?:$|\.)" for part in kept) or "(?!)")
     rounded = [n for n, p in model.named_parameters() if p.dtype != torch.float32 and pattern.search(n)]
     if rounded:

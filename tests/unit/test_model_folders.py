@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfgen_ds.config import DataConfig, ModelConfig, Recipe
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.model import probe
-from selfgen_ds.model.loading import model_config
+from selfgen_ds.model.loading import model_config, warn_of_rounding
 from selfgen_ds.validation.inputs import check_activation_checkpointing, check_quantization
 from tests.distributed import runs
 
@@ -68,3 +69,14 @@ def test_a_type_without_activation_checkpointing_is_refused_if_it_is_asked_for(a
     check_activation_checkpointing(problems, recipe, probe.check(recipe.model, config, packing=False), config)
     refusal = ["train.activation_checkpointing: expected false: model type 'ctrl' has none"]
     assert problems.lines == (refusal if asked else [])
+
+
+def test_tensors_that_are_rounded_against_the_model_s_wish_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    experts = {"model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model(**runs.PRESET | experts | {"vocab_size": 258, "moe_layer_start_index": 1})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    warn_of_rounding(model)
+    assert caplog.messages == []
+    warn_of_rounding(model.to(torch.bfloat16))
+    (line,) = caplog.messages
+    assert "to bfloat16 that plain transformers keeps in float32, the first is model.layers.1.mlp.gate.weight;" in line
