@@ -90,7 +90,7 @@ def _all_linear(model: PreTrainedModel) -> list[str] | str:
 
 def _can_be_adapted(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     """Return whether `all-linear` adapts a module. Routers, which choose experts, are left out."""
-    if type(module) not in (nn.Linear, Conv1D) or module is model.get_output_embeddings():
+    if not isinstance(module, nn.Linear | Conv1D) or module is model.get_output_embeddings():
         return False
     is_router = not _ROUTERS.isdisjoint(name.split("."))
     return bool(module.weight.requires_grad) and not is_router and not _refused_by_peft(model, name)
