@@ -56,6 +56,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+DEEPSEEK_V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+"""Experts without a router loss, beside a dense layer; not one of the types that every test of a type runs."""
+CTRL: dict[str, Any] = {"model_type": "ctrl", "n_embd": 32, "n_head": 2, "dff": 48, "n_layer": 2, "n_positions": 32}
+"""A type without activation checkpointing, whose layers have numbers for names."""
+
+
 # in `make check`: a plain model, one with capped scores and logits and a sliding window, and one with experts
 _IN_CHECK = ("llama", "gemma2", "mixtral")
 EVERY_ARCHITECTURE = sweep("name", [*_IN_CHECK, *(name for name in ARCHITECTURES if name not in _IN_CHECK)], check=3)

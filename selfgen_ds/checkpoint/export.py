@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -68,8 +68,8 @@ def export_engine(
                 lora.save_adapter(model, {n: t for n, t in trained.items() if t is not None}, partial)
         else:
             with raise_on_all_ranks():
-                kept = source.tensors()
-            _write_model(model, partial, writes, source, kept)
+                originals = source.tensors()
+            _write_model(model, partial, writes, source, originals)
             if writes:
                 write_configs(model, config, source.model.name_or_path, partial)
         if writes:
@@ -79,13 +79,21 @@ def export_engine(
 
 def _check_finite(model: PreTrainedModel) -> None:
     """Check the trained weights of all ranks, each rank its own shards. Collective: every rank must call this."""
-    trained = [(name, getattr(p, "ds_tensor", p)) for name, p in model.named_parameters() if p.requires_grad]
-    broken = [name for name, tensor in trained if not torch.isfinite(tensor).all()]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    broken = [name for name, parameter in trained.items() if not torch.isfinite(_own_part(parameter)).all()]
     if names := sorted({name for names in process_group.all_gather_object(broken[:1]) for name in names}):
         raise RuntimeError(
             f"trained weights are not finite, the first are in {names[0]}: the model is not exported; resume from an "
             "older checkpoint with a lower optim.learning_rate"
         )
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """Return the part of a parameter that this rank holds, without the padding of the last shard, which is not set."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    shard = parameter.ds_tensor
+    return shard[: max(0, parameter.ds_numel - parameter.ds_zero_partition_rank * shard.ds_numel)]
 
 
 def export_checkpoint(
@@ -130,9 +138,9 @@ def export_checkpoint(
         return
     if lora_export is not None:
         raise InputError(f"--lora_export: {path} has no adapters; remove the option")
-    layout, kept = StateDictLayout.read(path, config, trust_remote_code), source.tensors()
+    layout, originals = StateDictLayout.read(path, config, trust_remote_code), source.tensors()
     with _replacing(folder, writes=True) as partial:
-        _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source, kept)
+        _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source, originals)
         shutil.copytree(path / HF_FOLDER, partial, dirs_exist_ok=True)
 
 
@@ -199,7 +207,7 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
 
 
 def _write_model(
-    model: PreTrainedModel, folder: Path, writes: bool, source: Source, kept: SourceTensors | None
+    model: PreTrainedModel, folder: Path, writes: bool, source: Source, originals: SourceTensors | None
 ) -> None:
     """Write the weights of a model, with its adapters merged.
 
@@ -214,7 +222,7 @@ def _write_model(
             return None
         return lora.merge(layers[name], *parts) if name in layers else parts[0]
 
-    _write_shards(StateDictLayout.of(model), fetch, folder, writes, source, kept)
+    _write_shards(StateDictLayout.of(model), fetch, folder, writes, source, originals)
 
 
 def _write_shards(
@@ -223,7 +231,7 @@ def _write_shards(
     folder: Path,
     writes: bool,
     source: Source,
-    kept: SourceTensors | None,
+    originals: SourceTensors | None,
 ) -> None:
     """Write safetensors shards of at most `MAX_SHARD`, laid out as `save_pretrained` does.
 
@@ -231,17 +239,17 @@ def _write_shards(
         fetch: Returns a tensor of the model; called for the same names in the same order on every rank.
         writes: Whether this rank writes. On a rank that does not, `fetch` may return None.
         source: Its tensors `kept` are copied as they are, whether the model has them or not; its names are kept, too.
-        kept: The tensors to copy from; None if there are none.
+        originals: The tensors to copy from; None if there are none.
     """
     groups = [(names, source.names(stored)) for names, stored in layout.groups()]
     groups = [(names, stored) for names, stored in groups if not set(stored) <= set(source.kept)]
     group_of = {name: number for number, (_, stored) in enumerate(groups) for name in stored}
-    copied = {name: kept.headers[name] for name in source.kept} if kept else {}
+    copied = {name: originals.headers[name] for name in source.kept} if originals else {}
     plan = split_torch_state_dict_into_shards(
         {name: tensor for _, stored in groups for name, tensor in stored.items()} | copied, max_shard_size=MAX_SHARD
     )
     for shard, names in plan.filename_to_tensors.items():
-        tensors = {name: kept.read(name) for name in names if name in copied} if kept and writes else {}
+        tensors = {name: originals.read(name) for name in names if name in copied} if originals and writes else {}
         for number in sorted({group_of[n] for n in names if n not in copied}):  # a group in two shards is fetched twice
             parts = {name: fetch(name) for name in groups[number][0]}
             if writes:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
@@ -211,27 +212,37 @@ def compare_with_source(model: PreTrainedModel, name: str, reads: bool) -> None:
         reads: Whether this rank reads the folder and compares.
 
     Raises:
-        InputError: A tensor differs, or is not finite; on ranks that compare.
+        InputError: A tensor differs, cannot be read, or is not finite; on ranks that compare.
     """
     layout, tensors, loaded = StateDictLayout.of(model), SourceTensors(lora.base_of(name)), plain_tensors(model)
     in_folder = names_in_folder(model, layout, tensors.headers)
-    different: list[str] = []
-    not_finite: list[str] = []
+    problem = ""
     for names, _ in layout.groups():
         copies = {name: copy for name in names if (copy := gather_copy(loaded[name], reads)) is not None}
-        for stored, tensor in layout.convert(copies).items() if reads else ():
-            original = tensors.read(in_folder[stored]).to(tensor.dtype)
-            if not torch.isfinite(original).all():
-                not_finite.append(stored)
-            elif not torch.equal(tensor[: len(original)] if original.ndim else tensor, original):  # rows may be added
-                different.append(stored)
-    if not_finite:
-        raise InputError(f"model.name_or_path: {name!r}: {not_finite[0]} holds NaN or infinity; mend the file")
-    if different:
-        raise InputError(
-            f"model.name_or_path: {name!r}: {len(different)} tensors were not loaded as they are there, the first is "
-            f"{different[0]}"
-        )
+        if reads and not problem:  # the other ranks gather to the end, so this one does too
+            trained = isinstance(loaded[names[0]], nn.Parameter)
+            problem = _difference(layout.convert(copies), tensors, in_folder, trained)
+    if problem:
+        raise InputError(f"model.name_or_path: {name!r}: {problem}")
+
+
+def _difference(stored: dict[str, Tensor], tensors: SourceTensors, in_folder: dict[str, str], trained: bool) -> str:
+    """Return how the first of some loaded tensors differs from the folder's, or why it cannot be trained; else nothing.
+
+    Args:
+        stored: The loaded tensors, by the names that the model stores them under.
+        trained: Whether they are parameters. A buffer may hold infinity.
+    """
+    for name, tensor in stored.items():
+        try:
+            original = tensors.read(in_folder[name]).to(tensor.dtype)
+        except (OSError, SafetensorError) as error:
+            return f"{in_folder[name]} cannot be read: {error}"
+        if trained and not torch.isfinite(original).all():
+            return f"{in_folder[name]} holds NaN or infinity; mend the file"
+        if not torch.equal(tensor[: len(original)] if original.ndim else tensor, original):  # rows may be added
+            return f"{in_folder[name]} was not loaded as it is there"
+    return ""
 
 
 def write_configs(model: PreTrainedModel, config: PretrainedConfig, name: str | None, folder: Path) -> None:

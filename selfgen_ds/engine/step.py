@@ -78,34 +78,28 @@ def train_step(
             # NaN or infinity on one rank becomes a NaN gradient on every rank, so that DeepSpeed drops the step.
             objective = objective * (totals[:2].sum() * 0 + 1)
         engine.backward(objective)
-        if engine.zero_optimization_stage() == 0 and number == len(batches) and not torch.isfinite(totals[:2]).all():
-            raise RuntimeError(
-                "the loss is not finite, and ZeRO stage 0 cannot drop a step: lower optim.learning_rate, or set "
-                "zero_optimization.stage to 1, 2, or 3"
-            )
-        grad_norm = _unpartitioned_norm(engine) if engine.zero_optimization_stage() == 0 else None
+        if engine.zero_optimization_stage() == 0 and number == len(batches):
+            if not torch.isfinite(totals[:2]).all():
+                raise RuntimeError(
+                    "the loss is not finite, and ZeRO stage 0 cannot drop a step: lower optim.learning_rate, or set "
+                    "zero_optimization.stage to 1, 2, or 3"
+                )
+            unpartitioned_norm = get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
         engine.step()
+    # DeepSpeed keeps no norm at stage 0, where every rank has the whole gradient.
+    grad_norm = engine.get_global_grad_norm() if engine.zero_optimization_stage() else unpartitioned_norm
     loss_total, router_total, drawn, differing, tokens = totals.tolist()
     return StepResult(
         loss=loss_total / total_weight,
         learning_rate=learning_rate,
         router_loss=router_total / nonempty if coefficient else None,
-        grad_norm=_known(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+        grad_norm=math.nan if grad_norm is None else float(grad_norm),
         drawn=int(drawn),
         differing=int(differing),
         tokens=int(tokens),
         applied=engine.was_step_applied(),
         suspects=[] if math.isfinite(loss_total) else _suspects(batches, losses),
     )
-
-
-def _unpartitioned_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
-    """Return the norm of the gradient at ZeRO stage 0, of which DeepSpeed keeps none. All ranks have the same."""
-    return get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
-
-
-def _known(norm: Tensor | float | None) -> float:
-    return math.nan if norm is None else float(norm)
 
 
 def _normalizers(batches: list[TokenBatch], weights: list[Tensor | None]) -> Tensor:

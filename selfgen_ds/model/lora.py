@@ -29,10 +29,11 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from selfgen_ds.config import LoraConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import absolute_folder
+from selfgen_ds.model.names import numberless
 
 log = logging.getLogger("selfgen_ds")
 
-_ROUTERS = {"gate", "router", "wg", "shared_expert_gate"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Parts of the names of layers that choose or weight experts."""
 _ADAPTER = "default"  # peft's name for a model's only adapter
 
@@ -117,7 +118,7 @@ def log_left_out(model: PreTrainedModel) -> None:
     """Name, in the log, the matrices of the model that have no adapter, with * for numbers in their names."""
     adapted, embeddings = adapted_layers(model), model.get_input_embeddings().weight
     left = [
-        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        numberless(name)
         for name, parameter in without_adapters(dict(model.named_parameters()), adapted).items()
         if name not in adapted and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
         if parameter is not embeddings

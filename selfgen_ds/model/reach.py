@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
+from selfgen_ds.model.names import numberless
 from selfgen_ds.model.small_copy import random_ids
 
 log = logging.getLogger("selfgen_ds")
@@ -39,19 +39,19 @@ class Reach:
         """
         alike: dict[str, bool] = {}
         for name, reached in self.reached.items():
-            alike[_numberless(name)] = alike.get(_numberless(name), False) or reached
-        routing = tuple(f"{_numberless(name)}." for name in self.routing)
+            alike[numberless(name)] = alike.get(numberless(name), False) or reached
+        routing = tuple(f"{numberless(name)}." for name in self.routing)
         return [
             name
             for name, _ in model.named_parameters()
-            if not self.reached.get(name, alike.get(_numberless(name), True))
-            and not _numberless(name).startswith(routing)
+            if not self.reached.get(name, alike.get(numberless(name), True))
+            and not numberless(name).startswith(routing)
         ]
 
     def routing_modules(self, model: nn.Module) -> list[str]:
         """Return the names of the routing modules of the model itself."""
-        routing = {_numberless(name) for name in self.routing}
-        return [name for name, _ in model.named_modules() if _numberless(name) in routing]
+        routing = {numberless(name) for name in self.routing}
+        return [name for name, _ in model.named_modules() if numberless(name) in routing]
 
 
 def freeze(model: nn.Module, names: list[str]) -> None:
@@ -72,16 +72,12 @@ def _parts(model: nn.Module) -> list[str]:
     frozen = [name for name, module in model.named_modules() if _is_frozen(module)]
     frozen += [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     inside = {name for name in frozen if any(name.startswith(f"{other}.") for other in frozen)}
-    return list(dict.fromkeys(_numberless(name) for name in frozen if name not in inside))
+    return list(dict.fromkeys(numberless(name) for name in frozen if name not in inside))
 
 
 def _is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def try_rows(model: PreTrainedModel) -> Reach:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,15 @@ def check_settings(problems: Problems, recipe: Recipe, overrides: set[str]) -> d
     json_config: dict[str, Any] = {}
     with problems.collect():
         json_config = ds_config.read(recipe.deepspeed)
-        first_ranks = _first_ranks(recipe) if recipe.resume == "auto" else None
-        if min(recipe.train.micro_batch_size, recipe.train.gradient_accumulation_steps) >= 1:
-            problems.add(*deepspeed_json.problems(recipe, json_config, process_group.world_size(), first_ranks))
+        # Sizes less than 1 are reported above; DeepSpeed would blame the JSON for them.
+        train = replace(
+            recipe.train,
+            micro_batch_size=max(1, recipe.train.micro_batch_size),
+            gradient_accumulation_steps=max(1, recipe.train.gradient_accumulation_steps),
+        )
+        sized = replace(recipe, train=train)
+        first_ranks = _first_ranks(sized) if recipe.resume == "auto" else None
+        problems.add(*deepspeed_json.problems(sized, json_config, process_group.world_size(), first_ranks))
     return json_config
 
 

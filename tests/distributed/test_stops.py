@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,8 +138,9 @@ LAUNCHERS = {
 }
 
 
-def start_endless(tmp_path: Path, launcher: str) -> tuple[Path, Launched]:
-    """Start a run that does not end by itself, and wait for its first step. Return its folder and the launcher."""
+@contextmanager
+def endless_run(tmp_path: Path, launcher: str) -> Iterator[tuple[Path, Launched]]:
+    """Start a run that does not end by itself, and wait for its first step. Yield its folder and the launcher."""
     runs.write_rows(tmp_path)
     settings = runs.recipe(tmp_path)
     settings.train.max_steps = 100_000
@@ -147,15 +149,15 @@ def start_endless(tmp_path: Path, launcher: str) -> tuple[Path, Launched]:
     binary, *options = LAUNCHERS[launcher]
     command = [str(Path(sys.executable).with_name(binary)), f"--master_port={free_port()}", *options]
     output = Path(settings.output_dir)
-    run = Launched([*command, "train", "--config", str(recipe)], tmp_path / "log")
-    while not runs.count_lines(output / "metrics.jsonl"):
-        assert run.process.poll() is None, run.output()[-3000:]
-        time.sleep(0.05)
-    return output, run
+    with Launched([*command, "train", "--config", str(recipe)], tmp_path / "log") as run:
+        while not runs.count_lines(output / "metrics.jsonl"):
+            assert run.process.poll() is None, run.output()[-3000:]
+            time.sleep(0.05)
+        yield output, run
 
 
 def wait_until_ended(output: Path) -> None:
-    """Wait until no process has the run's folder locked: a launcher may end before the ranks that it started."""
+    """Wait until no process of the run is left: a launcher may end before the ranks that it started."""
     deadline = time.monotonic() + 60.0
     while subprocess.run(["pgrep", "-f", str(output.parent / "recipe.yaml")], capture_output=True).returncode == 0:
         assert time.monotonic() < deadline
@@ -164,8 +166,7 @@ def wait_until_ended(output: Path) -> None:
 
 @matrix("launcher", LAUNCHERS)
 def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher: str) -> None:
-    output, run = start_endless(tmp_path, launcher)
-    with run:
+    with endless_run(tmp_path, launcher) as (output, run):
         subprocess.run(["pkill", "-USR1", "-f", "--", f"-u -m selfgen_ds .*{tmp_path / 'recipe.yaml'}"], check=True)
         assert run.wait() == {"deepspeed": 3, "torchrun": 1}[launcher], run.output()[-3000:]
     assert "received SIGUSR1: saving, then stopping" in run.output()
@@ -175,8 +176,7 @@ def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher
 
 @matrix("launcher", LAUNCHERS)
 def test_ctrl_c_saves_the_run_too(tmp_path: Path, launcher: str) -> None:
-    output, run = start_endless(tmp_path, launcher)
-    with run:
+    with endless_run(tmp_path, launcher) as (output, run):
         os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to the launcher and to every rank
         run.wait()
         wait_until_ended(output)

@@ -27,6 +27,7 @@ from selfgen_ds.model import lora
 from selfgen_ds.model.loading import trained_parameter_count
 from selfgen_ds.model.reductions import add_reductions
 from selfgen_ds.validation.output_folder import check_same_run
+from tests.architectures import CTRL, DEEPSEEK_V3
 from tests.problems import found_by, recipe_problems
 from tests.unit.test_config import DEMO, _parse
 
@@ -93,26 +94,7 @@ def test_routers_and_experts_are_left_alone_and_transposed_layers_adapted(config
 OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
     # peft takes `gate_proj` of the dense layer and of the shared expert for that of the fused experts
     "experts beside layers of the same names": (
-        {
-            "model_type": "deepseek_v3",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 8,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "head_dim": 8,
-            "first_k_dense_replace": 1,
-        },
+        DEEPSEEK_V3 | {"head_dim": 8},
         {"self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"}
         | {"self_attn.o_proj"},
     ),
@@ -121,7 +103,7 @@ OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"mixer.in_proj", "mixer.x_proj", "mixer.dt_proj"},
     ),
     "layers without names": (
-        {"model_type": "ctrl", "n_embd": 32, "n_head": 2, "dff": 48, "n_layer": 2, "n_positions": 32},
+        CTRL,
         {"multi_head_attention.Wq", "multi_head_attention.Wk", "multi_head_attention.Wv"}
         | {"multi_head_attention.dense", "ffn.0", "ffn.2"},
     ),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from selfgen_ds.checkpoint import export
+from selfgen_ds.checkpoint.source import compare_with_source
 from selfgen_ds.config import DataConfig, ModelConfig, Recipe
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import model_config, warn_of_rounding
 from selfgen_ds.validation.inputs import check_activation_checkpointing, check_quantization
+from tests.architectures import CTRL
 from tests.distributed import runs
 
 FIELDS: dict[str, tuple[Any, str]] = {
@@ -60,9 +64,8 @@ def test_a_quantized_model_is_refused_by_its_method(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_type_without_activation_checkpointing_is_refused_if_it_is_asked_for(asked: bool) -> None:
-    preset = {"model_type": "ctrl", "n_embd": 32, "n_head": 2, "dff": 48, "n_layer": 2, "n_positions": 32}
-    config = AutoConfig.for_model(**preset | {"vocab_size": 258, "pad_token_id": 0})
-    recipe = Recipe(output_dir="", deepspeed="", data=DataConfig(train=""), model=ModelConfig(preset=preset))
+    config = AutoConfig.for_model(**CTRL | {"vocab_size": 258, "pad_token_id": 0})
+    recipe = Recipe(output_dir="", deepspeed="", data=DataConfig(train=""), model=ModelConfig(preset=CTRL))
     recipe.train.activation_checkpointing = asked
     recipe.model.attn_implementation = "eager"
     problems = Problems()
@@ -80,3 +83,22 @@ def test_tensors_that_are_rounded_against_the_model_s_wish_are_named(caplog: pyt
     warn_of_rounding(model.to(torch.bfloat16))
     (line,) = caplog.messages
     assert "to bfloat16 that plain transformers keeps in float32, the first is model.layers.1.mlp.gate.weight;" in line
+
+
+def test_a_tensor_that_was_not_loaded_as_it_is_in_the_folder_is_named(tmp_path: Path) -> None:
+    path = runs.write_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    compare_with_source(model, path, reads=True)
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    compare_with_source(model, path, reads=False)
+    with pytest.raises(InputError, match=r"model\.norm\.weight was not loaded as it is there"):
+        compare_with_source(model, path, reads=True)
+
+
+@pytest.mark.parametrize(("rank", "part"), [(0, [1.0, 2.0]), (1, [1.0]), (2, [])])
+def test_the_padding_of_a_shard_is_not_taken_for_a_weight(rank: int, part: list[float]) -> None:
+    shard = torch.tensor([1.0, 2.0 if rank == 0 else torch.inf])
+    shard.ds_numel = 2  # type: ignore[attr-defined]
+    parameter = SimpleNamespace(ds_tensor=shard, ds_numel=3, ds_zero_partition_rank=rank)
+    assert export._own_part(parameter).tolist() == part

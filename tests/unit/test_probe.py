@@ -13,7 +13,7 @@ from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.model import probe, small_copy
 from selfgen_ds.model.head import LogitTransform
-from tests.architectures import ARCHITECTURES, attention
+from tests.architectures import ARCHITECTURES, DEEPSEEK_V3, attention
 from tests.tiers import sweep
 
 
@@ -173,38 +173,17 @@ def test_an_attention_kernel_that_the_model_lacks_is_named() -> None:
         check(ARCHITECTURES["gemma2"])
 
 
-EXPERTS_WITHOUT_A_LOSS = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 1,
-}
-
-
 def test_a_mixture_of_experts_without_a_router_loss_is_refused_unless_none_is_asked_for() -> None:
     with pytest.raises(InputError, match=r"model type 'deepseek_v3' is a mixture .* router_aux_loss_coef: 0"):
-        check(EXPERTS_WITHOUT_A_LOSS)
-    assert check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.0}) == LogitTransform()
+        check(DEEPSEEK_V3)
+    assert check(DEEPSEEK_V3 | {"router_aux_loss_coef": 0.0}) == LogitTransform()
     with pytest.raises(InputError, match="router loss cannot be computed"):
-        check(EXPERTS_WITHOUT_A_LOSS | {"router_aux_loss_coef": 0.1})
+        check(DEEPSEEK_V3 | {"router_aux_loss_coef": 0.1})
 
 
 @pytest.mark.parametrize("fields", [{}, {"router_aux_loss_coef": 0.1}])
 def test_a_mixture_of_experts_is_evaluated_without_a_router_loss(fields: dict[str, Any]) -> None:
-    assert check(EXPERTS_WITHOUT_A_LOSS | fields, training=False) == LogitTransform()
+    assert check(DEEPSEEK_V3 | fields, training=False) == LogitTransform()
     assert check(ARCHITECTURES["mixtral"], training=False) == LogitTransform()
 
 
