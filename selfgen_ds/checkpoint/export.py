@@ -32,7 +32,7 @@ from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tenso
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import make_folder
 from selfgen_ds.model import lora
-from selfgen_ds.model.gathering import gather_copy
+from selfgen_ds.model.gathering import gather_copy, is_finite
 from selfgen_ds.model.loading import build_model, from_config
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
@@ -80,7 +80,7 @@ def export_engine(
 def _check_finite(model: PreTrainedModel) -> None:
     """Check the trained weights of all ranks, each rank its own shards. Collective: every rank must call this."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    broken = [name for name, parameter in trained.items() if not torch.isfinite(_own_part(parameter)).all()]
+    broken = [name for name, parameter in trained.items() if not is_finite(_own_part(parameter))]
     if names := sorted({name for names in process_group.all_gather_object(broken[:1]) for name in names}):
         raise RuntimeError(
             f"trained weights are not finite, the first are in {names[0]}: the model is not exported; resume from an "

@@ -29,7 +29,7 @@ from selfgen_ds.config import LoraConfig, ModelConfig
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.files import absolute_folder
 from selfgen_ds.model import lora
-from selfgen_ds.model.gathering import gather_copy
+from selfgen_ds.model.gathering import gather_copy, is_finite
 from selfgen_ds.model.loading import from_config
 from selfgen_ds.model.reach import Reach
 
@@ -238,7 +238,7 @@ def _difference(stored: dict[str, Tensor], tensors: SourceTensors, in_folder: di
             original = tensors.read(in_folder[name]).to(tensor.dtype)
         except (OSError, SafetensorError) as error:
             return f"{in_folder[name]} cannot be read: {error}"
-        if trained and not torch.isfinite(original).all():
+        if trained and not is_finite(original):
             return f"{in_folder[name]} holds NaN or infinity; mend the file"
         if not torch.equal(tensor[: len(original)] if original.ndim else tensor, original):  # rows may be added
             return f"{in_folder[name]} was not loaded as it is there"
