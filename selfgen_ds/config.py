@@ -24,6 +24,8 @@ class LoraConfig:
     """Dropout before the adapters, in training steps only."""
     target_modules: str | list[str] = "all-linear"
     """Linear layers to adapt: the ends of their names, a regular expression, or all of them except the LM head."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Ends of the names of modules that are trained whole beside the adapters, such as `embed_tokens`, `lm_head`."""
     export: Literal["merged", "adapter"] = "merged"
     """Form of the export: a whole model with the adapters added to its weights, or `peft`'s adapter folder."""
 
@@ -49,7 +51,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Allow code that a hub repository ships to run."""
     lora: LoraConfig | None = None
-    """Freeze `name_or_path` and train adapters; checkpoints then hold the adapters alone. Default: train the whole
+    """Freeze `name_or_path` and train adapters; checkpoints then hold what is trained alone. Default: train the whole
     model."""
 
 

@@ -217,6 +217,7 @@ def _load_weights(model: ModelConfig, config: PretrainedConfig, dtype: torch.dty
         raise InputError(
             f"model.name_or_path: {model.name_or_path!r} lacks {len(absent)} tensors, the first is {absent[0]}"
         )
+    lora.unwrap_saved_modules(built)
     # The export reverses these conversions. Under ZeRO-3, transformers also lists conversions that it did not apply.
     built._weight_conversions = [c for c in built._weight_conversions or [] if c.was_used()]
     return built

@@ -18,7 +18,7 @@ import peft
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,17 +39,21 @@ _ADAPTER = "default"  # peft's name for a model's only adapter
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
-    """Freeze the model and put adapters into it, in the model's dtype.
+    """Freeze the model but for `modules_to_save`, and put adapters into it, in the model's dtype.
 
     B is 0 at first, so that the model still computes the same. The caller seeds torch with the same seed on all ranks.
+    Where `peft` puts a trained copy beside each module to save, the module itself is trained here, which takes no
+    memory twice and leaves the LM head where it is.
 
     Args:
         base: Folder or hub id of the model.
 
     Raises:
-        InputError: `target_modules` names no linear layer, or a layer that cannot be adapted.
+        InputError: `target_modules` names no linear layer, or a layer that cannot be adapted; `modules_to_save` names
+            no module, one with adapters in it, or one that is frozen already because text does not reach it.
     """
-    targets = _all_linear(model) if lora.target_modules == "all-linear" else lora.target_modules
+    saved = _modules_to_save(model, lora.modules_to_save)
+    targets = _all_linear(model, saved) if lora.target_modules == "all-linear" else lora.target_modules
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -71,22 +75,52 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
         for target in lora.target_modules:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
                 raise InputError(f"model.lora.target_modules: the model has no linear layer {target!r}")
+    for name in saved:
+        if inside := [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]:
+            raise InputError(f"model.lora.modules_to_save: {name} holds the adapted layer {inside[0]}; drop one")
+        model.get_submodule(name).requires_grad_(True)
     model.register_state_dict_post_hook(_drop_frozen)
 
 
-def _all_linear(model: PreTrainedModel) -> list[str] | str:
+def _modules_to_save(model: PreTrainedModel, ends: list[str]) -> list[str]:
+    """Return the names of the modules with these ends, which have parameters.
+
+    Raises:
+        InputError: No module has such a name, or a parameter of one is frozen already.
+    """
+    found = []
+    for end in ends:
+        named = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")]
+        weights = {f"{n}.{w}": p for n in named for w, p in model.get_submodule(n).named_parameters()}
+        if not weights:
+            raise InputError(f"model.lora.modules_to_save: the model has no module {end!r} with weights")
+        if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+            raise InputError(f"model.lora.modules_to_save: text does not reach {frozen[0]}")
+        found += named
+    return found
+
+
+def _all_linear(model: PreTrainedModel, saved: list[str]) -> list[str] | str:
     """Return peft's targets for every linear layer but the head, routers, and layers that are frozen already.
 
     peft's own "all-linear" includes routers. The targets are last parts of names where these name no other module, or
     else a regular expression of whole names.
+
+    Args:
+        saved: Names of modules that are trained whole.
     """
-    chosen = [name for name, module in model.named_modules() if _can_be_adapted(model, name, module)]
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if _can_be_adapted(model, name, module) and not any(f"{name}.".startswith(f"{whole}.") for whole in saved)
+    ]
+    names = [name for name, _ in model.named_modules()]
     last_parts = {name.rpartition(".")[2] for name in chosen}
-    alike = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts]
-    if alike == chosen:
+    if [name for name in names if name.rpartition(".")[2] in last_parts] == chosen:
         return sorted(last_parts)
-    numberless = dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in chosen)
-    return "|".join(numberless)
+    exact = [re.escape(name) for name in chosen]
+    of_any_layer = "|".join(dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", name) for name in exact))
+    return of_any_layer if [name for name in names if re.fullmatch(of_any_layer, name)] == chosen else "|".join(exact)
 
 
 def _can_be_adapted(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
@@ -121,7 +155,7 @@ def log_left_out(model: PreTrainedModel) -> None:
         numberless(name)
         for name, parameter in without_adapters(dict(model.named_parameters()), adapted).items()
         if name not in adapted and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        if parameter is not embeddings
+        if parameter is not embeddings and not parameter.requires_grad
     ]
     if left:
         log.info("model.lora: no adapters in %s", ", ".join(dict.fromkeys(left)))
@@ -189,16 +223,35 @@ def targets_of(model: PreTrainedModel) -> list[str] | str:
 def save_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write an adapter folder in `peft`'s format, without a tokenizer.
 
+    Weights that the model ties and trains are written under each of their names, because `peft` unties them.
+
     Args:
         tensors: The trained parameters, by name.
     """
-    named = {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": t for name, t in tensors.items()}
-    save_file(named, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    aliases = {group[0]: group for group in names.values()}
+    named = {alias: t.clone() if i else t for name, t in tensors.items() for i, alias in enumerate(aliases[name])}
+    files = {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor for name, tensor in named.items()}
+    save_file(files, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / SAFETENSORS_WEIGHTS_NAME).chmod(0o644)  # safetensors makes a file that only its owner can read
     config = copy.copy(model.peft_config[_ADAPTER])
     config.inference_mode = True
     config.target_modules = targets_of(model)
+    whole = [name for name in named if f".{_ADAPTER}." not in name]
+    config.modules_to_save = sorted({name.rpartition(".")[0] for name in whole}) or None
     config.save_pretrained(str(folder))
+
+
+def unwrap_saved_modules(model: PreTrainedModel) -> None:
+    """Put the trained modules of a loaded adapter in the places of `peft`'s wrappers, which hold the former ones too.
+
+    An LM head must be the linear layer itself.
+    """
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for name, wrapper in wrappers:
+        model.set_submodule(name, wrapper.modules_to_save[_ADAPTER])
 
 
 def base_of(name: str) -> str:

@@ -66,20 +66,31 @@ def fresh_reference(settings: Recipe) -> peft.PeftModel:
     assert lora is not None
     model = LlamaForCausalLM.from_pretrained(settings.model.name_or_path)
     config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        task_type="CAUSAL_LM",
     )
     set_seed(settings.seed)
     return peft.get_peft_model(model, config)
 
 
 @matrix(
-    ("stage", "tied", "checkpointing"),
-    [(3, False, True), (3, True, False), (2, False, True), (1, True, True), (0, False, False)],
+    ("stage", "tied", "checkpointing", "whole"),
+    [
+        (3, False, True, ["lm_head"]),
+        (3, True, False, []),
+        (2, False, True, ["embed_tokens", "model.norm"]),
+        (1, True, True, []),
+        (0, False, False, []),
+    ],
 )
 def test_training_equals_plain_torch_and_peft(
-    two_ranks: Ranks, folder: Path, stage: int, tied: bool, checkpointing: bool
+    two_ranks: Ranks, folder: Path, stage: int, tied: bool, checkpointing: bool, whole: list[str]
 ) -> None:
-    settings = adapting(folder, tied=tied, deepspeed=with_stage(folder, stage))
+    lora = LoraConfig(r=4, lora_alpha=16, modules_to_save=whole)
+    settings = adapting(folder, lora, tied=tied, deepspeed=with_stage(folder, stage))
     settings.train.activation_checkpointing = checkpointing
     results = two_ranks.run(runs.losses_parameters_contexts, settings, 4)
     reference = fresh_reference(settings)
@@ -88,13 +99,15 @@ def test_training_equals_plain_torch_and_peft(
     assert results[0][0] == pytest.approx(losses, rel=1e-5)
     moved = 0
     for name, parameter in results[0][1].items():
-        wanted = expected[f"base_model.model.{name}"]
-        if "lora_" in name:
-            assert torch.allclose(parameter, wanted, rtol=1e-4, atol=2e-4), name
-            moved += not torch.equal(wanted, before[f"base_model.model.{name}"])
+        module, _, weight = name.rpartition(".")
+        copied = f"{module}.modules_to_save.default.{weight}"  # peft trains a copy of the module
+        inside = f"base_model.model.{copied if module.endswith(tuple(whole)) else name}"
+        if "lora_" in name or inside.endswith(copied):
+            assert torch.allclose(parameter, expected[inside], rtol=1e-4, atol=2e-4), name
+            moved += not torch.equal(expected[inside], before[inside])
         else:
-            assert torch.equal(parameter, before[f"base_model.model.{name}"]), name
-    assert moved == 2 * 7 * runs.PRESET["num_hidden_layers"]
+            assert torch.equal(parameter, before[inside]), name
+    assert moved == 2 * 7 * runs.PRESET["num_hidden_layers"] + len(whole)
 
 
 def base_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -213,22 +226,24 @@ def test_dropout_is_on_in_training_steps_alone(two_ranks: Ranks, folder: Path) -
 
 
 @matrix(
-    ("stage", "dtype", "tied", "exported"),
+    ("stage", "dtype", "tied", "exported", "whole"),
     [
-        (3, "float32", True, "merged"),
-        (0, "float32", True, "merged"),
-        (1, "bfloat16", False, "merged"),
-        (2, "bfloat16", True, "merged"),
-        (3, "bfloat16", False, "adapter"),
+        (3, "float32", True, "merged", []),
+        (0, "float32", True, "merged", ["lm_head"]),
+        (1, "bfloat16", False, "merged", ["lm_head"]),
+        (2, "bfloat16", True, "merged", []),
+        (3, "bfloat16", False, "adapter", ["embed_tokens", "lm_head"]),
+        (3, "float32", True, "adapter", ["embed_tokens"]),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_adapter_and_its_checkpoints_hold_and_export_it(
-    two_ranks: Ranks, folder: Path, stage: int, dtype: Any, tied: bool, exported: Any
+    two_ranks: Ranks, folder: Path, stage: int, dtype: Any, tied: bool, exported: Any, whole: list[str]
 ) -> None:
     file = "model.safetensors" if exported == "merged" else "adapter_model.safetensors"
     models = []
     for stops in ([2], [1, 2]):
-        settings = adapting(folder, LoraConfig(r=2, lora_dropout=0.1, export=exported), tied=tied, resume="auto")
+        lora = LoraConfig(r=2, lora_dropout=0.1, modules_to_save=whole, export=exported)
+        settings = adapting(folder, lora, tied=tied, resume="auto")
         settings.deepspeed, settings.model.dtype = with_stage(folder, stage), dtype
         settings.optim.schedule = "constant"
         for steps in stops:
@@ -240,9 +255,11 @@ def test_a_resumed_run_ends_with_the_same_adapter_and_its_checkpoints_hold_and_e
     last = Path(settings.output_dir) / "checkpoints" / "step-000002"
     states = [torch.load(path)["module"] for path in last.glob("*model_states.pt")]
     assert states
-    assert all("lora_" in name for state in states for name in state)
+    names = {name for state in states for name in state if "lora_" not in name}
+    ends = ("embed_tokens", "lm_head") if whole and tied else whole
+    assert {name.split(".")[-2] for name in names} == set(ends)
     saved = sum(path.stat().st_size for path in last.glob("*.pt"))
-    assert saved < (folder / "base" / "model.safetensors").stat().st_size
+    assert whole or saved < (folder / "base" / "model.safetensors").stat().st_size
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "MAX_SHARD", "50KB")

@@ -22,9 +22,10 @@ from selfgen_ds.config import (
     TrainConfig,
     to_yaml,
 )
+from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.model import lora
-from selfgen_ds.model.loading import trained_parameter_count
+from selfgen_ds.model.loading import build_model, model_config, trained_parameter_count
 from selfgen_ds.model.reductions import add_reductions
 from selfgen_ds.validation.output_folder import check_same_run
 from tests.architectures import CTRL, DEEPSEEK_V3
@@ -201,6 +202,57 @@ def test_targets_that_cannot_be_adapted_are_refused(targets: str | list[str], me
         lora.add_adapter(built(LLAMA), LoraConfig(target_modules=targets), "base")
     with pytest.raises(InputError, match=r"model\.lora\.target_modules: "):
         trained_parameter_count(ModelConfig(lora=LoraConfig(target_modules=targets)), LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (["lm_heads"], "the model has no module 'lm_heads' with weights"),
+        (["act_fn"], "the model has no module 'act_fn' with weights"),
+        (["embed_tokens", "q_proj"], r"model\.layers\.0\.self_attn\.q_proj holds the adapted layer .*q_proj"),
+        (["norm"], r"text does not reach model\.norm\.weight"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole_are_refused(ends: list[str], message: str) -> None:
+    model = built(LLAMA)
+    model.model.norm.requires_grad_(False)
+    with pytest.raises(InputError, match=rf"^model\.lora\.modules_to_save: {message}"):
+        lora.add_adapter(model, LoraConfig(target_modules=["q_proj"], modules_to_save=ends), "base")
+
+
+def test_all_linear_leaves_modules_that_are_trained_whole_alone() -> None:
+    model = built(LLAMA)
+    lora.add_adapter(model, LoraConfig(modules_to_save=["layers.0.mlp"]), "base")
+    whole = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == whole
+    assert not whole & lora.adapted_layers(model).keys()
+    assert "model.layers.1.mlp.up_proj.weight" in lora.adapted_layers(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ends", [["lm_head"], ["embed_tokens", "lm_head"], ["norm"]], ids="+".join)
+def test_every_library_loads_an_adapter_folder_with_modules_that_were_trained_whole(
+    tmp_path: Path, ends: list[str], tied: bool
+) -> None:
+    base = copy.deepcopy(LLAMA)
+    base.tie_word_embeddings, base.vocab_size = tied, 258
+    plain = built(base).eval()
+    plain.save_pretrained(tmp_path / "base")
+    model = copy.deepcopy(plain)
+    lora.add_adapter(model, LoraConfig(r=2, modules_to_save=ends), str(tmp_path / "base"))
+    randomized(model)
+    (tmp_path / "adapter").mkdir()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    lora.save_adapter(model, trained, tmp_path / "adapter")
+    settings = ModelConfig(name_or_path=str(tmp_path / "adapter"), dtype="float32")
+    loaded = [
+        peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter")),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        build_model(settings, model_config(settings, byte_tokenizer())),
+    ]
+    ids = torch.randint(32, (1, 9))
+    assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-2)
+    assert all(torch.equal(other.eval()(ids).logits, model(ids).logits) for other in loaded)
 
 
 def test_a_checkpoint_is_expected_to_take_what_is_trained() -> None:
