@@ -47,9 +47,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         loader = PreTrainedTokenizerFast if general else AutoTokenizer
         tokenizer = loader.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the type depends on which file is damaged, and how
-        raise InputError(
-            f"{setting}: no tokenizer could be loaded from {name!r}: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it has no file of a tokenizer; model.tokenizer names another folder or hub id"
+        raise InputError(f"{setting}: no tokenizer could be loaded from {name!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{setting}: the tokenizer {name!r} has no end-of-sequence token (`eos_token`)")
     if tokenizer.pad_token_id is None:

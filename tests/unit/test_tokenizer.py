@@ -1,9 +1,11 @@
 import os
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer
 
 from selfgen_ds.config import ModelConfig
@@ -84,7 +86,8 @@ def test_a_folder_that_is_no_model_is_an_error_that_names_the_model_inside(tmp_p
 
 def test_a_folder_without_a_tokenizer_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match=rf"^model\.name_or_path: no tokenizer could be loaded from '{tmp_path}'"):
+    reason = "it has no file of a tokenizer; model.tokenizer names another folder or hub id"
+    with pytest.raises(InputError, match=f"^model.name_or_path: no tokenizer .* from '{tmp_path}': {reason}$"):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
     with pytest.raises(InputError, match=rf"^model\.tokenizer: no tokenizer could be loaded from '{tmp_path}'"):
         load_tokenizer(ModelConfig(name_or_path="elsewhere", tokenizer=str(tmp_path)))
@@ -146,3 +149,31 @@ def test_a_saved_tokenizer_keeps_its_tokens_for_a_model_type_with_a_tokenizer_cl
     AutoConfig.for_model("qwen2").save_pretrained(tmp_path)
     loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
     assert loaded.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_gives_that_models_ids(tmp_path: Path) -> None:
+    lines = Path("README.md").read_text(encoding="utf-8").splitlines()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    text = "A façade:  two spaces, a tab\t, and\n  a line."
+    expected = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
+    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    assert loaded(text, add_special_tokens=False).input_ids == expected
+    assert loaded.decode(expected) == text
+
+
+def test_a_folder_with_a_tiktoken_model_alone_names_the_package_that_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_text("".join(f"{b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    with pytest.raises(InputError, match=r"model\.name_or_path: no tokenizer could be loaded from .*tiktoken"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
