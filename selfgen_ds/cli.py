@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from argparse import SUPPRESS
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,17 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from tqdm import tqdm
 
 from selfgen_ds import __version__, packaged
-from selfgen_ds.config import BenchOptions, CompareOptions, EvaluateOptions, ExportOptions, InspectOptions, Recipe
+from selfgen_ds.config import (
+    BenchOptions,
+    CompareOptions,
+    EvaluateOptions,
+    ExportOptions,
+    InspectOptions,
+    LoraConfig,
+    Recipe,
+)
 from selfgen_ds.errors import InputError, Problems, Stopped
+from selfgen_ds.files import refusal
 from selfgen_ds.ranks import signals
 
 log = logging.getLogger("selfgen_ds")
@@ -73,10 +83,14 @@ def main() -> None:
         log.warning("stopped by a signal; everything is saved, and --resume auto continues the run")
         sys.exit(signals.STOPPED)
     except Exception as error:
-        if process_group.heartbeat is None:
+        if process_group.heartbeat is not None:
+            signals.ignore()
+            process_group.heartbeat.fail(error)
+        refused = refusal(error)
+        if refused is None:
             raise
-        signals.ignore()
-        process_group.heartbeat.fail(error)
+        _tell(refused)
+        sys.exit(1)
     signals.ignore()
     process_group.leave_process_group()
 
@@ -96,14 +110,14 @@ def _parse(arguments: list[str]) -> Namespace:
     parser = _parser()
     try:
         return parser.instantiate(parser.parse_args(arguments))
-    except (ArgumentError, TypeError, UnicodeDecodeError) as error:  # TypeError: a section that is no mapping
+    except (ArgumentError, TypeError, OSError, UnicodeDecodeError) as error:  # TypeError: a section that is no mapping
         from selfgen_ds.validation.command_line import check_command_line
 
         problems = Problems()
         if command in _SETTINGS:
             check_command_line(problems, options, _SETTINGS[command])
         problems.raise_all()
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(" ".join(str(error).split()).replace(f" {command}.", " --")) from error
 
 
 def _set_up_logging(rank: int) -> None:
@@ -143,6 +157,16 @@ class _RecipeFile(ActionConfigFile):
         super().__call__(parser, cfg, str(packaged.find(values, "recipes")), option_string)
 
 
+class _CommandWithRecipe(ArgumentParser):
+    """A parser whose `--help` also shows the settings of the section that a recipe may leave out."""
+
+    def format_help(self, *options: Any, **settings: Any) -> str:
+        """Return the text of `--help`."""
+        section = ArgumentParser(usage=SUPPRESS, add_help=False)
+        section.add_class_arguments(LoraConfig, "model.lora")
+        return f"{super().format_help(*options, **settings)}\n{section.format_help().lstrip()}"
+
+
 @cache
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # `--help` shows the fields' docstrings
@@ -156,7 +180,8 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
 
     def command(name: str, summary: str, description: str | None, usage: str | None = None) -> ArgumentParser:
-        added = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
+        kind = ArgumentParser if usage is None else _CommandWithRecipe
+        added = kind(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
         commands.add_subcommand(name, added, help=summary)
         if usage is not None:
             config = "recipe: a YAML file, or the name of a packaged one; later options change its settings"

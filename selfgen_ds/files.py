@@ -1,17 +1,80 @@
-"""Files and folders on disk: atomic and durable writes, checksums, locks."""
+"""Files and folders on disk: atomic and durable writes, checksums, locks, and what the operating system refuses."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import re
+import socket
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from selfgen_ds.errors import InputError
 
 log = logging.getLogger("selfgen_ds")
+
+_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there, or ask for a larger quota",
+    errno.EACCES: "give this user the right to read and write there",
+    errno.EPERM: "give this user the right to read and write there",
+    errno.EROFS: "choose another folder, or have it mounted for writing",
+    errno.EIO: "look at the disk, or at the file server",
+    errno.EMFILE: "raise the number of files that a process may open (`ulimit -n`)",
+    errno.ENFILE: "raise the number of files that this host may open (`sysctl fs.file-max`)",
+}
+_NO_FILE = (ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError, socket.gaierror)
+_NUMBER = re.compile(r"\(os error (\d+)\)")  # in the errors of libraries that are written in Rust
+
+
+def refusal(error: BaseException) -> str | None:
+    """Return a line about the file that the operating system has refused, and what to do.
+
+    Returns:
+        The line, or None if something else has caused the error.
+    """
+    cause = _system_error(error)
+    if cause is None:
+        return None
+    if cause.errno is None:  # a library's own words
+        return " ".join(str(cause).split())
+    path = "" if cause.filename is None else f"{os.fsdecode(cause.filename)}: "
+    advice = f"; {_ADVICE[cause.errno]}" if cause.errno in _ADVICE else ""
+    return f"{path}{cause.strerror}{advice}"
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Return the operating system's error that has caused an error; None if there is none about a file."""
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, _NO_FILE):
+            return error
+        if number := _NUMBER.search(str(error)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the operating system's errors name the file or folder that the block works on.
+
+    They name a file that cannot be opened, but not one that cannot be written to the end.
+
+    Raises:
+        OSError: An error of the block was one of the operating system's, and named no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = _system_error(error)
+        if cause is None or cause.errno is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
 
 
 def make_folder(path: Path, setting: str) -> None:
@@ -59,7 +122,7 @@ def lock(folder: Path, setting: str) -> IO[str]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a crash, finds the old content or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -80,8 +143,12 @@ def sync_and_sum(path: Path) -> list[int]:
 
 
 def intact(path: Path, entry: list[int]) -> bool:
-    """Return whether a file still has the size and CRC-32 that `sync_and_sum` returned."""
-    return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
+    """Return whether a file can be read and has the size and CRC-32 that `sync_and_sum` returned."""
+    try:
+        return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
+    except OSError as error:
+        log.warning("%s", refusal(error))
+        return False
 
 
 def _crc(path: Path) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.monitor.monitor import MonitorMaster
 from tqdm import tqdm
 
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import naming, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -54,7 +54,7 @@ class MetricsLogger:
             return
         step = int(metrics["step"])
         self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
-        with open(self._path, "a", encoding="utf-8") as file:
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
             # JSON has no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps(finite) + "\n")
@@ -71,7 +71,7 @@ class MetricsLogger:
     def sync(self) -> None:
         """Force the lines to the disk, so that no checkpoint is newer than the metrics of its steps."""
         if self._writes:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from selfgen_ds.checkpoint import unpickling
 from selfgen_ds.checkpoint.manifest import HF_FOLDER, MARKER, broken_files, complete_checkpoints
@@ -30,7 +30,7 @@ from selfgen_ds.checkpoint.source import Source, write_configs
 from selfgen_ds.checkpoint.source_tensors import SourceTensors
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tensors
 from selfgen_ds.errors import InputError
-from selfgen_ds.files import make_folder
+from selfgen_ds.files import make_folder, naming
 from selfgen_ds.model import lora
 from selfgen_ds.model.gathering import gather_copy, is_finite
 from selfgen_ds.model.loading import build_model, from_config
@@ -141,7 +141,7 @@ def export_checkpoint(
     layout, originals = StateDictLayout.read(path, config, trust_remote_code), source.tensors()
     with _replacing(folder, writes=True) as partial:
         _write_shards(layout, lambda name: tensors[name].contiguous(), partial, True, source, originals)
-        shutil.copytree(path / HF_FOLDER, partial, dirs_exist_ok=True)
+        _copy_files(path / HF_FOLDER, partial)
 
 
 def _saved_tensors(path: Path) -> dict[str, Tensor]:
@@ -189,8 +189,14 @@ def _export_adapted(
         else:
             lora.save_adapter(model, adapters, partial)
         # With a model's configuration in it, the adapter's folder would be taken for a whole model.
-        skipped = shutil.ignore_patterns(*(() if merged else ("config.json", "generation_config.json")))
-        shutil.copytree(path / HF_FOLDER, partial, dirs_exist_ok=True, ignore=skipped)
+        _copy_files(path / HF_FOLDER, partial, *(() if merged else (CONFIG_NAME, GENERATION_CONFIG_NAME)))
+
+
+def _copy_files(source: Path, target: Path, *without: str) -> None:
+    """Copy the files of a folder, but for some names. `shutil.copytree` would raise a list of errors."""
+    for file in sorted(source.iterdir()):
+        if file.name not in without:
+            shutil.copy(file, target)
 
 
 @contextmanager
@@ -200,7 +206,8 @@ def _replacing(folder: Path, writes: bool) -> Iterator[Path]:
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(partial, "output_dir")
-    yield partial
+    with naming(folder):
+        yield partial
     if writes:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

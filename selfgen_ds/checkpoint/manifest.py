@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfgen_ds.files import intact, write_atomically
+from selfgen_ds.files import intact, refusal, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -71,8 +71,8 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
             if content.pop(_CRC) != _crc(content):
                 raise ValueError(f"{marker} is not as it was written")
             checkpoints.append(Checkpoint(path=marker.parent, **content))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            log.warning("%s is unreadable; ignoring this checkpoint", marker)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s is unreadable (%s); ignoring this checkpoint", marker, refusal(error) or error)
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
@@ -88,7 +88,7 @@ def marked(folder: Path, *names: str) -> list[Path]:
 
 def _step_folders(folder: Path) -> list[Path]:
     """Return the folders of checkpoints in any state. A user may keep folders of other names beside them."""
-    return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name)) if folder.exists() else []
 
 
 def write_marker(checkpoint: Checkpoint, name: str = MARKER) -> None:

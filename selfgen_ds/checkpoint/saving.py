@@ -17,7 +17,7 @@ from selfgen_ds.checkpoint.manifest import BROKEN, HF_FOLDER, MARKER, Checkpoint
 from selfgen_ds.checkpoint.source import Source, write_configs
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout
 from selfgen_ds.checkpoint.storage import Storage
-from selfgen_ds.files import intact, sync_and_sum, sync_folder
+from selfgen_ds.files import intact, refusal, sync_and_sum, sync_folder
 from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
@@ -53,7 +53,7 @@ def save(
         checkpoint: The content of the manifest, except for the files and `shared`.
 
     Raises:
-        RuntimeError: The checkpoint cannot be written, for example because the disk is full.
+        OSError: The checkpoint cannot be written, for example because the disk is full.
     """
     path, folder = checkpoint.path, checkpoint.path.parent
     if any(complete.step == checkpoint.step for complete in storage.complete(folder)):
@@ -66,8 +66,8 @@ def save(
     except dist.DistError:  # another rank is gone, and the disk is not to blame
         raise
     except (OSError, RuntimeError) as error:  # on a full disk torch reports an unexpected position in the file
-        free = shutil.disk_usage(folder).free
-        raise RuntimeError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {error}") from error
+        free, reason = shutil.disk_usage(folder).free, refusal(error) or " ".join(str(error).split())
+        raise OSError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {reason}") from error
 
     files, damaged = _read_back(path, storage)
     if damaged:

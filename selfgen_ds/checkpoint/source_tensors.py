@@ -11,6 +11,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout
 from selfgen_ds.errors import InputError
+from selfgen_ds.files import refusal
 
 
 class SourceTensors:
@@ -30,9 +31,11 @@ class SourceTensors:
         self._file_of: dict[str, str] = {}
         for file in _weight_files(name):
             try:
+                open(file, "rb").close()  # safetensors says of any file that cannot be opened that there is none
                 self._read_headers(file)
             except (OSError, SafetensorError) as error:
-                raise InputError(f"model.name_or_path: {file}: cannot be read: {error}") from error
+                reason = refusal(error) or f"{file}: cannot be read: {error}"
+                raise InputError(f"model.name_or_path: {reason}") from error
 
     def _read_headers(self, file: str) -> None:
         with safe_open(file, framework="pt") as content:

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from selfgen_ds.data import order
 from selfgen_ds.data.samples import Samples
+from selfgen_ds.files import naming
 
 _POOL = 10_000  # samples that are packed together; a larger pool would not fill rows better
 
@@ -31,7 +32,7 @@ def load_packs(samples: Samples, max_length: int) -> datasets.Dataset:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             partial = path.with_suffix(".partial")
-            with ArrowWriter(features=features, path=str(partial), writer_batch_size=1000) as writer:
+            with naming(partial), ArrowWriter(features=features, path=str(partial), writer_batch_size=1000) as writer:
                 for first in range(0, len(samples), _POOL):
                     pool = order.permute(np.arange(first, min(first + _POOL, len(samples))), len(samples), 0)
                     packs = pack(samples.lengths(pool), max_length)

@@ -20,6 +20,7 @@ from selfgen_ds.data.formats import READERS, RawRow, first_line, read_file
 from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.data.row_checks import Columns, TextPair, validated
 from selfgen_ds.errors import InputError
+from selfgen_ds.files import refusal
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 
@@ -65,7 +66,7 @@ def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
         try:
             fingerprint.append(content_hash(file))
         except OSError as error:
-            raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+            raise InputError(refusal(error)) from error
 
     def rows() -> Iterator[TextPair | Conversation]:
         for file in files:

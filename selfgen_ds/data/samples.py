@@ -35,7 +35,7 @@ from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.errors import InputError
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import naming, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -159,7 +159,8 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
-                _write(source, tokenizer, form, partial)
+                with naming(partial):
+                    _write(source, tokenizer, form, partial)
             except InputError as error:
                 shutil.rmtree(partial)
                 write_atomically(failure, str(error))

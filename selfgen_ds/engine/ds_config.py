@@ -10,6 +10,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from selfgen_ds import packaged
 from selfgen_ds.config import Recipe
 from selfgen_ds.errors import InputError
+from selfgen_ds.files import refusal
 
 HIDDEN_SIZE_KEYS = {
     "zero_optimization.reduce_bucket_size": lambda hidden: hidden * hidden,
@@ -35,7 +36,9 @@ def read(path: str) -> dict[str, Any]:
         raise InputError(f"deepspeed: no file {path!r}; the packaged JSONs are {packaged.names('ds_configs')}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"deepspeed: {refusal(error)}") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"deepspeed: {path}: {error}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"deepspeed: {path}, line {error.lineno}: malformed JSON: {error.msg}") from error

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, corrected
+from selfgen_ds.files import naming
 
 _MOST_MARKED = 60  # positions of a curve; markers on a longer one would hide the line
 
@@ -32,7 +33,8 @@ def plot_evaluation(
     _plot_curves(axes[0, 0], title, curves)
     if correction_rounds:
         _plot_corrections(axes[0, 1], metrics, correction_rounds)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -88,7 +90,8 @@ def plot_comparison(
             panel.plot(numbers, [row_of[run, name]["mean"] for name in names], marker="o", label=method)
         panel.set(xlabel="corrections", ylabel="exact match", ylim=(-0.02, 1.02), xticks=numbers)
         panel.legend()
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

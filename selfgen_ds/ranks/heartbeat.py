@@ -27,7 +27,9 @@ from typing import Any, NoReturn
 
 import psutil
 import torch.distributed as dist
+from tqdm import tqdm
 
+from selfgen_ds.files import refusal
 from selfgen_ds.ranks.signals import STOPPED
 
 _BEAT = 1.0  # seconds between two beats
@@ -114,8 +116,10 @@ class Heartbeat:
         """
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo raises a plain RuntimeError
             self._thread.join(2 * _SILENCE * _BEAT)
-        traceback.print_exception(error)
-        self.end_all(f"{self.process} failed: {type(error).__name__}: {_first_line(error)}")
+        refused = refusal(error)
+        if refused is None:
+            traceback.print_exception(error)
+        self.end_all(f"{self.process} failed: {refused or f'{type(error).__name__}: {_first_line(error)}'}")
 
     def leave(self, reason: str) -> None:
         """Tell the other ranks that this one is done. The rank that keeps the store waits for them, for half a minute.
@@ -246,7 +250,8 @@ def _collectives_entered() -> int:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"selfgen-ds: {line}\n")
+    behind_a_bar = getattr(tqdm, "_instances", None)
+    sys.stderr.write(("\n" if behind_a_bar else "") + f"selfgen-ds: {line}\n")
     sys.stderr.flush()
 
 

@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
-from selfgen_ds.files import intact, sync_and_sum, sync_folder, write_atomically
+from selfgen_ds.files import intact, naming, sync_and_sum, sync_folder, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -147,7 +147,7 @@ class Writer:
     def write(self, chunk: int, rows: Sequence[TrainingRow], counts: dict[str, int]) -> None:
         """Write one chunk. It is on the disk when this returns."""
         path = self.partial / _file(chunk)
-        with ArrowWriter(features=_FEATURES, path=str(path), writer_batch_size=1000) as writer:
+        with naming(path), ArrowWriter(features=_FEATURES, path=str(path), writer_batch_size=1000) as writer:
             for row in rows:
                 writer.write({name: getattr(row, name) for name in _FEATURES})
             writer.finalize()
@@ -178,7 +178,8 @@ class Writer:
             counts.update(written["counts"])
         audit = audit | {"passes": passes, "counts": dict(counts), "files": files}
         write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
-        datasets.DatasetInfo(features=_FEATURES).write_to_directory(str(self.partial))
+        with naming(self.partial):
+            datasets.DatasetInfo(features=_FEATURES).write_to_directory(str(self.partial))
         sync_and_sum(self.partial / "dataset_info.json")
         state: dict[str, Any] = {
             "_data_files": [{"filename": _file(chunk)} for chunk in range(chunks)],

@@ -11,6 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from selfgen_ds.files import naming
+
 
 def show(folder: Path, record: dict[str, Any]) -> None:
     """Write `bench.png`, and print the tables."""
@@ -111,7 +113,8 @@ def _plot(record: dict[str, Any], path: Path) -> None:
         times = [(row["epoch_time_ratio"], row["drawing_share"]) for row in rounds]
         parts = [{"drawing": time * share, "training": time * (1 - share)} for time, share in times]
         _plot_bars(axes[-1, 0], [row["draws"] for row in rounds], parts, "round of one epoch, an epoch of sft = 1")
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from selfgen_ds import packaged
 from selfgen_ds.config import Recipe
 from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.files import refusal
 
 _OF_THE_PARSER = ("help", "print_config")
 
@@ -31,39 +32,41 @@ def check_command_line(problems: Problems, arguments: list[str], settings: tuple
         settings: The dataclasses whose fields are the sub-command's options.
     """
     options, stray = _options(arguments)
+    problems.add(*(f"--{name}: expected a value" for name, text in options.items() if text is None))
     known: dict[str, Any] = {}
     required: list[str] = []
     for part in settings:
         of_part, needed = _known(part)
         known |= of_part
         required += needed
-    in_file: list[tuple[str, Any]] | None = []
+    in_file: list[tuple[str, Any]] | None = None if options.get("config", "") is None else []
     recipe = options.pop("config", None)
     if recipe is not None:
         in_file = None
         with problems.collect():
             in_file = list(_dotted(_read(recipe), known))
-    in_options = list(_dotted({name: _value(text) for name, text in options.items()}, known))
+    values = {name: _value(text) for name, text in options.items() if text is not None}
+    in_options = list(_dotted(values, known))
     problems.add(*(f"{recipe}: {line}" for line in _wrong(in_file or [], known)))
     problems.add(*_wrong(in_options, known, "--"))
     option = "--config" if Recipe in settings else f"--{required[0]}"
     problems.add(*(f"{text}: expected an option, such as {option} {text}" for text in stray))
     if not stray and in_file is not None:  # otherwise the file, once it can be read, may have the missing settings
         where = " in the recipe (--config) or" if Recipe in settings else ""
-        names = [name for name, _ in (*in_file, *in_options)]
+        names = [*options, *(name for name, _ in (*in_file, *in_options))]
         missing = [setting for setting in required if not any(_within(name, setting) for name in names)]
         problems.add(*(f"{setting}: missing; give it{where} as --{setting}" for setting in missing))
 
 
-def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the text of every option by its name, and the arguments that belong to no option."""
-    options: dict[str, str] = {}
+def _options(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Return the text of every option by its name, None where it is missing, and arguments that belong to no option."""
+    options: dict[str, str | None] = {}
     stray: list[str] = []
     waiting: str | None = None  # the option whose text comes next
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, text = argument.removeprefix("--").partition("=")
-            options[name.removesuffix("+")] = text  # `+` appends to a list
+            options[name.removesuffix("+")] = text if equals else None  # `+` appends to a list
             waiting = None if equals else name.removesuffix("+")
         elif waiting is not None:
             options[waiting], waiting = argument, None
@@ -105,7 +108,7 @@ def _read(recipe: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"--config: {recipe}: expected UTF-8, got another encoding at byte {error.start}") from error
     except OSError as error:
-        raise InputError(f"--config: {recipe}: {error.strerror}") from error
+        raise InputError(f"--config: {refusal(error)}") from error
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise InputError(f"--config: {recipe}{line}: malformed YAML: {error.problem}") from error
@@ -169,7 +172,8 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     same_part = [s for s in known if s.rpartition(".")[2] == last]
     initials = [s for s in known if "".join(word[:1] for word in s.rpartition(".")[2].split("_")) == last]
     initials.sort(key=lambda setting: setting.rpartition(".")[0] != section)
-    return next(iter([*same_part, *initials, *get_close_matches(name, known, n=1)]), None)
+    sections = dict.fromkeys(setting.split(".")[0] for setting in known)
+    return next(iter([*same_part, *initials, *get_close_matches(name, [*sections, *known], n=1)]), None)
 
 
 def _is_free(name: str, known: dict[str, Any]) -> bool:

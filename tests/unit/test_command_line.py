@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from selfgen_ds import cli
+from selfgen_ds.config import LoraConfig
 from selfgen_ds.errors import InputError
 
 RECIPE = """\
@@ -45,6 +47,7 @@ def test_all_problems_of_file_and_options_come_at_once(file: Path) -> None:
         ("max_steps: 3", "max_steps: no such setting; did you mean train.max_steps?"),
         ("zebra: 3", "zebra: no such setting"),
         ("optim: {lr: 3}", "optim.lr: no such setting; did you mean optim.learning_rate?"),
+        ("modell: {dtype: float32}", "modell: no such setting; did you mean model?"),
         ("train: 5", "train: expected settings by name, got 5"),
         ("model: {lora: {rank: 4}}", "model.lora.rank: no such setting; did you mean model.lora.r?"),
         ("model: {dtype: float16}", "model.dtype: expected float32 or bfloat16, got 'float16'"),
@@ -212,7 +215,22 @@ def test_a_damaged_recipe_is_one_line(file: Path, content: bytes, problem: str) 
 
 
 def test_an_option_without_its_value_is_refused() -> None:
-    assert refused("--config", "demo", "--output_dir") == ["argument --output_dir: expected one argument"]
+    given = ("--output_dir", "--config", "demo", "--optim.learning_rat", "3", "--seed")
+    assert refused(*given) == [
+        "--output_dir: expected a value",
+        "--seed: expected a value",
+        "--optim.learning_rat: no such setting; did you mean --optim.learning_rate?",
+    ]
+    assert refused("--config") == ["--config: expected a value"]
+
+
+def test_the_help_shows_the_settings_of_a_section_that_a_recipe_may_leave_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--model.lora.{field.name} " in text for field in fields(LoraConfig))
 
 
 @pytest.mark.parametrize(("arguments", "got"), [([], "none"), (["trian", "--config", "demo"], "trian")])
