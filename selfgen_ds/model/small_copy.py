@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +36,10 @@ def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
         InputError: No small copy of the model can be built, or none has finite hidden states.
     """
     size = parameter_count(model, config)
-    shrinks = [_narrow, _fewer_heads, _shallow] if size > _MOST else [copy.deepcopy]
+    thinner = [partial(_fewer_heads, factor=factor) for factor in _factors(config)]
+    shrinks: list[Callable[[PretrainedConfig], PretrainedConfig]] = [copy.deepcopy]
+    if size > _MOST:
+        shrinks = [_narrow, *thinner, _shallow]
     flash = model.attn_implementation == "flash_attention_2"
     dtype, device = (torch.bfloat16, process_group.device()) if flash else (torch.float32, torch.device("cpu"))
     problem = "the copy is too large"
@@ -81,17 +86,28 @@ def _narrow(config: PretrainedConfig) -> PretrainedConfig:
     return _resized(config, heads_of | {"hidden_size": fewer * size})
 
 
-def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
+def _factors(config: PretrainedConfig) -> list[int]:
+    """Return the factors by which the heads of a model may be divided, the one that leaves the fewest heads first."""
+    text = config.get_text_config(decoder=True)
+    names = ["num_key_value_heads", "num_attention_heads", *filter(_counts_parts, text.to_dict())]
+    counts = [count for name in names if isinstance(count := getattr(text, name, None), int) and count > 0]
+    return list(dict.fromkeys([*counts[:1], math.gcd(*counts), 64, 16, 8, 4]))
+
+
+def _counts_parts(name: str) -> bool:
+    return name.endswith(("heads", "groups"))
+
+
+def _fewer_heads(config: PretrainedConfig, factor: int) -> PretrainedConfig:
     """Keep fewer heads of each kind, in their old size, because rotary factors and state spaces depend on it."""
     text = config.get_text_config(decoder=True)
-    factor = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return _resized(
         config,
         {
             name: value // factor
             for name in ("hidden_size", "num_attention_heads", *text.to_dict())
-            if (name == "hidden_size" or name.endswith("heads"))
-            and isinstance(value := getattr(text, name), int)
+            if (name in ("hidden_size", "attention_hidden_size") or _counts_parts(name))
+            and isinstance(value := getattr(text, name, None), int)
             and value % factor == 0
         },
     )

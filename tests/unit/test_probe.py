@@ -104,6 +104,17 @@ def test_a_large_model_is_tried_as_a_small_one(name: str) -> None:
     assert probe.check(settings, AutoConfig.for_model(**preset), packing=True).logit_transform == transform
 
 
+@sweep("model_type", ["zamba2", "mamba2", "rwkv", "codegen"])
+def test_a_large_model_without_attention_heads_or_with_several_kinds_of_heads_is_tried_as_a_small_one(
+    model_type: str,
+) -> None:
+    preset = {"model_type": model_type, "pad_token_id": 0}
+    with torch.no_grad():
+        settings = ModelConfig(preset=preset, attn_implementation="eager")
+        small = small_copy.small_copy(settings, AutoConfig.for_model(**preset))
+    assert sum(parameter.numel() for parameter in small.parameters()) < 50_000_000
+
+
 OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {
     "word_embed_proj_dim": 32
 }
