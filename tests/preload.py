@@ -7,15 +7,16 @@ from tests.ranks import ENVIRONMENT
 
 os.environ |= ENVIRONMENT  # the following imports read these variables
 
-import deepspeed.module_inject.auto_ep_layer  # an engine imports this and the next two
-import deepspeed.runtime.superoffload.superoffload_stage3
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (and with it torch's compiler)
+import deepspeed.module_inject.auto_ep_layer  # an engine imports this and the next one
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401 (the metrics logger does)
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import selfgen_ds.train  # noqa: F401
 from selfgen_ds import cli
+from selfgen_ds.engine import initialize
 
+initialize._import_muon()
 cli._parser()  # which is kept, and takes every rank a third of a second
 
 gc.freeze()  # DeepSpeed collects garbage for every engine, which would take a second over these modules' objects

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from transformers import PreTrainedModel, get_scheduler
 
 from selfgen_ds.config import OptimConfig
@@ -28,6 +29,7 @@ def initialize(
         total_steps: Optimizer steps of the run, which the learning-rate schedule spans.
     """
     extensions.clear_stale_locks()
+    _import_muon()
     parameters = [p for p in model.parameters() if p.requires_grad]
     # A sharded parameter is empty on every rank; `ds_shape` is its full shape.
     matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
@@ -45,6 +47,15 @@ def initialize(
     # DeepSpeed's own events count samples as steps, after which W&B would drop the metrics of lower step numbers.
     engine.monitor.enabled = False
     return engine
+
+
+def _import_muon() -> None:
+    """Import the optimizer Muon, as every engine does and no run uses, but do not compile it: that takes 5 s."""
+    compile_functions, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_functions
 
 
 def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
