@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = Path(__file__).with_name("architectures.md")
 RESULTS = ROOT / "build" / "architectures.json"
 ROWS = [("one", "ab"), ("the next row", "a longer answer"), ("3", "c"), ("and more", "to read")]
-SECONDS = 600
+SECONDS = 90
 YES = "yes"
 Attention = Literal["sdpa", "eager"]
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import subprocess
 import sys
-import time
+from multiprocessing import get_context
 from pathlib import Path
 
 from tests.ranks import ENVIRONMENT, ROOT
 
 SOURCE = Path(__file__).with_suffix(".c")
+_VARYING = re.compile(r"\b[0-9a-f]{16,}|(?<=tmp)\w{6,8}|(?<=\.)\d+(?=\.tmp)|(?<=tfevents\.).*|(?<=-)\d{5,}")
+"""Hashes, random names, process ids, steps, and times in paths."""
 
 
 class Commands:
@@ -21,16 +22,17 @@ class Commands:
 
     Args:
         folder: Folder for the library.
+        variables: Variables to add to the environment of the process and of all commands.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
         library = folder / "refused_files.so"
         compiler = ["c++", "-x", "c", "-O1", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]
         subprocess.run(compiler, check=True, timeout=60)
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.refused_files"],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT | {"LD_PRELOAD": str(library)},
+            env=os.environ | ENVIRONMENT | variables | {"LD_PRELOAD": str(library)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -56,26 +58,24 @@ class Commands:
 
 
 def opened(log: Path, inside: Path) -> set[tuple[str, str]]:
-    """Return the files and folders below a folder that a command has opened: (`r`, `w`, or `d`, pattern of the path).
+    """Return the files and folders below a folder that a command has opened.
 
     Args:
         log: The file that the variable `OPENED` named.
+
+    Returns:
+        Pairs of `r` (read), `w` (written), or `d` (listed), and a pattern of the path below the folder.
     """
     found = set()
     for line in log.read_text(encoding="utf-8").splitlines():
         mode, _, path = line.partition(" ")
         if path.startswith(f"{inside}/"):
-            # Process ids, random names, times, and hashes.
-            pattern = re.sub(
-                r"\b[0-9a-f]{16,}|(?<=tmp)\w{8}|\.\d+\.(?=tmp)|\d{5,}(\.[\w-]+)*", "*", path[len(str(inside)) :]
-            )
-            found.add((mode, pattern))
+            found.add((mode, _VARYING.sub("*", path.removeprefix(str(inside)))))
     return found
 
 
 def refusing(mode: str, pattern: str, number: int) -> dict[str, str]:
-    """Return the variable that lets opening a file fail with the error of this number."""
-    assert errno.errorcode[number]
+    """Return the variable that lets opening the files that match a pattern fail with the error of this number."""
     return {"REFUSED": f"{mode} {pattern} {number}"}
 
 
@@ -85,29 +85,12 @@ def _serve() -> None:
 
     for line in sys.stdin:
         arguments, log, variables = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                sys.stdin.close()
-                _command(arguments, Path(log), variables)
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                code = 1
-            finally:
-                os._exit(code)
-        deadline = time.monotonic() + 60
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if ended == (0, 0):
-            os.kill(child, 9)
-            ended = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(ended[1]), flush=True)
+        process = get_context("fork").Process(target=_command, args=(arguments, Path(log), variables))
+        process.start()
+        process.join(60.0)
+        process.kill()
+        process.join()
+        print(process.exitcode, flush=True)
 
 
 if __name__ == "__main__":
