@@ -1,4 +1,4 @@
-"""Write `docs/architectures.md` from runs of all causal model types of transformers.
+"""Write the table of model types in `docs/models.md` from runs of all causal model types of transformers.
 
 For each type, the folder of a small model with random weights goes through `selfgen-ds train` under ZeRO-3, in one
 process: as it is, with adapters, packed, and with answers that the model generates. Results are kept in
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -42,7 +43,8 @@ from selfgen_ds.model import small_copy
 from selfgen_ds.train import train
 
 ROOT = Path(__file__).parent.parent
-PAGE = Path(__file__).with_name("architectures.md")
+PAGE = Path(__file__).with_name("models.md")
+TABLE = re.compile(r"(<!-- Written by `python docs/make_architectures.py`. -->\n\n).*?(?=\n## )", re.DOTALL)
 RESULTS = ROOT / "build" / "architectures.json"
 ROWS = [("one", "ab"), ("the next row", "a longer answer"), ("3", "c"), ("and more", "to read")]
 SECONDS = 90
@@ -75,7 +77,10 @@ def save(model_type: str, folder: Path) -> Attention:
     """
     tokenizer = byte_tokenizer()
     small_copy._VOCABULARY = len(tokenizer)
-    config = _without_dropout(small_copy._shallow(AutoConfig.for_model(model_type)))
+    config = AutoConfig.for_model(model_type)
+    if config.is_encoder_decoder:
+        raise InputError(f"model: expected a causal language model, got model type {model_type!r}")
+    config = _without_dropout(small_copy._shallow(config))
     torch.manual_seed(0)
     with torch.no_grad():
         try:
@@ -227,8 +232,44 @@ def tried(model_type: str) -> dict[str, str]:
         return results
 
 
+SHORT = {
+    r".*is not causal.*": "refused: not causal",
+    r".*expected a causal language model.*": "refused: an encoder and a decoder",
+    r".*in a way that selfgen-ds does not support": "refused: its logits",
+    r".*keep(s)? (the|packed) samples.*": "refused",
+    r".*router loss cannot be computed.*": "refused: its router loss",
+    r"model: (config\.json or model\.preset: )?no (small copy|model).*": "default configuration cannot be built",
+    r"not done within.*": "too slow here",
+}
+"""Pattern of a reason -> its short form in the table."""
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """Return the table in Markdown: a row for all types of the same results, the row of the most types first."""
+    columns = ("loss", "export", "LoRA", "packing", "rollouts", "checkpointing", "router loss")
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for model_type, of_type in results.items():
+        reason = of_type.get("tried", of_type.get("loss", YES))
+        whole = () if reason == YES else (_short(reason),)
+        rows.setdefault(whole or tuple(_short(of_type[column]) for column in columns), []).append(model_type)
+    heads = ("model types", "loss", "export", "LoRA", "packing", "rollouts", "act. ckpt.", "router loss")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for cells, types in sorted(rows.items(), key=lambda row: (len(row[0]) == 1, -len(row[1]))):
+        padded = (*cells, *[""] * (len(columns) - len(cells)))
+        lines.append(f"| {', '.join(types)} | {' | '.join(padded)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(reason: str) -> str:
+    """Return a reason in the words of the table."""
+    for pattern, words in SHORT.items():
+        if re.fullmatch(pattern, reason):
+            return words
+    return reason.replace("|", "/")
+
+
 def main() -> None:
-    """Try the types that the command line names, or all that have no result yet, and write the page."""
+    """Try the types that the command line names, or all that have no result yet, and write the table."""
     torch.set_num_threads(1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.logging.set_verbosity_error()
@@ -239,6 +280,8 @@ def main() -> None:
         bar.set_postfix_str(model_type)
         results[model_type] = tried(model_type)
         RESULTS.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(TABLE.sub(lambda match: match[1] + table(dict(sorted(results.items()))), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from argparse import SUPPRESS
@@ -126,6 +127,16 @@ def _set_up_logging(rank: int) -> None:
     logging.getLogger("selfgen_ds").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    threading.excepthook = _tell_unless_refused
+
+
+def _tell_unless_refused(failure: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread that has failed.
+
+    Nothing is printed about a refused file: TensorBoard's thread leaves the error to the main thread, which raises it.
+    """
+    if failure.exc_value is None or refusal(failure.exc_value) is None:
+        threading.__excepthook__(failure)
 
 
 class _BesideBars(logging.StreamHandler):

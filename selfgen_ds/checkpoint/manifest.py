@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -112,6 +113,11 @@ def broken_files(checkpoint: Checkpoint, files: dict[str, list[int]]) -> list[st
     Args:
         files: The part of `checkpoint.files` to read: name -> [bytes, CRC-32].
     """
+    try:
+        os.listdir(checkpoint.path)  # DeepSpeed finds its files so
+    except OSError as error:
+        log.warning("%s", refusal(error))
+        return list(files)
     return [name for name, entry in files.items() if not intact(checkpoint.path / name, entry)]
 
 
