@@ -118,7 +118,7 @@ def problem(code: int, output: str, pattern: str) -> str:
     told = [line for line in re.split(r"[\r\n]", output) if line.startswith(("selfgen-ds: error: ", "WARNING "))]
     if code and not any(line.startswith("selfgen-ds: error: ") for line in told):
         return "no line"
-    names = [part.strip("*.").removesuffix(".partial").split("*")[0] for part in pattern.split("/")[-2:]]
+    names = [part.strip("*.").removesuffix(".partial").split("*")[0] for part in pattern.split("/")[-3:]]
     named = any(name and name in line for name in names for line in told)
     return "" if code == 0 or named else "a line that does not name the file or its folder"
 
@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_opened_or_written_is_named_in_one_line_and_nothin
         place.begin(copy)
         code, output = place.run(command, **refusing(mode, f"{place.folder}{pattern}", number))
         wrong = problem(code, output, pattern)
-        if command == "train" and not wrong and code and "/case/run" in pattern:
+        if command == "train" and not wrong and code and mode == "w" and "/case/run" in pattern:
             code, output = place.run("train")
             wrong = "" if code == 0 else "the run does not continue"
         if command == "train" and code == 0 and place.model() != weights:
