@@ -228,7 +228,7 @@ def tried(model_type: str) -> dict[str, str]:
             return results | {"loss": plain.replace(name, "FOLDER")}
         results |= {"loss": plain[0], "export": plain[1]}
         for key, work in {"LoRA": _lora, "packing": _packing, "rollouts": _rollouts}.items():
-            results[key] = "".join(_in_a_process(work, small)).replace(name, "FOLDER")
+            results[key] = str(_in_a_process(work, small)).replace(name, "FOLDER")
         return results
 
 

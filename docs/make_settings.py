@@ -7,7 +7,7 @@ Names, types and defaults are those of the fields; the meaning is the field's do
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ def _type(annotation: str) -> str:
 
 
 def _default(field: Field[Any]) -> str:
+    if field.default_factory is not MISSING:
+        return "" if is_dataclass(field.default_factory) else f"`{field.default_factory()}`"
     if field.default is MISSING:
         return "required"
     if field.default is None:

@@ -90,7 +90,7 @@ def main() -> None:
         refused = refusal(error)
         if refused is None:
             raise
-        _tell(refused)
+        print(f"selfgen-ds: error: {refused}", file=sys.stderr, flush=True)  # another rank's may be another file
         sys.exit(1)
     signals.ignore()
     process_group.leave_process_group()
@@ -112,13 +112,15 @@ def _parse(arguments: list[str]) -> Namespace:
     try:
         return parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, TypeError, OSError, UnicodeDecodeError) as error:  # TypeError: a section that is no mapping
-        from selfgen_ds.validation.command_line import check_command_line
+        from selfgen_ds.validation.command_line import check_command_line, check_options
 
         problems = Problems()
         if command in _SETTINGS:
             check_command_line(problems, options, _SETTINGS[command])
+        elif command == "compare":
+            check_options(problems, options, ["output_dir"])
         problems.raise_all()
-        raise InputError(" ".join(str(error).split()).replace(f" {command}.", " --")) from error
+        raise InputError(refusal(error) or " ".join(str(error).split())) from error
 
 
 def _set_up_logging(rank: int) -> None:
@@ -133,9 +135,10 @@ def _set_up_logging(rank: int) -> None:
 def _tell_unless_refused(failure: threading.ExceptHookArgs) -> None:
     """Print the traceback of a thread that has failed.
 
-    Nothing is printed about a refused file: TensorBoard's thread leaves the error to the main thread, which raises it.
+    Nothing is printed if TensorBoard's thread was refused a file: the main thread raises this error.
     """
-    if failure.exc_value is None or refusal(failure.exc_value) is None:
+    of_tensorboard = type(failure.thread).__name__ == "_AsyncWriterThread"
+    if not of_tensorboard or failure.exc_value is None or refusal(failure.exc_value) is None:
         threading.__excepthook__(failure)
 
 
@@ -153,6 +156,8 @@ class _BesideBars(logging.StreamHandler):
 def _tell(problems: str) -> None:
     """Print problems of the user's input, one line each, on one rank per host."""
     signals.ignore()
+    if not sys.stderr.isatty() and getattr(tqdm, "_instances", None):
+        sys.stderr.write("\n")  # in a file, a progress bar is on this line
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()

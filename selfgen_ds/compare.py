@@ -103,7 +103,7 @@ def _load(folder: Path) -> dict[str, Any]:
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         with open(folder / "predictions.jsonl", encoding="utf-8") as file:
             predictions = [json.loads(line) for line in file]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{error.filename}: missing; train and evaluate a run before you compare it") from error
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{folder}: {' '.join(str(error).split())}") from error

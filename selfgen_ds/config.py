@@ -51,7 +51,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Allow code that a hub repository ships to run."""
     lora: LoraConfig | None = None
-    """Freeze `name_or_path` and train adapters; checkpoints then hold what is trained alone. Default: train the whole
+    """Freeze `name_or_path` and train adapters; checkpoints then hold only what is trained. Default: train the whole
     model."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -56,7 +57,7 @@ def run(options: EvaluateOptions) -> None:
     positions = most_positions(config)
     length = options.max_length or positions
     check_evaluated_length(problems, length, positions)
-    with problems.collect():
+    with problems.collect(), _naming_the_option():
         traits = probe.check(source, config, packing=False, training=False)
     problems.raise_all()
     assert length is not None
@@ -72,7 +73,8 @@ def run(options: EvaluateOptions) -> None:
         problems.raise_all()
     if process_group.world_size() > 1:
         process_group.init_process_group()
-    model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
+    with _naming_the_option():
+        model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
     policy = EnginePolicy(
         model,
         end_tokens=end_tokens(samples, tokenizer),
@@ -95,11 +97,13 @@ def run(options: EvaluateOptions) -> None:
 
 @contextmanager
 def _naming_the_option() -> Iterator[None]:
-    """Call the recipe's setting `model.name_or_path` by the option's name in errors."""
+    """Call the settings of the recipe's section `model` by the options' names in errors."""
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("model.name_or_path", "--model")) from error
+        message = str(error).replace("model.name_or_path", "--model")
+        options = "dtype|attn_implementation|trust_remote_code"
+        raise InputError(re.sub(rf"\bmodel\.({options})\b", r"--\1", message)) from error
 
 
 def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:

@@ -51,7 +51,7 @@ def refusal(error: BaseException) -> str | None:
 def _system_error(error: BaseException | None) -> OSError | None:
     """Return the operating system's error that has caused an error; None if there is none about a file."""
     while error is not None:
-        if isinstance(error, OSError) and not isinstance(error, _NO_FILE):
+        if isinstance(error, OSError) and (error.filename is not None or not isinstance(error, _NO_FILE)):
             return error
         if number := _NUMBER.search(str(error)):
             return OSError(int(number[1]), os.strerror(int(number[1])))
@@ -60,8 +60,8 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let the operating system's errors name the file or folder that the block works on.
+def naming(path: Path | str) -> Iterator[None]:
+    """Let the operating system's errors name the file or folder that the block works on, or what else it writes.
 
     They name a file that cannot be opened, but not one that cannot be written to the end.
 
@@ -70,6 +70,8 @@ def naming(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         cause = _system_error(error)
         if cause is None or cause.errno is None or cause.filename is not None:
@@ -143,12 +145,28 @@ def sync_and_sum(path: Path) -> list[int]:
 
 
 def intact(path: Path, entry: list[int]) -> bool:
-    """Return whether a file can be read and has the size and CRC-32 that `sync_and_sum` returned."""
-    try:
-        return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
-    except OSError as error:
-        log.warning("%s", refusal(error))
-        return False
+    """Return whether a file still has the size and CRC-32 that `sync_and_sum` returned."""
+    return path.is_file() and path.stat().st_size == entry[0] and _crc(path) == entry[1]
+
+
+def damaged(folder: Path, files: dict[str, list[int]]) -> list[str]:
+    """Return the files of a folder that are missing, cannot be read, or are not as they were written.
+
+    Args:
+        files: Name of a file -> what `sync_and_sum` returned for it.
+
+    Returns:
+        Their names; if the operating system has refused a file, with its reason.
+    """
+    found = []
+    for name, entry in files.items():
+        try:
+            os.listdir(folder)  # DeepSpeed finds its files so
+            if not intact(folder / name, entry):
+                found.append(name)
+        except OSError as error:
+            found.append(f"{name}: {error.strerror}")
+    return found
 
 
 def _crc(path: Path) -> int:

@@ -53,7 +53,8 @@ class MetricsLogger:
         if not self._writes:
             return
         step = int(metrics["step"])
-        self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
+        with naming("a monitor of the DeepSpeed JSON"):
+            self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
         with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
             # JSON has no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}

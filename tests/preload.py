@@ -16,7 +16,7 @@ import selfgen_ds.train  # noqa: F401
 from selfgen_ds import cli
 from selfgen_ds.engine import initialize
 
-initialize._import_muon()
+initialize.import_muon()
 cli._parser()  # which is kept, and takes every rank a third of a second
 
 gc.freeze()  # DeepSpeed collects garbage for every engine, which would take a second over these modules' objects

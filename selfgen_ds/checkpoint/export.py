@@ -66,6 +66,7 @@ def export_engine(
             trained = {name: gather_copy(p, writes) for name, p in model.named_parameters() if p.requires_grad}
             if writes:
                 lora.save_adapter(model, {n: t for n, t in trained.items() if t is not None}, partial)
+                model.generation_config.to_json_file(partial / GENERATION_CONFIG_NAME, use_diff=True)
         else:
             with raise_on_all_ranks():
                 originals = source.tensors()
@@ -189,7 +190,7 @@ def _export_adapted(
         else:
             lora.save_adapter(model, adapters, partial)
         # With a model's configuration in it, the adapter's folder would be taken for a whole model.
-        _copy_files(path / HF_FOLDER, partial, *(() if merged else (CONFIG_NAME, GENERATION_CONFIG_NAME)))
+        _copy_files(path / HF_FOLDER, partial, *(() if merged else (CONFIG_NAME,)))
 
 
 def _copy_files(source: Path, target: Path, *without: str) -> None:

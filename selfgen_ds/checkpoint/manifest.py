@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfgen_ds.files import intact, refusal, write_atomically
+from selfgen_ds.files import damaged, refusal, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -79,12 +78,20 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def half_written(folder: Path) -> list[Path]:
     """Return the folders of checkpoints that a killed run has not completed."""
-    return [path for path in _step_folders(folder) if not (path / MARKER).exists() and not (path / BROKEN).exists()]
+    return [path for path in _step_folders(folder) if not _exists(path / MARKER) and not _exists(path / BROKEN)]
 
 
 def marked(folder: Path, *names: str) -> list[Path]:
     """Return the files of these names, `MARKER` or `BROKEN`, in the folders of checkpoints."""
-    return [path / name for path in _step_folders(folder) for name in names if (path / name).exists()]
+    return [path / name for path in _step_folders(folder) for name in names if _exists(path / name)]
+
+
+def _exists(marker: Path) -> bool:
+    """Return whether a marker exists. One in a folder that cannot be searched may exist, and counts."""
+    try:
+        return marker.exists()
+    except OSError:
+        return True
 
 
 def _step_folders(folder: Path) -> list[Path]:
@@ -98,9 +105,11 @@ def write_marker(checkpoint: Checkpoint, name: str = MARKER) -> None:
     write_atomically(checkpoint.path / name, json.dumps(content | {_CRC: _crc(content)}, indent=1))
 
 
-def mark_broken(checkpoint: Checkpoint) -> None:
-    """Make sure that a checkpoint is never loaded or counted again. Its files stay, for somebody to look at."""
-    (checkpoint.path / MARKER).rename(checkpoint.path / BROKEN)
+def mark_newer_broken(folder: Path, checkpoint: Checkpoint) -> None:
+    """Make sure that no newer checkpoint is ever loaded or counted again. Their files stay, for somebody to look at."""
+    for marker in marked(folder, MARKER):
+        if int(marker.parent.name.removeprefix("step-")) > checkpoint.step:
+            marker.rename(marker.with_name(BROKEN))
 
 
 def _crc(content: dict[str, Any]) -> int:
@@ -108,17 +117,12 @@ def _crc(content: dict[str, Any]) -> int:
 
 
 def broken_files(checkpoint: Checkpoint, files: dict[str, list[int]]) -> list[str]:
-    """Return the names of the files that are missing or not as they were written.
+    """Return the names of the files that are missing, cannot be read, or are not as they were written.
 
     Args:
         files: The part of `checkpoint.files` to read: name -> [bytes, CRC-32].
     """
-    try:
-        os.listdir(checkpoint.path)  # DeepSpeed finds its files so
-    except OSError as error:
-        log.warning("%s", refusal(error))
-        return list(files)
-    return [name for name, entry in files.items() if not intact(checkpoint.path / name, entry)]
+    return damaged(checkpoint.path, files)
 
 
 def better(value: float, other: float, metric: str) -> bool:

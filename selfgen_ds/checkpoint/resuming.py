@@ -22,9 +22,8 @@ from selfgen_ds.checkpoint.manifest import (
     MARKER,
     Checkpoint,
     broken_files,
-    complete_checkpoints,
     half_written,
-    mark_broken,
+    mark_newer_broken,
     marked,
 )
 from selfgen_ds.checkpoint.storage import Storage
@@ -63,9 +62,7 @@ def _newest_intact(complete: list[Checkpoint], folder: Path, storage: Storage) -
             continue
         if storage.writes:
             # This host may have newer checkpoints that another host lacks.
-            for newer in complete_checkpoints(folder):
-                if newer.step > checkpoint.step:
-                    mark_broken(newer)
+            mark_newer_broken(folder, checkpoint)
         return checkpoint
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from selfgen_ds.files import intact, refusal, sync_and_sum, sync_folder
 from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
+
+
+_OF_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|cannot be opened|Parent directory")
+"""Parts of the messages of torch for a file that it cannot write."""
 
 
 def required_bytes(parameters: int, dtype: str) -> int:
@@ -65,7 +70,9 @@ def save(
         _write(engine, path, tokenizer, config, source, storage)
     except dist.DistError:  # another rank is gone, and the disk is not to blame
         raise
-    except (OSError, RuntimeError) as error:  # on a full disk torch reports an unexpected position in the file
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OF_TORCH.search(str(error)):
+            raise
         free, reason = shutil.disk_usage(folder).free, refusal(error) or " ".join(str(error).split())
         raise OSError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {reason}") from error
 

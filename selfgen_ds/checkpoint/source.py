@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
@@ -27,7 +27,7 @@ from selfgen_ds.checkpoint.source_tensors import SourceTensors, names_in_folder,
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout, plain_tensors
 from selfgen_ds.config import LoraConfig, ModelConfig
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.files import absolute_folder
+from selfgen_ds.files import absolute_folder, refusal
 from selfgen_ds.model import lora
 from selfgen_ds.model.gathering import gather_copy, is_finite
 from selfgen_ds.model.loading import from_config
@@ -67,7 +67,13 @@ class Source:
 
     @classmethod
     def read(cls, folder: Path) -> Source:
-        """Read the source of a checkpoint's model."""
+        """Read the source of a checkpoint's model.
+
+        Raises:
+            InputError: An older version of selfgen-ds wrote the checkpoint.
+        """
+        if not (folder / _FILE).exists():
+            raise InputError(f"{folder}: an older selfgen-ds wrote it, without {_FILE}; export it with that version")
         content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         adapter = content["model"]["lora"]
         model = ModelConfig(**content["model"] | {"lora": None if adapter is None else LoraConfig(**adapter)})
@@ -108,7 +114,6 @@ def inspect_source(problems: Problems, model: ModelConfig, config: PretrainedCon
         return Source(model=model)
     located = replace(model, name_or_path=absolute_folder(model.name_or_path))
     base = lora.base_of(model.name_or_path)
-    _check_generation_config(problems, base)
     tensors = SourceTensors(base)
     built, report = _plain_load(model, config, tensors)
     where = f"model.name_or_path: {model.name_or_path!r}"
@@ -124,28 +129,22 @@ def inspect_source(problems: Problems, model: ModelConfig, config: PretrainedCon
     with problems.collect():
         _untie(where, config, built, layout, tensors)
     stored, in_folder = stored_names(layout), names_in_folder(built, layout, tensors.headers)
+    if initialized := sorted({name for names in stored.values() for name in names} - in_folder.keys()):
+        log.info(
+            "%s lacks %d tensors that transformers gives their initial values, the first is %s",
+            *(where, len(initialized), initialized[0]),
+        )
     if kept := untaken(built, layout, tensors.headers):
         log.info(
             "%s: %s does not take %d tensors; exports copy them, the first is %s",
             *(where, type(built).__name__, len(kept), kept[0]),
         )
     unreached = [] if model.lora is not None else reach.unreached(built)
-    kept += sorted({in_folder[name] for n in unreached for name in stored[n]})
+    kept += sorted({in_folder[name] for n in unreached for name in stored[n] if name in in_folder})
     renamed = {
         own: name for own, name in in_folder.items() if own != name and (own.endswith(name) or name.endswith(own))
     }
     return Source(model=located, kept=kept, renamed=renamed)
-
-
-def _check_generation_config(problems: Problems, name: str) -> None:
-    """Check that the generation defaults of a folder or hub id can be read, if it has any."""
-    try:
-        GenerationConfig.from_pretrained(name)
-    except OSError:
-        if (Path(name) / GENERATION_CONFIG_NAME).exists():
-            problems.add(f"{Path(name) / GENERATION_CONFIG_NAME}: cannot be read; mend or remove the file")
-    except Exception as error:  # transformers raises many types
-        problems.add(f"{Path(name) / GENERATION_CONFIG_NAME}: {' '.join(str(error).split())}; mend or remove the file")
 
 
 @contextmanager
@@ -214,12 +213,13 @@ def compare_with_source(model: PreTrainedModel, name: str, reads: bool) -> None:
     Raises:
         InputError: A tensor differs, cannot be read, or is not finite; on ranks that compare.
     """
-    layout, tensors, loaded = StateDictLayout.of(model), SourceTensors(lora.base_of(name)), plain_tensors(model)
-    in_folder = names_in_folder(model, layout, tensors.headers)
+    layout, loaded = StateDictLayout.of(model), plain_tensors(model)
     problem = ""
+    tensors = SourceTensors(lora.base_of(name)) if reads else None
+    in_folder = {} if tensors is None else names_in_folder(model, layout, tensors.headers)
     for names, _ in layout.groups():
         copies = {name: copy for name in names if (copy := gather_copy(loaded[name], reads)) is not None}
-        if reads and not problem:  # the other ranks gather to the end, so this one does too
+        if tensors is not None and not problem:  # the other ranks gather to the end, so this one does too
             trained = isinstance(loaded[names[0]], nn.Parameter)
             problem = _difference(layout.convert(copies), tensors, in_folder, trained)
     if problem:
@@ -234,10 +234,12 @@ def _difference(stored: dict[str, Tensor], tensors: SourceTensors, in_folder: di
         trained: Whether they are parameters. A buffer may hold infinity.
     """
     for name, tensor in stored.items():
+        if name not in in_folder:  # plain transformers initializes some tensors that a folder lacks
+            continue
         try:
             original = tensors.read(in_folder[name]).to(tensor.dtype)
         except (OSError, SafetensorError) as error:
-            return f"{in_folder[name]} cannot be read: {error}"
+            return f"{in_folder[name]} cannot be read: {refusal(error) or error}"
         if trained and not is_finite(original):
             return f"{in_folder[name]} holds NaN or infinity; mend the file"
         if not torch.equal(tensor[: len(original)] if original.ndim else tensor, original):  # rows may be added
@@ -255,15 +257,29 @@ def write_configs(model: PreTrainedModel, config: PretrainedConfig, name: str | 
         config: The configuration that the model was loaded with.
         name: The folder or hub id that the model was loaded from, if any.
     """
-    written = whole_config(model, config)
+    written, code = whole_config(model, config), []
     if name is not None and hasattr(written, "auto_map"):
-        # For a hub id, transformers puts the id before the name of each class.
-        written.auto_map = {kind: code.rpartition("--")[2] for kind, code in written.auto_map.items()}
+        code = list(Path(cached_file(lora.base_of(name), CONFIG_NAME)).parent.glob("*.py"))
+        written.auto_map = {kind: _in_folder(c, {file.stem for file in code}) for kind, c in written.auto_map.items()}
     written.save_pretrained(folder)
-    if name is not None and hasattr(written, "auto_map"):
-        for file in Path(cached_file(lora.base_of(name), CONFIG_NAME)).parent.glob("*.py"):
-            shutil.copy(file, folder)
+    for file in code:
+        shutil.copy(file, folder)
     model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
+
+
+def _in_folder(code: Any, modules: set[str]) -> Any:
+    """Return the entry of an `auto_map` for code that is in the model's own folder.
+
+    For a hub id, transformers puts the id before the name of each class. Code of another repository keeps its id.
+
+    Args:
+        code: `module.Class`, with an id and `--` before it or not, None, or a list of these.
+        modules: The modules in the folder.
+    """
+    if isinstance(code, list):
+        return [_in_folder(part, modules) for part in code]
+    local = str(code).rpartition("--")[2]
+    return local if local.split(".")[0] in modules else code
 
 
 def whole_config(model: PreTrainedModel, config: PretrainedConfig) -> PretrainedConfig:

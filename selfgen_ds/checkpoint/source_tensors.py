@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,14 +33,13 @@ class SourceTensors:
         self._file_of: dict[str, str] = {}
         for file in _weight_files(name):
             try:
-                open(file, "rb").close()  # safetensors says of any file that cannot be opened that there is none
                 self._read_headers(file)
             except (OSError, SafetensorError) as error:
                 reason = refusal(error) or f"{file}: cannot be read: {error}"
                 raise InputError(f"model.name_or_path: {reason}") from error
 
     def _read_headers(self, file: str) -> None:
-        with safe_open(file, framework="pt") as content:
+        with _opened(file) as content:
             for tensor in content.keys():  # noqa: SIM118 (no mapping)
                 part = content.get_slice(tensor)
                 shape = part.get_shape()
@@ -48,8 +49,13 @@ class SourceTensors:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the host."""
-        with safe_open(self._file_of[name], framework="pt") as content:
+        with _opened(self._file_of[name]) as content:
             return content.get_tensor(name)
+
+
+def _opened(file: str) -> Any:
+    open(file, "rb").close()  # safetensors says of any file that cannot be opened that there is none
+    return safe_open(file, framework="pt")
 
 
 def _weight_files(name: str) -> list[str]:

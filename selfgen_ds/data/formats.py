@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfgen_ds.errors import InputError
-from selfgen_ds.files import refusal
 
 RawRow = tuple[str, dict[str, Any]]
 """The line or number of a row in its file, such as `line 3`, and the row's fields."""
@@ -39,7 +38,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
             raise InputError(f"{path}: expected rows, got an empty file")
         yield from READERS[path.suffix.lower()](path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {refusal(error)}") from error
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:

@@ -66,7 +66,7 @@ def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
         try:
             fingerprint.append(content_hash(file))
         except OSError as error:
-            raise InputError(refusal(error)) from error
+            raise InputError(refusal(error) or f"{file}: {error}") from error
 
     def rows() -> Iterator[TextPair | Conversation]:
         for file in files:

@@ -49,7 +49,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # the type depends on which file is damaged, and how
         reason = " ".join(str(error).split())
         if reason.startswith("Couldn't instantiate the backend tokenizer"):
-            reason = "it has no file of a tokenizer; model.tokenizer names another folder or hub id"
+            reason = "it has no tokenizer that can be read; copy the files of its tokenizer there"
         raise InputError(f"{setting}: no tokenizer could be loaded from {name!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{setting}: the tokenizer {name!r} has no end-of-sequence token (`eos_token`)")

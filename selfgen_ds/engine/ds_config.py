@@ -37,7 +37,7 @@ def read(path: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"deepspeed: {refusal(error)}") from error
+        raise InputError(f"deepspeed: {refusal(error) or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"deepspeed: {path}: {error}") from error
     except json.JSONDecodeError as error:

@@ -29,7 +29,7 @@ def initialize(
         total_steps: Optimizer steps of the run, which the learning-rate schedule spans.
     """
     extensions.clear_stale_locks()
-    _import_muon()
+    import_muon()
     parameters = [p for p in model.parameters() if p.requires_grad]
     # A sharded parameter is empty on every rank; `ds_shape` is its full shape.
     matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
@@ -49,7 +49,7 @@ def initialize(
     return engine
 
 
-def _import_muon() -> None:
+def import_muon() -> None:
     """Import the optimizer Muon, as every engine does and no run uses, but do not compile it: that takes 5 s."""
     compile_functions, compiler.compile = compiler.compile, lambda: lambda function: function
     try:

@@ -18,14 +18,17 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.errors import InputError
+from selfgen_ds.files import refusal
 from selfgen_ds.model import lora
 from selfgen_ds.model.head import LogitTransform
 from selfgen_ds.model.reductions import add_reductions
@@ -97,6 +100,7 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
     except Exception as error:  # a field of config.json: the exception's type differs by field
         reason = " ".join(str(error).split())
         raise InputError(f"model.name_or_path: config.json of {model.name_or_path!r}: {reason}; mend it") from error
+    _check_generation_config(name)
     differing = [
         f"{name} is {getattr(config, name, None)!r}, not {value!r}"
         for name, value in (model.preset or {}).items()
@@ -105,6 +109,25 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
     if differing:
         raise InputError(f"model.preset: {model.name_or_path!r} is another model: {', '.join(differing)}")
     return config
+
+
+def _check_generation_config(name: str) -> None:
+    """Check that the generation defaults of a folder or hub id can be read, if it has any.
+
+    Raises:
+        InputError: They cannot, or `eos_token_id` is neither a token id nor a list of them.
+    """
+    file = Path(name) / GENERATION_CONFIG_NAME
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError as error:
+        if file.exists():
+            raise InputError(f"{refusal(error) or error}; mend or remove {file}") from error
+        return
+    except Exception as error:  # transformers raises many types
+        raise InputError(f"{file}: {' '.join(str(error).split())}; mend or remove the file") from error
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise InputError(f"{file}: eos_token_id: expected a token id or a list of them, got {ends!r}")
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -42,8 +42,8 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
     """Freeze the model but for `modules_to_save`, and put adapters into it, in the model's dtype.
 
     B is 0 at first, so that the model still computes the same. The caller seeds torch with the same seed on all ranks.
-    Where `peft` puts a trained copy beside each module to save, the module itself is trained here, which takes no
-    memory twice and leaves the LM head where it is.
+    Where `peft` puts a trained copy beside each module to save, the module itself is trained here: no weights are held
+    twice, and the LM head stays where it is.
 
     Args:
         base: Folder or hub id of the model.
@@ -53,7 +53,10 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
             no module, one with adapters in it, or one that is frozen already because text does not reach it.
     """
     saved = _modules_to_save(model, lora.modules_to_save)
-    targets = _all_linear(model, saved) if lora.target_modules == "all-linear" else lora.target_modules
+    if lora.target_modules == "all-linear":
+        targets = _all_linear(model, saved)
+    else:
+        targets = _without_frozen(model, lora.target_modules)
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -103,8 +106,7 @@ def _modules_to_save(model: PreTrainedModel, ends: list[str]) -> list[str]:
 def _all_linear(model: PreTrainedModel, saved: list[str]) -> list[str] | str:
     """Return peft's targets for every linear layer but the head, routers, and layers that are frozen already.
 
-    peft's own "all-linear" includes routers. The targets are last parts of names where these name no other module, or
-    else a regular expression of whole names.
+    peft's own "all-linear" includes routers.
 
     Args:
         saved: Names of modules that are trained whole.
@@ -114,6 +116,40 @@ def _all_linear(model: PreTrainedModel, saved: list[str]) -> list[str] | str:
         for name, module in model.named_modules()
         if _can_be_adapted(model, name, module) and not any(f"{name}.".startswith(f"{whole}.") for whole in saved)
     ]
+    return _targets(model, chosen)
+
+
+def _without_frozen(model: PreTrainedModel, targets: str | list[str]) -> list[str] | str:
+    """Return a recipe's targets, or others in their place that leave out layers which are frozen already.
+
+    Raises:
+        InputError: All of the layers are frozen, or the targets are no regular expression.
+    """
+    try:
+        layers = [name for name, module in model.named_modules() if _can_be_named(module) and _matches(targets, name)]
+    except re.error as error:
+        raise InputError(f"model.lora.target_modules: {error}") from error
+    reached = [name for name in layers if model.get_submodule(name).weight.requires_grad]
+    if reached == layers:  # peft or the caller refuses targets that match no layer
+        return targets
+    if not reached:
+        raise InputError(f"model.lora.target_modules: text reaches no layer {targets!r}")
+    return _targets(model, reached)
+
+
+def _can_be_named(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _matches(targets: str | list[str], name: str) -> bool:
+    """Return whether `peft` takes a module for a target."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _targets(model: PreTrainedModel, chosen: list[str]) -> list[str] | str:
+    """Return peft's targets for some modules: the last parts of their names, or else a regular expression."""
     names = [name for name, _ in model.named_modules()]
     last_parts = {name.rpartition(".")[2] for name in chosen}
     if [name for name in names if name.rpartition(".")[2] in last_parts] == chosen:
@@ -125,7 +161,7 @@ def _all_linear(model: PreTrainedModel, saved: list[str]) -> list[str] | str:
 
 def _can_be_adapted(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     """Return whether `all-linear` adapts a module. Routers, which choose experts, are left out."""
-    if not isinstance(module, nn.Linear | Conv1D) or module is model.get_output_embeddings():
+    if not _can_be_named(module) or module is model.get_output_embeddings():
         return False
     is_router = not _ROUTERS.isdisjoint(name.split("."))
     return bool(module.weight.requires_grad) and not is_router and not _refused_by_peft(model, name)

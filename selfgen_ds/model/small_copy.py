@@ -91,7 +91,7 @@ def _factors(config: PretrainedConfig) -> list[int]:
     text = config.get_text_config(decoder=True)
     names = ["num_key_value_heads", "num_attention_heads", *filter(_counts_parts, text.to_dict())]
     counts = [count for name in names if isinstance(count := getattr(text, name, None), int) and count > 0]
-    return list(dict.fromkeys([*counts[:1], math.gcd(*counts), 64, 16, 8, 4]))
+    return list(dict.fromkeys([*counts[:1], math.gcd(*counts) or 64, 64, 16, 8, 4]))
 
 
 def _counts_parts(name: str) -> bool:

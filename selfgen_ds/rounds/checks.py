@@ -46,7 +46,7 @@ def check_round(
         return
     if broken := broken_files(folder):
         raise InputError(
-            f"{setting}: {folder} is broken ({', '.join(broken)}); move it away, and the round is drawn again"
+            f"{setting}: {folder} is broken ({', '.join(broken)}); mend it, or move it away to draw the round again"
         )
     differing = [
         f"{name} was {value!r} and is now {settings.get(name)!r}"

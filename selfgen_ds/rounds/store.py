@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.errors import InputError
-from selfgen_ds.files import intact, naming, sync_and_sum, sync_folder, write_atomically
+from selfgen_ds.files import damaged, intact, naming, refusal, sync_and_sum, sync_folder, write_atomically
 
 log = logging.getLogger("selfgen_ds")
 
@@ -77,18 +77,17 @@ def read_audit(folder: Path) -> dict[str, Any]:
         audit = json.loads((folder / AUDIT).read_text(encoding="utf-8"))
         audit["fingerprint"]["weights"], audit["replace_probability"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / AUDIT}: not the record of a round") from error
+        raise InputError(refusal(error) or f"{folder / AUDIT}: not the record of a round") from error
     return audit
 
 
 def broken_files(folder: Path) -> list[str]:
-    """Return the files of a complete round that are not as they were written. All files are read.
+    """Return the files of a complete round that cannot be read or are not as they were written. All files are read.
 
     Raises:
         InputError: The folder has no record of its files.
     """
-    files = read_audit(folder).get("files", {})
-    return [name for name, entry in files.items() if not intact(folder / name, entry)]
+    return damaged(folder, read_audit(folder).get("files", {}))
 
 
 def load_table(folder: Path) -> datasets.Dataset:

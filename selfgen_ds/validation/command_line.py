@@ -32,7 +32,8 @@ def check_command_line(problems: Problems, arguments: list[str], settings: tuple
         settings: The dataclasses whose fields are the sub-command's options.
     """
     options, stray = _options(arguments)
-    problems.add(*(f"--{name}: expected a value" for name, text in options.items() if text is None))
+    without = [name for name, text in options.items() if text is None and name not in _OF_THE_PARSER]
+    problems.add(*(f"--{name}: expected a value" for name in without))
     known: dict[str, Any] = {}
     required: list[str] = []
     for part in settings:
@@ -56,6 +57,18 @@ def check_command_line(problems: Problems, arguments: list[str], settings: tuple
         names = [*options, *(name for name, _ in (*in_file, *in_options))]
         missing = [setting for setting in required if not any(_within(name, setting) for name in names)]
         problems.add(*(f"{setting}: missing; give it{where} as --{setting}" for setting in missing))
+
+
+def check_options(problems: Problems, arguments: list[str], required: list[str]) -> None:
+    """Check the options of a sub-command that has only required ones, which all take a text.
+
+    Args:
+        arguments: The command line after the sub-command.
+    """
+    options, _ = _options(arguments)
+    problems.add(*_wrong([(name, text or "") for name, text in options.items()], dict.fromkeys(required, str), "--"))
+    problems.add(*(f"--{name}: missing" for name in required if name not in options))
+    problems.add(*(f"--{name}: expected a value" for name in required if options.get(name, "") is None))
 
 
 def _options(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -108,7 +121,7 @@ def _read(recipe: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"--config: {recipe}: expected UTF-8, got another encoding at byte {error.start}") from error
     except OSError as error:
-        raise InputError(f"--config: {refusal(error)}") from error
+        raise InputError(f"--config: {refusal(error) or error}") from error
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise InputError(f"--config: {recipe}{line}: malformed YAML: {error.problem}") from error
@@ -172,8 +185,8 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     same_part = [s for s in known if s.rpartition(".")[2] == last]
     initials = [s for s in known if "".join(word[:1] for word in s.rpartition(".")[2].split("_")) == last]
     initials.sort(key=lambda setting: setting.rpartition(".")[0] != section)
-    sections = dict.fromkeys(setting.split(".")[0] for setting in known)
-    return next(iter([*same_part, *initials, *get_close_matches(name, [*sections, *known], n=1)]), None)
+    candidates = list(known) if section else [*dict.fromkeys(setting.split(".")[0] for setting in known), *known]
+    return next(iter([*same_part, *initials, *get_close_matches(name, candidates, n=1)]), None)
 
 
 def _is_free(name: str, known: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +172,7 @@ def _library_problems(config: dict[str, Any]) -> list[str]:
         return found + (_library_problems(config | {section: {}}) if config.get(section) else [])
     except Exception as error:  # DeepSpeed raises several types, each with the key in its message
         return [str(error).strip().split("\n", 1)[0]]
-    return [f"{key}: unknown key: DeepSpeed does not read it" for key in config.keys() - recorder.read]
+    return [f"{key}: {_unknown(key, recorder.read)}" for key in sorted(config.keys() - recorder.read)]
 
 
 def _reason(error: Any, zero: bool) -> str:
@@ -185,7 +185,11 @@ def _reason(error: Any, zero: bool) -> str:
     if error["type"] != "extra_forbidden":
         return f"{error['msg']}, got {error['input']!r}"
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()] if zero else []
-    similar = get_close_matches(str(error["loc"][-1]), known, n=1)
+    return _unknown(str(error["loc"][-1]), known)
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    similar = get_close_matches(key, list(known), n=1)
     return "unknown key: DeepSpeed does not read it" + (f"; did you mean {similar[0]}?" if similar else "")
 
 

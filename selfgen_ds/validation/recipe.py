@@ -85,14 +85,14 @@ def _check_model(problems: Problems, recipe: Recipe) -> None:
             problems.add(f"output_dir: {exported} is model.name_or_path, and would be replaced")
     if model.lora is None:
         return
-    needed = "model.name_or_path, since checkpoints hold the adapters alone"
+    needed = "model.name_or_path, since checkpoints hold only what is trained"
     problems.expect(model.name_or_path is not None, "model.lora", needed, asdict(model.lora))
     problems.expect(model.lora.r >= 1, "model.lora.r", "1 or more", model.lora.r)
     problems.expect(model.lora.lora_alpha >= 1, "model.lora.lora_alpha", "1 or more", model.lora.lora_alpha)
     dropout = model.lora.lora_dropout
     problems.expect(0 <= dropout < 1, "model.lora.lora_dropout", "a number in [0, 1)", dropout)
     if model.resize_embeddings:
-        problems.add("model.resize_embeddings: expected false with model.lora, which freezes the embeddings, got True")
+        problems.add("model.resize_embeddings: expected false with model.lora, which adds no embeddings, got True")
 
 
 def check_model_folder(problems: Problems, setting: str, name: str) -> None:

@@ -264,6 +264,16 @@ def test_a_checkpoint_with_a_damaged_marker_is_not_removed(two_ranks: Ranks, sav
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000002", "step-000006"]
 
 
+def test_a_newest_checkpoint_with_a_damaged_marker_does_not_count_once_a_run_has_resumed_from_another(
+    two_ranks: Ranks, saved: Recipe
+) -> None:
+    folder = Path(saved.output_dir) / "checkpoints" / "step-000006"
+    (folder / manifest.MARKER).write_text("{")
+    assert resume(two_ranks, saved) == 4
+    assert (folder / manifest.BROKEN).exists()
+    assert not (folder / manifest.MARKER).exists()
+
+
 @pytest.mark.parametrize("change", ["another step", "fewer files", "no checksum", "no object"])
 def test_a_marker_that_can_be_read_but_is_not_as_it_was_written_does_not_count(saved: Recipe, change: str) -> None:
     marker = Path(saved.output_dir) / "checkpoints" / "step-000006" / manifest.MARKER

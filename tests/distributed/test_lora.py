@@ -82,6 +82,7 @@ def fresh_reference(settings: Recipe) -> peft.PeftModel:
         (3, False, True, ["lm_head"]),
         (3, True, False, []),
         (2, False, True, ["embed_tokens", "model.norm"]),
+        (0, True, True, []),
     ],
 )
 def test_training_equals_plain_torch_and_peft(

@@ -160,6 +160,7 @@ def test_a_step_of_three_ranks_does_not_divide_by_two(ranks: dict[int, Ranks], t
     ("kind", "number"),
     [
         ("stage 0", 3),
+        ("stage 1", 3),
         ("stage 2", 1),
         ("stage 3 bf16", 1),
         ("offload", 1),

@@ -164,10 +164,11 @@ def wait_until_ended(output: Path) -> None:
         time.sleep(0.1)
 
 
-def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path) -> None:
-    with endless_run(tmp_path, "deepspeed") as (output, run):
+@matrix("launcher", LAUNCHERS)
+def test_the_documented_command_stops_a_run_of_one_host(tmp_path: Path, launcher: str) -> None:
+    with endless_run(tmp_path, launcher) as (output, run):
         subprocess.run(["pkill", "-USR1", "-f", "--", f"-u -m selfgen_ds .*{tmp_path / 'recipe.yaml'}"], check=True)
-        assert run.wait() == 3, run.output()[-3000:]
+        assert run.wait() == {"deepspeed": 3, "torchrun": 1}[launcher], run.output()[-3000:]
     assert "received SIGUSR1: saving, then stopping" in run.output()
     steps = runs.count_lines(output / "metrics.jsonl")
     assert [c.step for c in manifest.complete_checkpoints(output / "checkpoints")] == [steps]

@@ -224,6 +224,27 @@ def test_an_option_without_its_value_is_refused() -> None:
     assert refused("--config") == ["--config: expected a value"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["a", "--output_di", "x"],
+            ["--output_di: no such setting; did you mean --output_dir?", "--output_dir: missing"],
+        ),
+        (["a", "--output_dir"], ["--output_dir: expected a value"]),
+    ],
+)
+def test_wrong_options_of_compare_are_named(arguments: list[str], expected: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        cli._parse(["compare", *arguments])
+    assert str(caught.value).splitlines() == expected
+
+
+def test_options_without_a_value_are_no_problem_beside_one() -> None:
+    given = ("--config", "demo", "--optim.lrr", "3", "--print_config")
+    assert refused(*given) == ["--optim.lrr: no such setting; did you mean --optim.learning_rate?"]
+
+
 def test_the_help_shows_the_settings_of_a_section_that_a_recipe_may_leave_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -93,7 +93,7 @@ def test_unknown_keys_are_named_together_with_the_nearest_known_one(recipe: Reci
     unknown = "unknown key: DeepSpeed does not read it"
     assert deepspeed_json.problems(recipe, {"zero_optimization": zero, "zero_optimisation": {}}, WORLD_SIZE) == [
         f"ds.json: zero_optimization.stage3_max_live_paramters: {unknown}; did you mean stage3_max_live_parameters?",
-        f"ds.json: zero_optimisation: {unknown}",
+        f"ds.json: zero_optimisation: {unknown}; did you mean zero_optimization?",
     ]
 
 

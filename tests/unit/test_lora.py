@@ -24,12 +24,13 @@ from selfgen_ds.config import (
 )
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
-from selfgen_ds.model import lora
+from selfgen_ds.model import lora, small_copy
 from selfgen_ds.model.loading import build_model, model_config, trained_parameter_count
 from selfgen_ds.model.reductions import add_reductions
 from selfgen_ds.validation.output_folder import check_same_run
 from tests.architectures import CTRL, DEEPSEEK_V3
 from tests.problems import found_by, recipe_problems
+from tests.tiers import sweep
 from tests.unit.test_config import DEMO, _parse
 
 LLAMA = LlamaConfig(
@@ -133,6 +134,28 @@ def test_all_linear_suits_every_kind_of_model_and_comes_back_from_its_folder(
     assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-2)
 
 
+@sweep(
+    "model_type", ["glm4_moe", "phimoe", "ernie4_5_moe", "llama4_text", "gemma4_text", "qwen3_next", "rwkv"], check=0
+)
+def test_all_linear_adapts_other_types_and_comes_back_from_its_folder(tmp_path: Path, model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, pad_token_id=0)
+    with torch.no_grad():
+        plain = small_copy.small_copy(ModelConfig(preset={}, attn_implementation="eager"), config)
+    model = copy.deepcopy(plain)
+    lora.add_adapter(model, LoraConfig(r=2), str(tmp_path / "base"))
+    assert lora.adapted_layers(model)
+    randomized(model)
+    (tmp_path / "adapter").mkdir()
+    lora.save_adapter(
+        model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, tmp_path / "adapter"
+    )
+    ids = torch.randint(32, (1, 9))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-2)
+
+
 def test_what_all_linear_leaves_out_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = built(MIXTRAL)
     lora.add_adapter(model, LoraConfig(r=2), "base")
@@ -218,6 +241,17 @@ def test_modules_that_cannot_be_trained_whole_are_refused(ends: list[str], messa
     model.model.norm.requires_grad_(False)
     with pytest.raises(InputError, match=rf"^model\.lora\.modules_to_save: {message}"):
         lora.add_adapter(model, LoraConfig(target_modules=["q_proj"], modules_to_save=ends), "base")
+
+
+def test_targets_leave_out_layers_that_text_does_not_reach() -> None:
+    for targets in (["q_proj"], r".*\.q_proj"):
+        model = built(LLAMA)
+        model.model.layers[0].requires_grad_(False)
+        lora.add_adapter(model, LoraConfig(target_modules=targets), "base")
+        assert list(lora.adapted_layers(model)) == ["model.layers.1.self_attn.q_proj.weight"]
+    model = built(LLAMA).requires_grad_(False)
+    with pytest.raises(InputError, match=r"model\.lora\.target_modules: text reaches no layer \['q_proj'\]"):
+        lora.add_adapter(model, LoraConfig(target_modules=["q_proj"]), "base")
 
 
 def test_all_linear_leaves_modules_that_are_trained_whole_alone() -> None:

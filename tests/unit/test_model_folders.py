@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from selfgen_ds.checkpoint import export
-from selfgen_ds.checkpoint.source import compare_with_source
+from selfgen_ds.checkpoint import export, source
+from selfgen_ds.checkpoint.source import compare_with_source, inspect_source
 from selfgen_ds.config import DataConfig, ModelConfig, Recipe
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import model_config, warn_of_rounding
+from selfgen_ds.model.reach import Reach
 from selfgen_ds.validation.inputs import check_activation_checkpointing, check_quantization
 from tests.architectures import CTRL
 from tests.distributed import runs
@@ -46,6 +48,53 @@ def test_an_odd_field_of_a_configuration_is_one_line(tmp_path: Path, name: str) 
         probe.check(settings, model_config(settings, byte_tokenizer()), packing=False)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+GENERATION: dict[str, tuple[str, str]] = {
+    "malformed": ("{", "not a valid JSON file"),
+    "no mapping": ("[1]", "list"),
+    "a number in words": ('{"max_new_tokens": "many"}', "not supported between instances of 'str' and 'int'"),
+    "a section of another type": ('{"watermarking_config": 3}', "int"),
+    "an end token in words": ('{"eos_token_id": "x"}', "expected a token id or a list of them, got 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_odd_generation_defaults_are_one_line(tmp_path: Path, name: str) -> None:
+    path = Path(runs.write_model(tmp_path))
+    content, reason = GENERATION[name]
+    (path / "generation_config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        model_config(ModelConfig(name_or_path=str(path)), byte_tokenizer())
+    assert str(path / "generation_config.json") in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_in_the_folder_is_named_without_a_hub_id_and_code_elsewhere_with_its_own() -> None:
+    own = {"AutoConfig": "me/model--configuration_x.X", "AutoTokenizer": ["tokenization_x.X", None]}
+    assert {kind: source._in_folder(code, {"configuration_x", "tokenization_x"}) for kind, code in own.items()} == {
+        "AutoConfig": "configuration_x.X",
+        "AutoTokenizer": ["tokenization_x.X", None],
+    }
+    assert source._in_folder("me/other--configuration_x.X", {"modeling_x"}) == "me/other--configuration_x.X"
+
+
+def test_a_tensor_that_transformers_initializes_by_itself_may_be_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(runs.write_model(tmp_path))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", ["model.norm"])
+    settings, problems = ModelConfig(name_or_path=str(path), dtype="float32"), Problems()
+    config = model_config(settings, byte_tokenizer())
+    with caplog.at_level("INFO"):
+        inspect_source(problems, settings, config, Reach(reached={}, routing=[]))
+    assert problems.lines == []
+    assert "lacks 1 tensors that transformers gives their initial values, the first is model.norm.weight" in caplog.text
+    compare_with_source(AutoModelForCausalLM.from_pretrained(path), str(path), reads=True)
 
 
 def test_a_quantized_model_is_refused_by_its_method(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_folder_that_is_no_model_is_an_error_that_names_the_model_inside(tmp_p
 
 def test_a_folder_without_a_tokenizer_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    reason = "it has no file of a tokenizer; model.tokenizer names another folder or hub id"
+    reason = "it has no tokenizer that can be read; copy the files of its tokenizer there"
     with pytest.raises(InputError, match=f"^model.name_or_path: no tokenizer .* from '{tmp_path}': {reason}$"):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
     with pytest.raises(InputError, match=rf"^model\.tokenizer: no tokenizer could be loaded from '{tmp_path}'"):
