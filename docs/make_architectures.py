@@ -114,7 +114,7 @@ def plain_loss(folder: Path, attention: str) -> float:
     for prompt, completion in ROWS:
         read, written = tokenizer(prompt).input_ids, [*tokenizer(completion).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            logits = model(torch.tensor([read + written])).logits[0, len(read) - 1 : -1]
+            logits = model(torch.tensor([read + written]), use_cache=False).logits[0, len(read) - 1 : -1]
         losses.append(F.cross_entropy(logits.float(), torch.tensor(written), reduction="none"))
     return torch.cat(losses).mean().item()
 

@@ -253,9 +253,9 @@ def _write_shards(
     groups = [(names, stored) for names, stored in groups if not set(stored) <= set(source.kept)]
     group_of = {name: number for number, (_, stored) in enumerate(groups) for name in stored}
     copied = {name: originals.headers[name] for name in source.kept} if originals else {}
-    plan = split_torch_state_dict_into_shards(
-        {name: tensor for _, stored in groups for name, tensor in stored.items()} | copied, max_shard_size=MAX_SHARD
-    )
+    # Parts of one joined tensor are views, each of which would count as the whole.
+    sizes = {name: torch.empty_like(t) for _, stored in groups for name, t in stored.items()} | copied
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD)
     for shard, names in plan.filename_to_tensors.items():
         tensors = {name: originals.read(name) for name in names if name in copied} if originals and writes else {}
         for number in sorted({group_of[n] for n in names if n not in copied}):  # a group in two shards is fetched twice

@@ -147,6 +147,9 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
     text[original.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
     for name in lists:
         text[name] = text[name][:count]
+    for name, value in text.items():
+        if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):  # layer -> its settings
+            text[name] = {key: settings for key, settings in value.items() if int(key) < count}
     return type(config).from_dict(fields)
 
 
