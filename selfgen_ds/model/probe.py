@@ -17,7 +17,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
+from selfgen_ds.model.gathering import is_finite
 from selfgen_ds.model.head import LMHead, LogitTransform
+from selfgen_ds.model.loading import from_config
 from selfgen_ds.model.reach import Reach, try_rows
 from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
 from selfgen_ds.model.small_copy import random_ids, small_copy
@@ -85,12 +87,33 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
         if coefficient > 0:
             _check_router_loss(name, small, ids, logit_transform)
         reach = try_rows(small) if training else Reach(reached={}, routing=[])
+        if model.name_or_path is None:
+            _check_initialization(name, model, small.config)
     return Traits(
         logit_transform=logit_transform,
         reach=reach,
         checkpoints_activations=small.supports_gradient_checkpointing,
         takes_left_padding=takes_left_padding,
     )
+
+
+def _check_initialization(name: str, model: ModelConfig, config: PretrainedConfig) -> None:
+    """Check that a model from scratch sets all of its weights, which torch fills with NaN before.
+
+    Args:
+        config: That of the small copy.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # only then torch fills new tensors
+    try:
+        built = from_config(model, config, dtype=torch.float32, attn_implementation=model.attn_implementation)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    if unset := [weight for weight, parameter in built.named_parameters() if not is_finite(parameter)]:
+        raise InputError(
+            f"model.preset: {name} does not initialize {unset[0]}, which only a pretrained model has; "
+            "give model.name_or_path"
+        )
 
 
 def _takes_left_padding(model: PreTrainedModel, ids: Tensor) -> bool:

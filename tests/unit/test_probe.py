@@ -1,5 +1,6 @@
 """Check the probe: how it finds a model's logit transform, and which models it refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.model import probe, small_copy
 from selfgen_ds.model.head import LogitTransform
 from tests.architectures import ARCHITECTURES, DEEPSEEK_V3, attention
+from tests.distributed import runs
 from tests.tiers import sweep
 
 
@@ -217,6 +219,23 @@ def test_the_window_of_a_shrunk_model_ends_inside_a_sample(name: str) -> None:
     window = getattr(small.config, field)
     assert 1 < window < min(probe._LENGTHS)
     assert all(length % window for length in probe._LENGTHS)
+
+
+def test_a_type_that_leaves_weights_unset_is_refused_from_scratch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = runs.write_model_of(tmp_path, ARCHITECTURES["llama"])
+    build = LlamaModel.__init__
+
+    def with_an_unset_weight(self: LlamaModel, config: PretrainedConfig) -> None:
+        build(self, config)
+        self.norm.shift = torch.nn.Parameter(torch.empty(3))
+
+    monkeypatch.setattr(LlamaModel, "__init__", with_an_unset_weight)
+    with pytest.raises(InputError, match=r"^model\.preset: model type 'llama' does not initialize model\.norm\.shift"):
+        check(ARCHITECTURES["llama"])
+    assert not torch.are_deterministic_algorithms_enabled()
+    probe.check(ModelConfig(name_or_path=path), AutoConfig.from_pretrained(path), packing=False)
 
 
 def test_random_generators_are_left_as_they_were() -> None:
