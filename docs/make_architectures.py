@@ -39,7 +39,8 @@ from transformers import (
 from selfgen_ds.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
-from selfgen_ds.model import small_copy
+from selfgen_ds.model import probe, small_copy
+from selfgen_ds.model.loading import model_config
 from selfgen_ds.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -172,12 +173,14 @@ def _packing(small: Small) -> str:
 
 
 def _rollouts(small: Small) -> str:
-    """Train on answers that the model generates."""
+    """Train on answers that the model generates, and say which prompts may share a batch."""
     recipe = recipe_of(small)
     recipe.selfgen = SelfgenConfig(method="rac", max_new_tokens=4)
     recipe.data.max_length = 128
     first_loss(small, "rollouts", recipe)
-    return YES
+    config = model_config(recipe.model, byte_tokenizer())
+    sharing = probe.check(recipe.model, config, packing=False, training=False).sharing
+    return {"any": YES, "one length": "prompts of one length", "none": "one prompt at a time"}[sharing]
 
 
 def _in_a_process(work: Callable[[Small], Any], small: Small) -> Any:

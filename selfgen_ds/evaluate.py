@@ -79,7 +79,7 @@ def run(options: EvaluateOptions) -> None:
         model,
         end_tokens=end_tokens(samples, tokenizer),
         generation_batch_size=options.batch_size,
-        takes_left_padding=traits.takes_left_padding,
+        sharing=traits.sharing,
     )
     requests = EvaluationRequests(
         forced_errors=forced_errors(samples, tokenizer),

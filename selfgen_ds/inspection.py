@@ -105,7 +105,7 @@ def _policy(
         model,
         end_tokens=end_tokens(samples, tokenizer),
         sampling=Sampling.of(recipe.selfgen),
-        takes_left_padding=traits.takes_left_padding,
+        sharing=traits.sharing,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from selfgen_ds.model.loading import most_positions
 _SEGMENT = 32  # tokens that are generated before finished rows are looked for
 _SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
 _DRAWN_ROWS = 16  # rows whose probabilities exist at the same time
+
+Sharing = Literal["any", "one length", "none"]
+"""Which prompts may share a batch: any, with padding before the shorter ones; those of one length; or none."""
 
 Choose = Callable[[Tensor, int, Tensor], Tensor]
 """`(rows, position, logits) -> tokens`: the token at `position` (from 0) of some answers.

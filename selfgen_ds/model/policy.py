@@ -26,6 +26,7 @@ from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.model import generation, head
 from selfgen_ds.model.budget import SweepBudget, split_rows
 from selfgen_ds.model.gathering import GatherableModel, evaluating
+from selfgen_ds.model.generation import Sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class EnginePolicy(GatherableModel, Policy):
         end_tokens: Tokens that end an answer.
         budget: The size of one no-grad sweep; None means that a sweep reads all micro-batches of a step.
         generation_batch_size: The most rows that a rank generates at the same time.
-        takes_left_padding: Whether prompts of different lengths may share a batch.
+        sharing: Which prompts may share a batch.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class EnginePolicy(GatherableModel, Policy):
         sampling: Sampling | None = None,
         budget: SweepBudget | None = None,
         generation_batch_size: int = 64,
-        takes_left_padding: bool = True,
+        sharing: Sharing = "any",
     ) -> None:
         super().__init__(forward, generation_batch_size)
         self.end_tokens = end_tokens
         self.sampling = sampling or Sampling()
         self.budget = budget
-        self.takes_left_padding = takes_left_padding
+        self.sharing = sharing
         self.groups = 0
         """Sweeps that the last `draw` took."""
         self._gathered_in_training = False
@@ -139,9 +140,9 @@ class EnginePolicy(GatherableModel, Policy):
         """Return the numbers of the prompts in batches, the longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
         groups = [order]
-        if not self.takes_left_padding:
+        if self.sharing == "one length":
             groups = [list(numbers) for _, numbers in groupby(order, key=lambda number: len(prompts[number]))]
-        size = self.rows_at_once
+        size = 1 if self.sharing == "none" else self.rows_at_once
         return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
 
     def _idle_forward(self) -> None:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.model.gathering import is_finite
+from selfgen_ds.model.generation import Sharing
 from selfgen_ds.model.head import LMHead, LogitTransform
 from selfgen_ds.model.loading import from_config
 from selfgen_ds.model.reach import Reach, try_rows
@@ -50,8 +51,8 @@ class Traits:
     """What text rows reach; everything if the model will not be trained."""
     checkpoints_activations: bool
     """Whether the model type has activation checkpointing."""
-    takes_left_padding: bool
-    """Whether an answer does not depend on padding before its prompt, so that prompts of any lengths share a batch."""
+    sharing: Sharing
+    """The prompts whose answers do not depend on the other prompts in their batch."""
 
 
 def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training: bool = True) -> Traits:
@@ -81,7 +82,7 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
         logit_transform = _find_logit_transform(small, config, ids)
         if logit_transform is None:
             raise InputError(f"model: {name} computes its logits in a way that selfgen-ds does not support")
-        takes_left_padding = _takes_left_padding(small, ids)
+        sharing = _sharing(small, ids)
         if packing:
             _check_packing(name, small, ids, joined, separate)
         if coefficient > 0:
@@ -93,7 +94,7 @@ def check(model: ModelConfig, config: PretrainedConfig, packing: bool, training:
         logit_transform=logit_transform,
         reach=reach,
         checkpoints_activations=small.supports_gradient_checkpointing,
-        takes_left_padding=takes_left_padding,
+        sharing=sharing,
     )
 
 
@@ -116,25 +117,26 @@ def _check_initialization(name: str, model: ModelConfig, config: PretrainedConfi
         )
 
 
-def _takes_left_padding(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Return whether the first tokens of an answer have the same logits with and without padding before the prompt.
+def _sharing(model: PreTrainedModel, ids: Tensor) -> Sharing:
+    """Return which prompts may share a batch: the first tokens of an answer must have the logits that they have alone.
 
     Args:
-        ids: `[1, L]` int64, from whose end the prompt is taken.
+        ids: `[1, L]` int64, from whose end the prompt is taken, and from whose start another prompt.
     """
-    prompt = ids[:, -_LENGTHS[1] :]
+    prompt, other = ids[:, -_LENGTHS[1] :], ids[:, : _LENGTHS[1]]
     settings = GenerationConfig(
         max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True, do_sample=False
     )
 
-    def logits(padding: int) -> Tensor:
-        padded = F.pad(prompt, (padding, 0))
-        mask = F.pad(torch.ones_like(prompt), (padding, 0))
+    def logits(prompts: Tensor, padding: int = 0) -> Tensor:
+        padded, mask = (F.pad(t, (padding, 0)) for t in (prompts, torch.ones_like(prompts)))
         generated = model.generate(padded, attention_mask=mask, generation_config=settings)
-        return torch.stack(generated.logits, dim=1)
+        return torch.stack(generated.logits, dim=1)[:1]
 
-    alone = _attempt(lambda: logits(0))
-    return alone is not None and _gives(lambda: logits(_LENGTHS[0]), alone)
+    alone = _attempt(lambda: logits(prompt))
+    if alone is None or not _gives(lambda: logits(torch.cat([prompt, other])), alone):
+        return "none"
+    return "any" if _gives(lambda: logits(prompt, _LENGTHS[0]), alone) else "one length"
 
 
 def _check_packing(name: str, model: PreTrainedModel, ids: Tensor, joined: Tensor, separate: list[Tensor]) -> None:

@@ -16,6 +16,7 @@ from selfgen_ds.engine import ds_config
 from selfgen_ds.engine.initialize import initialize, warm_up
 from selfgen_ds.model import lora
 from selfgen_ds.model.budget import sweep_budget
+from selfgen_ds.model.generation import Sharing
 from selfgen_ds.model.loading import build_model, checkpoint_activations, vocabulary, warn_of_rounding
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.probe import Traits
@@ -64,13 +65,13 @@ def build_engine(
 
 
 def engine_policy(
-    recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int], takes_left_padding: bool = True
+    recipe: Recipe, engine: DeepSpeedEngine, end_tokens: list[int], sharing: Sharing = "any"
 ) -> EnginePolicy:
     """Return the policy that draws from the engine's model.
 
     Args:
         end_tokens: Token ids, each of which ends an answer.
-        takes_left_padding: Whether prompts of different lengths may share a batch.
+        sharing: Which prompts may share a batch.
     """
     prefetched = 0  # elements that ZeRO-3 gathers ahead of a forward
     if engine.zero_optimization_stage() == 3:
@@ -89,5 +90,5 @@ def engine_policy(
             offloaded=ds_config.offloads_activations(engine.config),
         ),
         generation_batch_size=recipe.selfgen.generation_batch_size,
-        takes_left_padding=takes_left_padding,
+        sharing=sharing,
     )

@@ -122,7 +122,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
     _log_start(recipe, inputs)
-    policy = engine_policy(recipe, engine, inputs.end_tokens, inputs.traits.takes_left_padding)
+    policy = engine_policy(recipe, engine, inputs.end_tokens, inputs.traits.sharing)
     rounds = _open_rounds(recipe, inputs, engine, policy, starting_model, poll)
     if folder.storage.writes:  # nothing is refused after this point
         resolved = {key: value for key, value in hf_config.config.items() if key != "checkpoint"}

@@ -36,7 +36,7 @@ def test_text_reaches_every_parameter_of_a_text_model(name: str) -> None:
     model = AutoModelForCausalLM.from_config(configuration(preset))
     assert traits.reach.unreached(model) == []
     assert traits.reach.routing_modules(model) == []
-    assert traits.takes_left_padding
+    assert traits.sharing == "any"
 
 
 def test_text_does_not_reach_the_tower_of_a_multimodal_model(tmp_path: Path) -> None:
@@ -49,10 +49,18 @@ def test_text_does_not_reach_the_tower_of_a_multimodal_model(tmp_path: Path) -> 
     assert len({name.split("layers.")[1][0] for name in tower if "layers." in name}) == 2, "the copy has one layer"
 
 
-def test_answers_of_a_model_that_reads_padding_do_not_depend_on_their_batch() -> None:
-    config = configuration(RECURRENT | {"eos_token_id": 299})
-    settings = ModelConfig(preset=RECURRENT, attn_implementation="eager")
-    assert not probe.check(settings, config, packing=False, training=False).takes_left_padding
+RWKV = {"model_type": "rwkv", "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("preset", "sharing"), [(RECURRENT, "one length"), (RWKV, "none")], ids=["reads padding", "mixes rows"]
+)
+def test_answers_of_a_model_that_reads_other_rows_do_not_depend_on_their_batch(
+    preset: dict[str, Any], sharing: Any
+) -> None:
+    config = configuration(preset | {"eos_token_id": 299})
+    settings = ModelConfig(preset=preset, attn_implementation="eager")
+    assert probe.check(settings, config, packing=False, training=False).sharing == sharing
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
@@ -61,13 +69,13 @@ def test_answers_of_a_model_that_reads_padding_do_not_depend_on_their_batch() ->
     model = add_reductions(model)
     prompts = [torch.randint(2, 290, (length,)).tolist() for length in (9, 4, 9, 6, 4)]
 
-    def answers(prompts: list[list[int]], takes_left_padding: bool) -> list[list[int]]:
-        policy = EnginePolicy(model, end_tokens=[299], takes_left_padding=takes_left_padding)
+    def answers(prompts: list[list[int]], sharing: Any) -> list[list[int]]:
+        policy = EnginePolicy(model, end_tokens=[299], sharing=sharing)
         return policy.complete(prompts, 8)
 
-    alone = [answers([prompt], True)[0] for prompt in prompts]
-    assert answers(prompts, False) == alone
-    assert answers(prompts, True) != alone, "padding changes nothing here"
+    alone = [answers([prompt], "any")[0] for prompt in prompts]
+    assert answers(prompts, sharing) == alone
+    assert answers(prompts, "any") != alone, "the batch changes nothing here"
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
