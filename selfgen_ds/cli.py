@@ -118,6 +118,8 @@ def _parse(arguments: list[str]) -> Namespace:
         if command in _SETTINGS:
             check_command_line(problems, options, _SETTINGS[command])
         elif command == "compare":
+            if not options or options[0].startswith("-"):
+                problems.add("runs: missing; give the folders of trained and evaluated runs")
             check_options(problems, options, ["output_dir"])
         problems.raise_all()
         raise InputError(refusal(error) or " ".join(str(error).split())) from error

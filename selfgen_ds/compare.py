@@ -104,7 +104,7 @@ def _load(folder: Path) -> dict[str, Any]:
         with open(folder / "predictions.jsonl", encoding="utf-8") as file:
             predictions = [json.loads(line) for line in file]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{error.filename}: missing; train and evaluate a run before you compare it") from error
+        raise InputError(f"{error.filename}: missing; evaluate the run's model with --output_dir {folder}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{folder}: {' '.join(str(error).split())}") from error
     if not predictions:

@@ -103,6 +103,12 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, seed: int, t
                 group["weight_decay"] = weight_decay
             for state in engine.optimizer.state.values():
                 state["step"] = copy.deepcopy(state["step"])
+        # The optimizer has the learning rates of the run that saved it, whose schedule may have been another one.
+        schedule = engine.lr_scheduler
+        for group, base, factor in zip(
+            engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(schedule.last_epoch)
         if checkpoint.world_size == dist.get_world_size():
             with raise_on_all_ranks():
                 restore_generators(path, engine.device)

@@ -121,7 +121,7 @@ def inspect_source(problems: Problems, model: ModelConfig, config: PretrainedCon
         problems.add(f"{where} lacks {len(absent)} tensors, the first is {absent[0]}")
     if other := sorted(report["mismatched_keys"]):
         tensor, found, expected = other[0]
-        shapes = f"{tensor} has the shape {list(found)} there and {list(expected)} in the model"
+        shapes = f"{tensor}, whose shape is {list(found)} there and {list(expected)} in the model"
         problems.add(f"{where} has {len(other)} tensors of another shape, the first is {shapes}")
     if absent or other:
         return Source(model=located)

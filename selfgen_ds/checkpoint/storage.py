@@ -78,7 +78,9 @@ class Storage:
                 "folder; not all of its parts are here"
             )
         broken = "is broken" if self.shared else "is broken or, because the hosts share no folder, incomplete"
-        return f"resume: every checkpoint {broken}; the newest is {saved[-1]}"
+        return (
+            f"resume: every checkpoint {broken}; the newest is {saved[-1]}; restore one, or choose another output_dir"
+        )
 
     def verified_files(self, checkpoint: Checkpoint) -> dict[str, list[int]]:
         """Return the files of a checkpoint that this rank reads to verify them: name -> [bytes, CRC-32].

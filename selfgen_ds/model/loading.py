@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.hub import use_cache_without_network
@@ -93,7 +94,11 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
         name = lora.base_of(str(model.name_or_path))
         if not Path(name).is_dir():
             use_cache_without_network()
+        for file in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+            _check_json_object(Path(name) / file)
         config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(f"model.name_or_path: no model at {model.name_or_path!r}: {reason}") from error
@@ -111,6 +116,22 @@ def _saved_config(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
+def _check_json_object(file: Path) -> None:
+    """Check that a file, if there is one, can be read and holds a JSON object.
+
+    Raises:
+        InputError: It does not. The message names the file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except OSError as error:
+        raise InputError(refusal(error) or str(error)) from error
+    except ValueError as error:
+        raise InputError(f"{file}: malformed JSON: {error}; mend the file") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}; mend the file")
+
+
 def _check_generation_config(name: str) -> None:
     """Check that the generation defaults of a folder or hub id can be read, if it has any.
 
@@ -120,9 +141,7 @@ def _check_generation_config(name: str) -> None:
     file = Path(name) / GENERATION_CONFIG_NAME
     try:
         ends = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError as error:
-        if file.exists():
-            raise InputError(f"{refusal(error) or error}; mend or remove {file}") from error
+    except OSError:  # there are none
         return
     except Exception as error:  # transformers raises many types
         raise InputError(f"{file}: {' '.join(str(error).split())}; mend or remove the file") from error

@@ -96,7 +96,10 @@ def _modules_to_save(model: PreTrainedModel, ends: list[str]) -> list[str]:
         named = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")]
         weights = {f"{n}.{w}": p for n in named for w, p in model.get_submodule(n).named_parameters()}
         if not weights:
-            raise InputError(f"model.lora.modules_to_save: the model has no module {end!r} with weights")
+            names = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if m._parameters))
+            raise InputError(
+                f"model.lora.modules_to_save: the model has no module {end!r} with weights; it has {names}"
+            )
         if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
             raise InputError(f"model.lora.modules_to_save: text does not reach {frozen[0]}")
         found += named
@@ -129,6 +132,10 @@ def _without_frozen(model: PreTrainedModel, targets: str | list[str]) -> list[st
         layers = [name for name, module in model.named_modules() if _can_be_named(module) and _matches(targets, name)]
     except re.error as error:
         raise InputError(f"model.lora.target_modules: {error}") from error
+    known = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if _can_be_named(m)))
+    absent = [t for t in ([] if isinstance(targets, str) else targets) if not any(_matches([t], n) for n in layers)]
+    if absent and not any(_matches(absent, name) for name, _ in model.named_modules()):
+        raise InputError(f"model.lora.target_modules: the model has no linear layer {absent[0]!r}; it has {known}")
     reached = [name for name in layers if model.get_submodule(name).weight.requires_grad]
     if reached == layers:  # peft or the caller refuses targets that match no layer
         return targets

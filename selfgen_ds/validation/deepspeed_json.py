@@ -189,7 +189,7 @@ def _reason(error: Any, zero: bool) -> str:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    similar = get_close_matches(key, list(known), n=1)
+    similar = get_close_matches(key, list(known), n=1, cutoff=0.75)
     return "unknown key: DeepSpeed does not read it" + (f"; did you mean {similar[0]}?" if similar else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -418,7 +419,12 @@ def test_max_steps_and_the_limits_may_be_raised_on_resume(two_ranks: Ranks, save
     saved.train.max_steps, saved.resume = 8, "auto"
     saved.train.max_nonfinite_steps, saved.train.stall_seconds = 9, 900.0
     two_ranks.run(runs.run_training, saved)
-    assert [row["step"] for row in runs.metrics(saved)] == list(range(1, 9))
+    rows = runs.metrics(saved)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    # from the first resumed step on, the learning rate is that of the longer schedule
+    assert saved.optim.schedule == "cosine"
+    expected = [saved.optim.learning_rate * (1 + math.cos(math.pi * done / 8)) / 2 for done in (6, 7)]
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx(expected, rel=1e-6)
 
 
 def test_another_setting_may_not_change_on_resume(two_ranks: Ranks, saved: Recipe) -> None:

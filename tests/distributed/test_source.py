@@ -123,7 +123,7 @@ def test_missing_and_reshaped_tensors_are_all_named_before_the_data_are_read(
     with pytest.raises(AssertionError) as raised:
         two_ranks.run(prepare_only, recipe(folder, source, stage))
     assert "lacks 1 tensors, the first is model.layers.1.mlp.up_proj.weight" in str(raised.value)
-    assert "1 tensors of another shape, the first is model.norm.weight has the shape [31] there and [32]" in str(
+    assert "1 tensors of another shape, the first is model.norm.weight, whose shape is [31] there and [32]" in str(
         raised.value
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from selfgen_ds import cli
-from selfgen_ds.config import LoraConfig
-from selfgen_ds.errors import InputError
+from selfgen_ds.config import LoraConfig, Recipe
+from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.validation.command_line import check_command_line
 
 RECIPE = """\
 output_dir: runs/mine
@@ -241,8 +242,10 @@ def test_wrong_options_of_compare_are_named(arguments: list[str], expected: list
 
 
 def test_options_without_a_value_are_no_problem_beside_one() -> None:
-    given = ("--config", "demo", "--optim.lrr", "3", "--print_config")
-    assert refused(*given) == ["--optim.lrr: no such setting; did you mean --optim.learning_rate?"]
+    problems = Problems()
+    given = ["--config", "demo", "--output_dir", "x", "--optim.lrr", "3", "--print_config"]
+    check_command_line(problems, given, (Recipe,))
+    assert problems.lines == ["--optim.lrr: no such setting; did you mean --optim.learning_rate?"]
 
 
 def test_the_help_shows_the_settings_of_a_section_that_a_recipe_may_leave_out(

@@ -51,8 +51,8 @@ def test_an_odd_field_of_a_configuration_is_one_line(tmp_path: Path, name: str) 
 
 
 GENERATION: dict[str, tuple[str, str]] = {
-    "malformed": ("{", "not a valid JSON file"),
-    "no mapping": ("[1]", "list"),
+    "malformed": ("{", "malformed JSON: Expecting property name"),
+    "no mapping": ("[1]", "expected a JSON object, got list"),
     "a number in words": ('{"max_new_tokens": "many"}', "not supported between instances of 'str' and 'int'"),
     "a section of another type": ('{"watermarking_config": 3}', "int"),
     "an end token in words": ('{"eos_token_id": "x"}', "expected a token id or a list of them, got 'x'"),
