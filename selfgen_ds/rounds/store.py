@@ -76,8 +76,10 @@ def read_audit(folder: Path) -> dict[str, Any]:
     try:
         audit = json.loads((folder / AUDIT).read_text(encoding="utf-8"))
         audit["fingerprint"]["weights"], audit["replace_probability"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(refusal(error) or f"{folder / AUDIT}: not the record of a round") from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / AUDIT}: not the record of a round") from error
+    except OSError as error:
+        raise InputError(refusal(error) or f"{folder / AUDIT}: {error}") from error
     return audit
 
 
