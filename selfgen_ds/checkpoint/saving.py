@@ -18,7 +18,7 @@ from selfgen_ds.checkpoint.manifest import BROKEN, HF_FOLDER, MARKER, Checkpoint
 from selfgen_ds.checkpoint.source import Source, write_configs
 from selfgen_ds.checkpoint.state_dict_layout import StateDictLayout
 from selfgen_ds.checkpoint.storage import Storage
-from selfgen_ds.files import intact, refusal, sync_and_sum, sync_folder
+from selfgen_ds.files import intact, naming, refusal, sync_and_sum, sync_folder
 from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
@@ -67,7 +67,8 @@ def save(
         retention.remove(path)  # a killed run left it half-written
     dist.barrier()
     try:
-        _write(engine, path, tokenizer, config, source, storage)
+        with naming(path):
+            _write(engine, path, tokenizer, config, source, storage)
     except dist.DistError:  # another rank is gone, and the disk is not to blame
         raise
     except (OSError, RuntimeError) as error:
