@@ -24,7 +24,7 @@ from selfgen_ds.ranks import process_group
 log = logging.getLogger("selfgen_ds")
 
 
-_OF_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|cannot be opened|Parent directory")
+_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos|cannot be opened|Parent directory")
 """Parts of the messages of torch for a file that it cannot write."""
 
 
