@@ -2,7 +2,8 @@
 
 For each type, the folder of a small model with random weights goes through `selfgen-ds train` under ZeRO-3, in one
 process: as it is, with adapters, packed, and with answers that the model generates. Results are kept in
-`build/architectures.json`: a second call continues where the first was stopped. All types take an hour on one core.
+`build/architectures.json`: a second call continues where the first was stopped. A type takes about 10 s on an idle
+core, and a few types take minutes.
 
     python docs/make_architectures.py [MODEL_TYPE ...]
 """
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import torch.utils.tensorboard
+import torch.utils.tensorboard  # which every run would import
 import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm

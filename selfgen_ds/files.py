@@ -158,10 +158,13 @@ def damaged(folder: Path, files: dict[str, list[int]]) -> list[str]:
     Returns:
         Their names; if the operating system has refused a file, with its reason.
     """
+    try:
+        os.listdir(folder)  # DeepSpeed finds its files so
+    except OSError as error:
+        return [f"{name}: {error.strerror}" for name in files]
     found = []
     for name, entry in files.items():
         try:
-            os.listdir(folder)  # DeepSpeed finds its files so
             if not intact(folder / name, entry):
                 found.append(name)
         except OSError as error:

@@ -109,7 +109,13 @@ def mark_newer_broken(folder: Path, checkpoint: Checkpoint) -> None:
     """Make sure that no newer checkpoint is ever loaded or counted again. Their files stay, for somebody to look at."""
     for marker in marked(folder, MARKER):
         if int(marker.parent.name.removeprefix("step-")) > checkpoint.step:
-            marker.rename(marker.with_name(BROKEN))
+            try:
+                marker.rename(marker.with_name(BROKEN))
+            except OSError as error:
+                log.warning(
+                    "%s cannot be marked as broken (%s), and a later start may take it: remove it",
+                    *(marker.parent, refusal(error)),
+                )
 
 
 def _crc(content: dict[str, Any]) -> int:

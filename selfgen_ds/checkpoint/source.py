@@ -214,16 +214,18 @@ def compare_with_source(model: PreTrainedModel, name: str, reads: bool) -> None:
         InputError: A tensor differs, cannot be read, or is not finite; on ranks that compare.
     """
     layout, loaded = StateDictLayout.of(model), plain_tensors(model)
-    problem = ""
-    tensors = SourceTensors(lora.base_of(name)) if reads else None
-    in_folder = {} if tensors is None else names_in_folder(model, layout, tensors.headers)
+    problems, tensors, in_folder = Problems(), None, {}
+    if reads:
+        with problems.collect():  # the other ranks gather to the end, so this one does too, whatever it finds
+            tensors = SourceTensors(lora.base_of(name))
+            in_folder = names_in_folder(model, layout, tensors.headers)
     for names, _ in layout.groups():
         copies = {name: copy for name in names if (copy := gather_copy(loaded[name], reads)) is not None}
-        if tensors is not None and not problem:  # the other ranks gather to the end, so this one does too
+        if tensors is not None and not problems.lines:
             trained = isinstance(loaded[names[0]], nn.Parameter)
-            problem = _difference(layout.convert(copies), tensors, in_folder, trained)
-    if problem:
-        raise InputError(f"model.name_or_path: {name!r}: {problem}")
+            if problem := _difference(layout.convert(copies), tensors, in_folder, trained):
+                problems.add(f"model.name_or_path: {name!r}: {problem}")
+    problems.raise_all()
 
 
 def _difference(stored: dict[str, Tensor], tensors: SourceTensors, in_folder: dict[str, str], trained: bool) -> str:

@@ -74,10 +74,6 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str) -> None:
         # The factors of an adapted embedding are parameters without a module: ZeRO-3 would not gather them.
         if type(layer) is not Linear or layer is model.get_output_embeddings():
             raise InputError(f"model.lora.target_modules: expected linear layers below the LM head, got {name}")
-    if isinstance(lora.target_modules, list):
-        for target in lora.target_modules:
-            if not any(f".{name}".endswith(f".{target}") for name in layers):
-                raise InputError(f"model.lora.target_modules: the model has no linear layer {target!r}")
     for name in saved:
         if inside := [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]:
             raise InputError(f"model.lora.modules_to_save: {name} holds the adapted layer {inside[0]}; drop one")
@@ -129,13 +125,15 @@ def _without_frozen(model: PreTrainedModel, targets: str | list[str]) -> list[st
         InputError: All of the layers are frozen, or the targets are no regular expression.
     """
     try:
-        layers = [name for name, module in model.named_modules() if _can_be_named(module) and _matches(targets, name)]
+        layers = [name for name, module in model.named_modules() if _is_linear(module) and _matches(targets, name)]
     except re.error as error:
         raise InputError(f"model.lora.target_modules: {error}") from error
-    known = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if _can_be_named(m)))
-    absent = [t for t in ([] if isinstance(targets, str) else targets) if not any(_matches([t], n) for n in layers)]
-    if absent and not any(_matches(absent, name) for name, _ in model.named_modules()):
-        raise InputError(f"model.lora.target_modules: the model has no linear layer {absent[0]!r}; it has {known}")
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(_matches([target], name) for name, _ in model.named_modules()):
+            known = dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m))
+            raise InputError(
+                f"model.lora.target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}"
+            )
     reached = [name for name in layers if model.get_submodule(name).weight.requires_grad]
     if reached == layers:  # peft or the caller refuses targets that match no layer
         return targets
@@ -144,7 +142,7 @@ def _without_frozen(model: PreTrainedModel, targets: str | list[str]) -> list[st
     return _targets(model, reached)
 
 
-def _can_be_named(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -168,7 +166,7 @@ def _targets(model: PreTrainedModel, chosen: list[str]) -> list[str] | str:
 
 def _can_be_adapted(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     """Return whether `all-linear` adapts a module. Routers, which choose experts, are left out."""
-    if not _can_be_named(module) or module is model.get_output_embeddings():
+    if not _is_linear(module) or module is model.get_output_embeddings():
         return False
     is_router = not _ROUTERS.isdisjoint(name.split("."))
     return bool(module.weight.requires_grad) and not is_router and not _refused_by_peft(model, name)

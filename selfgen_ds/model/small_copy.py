@@ -36,10 +36,9 @@ def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
         InputError: No small copy of the model can be built, or none has finite hidden states.
     """
     size = parameter_count(model, config)
-    thinner = [partial(_fewer_heads, factor=factor) for factor in _factors(config)]
     shrinks: list[Callable[[PretrainedConfig], PretrainedConfig]] = [copy.deepcopy]
     if size > _MOST:
-        shrinks = [_narrow, *thinner, _shallow]
+        shrinks = [_narrow, *(partial(_fewer_heads, factor=factor) for factor in _factors(config)), _shallow]
     flash = model.attn_implementation == "flash_attention_2"
     dtype, device = (torch.bfloat16, process_group.device()) if flash else (torch.float32, torch.device("cpu"))
     problem = "the copy is too large"

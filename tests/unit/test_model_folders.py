@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from selfgen_ds.checkpoint import export, source
@@ -132,6 +133,21 @@ def test_tensors_that_are_rounded_against_the_model_s_wish_are_named(caplog: pyt
     warn_of_rounding(model.to(torch.bfloat16))
     (line,) = caplog.messages
     assert "to bfloat16 that plain transformers keeps in float32, the first is model.layers.1.mlp.gate.weight;" in line
+
+
+def test_a_rank_that_cannot_read_the_folder_gathers_every_tensor_before_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(runs.write_model(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(path)
+    gathered: list[Tensor] = []
+    monkeypatch.setattr(source, "gather_copy", lambda tensor, reads: gathered.append(tensor))
+    compare_with_source(model, str(path), reads=False)
+    others = len(gathered)
+    (path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        compare_with_source(model, str(path), reads=True)
+    assert len(gathered) == 2 * others > 0
 
 
 def test_a_tensor_that_was_not_loaded_as_it_is_in_the_folder_is_named(tmp_path: Path) -> None:
