@@ -10,6 +10,7 @@ core, and a few types take minutes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from selfgen_ds.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
@@ -53,6 +55,15 @@ ROWS = [("one", "ab"), ("the next row", "a longer answer"), ("3", "c"), ("and mo
 SECONDS = 90
 YES = "yes"
 Attention = Literal["sdpa", "eager"]
+FIELDS: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6},
+    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16},
+}
+"""Model type -> fields without which its default configuration cannot be built, as published checkpoints have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +91,37 @@ def save(model_type: str, folder: Path) -> Attention:
     """
     tokenizer = byte_tokenizer()
     small_copy._VOCABULARY = len(tokenizer)
-    config = AutoConfig.for_model(model_type)
+    config = AutoConfig.for_model(model_type, **FIELDS.get(model_type, {}))
     if config.is_encoder_decoder:
         raise InputError(f"model: expected a causal language model, got model type {model_type!r}")
+    configs = [config]
     with suppress(AttributeError, ValueError):  # `small_copy` says what is odd in the configuration
-        config = small_copy._shallow(config)
-    config = _without_dropout(config)
+        configs.insert(0, small_copy._shallow(config))
     torch.manual_seed(0)
-    with torch.no_grad():
-        try:
-            attention: Attention = "sdpa"
-            model = small_copy.small_copy(ModelConfig(preset={}), config)
-        except InputError:
-            attention = "eager"
-            model = small_copy.small_copy(ModelConfig(preset={}, attn_implementation=attention), config)
+    model, attention = _built([_without_dropout(config) for config in configs])
     model.generation_config = GenerationConfig()  # some defaults name tokens that the small vocabulary lacks
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in ROWS]
     (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return attention
+
+
+def _built(configs: list[PretrainedConfig]) -> tuple[PreTrainedModel, Attention]:
+    """Return a small model of the first configuration that can be built, and its attention implementation.
+
+    Raises:
+        InputError: None of them can be built.
+    """
+    attentions: list[Attention] = ["sdpa", "eager"]
+    problem = InputError("no configuration")
+    for config, attention in itertools.product(configs, attentions):
+        try:
+            with torch.no_grad():
+                return small_copy.small_copy(ModelConfig(preset={}, attn_implementation=attention), config), attention
+        except InputError as error:
+            problem = error
+    raise problem
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -49,9 +49,13 @@ def run(options: CompareOptions) -> None:
     """
     problems = Problems()
     check_compare(problems, options)
+    runs = []
+    for run in options.runs:
+        with problems.collect():
+            runs.append(_load(Path(run)))
     problems.raise_all()
     try:
-        groups = _group([_load(Path(run)) for run in options.runs])
+        groups = _group(runs)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{', '.join(options.runs)}: not as train and evaluate write them ({error!r}); evaluate them again"

@@ -14,6 +14,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,17 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
         try:
             content = json.loads(marker.read_text(encoding="utf-8"))
             if content.pop(_CRC) != _crc(content):
-                raise ValueError(f"{marker} is not as it was written")
+                raise ValueError
             checkpoints.append(Checkpoint(path=marker.parent, **content))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s is unreadable (%s); ignoring this checkpoint", marker, refusal(error) or error)
+            _warn_once(f"{refusal(error) or f'{marker} is not as it was written'}; ignoring this checkpoint")
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    """Log a problem of a folder that is read several times."""
+    log.warning(problem)
 
 
 def half_written(folder: Path) -> list[Path]:

@@ -118,7 +118,8 @@ def inspect_source(problems: Problems, model: ModelConfig, config: PretrainedCon
     built, report = _plain_load(model, config, tensors)
     where = f"model.name_or_path: {model.name_or_path!r}"
     if absent := sorted(report["missing_keys"]):
-        problems.add(f"{where} lacks {len(absent)} tensors, the first is {absent[0]}")
+        whole = "take a whole checkpoint, or mend config.json"
+        problems.add(f"{where} lacks {len(absent)} tensors, the first is {absent[0]}; {whole}")
     if other := sorted(report["mismatched_keys"]):
         tensor, found, expected = other[0]
         shapes = f"{tensor}, whose shape is {list(found)} there and {list(expected)} in the model"
