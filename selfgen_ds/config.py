@@ -104,7 +104,8 @@ class DataConfig:
     max_truncated_share: float = 0.1
     """Refuse the data when more than this share of rows has a truncated response."""
     max_refused_share: float = 0.0
-    """Refuse the data when more than this share of rows has a prompt that leaves no room for a response."""
+    """Refuse the data when more than this share of rows cannot be used: rows that are not as expected, that the chat
+    template does not take, or whose prompt leaves no room for a response."""
     packing: bool = False
     """Put several samples into one training row of `max_length` tokens; no sample sees another one."""
     group_by_length: bool = False

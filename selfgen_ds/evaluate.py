@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import EvaluateOptions, ModelConfig
 from selfgen_ds.data.correction import correction
@@ -28,6 +29,7 @@ from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
+from selfgen_ds.validation.inputs import check_rows
 from selfgen_ds.validation.options import check_corrected_length, check_evaluate, check_evaluated_length
 
 log = logging.getLogger("selfgen_ds")
@@ -61,11 +63,7 @@ def run(options: EvaluateOptions) -> None:
         traits = probe.check(source, config, packing=False, training=False)
     problems.raise_all()
     assert length is not None
-    columns = Columns(
-        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
-    )
-    form = Format(columns=columns, max_length=length, limit=options.max_samples)
-    samples = load(options.data, "test", tokenizer, form)
+    samples = _load_rows(options, tokenizer, length)
     chosen = first_rows(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
     if asked is not None and positions is not None:
@@ -93,6 +91,24 @@ def run(options: EvaluateOptions) -> None:
         _write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Samples]:
+    """Load the rows, of which those that are too long may be left out.
+
+    Raises:
+        InputError: A source cannot be read, or a row cannot be used for another reason than its length.
+    """
+    columns = Columns(
+        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
+    )
+    samples = load(
+        options.data, "test", tokenizer, Format(columns=columns, max_length=length, limit=options.max_samples)
+    )
+    problems = Problems()
+    check_rows(problems, samples)
+    problems.raise_all()
+    return samples
 
 
 @contextmanager

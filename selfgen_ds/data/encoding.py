@@ -14,22 +14,25 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.data.chat import ChatEncoder, Conversation
-from selfgen_ds.data.row_checks import TextPair
+from selfgen_ds.data.chat import ChatEncoder, Encoded
+from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.data.row_checks import Refused, Row, TextPair
+from selfgen_ds.data.turns import Rendered
+from selfgen_ds.errors import InputError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 1_000_000
 """A chunk has this many rows at most, and ends with the row that brings its text above this many characters."""
 
 
-def chunks(rows: Iterator[TextPair | Conversation]) -> Iterator[list[TextPair | Conversation]]:
+def chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Cut rows into chunks that are tokenized at once, so that the memory for a chunk is bounded."""
-    chunk: list[TextPair | Conversation] = []
+    chunk: list[Row] = []
     size = 0
     for row in rows:
         chunk.append(row)
         if isinstance(row, Conversation):
-            size += sum(len(message.get("content") or "") for message in row.messages)
-        else:
+            size += sum(len(str(message.get("content"))) for message in row.messages)
+        elif isinstance(row, TextPair):
             size += len(row.prompt) + len(row.completion)
         if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
             yield chunk
@@ -54,21 +57,33 @@ class Encoder:
         self._tokenizer = tokenizer
         self._assistant_turns = assistant_turns
         self._chat: ChatEncoder | None = None
+        self.unlike_inference: list[str] = []
+        """What the template shows otherwise than at inference, once for every conversation of which this is true."""
 
-    def encode(self, rows: list[TextPair | Conversation]) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Yield the token ids of each row and its turns: `[start, end of the replaceable part, end]`, in tokens.
+    def encode(self, rows: list[Row]) -> Iterator[Encoded | Refused]:
+        """Yield the token ids of each row and its turns, or why the row cannot be used.
 
         Raises:
-            InputError: The chat template does not reproduce a conversation; the error names the row.
+            InputError: The tokenizer cannot encode conversations.
         """
         for kind, run in groupby(rows, key=type):
             if kind is Conversation:
-                self._chat = self._chat or ChatEncoder(self._tokenizer, self._assistant_turns)
-                yield from self._chat.encode(cast("list[Conversation]", list(run)))
-            else:
+                yield from self._conversations(cast("list[Conversation]", list(run)))
+            elif kind is TextPair:
                 yield from self._pairs(cast("list[TextPair]", list(run)))
+            else:
+                yield from cast("list[Refused]", list(run))
 
-    def _pairs(self, pairs: list[TextPair]) -> Iterator[tuple[list[int], list[list[int]]]]:
+    def _conversations(self, conversations: list[Conversation]) -> Iterator[Encoded | Refused]:
+        chat = self._chat = self._chat or ChatEncoder(self._tokenizer, self._assistant_turns)
+        rendered = [_rendered_or_refused(chat, conversation) for conversation in conversations]
+        texts = [row for row in rendered if isinstance(row, Rendered)]
+        self.unlike_inference += [row.unlike_inference for row in texts if row.unlike_inference]
+        encoded = chat.tokenize(texts) if texts else iter(())
+        for row in rendered:
+            yield row if isinstance(row, Refused) else next(encoded)
+
+    def _pairs(self, pairs: list[TextPair]) -> Iterator[Encoded]:
         end = self._tokenizer.eos_token_id
         prompts = self._tokenizer([pair.prompt for pair in pairs], split_special_tokens=True)["input_ids"]
         completions = tokenize_plain([pair.completion for pair in pairs], self._tokenizer)
@@ -77,3 +92,10 @@ class Encoder:
                 prompt = prompt[:-1]  # some tokenizers end every text with the end token
             ids = [*prompt, *completion, end]
             yield ids, [[len(prompt), len(ids) - 1, len(ids)]]
+
+
+def _rendered_or_refused(chat: ChatEncoder, conversation: Conversation) -> Rendered | Refused:
+    try:
+        return chat.render(conversation)
+    except InputError as error:
+        return Refused(reason=str(error))

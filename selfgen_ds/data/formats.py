@@ -1,28 +1,32 @@
 """Readers of data files: one function per format that yields the rows as the file holds them.
 
-Every reader tells the line or number of a row, and names what is broken there. JSONL, CSV, Parquet, and Arrow files are
-read piece by piece, a JSON array as a whole.
+Every reader tells the line or number of a row, and names what is broken there. JSONL, CSV, TSV, Parquet, and Arrow files
+are read piece by piece, a JSON array as a whole.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import reprlib
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfgen_ds.errors import InputError
 
-RawRow = tuple[str, dict[str, Any]]
-"""The line or number of a row in its file, such as `line 3`, and the row's fields."""
+RawRow = tuple[str, dict[str, Any] | InputError]
+"""The line or number of a row in its file, such as `line 3`, and the row's fields or why it has none."""
 
 csv.field_size_limit(sys.maxsize)  # for the whole process; the default of 128 KiB is less than a long document
 
@@ -36,29 +40,48 @@ def read_file(path: Path) -> Iterator[RawRow]:
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path}: expected rows, got an empty file")
-        yield from READERS[path.suffix.lower()](path)
-    except OSError as error:
+        yield from READERS[suffix(path)](path)
+    except (OSError, EOFError, zlib.error) as error:  # the last two come of damaged gzip files
         raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
+def suffix(path: Path) -> str:
+    """Return the end of a file's name that tells the format, such as `.jsonl.gz`."""
+    ends = path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]
+    return "".join(ends).lower()
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file, or what a compressed file holds."""
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield f"line {number}", _json_object(_parse_json(line.rstrip(b"\n"), where), where)
+                fields: dict[str, Any] | InputError
+                try:
+                    fields = _json_object(_parse_json(line.rstrip(b"\n"), where), where)
+                except InputError as error:
+                    fields = error
+                yield f"line {number}", fields
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
     """Read an array of objects or, as in many files of this suffix, one object per line."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="replace") as file:
         while (start := file.read(1)).isspace():
             pass
     if start != "[":
         yield from _read_jsonl(path)
         return
-    for number, row in enumerate(_parse_json(path.read_bytes(), str(path)), start=1):
-        yield f"row {number}", _json_object(row, f"{path}, row {number}")
+    with _open(path) as content:
+        rows = _parse_json(content.read(), str(path))
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        yield f"row {number}", row if isinstance(row, dict) else InputError(_no_object(row, where))
 
 
 def _parse_json(content: bytes, where: str) -> Any:
@@ -90,15 +113,19 @@ def _duplicate(names: Iterable[str]) -> str | None:
 
 def _json_object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected one JSON object, got {type(row).__name__}")
+        raise InputError(_no_object(row, where))
     return row
 
 
-def _read_csv(path: Path) -> Iterator[RawRow]:
-    """Read comma-separated values. The first line names the columns, and every cell is text."""
+def _no_object(row: Any, where: str) -> str:
+    return f"{where}: expected one JSON object, got {type(row).__name__}"
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
+    """Read separated values. The first line names the columns, and every cell is text."""
     # A byte that is not UTF-8 becomes a lone surrogate, so that the check of the cell can name row and field.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True, delimiter=delimiter)
         header: list[str] = []
         start = 1  # the line on which the next row starts
         try:
@@ -109,9 +136,11 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
                     if (name := _duplicate(header)) is not None:
                         raise InputError(f"{where}, field {name!r}: expected once in the header, got twice")
                 elif cells:
-                    if len(cells) != len(header):
-                        raise InputError(f"{where}: expected {len(header)} fields, as in the header, got {len(cells)}")
-                    yield f"line {start}", dict(zip(header, cells, strict=True))
+                    if len(cells) == len(header):
+                        yield f"line {start}", dict(zip(header, cells, strict=True))
+                    else:
+                        problem = f"{where}: expected {len(header)} fields, as in the header, got {len(cells)}"
+                        yield f"line {start}", InputError(problem)
                 start = rows.line_num + 1
         except csv.Error as error:
             raise InputError(f"{path}, line {start}: expected CSV, got malformed CSV: {error}") from error
@@ -212,8 +241,13 @@ def first_line(error: Exception) -> str:
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
     ".json": _read_json,
+    ".json.gz": _read_json,
     ".csv": _read_csv,
+    ".csv.gz": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".tsv.gz": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

@@ -15,10 +15,9 @@ from huggingface_hub import HfApi
 from selfgen_ds.config import Source
 from selfgen_ds.data import tasks
 from selfgen_ds.data.cache import cache_folder, content_hash
-from selfgen_ds.data.chat import Conversation
-from selfgen_ds.data.formats import READERS, RawRow, first_line, read_file
+from selfgen_ds.data.formats import READERS, RawRow, first_line, read_file, suffix
 from selfgen_ds.data.hub import use_cache_without_network
-from selfgen_ds.data.row_checks import Columns, TextPair, validated
+from selfgen_ds.data.row_checks import Columns, Row, TextPair, validated
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import refusal
 
@@ -32,7 +31,7 @@ class Opened:
     name: str
     fingerprint: list[str]
     """Strings that change whenever the rows do."""
-    rows: Iterable[TextPair | Conversation]
+    rows: Iterable[Row]
     """The rows, which are read while they are iterated over."""
 
 
@@ -43,8 +42,7 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
         split: `train` or `test`, the split to read from a task, a folder, or a hub data set if the source names none.
 
     Raises:
-        InputError: The source does not exist or cannot be read. Iterating over the rows raises it for the first row
-            that is not as expected, and names the file, the row, and the field.
+        InputError: The source does not exist or cannot be read; iterating over the rows raises it too.
     """
     path = Path(source.path)
     if (task := tasks.task_of(source.path)) is not None:
@@ -59,7 +57,7 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
 
 
 def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
-    if unknown := [file for file in files if file.suffix.lower() not in READERS]:
+    if unknown := [file for file in files if suffix(file) not in READERS]:
         raise InputError(f"{unknown[0]}: expected a file that ends in {', '.join(READERS)}")
     fingerprint = []
     for file in files:
@@ -68,7 +66,7 @@ def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
         except OSError as error:
             raise InputError(refusal(error) or f"{file}: {error}") from error
 
-    def rows() -> Iterator[TextPair | Conversation]:
+    def rows() -> Iterator[Row]:
         for file in files:
             empty = True
             for row in validated(str(file), read_file(file), columns):
@@ -108,7 +106,7 @@ def _declares_files(folder: Path) -> bool:
 
 def _holds_rows(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in READERS and file.name not in _NOT_DATA and not hidden
+    return suffix(file) in READERS and file.name not in _NOT_DATA and not hidden
 
 
 def _saved_files(folder: Path, source: Source, split: str) -> list[Path]:

@@ -28,10 +28,12 @@ from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import Sources, sources
 from selfgen_ds.data.cache import cache_folder
-from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.chat import Encoded
+from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, chunks
+from selfgen_ds.data.message_checks import KNOWN_FIELDS
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.row_checks import Columns, TextPair
+from selfgen_ds.data.row_checks import Columns, Refused, Row
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.errors import InputError
@@ -48,6 +50,15 @@ where the response starts, where its replaceable part ends, and where it ends. T
 can be computed from the turns without a look at the tokens."""
 
 
+_MODULES = (
+    *("chat", "chat_template", "conversation", "encoding", "formats", "message_checks", "row_checks", "rows"),
+    *("samples", "turns"),
+)
+"""The modules that make samples of rows."""
+MOST_REASONS = 10
+"""Refused rows of a source that an error lists."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """A tokenized source. A row that was read is refused or becomes a sample, which may be truncated."""
@@ -60,9 +71,11 @@ class Samples:
     truncated: int
     """Samples whose response was cut at the longest length."""
     refused: int
-    """Rows whose prompt leaves no room for a response."""
-    first_refused: str
-    """File and line of the first refused row."""
+    """Rows that cannot be used."""
+    too_long: int
+    """Refused rows whose prompt leaves no room for a response."""
+    reasons: list[str]
+    """Why the first refused rows cannot be used; each names the file, the row, and the field."""
     closing_ids: list[int]
     """Special tokens that responses end with: the end token, or the token that a chat template closes a turn with."""
     conversations: int
@@ -185,7 +198,7 @@ def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> li
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
     digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
     # Other code may make other samples of the same rows.
-    for name in ("chat", "encoding", "formats", "row_checks", "rows", "samples"):
+    for name in _MODULES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]
 
@@ -194,14 +207,16 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
     """Write `samples.arrow` and then `info.json`, whose presence says that the table is complete."""
     encoder = Encoder(tokenizer, form.assistant_turns)
     tally = _Tally(tokenizer, form.max_length)
+    unknown: dict[str, str] = {}
     with (
         ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=CHUNK_ROWS) as writer,
         tqdm(desc=f"tokenize {source.name}", unit="row", delay=2) as bar,
     ):
         for chunk in chunks(islice(source.rows, form.limit)):
             columns: dict[str, list] = {name: [] for name in _FEATURES}
-            for row, (ids, turns) in zip(chunk, encoder.encode(chunk), strict=True):
-                for name, value in tally.sample(row, ids, turns).items():
+            unknown = _unknown_fields(chunk) | unknown
+            for row, encoded in zip(chunk, encoder.encode(chunk), strict=True):
+                for name, value in tally.sample(row, encoded).items():
                     columns[name].append(value)
             if columns["length"]:
                 writer.write_batch(columns)
@@ -209,12 +224,30 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
     with open(folder / "samples.arrow", "rb") as file:
         os.fsync(file.fileno())
     if tally.read == tally.refused:
-        reason = f": {tally.first_refused} leaves no room for a response within {form.max_length} tokens"
-        raise InputError(f"{source.name}: no usable row among {tally.read}{reason if tally.refused else ''}")
-    if not tally.closing_ids:
-        log.warning("%s: no special token closes a response: the model cannot learn to stop", source.name)
+        of_one = f": {tally.reasons[0]}" if len(tally.reasons) == 1 else ""
+        first_line = f"{source.name}: no usable row among {tally.read}{of_one}"
+        raise InputError("\n".join([first_line, *([] if of_one else tally.reasons)]))
+    if encoder.unlike_inference:
+        log.warning(
+            "%s: in %d of %d rows the chat template shows earlier turns otherwise than when the model generates them "
+            "(%s); data.assistant_turns: last learns the last turns alone",
+            *(source.name, len(encoder.unlike_inference), tally.read, encoder.unlike_inference[0]),
+        )
+    for name, where in unknown.items():
+        log.warning("%s: most chat templates ignore a field %r of a message; other rows may have it too", where, name)
     counts = {name: value for name, value in vars(tally).items() if not name.startswith("_")}
     write_atomically(folder / "info.json", json.dumps(counts | {"closing_ids": sorted(tally.closing_ids)}))
+
+
+def _unknown_fields(rows: list[Row]) -> dict[str, str]:
+    """Return the fields of messages that no usual chat template reads, each with the first row that has it."""
+    return {
+        name: row.where
+        for row in reversed(rows)
+        if isinstance(row, Conversation)
+        for message in row.messages
+        for name in message.keys() - KNOWN_FIELDS
+    }
 
 
 class _Tally:
@@ -223,14 +256,17 @@ class _Tally:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._max_length = max_length
-        self.read = self.truncated = self.refused = self.conversations = self.checksum = 0
-        self.first_refused = ""
+        self.read = self.truncated = self.refused = self.too_long = self.conversations = self.checksum = 0
+        self.reasons: list[str] = []
         self.closing_ids: set[int] = set()
 
-    def sample(self, row: TextPair | Conversation, all_ids: list[int], all_turns: list[list[int]]) -> dict[str, Any]:
+    def sample(self, row: Row, encoded: Encoded | Refused) -> dict[str, Any]:
         """Return the columns of the sample that a row becomes; nothing if the row is refused."""
         number, longest = self.read, self._max_length
         self.read += 1
+        if isinstance(encoded, Refused):
+            return self._refuse(encoded.reason)
+        all_ids, all_turns = encoded
         ids = all_ids[:longest]
         turns = [
             [start, min(replaceable, len(ids) - 1), min(end, longest)]
@@ -238,9 +274,9 @@ class _Tally:
             if 0 < start < min(end, longest)  # nothing predicts a first token
         ]
         if not turns:
-            self.refused += 1
-            self.first_refused = self.first_refused or row.where or f"row {number + 1}"
-            return {}
+            self.too_long += 1
+            where = getattr(row, "where", "") or f"row {number + 1}"
+            return self._refuse(f"{where}: the prompt leaves no room for a response within {longest} tokens")
         _, content_end, end = all_turns[-1]
         self.conversations += isinstance(row, Conversation)
         self.truncated += end > longest
@@ -248,3 +284,9 @@ class _Tally:
         flat = [position for turn in turns for position in turn]
         self.checksum = zlib.crc32(np.array([*ids, *flat], dtype=np.int32).tobytes(), self.checksum)
         return {"sample_id": number, "length": len(ids), "input_ids": ids, "turns": flat}
+
+    def _refuse(self, reason: str) -> dict[str, Any]:
+        self.refused += 1
+        if len(self.reasons) < MOST_REASONS:
+            self.reasons.append(reason)
+        return {}

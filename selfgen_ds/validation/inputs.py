@@ -101,19 +101,31 @@ def check_rounds_folder(problems: Problems, recipe: Recipe, storage: Storage) ->
 
 
 def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> None:
-    """Refuse data of which `data.max_length` cuts or refuses a larger share of rows than the recipe allows."""
+    """Refuse data of which a larger share of rows is cut or cannot be used than the recipe allows."""
     data = recipe.data
     for source in samples:
-        refused = f"prompts leave no room for a response (the first is {source.first_refused})"
-        for count, share, setting, what in (
-            (source.refused, data.max_refused_share, "max_refused_share", refused),
-            (source.truncated, data.max_truncated_share, "max_truncated_share", "responses are cut"),
-        ):
-            if count > share * source.read:
-                problems.add(
-                    f"{source.name}: {count} of {source.read} {what} at data.max_length={data.max_length}; "
-                    f"raise data.max_length, or allow more than {share:.1%} of the rows (data.{setting})"
-                )
+        if source.refused > data.max_refused_share * source.read:
+            remedy = f"allow more than {data.max_refused_share:.1%} of the rows (data.max_refused_share)"
+            if source.too_long:
+                remedy = f"raise data.max_length={data.max_length}, or {remedy}"
+            listed = "the first are" if source.refused > len(source.reasons) else "these are"
+            problems.add(
+                f"{source.name}: {source.refused} of {source.read} rows cannot be used; mend them, or {remedy}; {listed}",
+                *source.reasons,
+            )
+        if source.truncated > data.max_truncated_share * source.read:
+            problems.add(
+                f"{source.name}: {source.truncated} of {source.read} responses are cut at "
+                f"data.max_length={data.max_length}; raise data.max_length, or allow more than "
+                f"{data.max_truncated_share:.1%} of the rows (data.max_truncated_share)"
+            )
+
+
+def check_rows(problems: Problems, samples: list[Samples]) -> None:
+    """Check that every row can be used, but for rows that are too long, which `evaluate` leaves out and counts."""
+    for source in samples:
+        if unusable := source.refused - source.too_long:
+            problems.add(f"{source.name}: {unusable} of {source.read} rows cannot be used; mend them", *source.reasons)
 
 
 def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -> None:

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder, Conversation
+from selfgen_ds.data.chat import ChatEncoder
+from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, EVERY_FAMILY, FAMILIES, build, tokenizer
 
@@ -200,21 +201,31 @@ def test_text_that_a_template_writes_before_the_content_is_not_learned() -> None
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-def test_a_template_that_closes_no_turn_gives_turns_without_a_closing_token() -> None:
+def test_a_last_turn_that_the_template_does_not_close_ends_with_the_end_token() -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     ids, turns = _encode(_chatml(template), TWO_TURNS)
-    assert [_chatml().decode(ids[start:end]).strip() for start, _, end in turns] == [
-        "There are three.",
-        "You are welcome.",
-    ]
-    assert all(replaceable == end for _, replaceable, end in turns)
+    learned = [(_chatml().decode(ids[a:b]).strip(), _chatml().decode(ids[b:c])) for a, b, c in turns]
+    assert learned == [("There are three.", ""), ("You are welcome.", "<|im_end|>")]
+    assert turns[-1][2] == len(ids)
 
 
-def test_a_token_that_reaches_past_the_content_is_not_replaceable() -> None:
-    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + 'e user<|im_end|>' }}{% endfor %}"
-    ids, ((start, replaceable, end),) = _encode(_chatml(template), _conversation("x", "y th"))
-    assert _chatml().decode(ids[start:replaceable]) == "y"
-    assert _chatml().decode(ids[replaceable:end]) == " the"
+def test_text_that_a_template_writes_after_a_content_is_written_by_the_assistant() -> None:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + ' (end)<|im_end|>' }}{% endfor %}"
+    ids, ((start, replaceable, end),) = _encode(_chatml(template), _conversation("x", "y"))
+    assert (_chatml().decode(ids[start:replaceable]), _chatml().decode(ids[replaceable:end])) == (
+        "y (end)",
+        "<|im_end|>",
+    )
+
+
+def test_a_token_that_reaches_past_what_the_assistant_writes_is_not_replaceable() -> None:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + 'e <|im_end|>' }}{% endfor %}"
+    chat_tokenizer = _chatml(template)
+    ids, ((start, replaceable, end),) = _encode(chat_tokenizer, _conversation("x", "the"))
+    assert (chat_tokenizer.decode(ids[start:replaceable]), chat_tokenizer.decode(ids[replaceable:end])) == (
+        "thee",
+        " <|im_end|>",
+    )
 
 
 def test_the_last_turn_alone_may_be_learned() -> None:
@@ -223,7 +234,7 @@ def test_the_last_turn_alone_may_be_learned() -> None:
 
 
 def test_turns_of_the_given_messages_are_not_learned() -> None:
-    _, turns = _encode(tokenizer("chatml"), TWO_TURNS, given=3)
+    _, turns = _encode(tokenizer("chatml"), TWO_TURNS, unlearned=frozenset({1}))
     assert turns == _encode(tokenizer("chatml"), TWO_TURNS)[1][1:]
 
 
@@ -262,24 +273,22 @@ WITH_HEADER = """
 {%- else %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"""
 
 
-def test_a_header_inside_markers_is_learned_and_never_replaced() -> None:
-    chat_tokenizer = _chatml(WITH_HEADER)
-    ids, turns = _encode(chat_tokenizer, TWO_TURNS)
-    expected = chat_tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)
-    learned, replaceable = [0] * len(ids), [0] * len(ids)
-    for start, middle, end in turns:
-        learned[start:end] = [1] * (end - start)
-        replaceable[start:middle] = [1] * (middle - start)
-    assert (ids, learned) == (expected["input_ids"], expected["assistant_masks"])
-    replaced = [token for token, may_be in zip(ids, replaceable, strict=True) if may_be]
-    assert chat_tokenizer.decode(replaced) == "There are three.You are welcome."
-    pieces = [chat_tokenizer.decode(ids[start:end]) for start, _, end in turns]
-    header = "<|im_start|>assistant\n"
-    assert pieces == [header, "There are three.<|im_end|>\n", header, "You are welcome.<|im_end|>\n"]
+def test_a_header_and_text_after_the_closing_token_are_not_learned_inside_markers_either() -> None:
+    assert _encode(_chatml(WITH_HEADER), TWO_TURNS) == _encode(tokenizer("chatml"), TWO_TURNS)
 
 
-def test_the_last_turn_alone_keeps_its_header_inside_markers() -> None:
-    assert _encode(_chatml(WITH_HEADER), TWO_TURNS, "last")[1] == _encode(_chatml(WITH_HEADER), TWO_TURNS)[1][2:]
+def test_markers_without_the_closing_token_are_the_same_as_with_it() -> None:
+    template = CHATML_GENERATION.replace("{{- '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    assert template != CHATML_GENERATION
+    assert _encode(_chatml(template), TWO_TURNS) == _encode(tokenizer("chatml"), TWO_TURNS)
+
+
+def test_adjacent_markers_are_one_piece() -> None:
+    template = CHATML_GENERATION.replace(
+        "{{- '<|im_end|>' }}", "{% endgeneration %}{% generation %}{{- '<|im_end|>' }}"
+    )
+    assert template != CHATML_GENERATION
+    assert _encode(_chatml(template), TWO_TURNS) == _encode(tokenizer("chatml"), TWO_TURNS)
 
 
 CALLS: Messages = [
@@ -290,31 +299,33 @@ CALLS: Messages = [
 ]
 
 
-def test_a_tool_call_inside_markers_is_learned_and_never_replaced() -> None:
-    ids, turns = _encode(tokenizer(MARKED), CALLS)
-    (start, replaceable, end), (_, _, _) = turns
-    call = tokenizer(MARKED).decode(ids[start:end])
-    assert call == '<call>{"name": "add", "arguments": {"a": 1, "b": 2}}</call><|im_end|>'
-    assert replaceable == start
-
-
 PLAIN_CALLS = """
 {%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['reasoning_content'] or '') }}
 {{- (m['content'] or '') + (m['tool_calls'] | tojson if m['tool_calls'] else '') + '<|im_end|>\\n' }}{% endfor %}"""
 
 
-def test_tool_calls_without_markers_are_refused() -> None:
-    expected = "line 7, message 2: tool_calls needs a chat template with generation markers"
-    assert expected in _refusal(PLAIN_CALLS, CALLS)
-    beside_text = [CALLS[0], CALLS[1] | {"content": "Let me see."}, *CALLS[2:]]
-    assert expected in _refusal(PLAIN_CALLS, beside_text)
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (CHATML_GENERATION, '<call>{"name": "add", "arguments": {"a": 1, "b": 2}}</call>'),
+        (PLAIN_CALLS, '[{"name": "add", "arguments": {"a": 1, "b": 2}}]'),
+    ],
+    ids=["with markers", "without markers"],
+)
+def test_a_tool_call_is_learned_and_replaceable(template: str, call: str) -> None:
+    ids, turns = _encode(_chatml(template), CALLS)
+    pieces = [(_chatml().decode(ids[a:b]), _chatml().decode(ids[b:c])) for a, b, c in turns]
+    assert pieces == [(call, "<|im_end|>"), ("It is 3.", "<|im_end|>")]
 
 
 def test_a_template_that_swallows_a_tool_call_is_refused() -> None:
     template = CHATML_GENERATION.replace("m['tool_calls'] or []", "[]")
-    assert "leaves out tool_calls of message 2" in _refusal(template, CALLS)
+    assert "leaves out tool call 1 of message 2" in _refusal(template, CALLS)
     text_beside = [CALLS[0], CALLS[1] | {"content": "Let me see."}, *CALLS[2:]]
-    assert "leaves out tool_calls of message 2" in _refusal(CHATML, text_beside)
+    assert "leaves out tool call 1 of message 2" in _refusal(CHATML, text_beside)
+    second = CHATML_GENERATION.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]")
+    two = [CALLS[0], CALLS[1] | {"tool_calls": CALLS[1]["tool_calls"] * 2}, *CALLS[2:]]
+    assert "leaves out tool call 2 of message 2" in _refusal(second, two)
 
 
 def test_a_template_that_raises_without_a_tool_call_does_not_swallow_it() -> None:
@@ -325,9 +336,10 @@ def test_a_template_that_raises_without_a_tool_call_does_not_swallow_it() -> Non
     assert len(_encode(_chatml(template), CALLS)[1]) == 2
 
 
-def test_reasoning_beside_the_content_is_refused_without_markers() -> None:
+def test_reasoning_beside_the_content_is_learned_without_markers() -> None:
     messages = [TWO_TURNS[0], TWO_TURNS[1] | {"reasoning_content": "I see three."}]
-    assert "message 2: reasoning_content needs a chat template with gen" in _refusal(PLAIN_CALLS, messages)
+    ids, ((start, replaceable, _),) = _encode(_chatml(PLAIN_CALLS), messages)
+    assert _chatml().decode(ids[start:replaceable]) == "I see three.There are three."
 
 
 REASONING = CHATML_GENERATION.replace(
@@ -337,11 +349,12 @@ REASONING = CHATML_GENERATION.replace(
 
 def test_reasoning_of_the_last_message_that_the_template_ignores_is_refused() -> None:
     messages = [*TWO_TURNS[:3], TWO_TURNS[3] | {"reasoning_content": "They are polite."}]
-    assert "leaves out reasoning_content of message 4" in _refusal(CHATML_GENERATION, messages)
+    assert "leaves out the reasoning of message 4" in _refusal(CHATML_GENERATION, messages)
     ids, turns = _encode(_chatml(REASONING), messages)
-    learned = _chatml().decode([token for start, _, end in turns[1:] for token in ids[start:end]])
-    assert learned == "They are polite.You are welcome.<|im_end|>"
-    assert [_chatml().decode(ids[start:end]) for start, end, _ in turns] == ["There are three.", "", "You are welcome."]
+    assert [_chatml().decode(ids[start:end]) for start, end, _ in turns] == [
+        "There are three.",
+        "They are polite.You are welcome.",
+    ]
 
 
 def test_reasoning_of_earlier_turns_may_be_left_out() -> None:
@@ -353,12 +366,12 @@ def test_a_tool_call_in_a_turn_that_is_not_learned_needs_no_markers() -> None:
     ids, turns = _encode(_chatml(PLAIN_CALLS), CALLS, "last")
     assert [_chatml().decode(ids[start:end]) for start, _, end in turns] == ["It is 3.<|im_end|>"]
     assert '[{"name": "add"' in _chatml().decode(ids)
-    assert _encode(_chatml(PLAIN_CALLS), CALLS, given=3) == (ids, turns)
+    assert _encode(_chatml(PLAIN_CALLS), CALLS, unlearned=frozenset({1})) == (ids, turns)
 
 
 def test_markers_that_do_not_mark_every_turn_are_refused() -> None:
     template = CHATML_GENERATION.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
-    assert "marks 1 generations, the row has 2 turns" in _refusal(template)
+    assert "message 2: the chat template's generation markers do not enclose it" in _refusal(template)
 
 
 def test_markers_around_something_else_are_refused() -> None:

@@ -5,7 +5,8 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder, Conversation
+from selfgen_ds.data.chat import ChatEncoder
+from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.correction import TEXT_CUE, TURN_CUE, Correction, correction
 from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
@@ -74,11 +75,11 @@ def test_an_answer_ends_at_its_end_token_or_where_it_was_cut(family: str) -> Non
     assert asked.prompt([7, 8], answer) == asked.prompt([7, 8], content)
 
 
-def test_an_answer_stops_at_the_end_token_of_a_closing_that_continues_after_it() -> None:
-    template = CHATML_GENERATION.replace("'<|im_end|>' }}{% endgen", "' <|im_end|>\\n' }}{% endgen")
+def test_an_answer_has_no_white_space_that_closes_it() -> None:
+    template = CHATML_GENERATION.replace("'<|im_end|>' }}{% endgen", "' <|im_end|>' }}{% endgen")
     chat_tokenizer = _chatml(template)
     _, asked = _chat(chat_tokenizer, None)
-    assert chat_tokenizer.decode(asked.closing_ids) == " <|im_end|>\n"
+    assert chat_tokenizer.decode(asked.closing_ids) == " <|im_end|>"
     written = chat_tokenizer("There <|im_end|>")["input_ids"]
     assert chat_tokenizer.decode(asked.content(written)) == "There"
 
@@ -91,8 +92,8 @@ def test_a_header_inside_generation_markers_belongs_to_the_cue() -> None:
     )
     chat_tokenizer = _chatml(template)
     _, asked = _chat(chat_tokenizer, "Sure?")
-    assert chat_tokenizer.decode(asked.closing_ids) == "<|im_end|>\n"
-    expected = "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat_tokenizer.decode(asked.closing_ids) == "<|im_end|>"
+    expected = "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
     assert chat_tokenizer.decode(asked.cue_ids) == expected
 
 

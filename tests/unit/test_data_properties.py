@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from selfgen_ds.config import Source
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.rows import open_source
-from selfgen_ds.data.samples import Format, Samples, first_rows, load_samples
+from selfgen_ds.data.samples import MOST_REASONS, Format, Samples, first_rows, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION
@@ -119,7 +119,7 @@ def _content(name: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def _load(folder: Path, name: str, content: bytes, max_length: int, template: int) -> Samples | None:
-    """Return the samples of a file, or None if it is refused in one line that names it."""
+    """Return the samples of a file, or None if it is refused in lines that name it."""
     path = folder / name
     path.write_bytes(content)
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -128,8 +128,8 @@ def _load(folder: Path, name: str, content: bytes, max_length: int, template: in
         return load_samples(source, TOKENIZERS[template], Format(max_length=max_length))
     except InputError as error:
         message = str(error)
-        assert message.startswith(str(path))
-        assert len(message.splitlines()) == 1
+        assert all(line.startswith(str(path)) for line in message.splitlines())
+        assert len(message.splitlines()) <= 1 + MOST_REASONS
         assert message.encode()
         event("refused")
         return None

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -11,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfgen_ds.config import Source
-from selfgen_ds.data.chat import Conversation
-from selfgen_ds.data.formats import read_file
-from selfgen_ds.data.row_checks import Columns, TextPair
+from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.data.formats import READERS, read_file
+from selfgen_ds.data.row_checks import Columns, Refused, TextPair
 from selfgen_ds.data.rows import open_source
 from selfgen_ds.errors import InputError
+from tests.rows import usable
 from tests.tiers import sweep
 
 Rows = list[dict[str, Any]]
@@ -41,7 +43,7 @@ PROMPT_AND_COMPLETION: Rows = [{"prompt": row["messages"][:2], "completion": row
 def _read(
     path: Path, use: str = "train", columns: Columns | None = None, **source: Any
 ) -> list[TextPair | Conversation]:
-    return list(open_source(Source(path=str(path), **source), use, columns or Columns()).rows)
+    return usable(open_source(Source(path=str(path), **source), use, columns or Columns()).rows)
 
 
 def _as_rows(rows: Rows) -> list[TextPair]:
@@ -76,6 +78,21 @@ def _csv_with_mark(path: Path, rows: Rows) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
 
 
+def _tsv(path: Path, rows: Rows) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _zipped(write: Callable[[Path, Rows], None]) -> Callable[[Path, Rows], None]:
+    def writer(path: Path, rows: Rows) -> None:
+        write(path, rows)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return writer
+
+
 def _parquet(path: Path, rows: Rows) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
 
@@ -101,8 +118,13 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Rows], None]]] = {
     "arrow file": ("rows.arrow", _arrow_file),
     "csv": ("rows.csv", _csv),
     "csv with a byte order mark": ("rows.csv", _csv_with_mark),
+    "tsv": ("rows.tsv", _tsv),
+    "jsonl, zipped": ("rows.jsonl.gz", _zipped(_jsonl)),
+    "json array, zipped": ("rows.json.gz", _zipped(_json_array)),
+    "csv, zipped": ("rows.csv.gz", _zipped(_csv)),
+    "tsv, zipped": ("rows.tsv.gz", _zipped(_tsv)),
 }
-TEXT_ONLY = {"csv", "csv with a byte order mark"}
+TEXT_ONLY = {"csv", "csv with a byte order mark", "tsv", "csv, zipped", "tsv, zipped"}
 EVERY_FORMAT = pytest.mark.parametrize("form", WRITERS)
 EVERY_FORMAT_WITH_LISTS = pytest.mark.parametrize("form", [form for form in WRITERS if form not in TEXT_ONLY])
 
@@ -143,12 +165,12 @@ def test_conversations_may_be_in_any_column(tmp_path: Path) -> None:
 def test_a_prompt_and_a_completion_of_messages_are_one_conversation_whose_prompt_is_given(tmp_path: Path) -> None:
     rows = [row for row in _read(_write(tmp_path, "jsonl", PROMPT_AND_COMPLETION)) if isinstance(row, Conversation)]
     assert [row.messages for row in rows] == [row["messages"] for row in CHATS]
-    assert {row.given for row in rows} == {2}
+    assert {row.unlearned for row in rows} == {frozenset({0, 1})}
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow stream"])  # JSON keeps objects as they are
 def test_a_field_of_one_message_is_not_a_field_of_the_other_messages(tmp_path: Path, form: str) -> None:
-    call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
     messages = [
         *CHATS[0]["messages"][:2],
         call,
@@ -158,6 +180,102 @@ def test_a_field_of_one_message_is_not_a_field_of_the_other_messages(tmp_path: P
     (row,) = _read(_write(tmp_path, form, [{"messages": messages}]))
     assert isinstance(row, Conversation)
     assert row.messages == messages
+
+
+def _call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+def _tool(name: str, **properties: Any) -> dict[str, Any]:
+    return {"function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+UNLIKE_CALLS: Rows = [
+    {
+        "messages": [{"role": "user", "content": "?"}, _call("weather", city="Paris")],
+        "tools": [_tool("weather", city={"type": "string"})],
+    },
+    {
+        "messages": [{"role": "user", "content": "?"}, _call("add", a=1, b=2)],
+        "tools": [_tool("add", a={"type": "number", "minimum": 0}, b={"type": "number"})],
+    },
+]
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_tool_calls_and_schemas_of_unlike_keys_are_the_same_in_every_format(tmp_path: Path, form: str) -> None:
+    rows = [row for row in _read(_write(tmp_path, form, UNLIKE_CALLS)) if isinstance(row, Conversation)]
+    assert [{"messages": row.messages, "tools": row.tools} for row in rows] == UNLIKE_CALLS
+
+
+SHAREGPT: Rows = [
+    {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "Hello"},
+            {"from": "gpt", "value": "Hi"},
+            {"from": "human", "value": "1 + 2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "It is 3."},
+        ],
+    }
+]
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_sharegpt_is_a_conversation(tmp_path: Path, form: str) -> None:
+    (row,) = _read(_write(tmp_path, form, SHAREGPT))
+    assert isinstance(row, Conversation)
+    roles = ["system", "user", "assistant", "user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in row.messages] == roles
+    assert row.messages[0]["content"] == "Be brief."
+    assert row.messages[4]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+def test_a_speaker_that_sharegpt_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", [{"conversations": [{"from": "someone", "value": "a"}]}])
+    assert "field 'conversations', message 1, `from`: expected one of human, user, gpt" in _error(path)
+
+
+@EVERY_FORMAT
+def test_alpaca_is_a_pair(tmp_path: Path, form: str) -> None:
+    alpaca = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "a", "input": "", "output": "b"},
+    ]
+    rows = _read(_write(tmp_path, form, alpaca))
+    assert rows == [TextPair(prompt="Add.\n\n1 and 2", completion="3"), TextPair(prompt="a", completion="b")]
+
+
+def test_an_alpaca_row_with_a_history_is_refused(tmp_path: Path) -> None:
+    row = {"instruction": "a", "output": "b", "history": [["c", "d"]]}
+    assert "field 'history': write such rows as conversations" in _error(_write(tmp_path, "jsonl", [row]))
+
+
+@EVERY_FORMAT_WITH_LISTS
+def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path, form: str) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    weighted: Rows = [messages[0], messages[1] | {"weight": 0}, messages[2], messages[3] | {"weight": 1}]
+    (row,) = _read(_write(tmp_path, form, [{"messages": weighted}]))
+    assert isinstance(row, Conversation)
+    assert (row.messages, row.unlearned) == (messages, frozenset({1}))
+
+
+def test_the_first_row_that_can_be_read_tells_the_form(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n" + json.dumps(CHATS[0]) + "\n" + json.dumps(CHATS[1]))
+    kinds = [type(row) for row in open_source(Source(path=str(path)), "train", Columns()).rows]
+    assert kinds == [Refused, Conversation, Conversation]
+
+
+def test_a_damaged_zipped_file_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl, zipped", PAIRS)
+    whole = path.read_bytes()
+    for content in (whole[:-12], b"{}", whole[:20] + b"xxxx" + whole[24:]):
+        path.write_bytes(content)
+        assert _error(path).startswith(f"{path}: cannot be read")
 
 
 def test_a_row_that_has_prompt_completion_and_messages_is_a_pair(tmp_path: Path) -> None:
@@ -296,7 +414,7 @@ def test_a_data_set_that_was_saved_in_splits_is_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_file_of_rows_is_refused(tmp_path: Path) -> None:
-    endings = ".jsonl, .json, .csv, .parquet, .arrow"
+    endings = ", ".join(READERS)
     assert _error(tmp_path).startswith(f"{tmp_path}: expected a folder with files that end in {endings}")
     (tmp_path / "notes.md").write_text("nothing")
     assert _error(tmp_path) == f"{tmp_path}/notes.md: expected a file that ends in {endings}"
@@ -351,8 +469,9 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 @EVERY_FORMAT
 def test_a_file_without_rows_is_refused(tmp_path: Path, form: str) -> None:
     path = _write(tmp_path, form, PAIRS)
-    content = path.read_bytes()
-    if path.suffix == ".csv":
+    zipped = path.suffix == ".gz"
+    content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+    if form in TEXT_ONLY:
         path.write_bytes(content.split(b"\r\n", 1)[0] + b"\r\n")
     elif path.suffix in {".parquet", ".arrow"}:
         schema = pa.Table.from_pylist(PAIRS).schema
@@ -362,14 +481,16 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, form: str) -> None:
             new = pa.ipc.new_stream if form == "arrow stream" else pa.ipc.new_file
             new(str(path), schema).close()
     else:
-        path.write_bytes(b"[\n]\n" if form == "json array" else b"\n \n")
+        path.write_bytes(b"[\n]\n" if form.startswith("json array") else b"\n \n")
+    if zipped:
+        path.write_bytes(gzip.compress(path.read_bytes()))
     assert _error(path) == f"{path}: expected rows, got none"
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("text")
-    assert _error(path) == f"{path}: expected a file that ends in .jsonl, .json, .csv, .parquet, .arrow"
+    assert _error(path) == f"{path}: expected a file that ends in {', '.join(READERS)}"
 
 
 @sweep("form", ["parquet", "arrow stream", "arrow file"])
@@ -451,14 +572,15 @@ def test_a_column_of_lists_is_refused_with_row_and_field(tmp_path: Path) -> None
     assert _error(path) == f"{path}, line 1, field 'prompt': expected a string, got list"
 
 
+@EVERY_FORMAT
+def test_numbers_are_texts(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, [{"prompt": "1 + 2", "completion": 3}, {"prompt": "2 + 2", "completion": 4}])
+    assert [row.completion for row in _read(path) if isinstance(row, TextPair)] == ["3", "4"]
+
+
 def test_mixed_types_are_refused_at_the_row_that_differs(tmp_path: Path) -> None:
-    path = _write(tmp_path, "json array", [*PAIRS[:2], {"prompt": "a", "completion": 3}])
-    assert _error(path) == f"{path}, row 3, field 'completion': expected a string, got int"
-
-
-def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
-    path = _write(tmp_path, "parquet", [{"prompt": "a", "completion": 3}])
-    assert _error(path) == f"{path}, row 1, field 'completion': expected a string, got int"
+    path = _write(tmp_path, "json array", [*PAIRS[:2], {"prompt": "a", "completion": ["3"]}])
+    assert _error(path) == f"{path}, row 3, field 'completion': expected a string, got list"
 
 
 def test_pairs_among_conversations_are_refused_and_conversations_among_pairs(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_problems_of_training_and_evaluation_rows_come_together(tmp_path: Path) 
     with pytest.raises(InputError) as caught:
         inspect(recipe, set(), 1, False)
     lines = str(caught.value).splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"{tmp_path}/{name}.jsonl" for name in ("rows", "eval")]
+    assert [line.split(":")[0] for line in lines] == [f"{tmp_path}/{name}.jsonl" for name in ("rows", "eval")]
 
 
 def test_a_negative_number_of_rows_is_refused(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from huggingface_hub import constants
 
 from selfgen_ds.config import Source
 from selfgen_ds.data import hub
-from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import _open_hub, _read_hub, open_source
 from selfgen_ds.data.tasks import generate
 from selfgen_ds.errors import InputError
+from tests.rows import usable
 from tests.tiers import sweep
 
 GOOD = b'{"prompt": "1+1=", "completion": "2"}'
@@ -26,7 +27,7 @@ GOOD = b'{"prompt": "1+1=", "completion": "2"}'
 def _read(tmp_path: Path, content: bytes, prompt: str = "prompt", completion: str = "completion") -> list[Any]:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    return list(open_source(Source(path=str(path)), "train", Columns(prompt=prompt, completion=completion)).rows)
+    return usable(open_source(Source(path=str(path)), "train", Columns(prompt=prompt, completion=completion)).rows)
 
 
 def _error(tmp_path: Path, bad_line: bytes) -> str:
@@ -40,7 +41,7 @@ def _error(tmp_path: Path, bad_line: bytes) -> str:
 BAD_LINES = {
     "no completion": (b'{"prompt": "a"}', "field 'completion' is missing"),
     "empty object": (b"{}", "field 'prompt' is missing"),
-    "number": (b'{"prompt": "a", "completion": 7}', "field 'completion': expected a string, got int"),
+    "a truth value": (b'{"prompt": "a", "completion": true}', "field 'completion': expected a string, got bool"),
     "null": (b'{"prompt": null, "completion": "b"}', "field 'prompt': expected a string, got NoneType"),
     "empty completion": (
         b'{"prompt": "a", "completion": ""}',
@@ -108,6 +109,8 @@ SYSTEM, USER, ASSISTANT, TOOL = (
 )
 CALL = '{"role": "assistant", "tool_calls": [{"name": "f"}]}'
 
+WEIGHTED = '{"role": "assistant", "content": "x", "weight": %s}'
+
 GOOD_CONVERSATIONS = {
     "one turn": [USER, ASSISTANT],
     "system first": [SYSTEM, USER, ASSISTANT],
@@ -115,30 +118,32 @@ GOOD_CONVERSATIONS = {
     "a tool": [USER, CALL, TOOL, ASSISTANT],
     "two tools": [USER, CALL, TOOL, TOOL, CALL, TOOL, ASSISTANT, USER, ASSISTANT],
     "a call last": [USER, CALL],
+    "two users": [USER, USER, ASSISTANT],
+    "assistant first": [ASSISTANT],
+    "user last": [USER, ASSISTANT, USER],
+    "a function": [USER, CALL, TOOL.replace("tool", "function"), ASSISTANT],
+    "content of parts": ['{"role": "user", "content": [{"type": "text", "text": "x"}]}', ASSISTANT],
     "an empty question": ['{"role": "user", "content": ""}', ASSISTANT],
 }
 
 
 @pytest.mark.parametrize("messages", GOOD_CONVERSATIONS.values(), ids=GOOD_CONVERSATIONS)
-def test_roles_in_turn_are_a_conversation(tmp_path: Path, messages: list[str]) -> None:
+def test_messages_of_known_roles_are_a_conversation(tmp_path: Path, messages: list[str]) -> None:
     (row,) = _read(tmp_path, f'{{"messages": [{", ".join(messages)}]}}'.encode())
     assert isinstance(row, Conversation)
     assert len(row.messages) == len(messages)
 
 
 BAD_CONVERSATIONS = {
-    "assistant first": ([ASSISTANT], "message 1: roles out of order: 'assistant' comes first"),
-    "tool first": ([TOOL, ASSISTANT], "message 1: roles out of order: 'tool' comes first"),
-    "assistant after system": ([SYSTEM, ASSISTANT], "message 2: roles out of order: 'assistant' after 'system'"),
-    "two users": ([USER, USER, ASSISTANT], "message 2: roles out of order: 'user' after 'user'"),
-    "two assistants": ([USER, ASSISTANT, ASSISTANT], "message 3: roles out of order: 'assistant' after 'assistant'"),
-    "a late system": ([USER, ASSISTANT, SYSTEM], "message 3: roles out of order: 'system' after 'assistant'"),
-    "two systems": ([SYSTEM, SYSTEM, USER, ASSISTANT], "message 2: roles out of order: 'system' after 'system'"),
-    "tool after user": ([USER, TOOL, ASSISTANT], "message 2: roles out of order: 'tool' after 'user'"),
-    "user after tool": ([USER, CALL, TOOL, USER], "message 4: roles out of order: 'user' after 'tool'"),
-    "no assistant": ([USER], ": expected the assistant's message last, got one of role 'user'"),
-    "user last": ([USER, ASSISTANT, USER], ": expected the assistant's message last, got one of role 'user'"),
-    "tool last": ([USER, CALL, TOOL], ": expected the assistant's message last, got one of role 'tool'"),
+    "no assistant": ([USER], ": expected a turn of the assistant that is learned, got none"),
+    "no weight": ([USER, WEIGHTED % "0"], ": expected a turn of the assistant that is learned, got none"),
+    "half a weight": ([USER, WEIGHTED % "0.5"], "message 2, weight: expected 0 or 1, got 0.5"),
+    "a true weight": ([USER, WEIGHTED % "true"], "message 2, weight: expected 0 or 1, got True"),
+    "a call without a name": ([USER, CALL.replace("name", "names")], "message 2, tool_calls: expected calls with the"),
+    "arguments that are no JSON": (
+        [USER, '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}'],
+        "message 2, tool_calls, arguments: expected JSON, got malformed JSON",
+    ),
     "none": ([], ": expected a list of messages, got none"),
     "unknown role": ([USER.replace("user", "human")], "message 1: expected a role of system, developer, user"),
     "role of another kind": (['{"role": ["user"], "content": "x"}'], "message 1: expected a role of"),
@@ -146,9 +151,9 @@ BAD_CONVERSATIONS = {
     "no object": (['"hello"'], "message 1: expected an object with role and content, got str"),
     "no content": (['{"role": "user"}', ASSISTANT], "message 1: has no content, but 'role'"),
     "null content": ([USER, '{"role": "assistant", "content": null}'], "message 2: has no content, but 'role'"),
-    "content of parts": (
-        ['{"role": "user", "content": [{"type": "text", "text": "x"}]}', ASSISTANT],
-        "message 1, content: expected a string, got list",
+    "an image": (
+        ['{"role": "user", "content": [{"type": "image"}]}', ASSISTANT],
+        "message 1, content: expected a text or parts of type 'text', got 'image'",
     ),
     "an empty answer": ([USER, '{"role": "assistant", "content": ""}'], "message 2, content: expected text, got an em"),
     "half a surrogate pair": ([USER.replace("x", "\\ud800"), ASSISTANT], "message 1, content: expected UTF-8 text"),
@@ -173,7 +178,7 @@ def test_messages_that_are_not_a_list_are_an_error(tmp_path: Path, value: str) -
 
 
 def test_a_bad_prompt_of_messages_names_both_fields(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"line 1, fields 'prompt' and 'completion', message 2: roles out of order"):
+    with pytest.raises(InputError, match=r"line 1, fields 'prompt' and 'completion': expected a turn of the assistant"):
         _read(tmp_path, f'{{"prompt": [{USER}], "completion": [{USER}]}}'.encode())
 
 
@@ -338,7 +343,7 @@ def test_text_in_one_column_and_messages_in_the_other_is_an_error_that_names_bot
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(InputError, match="line 1, fields 'prompt' and 'completion': expected two texts or two lists"):
-        list(open_source(Source(path=str(path)), "train", Columns()).rows)
+        usable(open_source(Source(path=str(path)), "train", Columns()).rows)
 
 
 def test_files_that_a_readme_does_not_name_are_left_out_on_purpose(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from selfgen_ds.config import DataConfig, Recipe, Source
 from selfgen_ds.data import encoding
 from selfgen_ds.data import samples as samples_module
-from selfgen_ds.data.chat import Conversation
+from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.encoding import chunks
-from selfgen_ds.data.row_checks import Columns, TextPair
+from selfgen_ds.data.row_checks import Columns, Row, TextPair
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.samples import (
     Format,
@@ -150,7 +150,7 @@ def test_no_row_at_all_is_an_error() -> None:
 
 
 def test_no_usable_row_is_an_error_that_names_the_first() -> None:
-    expected = r"rows\.jsonl: no usable row among 1: row 1 leaves no room for a response within 5 tokens"
+    expected = r"rows\.jsonl: no usable row among 1: row 1: the prompt leaves no room for a response within 5 tok"
     with pytest.raises(InputError, match=expected):
         _tokenize(("abcde", "f"), max_length=5)
 
@@ -219,7 +219,8 @@ def test_chunks_that_text_ends_are_numbered_on(monkeypatch: pytest.MonkeyPatch) 
     rows = [TextPair(prompt="a" * (100 if i % 3 else 1), completion=str(i)) for i in range(7)]
     samples = load_samples(_opened(rows), TOKENIZER, Format(max_length=9))
     assert samples.table["sample_id"][:].tolist() == [0, 3, 6]
-    assert (samples.read, samples.refused, samples.first_refused) == (7, 4, "row 2")
+    assert (samples.read, samples.refused, samples.too_long) == (7, 4, 4)
+    assert [reason.split(":")[0] for reason in samples.reasons] == ["row 2", "row 3", "row 5", "row 6"]
 
 
 # --- conversations ---
@@ -247,7 +248,7 @@ def test_a_conversation_without_a_turn_left_is_refused_by_its_line() -> None:
     chats = [_chat("a", "b"), _chat("c" * 50, "d", where="rows.jsonl, line 9")]
     samples = load_samples(_opened(chats), tokenizer("chatml"), Format(max_length=40))
     assert (samples.read, samples.refused, samples.truncated, len(samples)) == (2, 1, 0, 1)
-    assert samples.first_refused == "rows.jsonl, line 9"
+    assert samples.reasons == ["rows.jsonl, line 9: the prompt leaves no room for a response within 40 tokens"]
 
 
 def test_what_a_template_writes_behind_the_last_turn_is_no_truncation() -> None:
@@ -272,39 +273,23 @@ def test_the_turns_that_are_learned_are_all_or_the_last(assistant_turns: str) ->
     assert tokenizer("chatml").decode(sample.prompt_ids).endswith("e<|im_end|>\n<|im_start|>assistant\n")
 
 
-HEADER_INSIDE_MARKERS = """
+MARKERS = """
 {%- for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}
-{{- '<|im_start|>' + m['content'] + '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}
+{{- m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}
 {%- endfor %}"""
 
 
 def test_a_first_token_gets_no_loss() -> None:
-    marked = build(HEADER_INSIDE_MARKERS, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    samples = load_samples(_opened([_chat("", "b", "c", "d")]), marked, Format(max_length=99))
-    learned = [marked.decode(samples[0].target_ids[start:end]) for start, _, end in _turns(samples)]
-    assert learned == ["b<|im_end|>\n", "<|im_start|>", "d<|im_end|>\n"]
-    assert _turns(samples)[0][0] == 1
-    assert marked.decode(samples[0].response_ids) == "d<|im_end|>\n"  # without the header, which the model learns too
-    assert marked.decode(samples[0].prompt_ids).endswith("c<|im_start|>")
-
-    bare = HEADER_INSIDE_MARKERS.replace("'<|im_start|>' + ", "")
-    bare = build(bare, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    bare = build(MARKERS, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
     samples = load_samples(_opened([_chat("", "b"), _chat("a", "b")]), bare, Format(max_length=99))
     assert (samples.refused, samples[0].sample_id) == (1, 1)
 
 
 def test_a_closing_token_is_what_stands_behind_the_content_inside_markers() -> None:
     special = ("<|im_start|>", "<|im_end|>", "</s>")
-    marked = build(HEADER_INSIDE_MARKERS, "byte_level", special, None, "</s>")
+    marked = build(MARKERS, "byte_level", special, None, "</s>")
     samples = load_samples(_opened([_chat("a", "b", "c", "d")]), marked, Format(max_length=99))
     assert samples.closing_ids == [marked.convert_tokens_to_ids("<|im_end|>")]
-
-
-def test_a_turn_without_a_token_is_no_turn() -> None:
-    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] | trim }}{% endfor %}"
-    plain = build(template, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
-    samples = load_samples(_opened([_chat("a", " "), _chat("a", "b")]), plain, Format(max_length=1000))
-    assert (samples.read, samples.refused, len(samples)) == (2, 1, 1)
 
 
 def test_closing_tokens_are_the_end_token_or_what_the_template_closes_turns_with() -> None:
@@ -318,12 +303,11 @@ def test_closing_tokens_are_the_end_token_or_what_the_template_closes_turns_with
     assert end_tokens([pairs], llama3) == [llama3.eos_token_id]
 
 
-def test_turns_that_nothing_closes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_last_turn_that_the_template_does_not_close_ends_with_the_end_token() -> None:
     template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
     plain = build(template, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
     samples = load_samples(_opened([_chat("a", "b")]), plain, Format(max_length=99))
-    assert samples.closing_ids == []
-    assert "no special token closes a response" in caplog.text
+    assert samples.closing_ids == [plain.eos_token_id]
 
 
 def test_rows_and_conversations_of_one_source_keep_their_order() -> None:
@@ -381,18 +365,37 @@ def _recipe(**data: Any) -> Recipe:
     return Recipe(output_dir="run", deepspeed="zero3.json", data=DataConfig(train="rows.jsonl", max_length=5, **data))
 
 
-def test_too_many_refused_prompts_are_an_error_that_names_source_row_and_setting() -> None:
+def test_too_many_unusable_rows_are_an_error_with_the_reasons_and_the_setting() -> None:
     samples = _tokenize(("a", "b"), ("a", "b"), ("abcde", "f"), ("abcdefg", "h"), max_length=5)
-    [message] = found_by(check_shares, _recipe(max_refused_share=0.4), [samples])
-    assert message.startswith("rows.jsonl: 2 of 4 prompts")
-    assert "the first is row 3" in message
-    assert "data.max_length=5" in message
-    assert message.endswith("or allow more than 40.0% of the rows (data.max_refused_share)")
+    head, *reasons = found_by(check_shares, _recipe(max_refused_share=0.4), [samples])
+    assert head == (
+        "rows.jsonl: 2 of 4 rows cannot be used; mend them, or raise data.max_length=5, or allow more than 40.0% of "
+        "the rows (data.max_refused_share); these are"
+    )
+    assert reasons == [f"row {i}: the prompt leaves no room for a response within 5 tokens" for i in (3, 4)]
+
+
+def test_ten_reasons_are_listed() -> None:
+    samples = _tokenize(("a", "b"), *[("abcdefg", "h")] * 12, max_length=5)
+    head, *reasons = found_by(check_shares, _recipe(), [samples])
+    assert head.startswith("rows.jsonl: 12 of 13 rows") and head.endswith("the first are")
+    assert [reason.split(":")[0] for reason in reasons] == [f"row {i}" for i in range(2, 12)]
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    content = '{"prompt": "a", "completion": "b"}\n{\n{"prompt": "c"}\n{"prompt": "d", "completion": 5}\n'
+    samples = load_samples(_file(tmp_path, content), TOKENIZER, Format(max_length=9))
+    assert (samples.read, samples.refused, samples.too_long, len(samples)) == (4, 2, 0, 2)
+    assert [sample.sample_id for sample in first_rows([samples])] == [0, 3]
+    assert "line 2: expected JSON objects" in samples.reasons[0]
+    assert "line 3: field 'completion' is missing" in samples.reasons[1]
+    assert len(found_by(check_shares, _recipe(max_refused_share=0.4), [samples])) == 3
+    assert found_by(check_shares, _recipe(max_refused_share=0.5), [samples]) == []
 
 
 def test_the_row_that_a_refusal_names_is_counted_past_a_thousand_rows() -> None:
     samples = _tokenize(*[("a", "b")] * 1499, ("abcde", "f"), max_length=5)
-    assert samples.first_refused == "row 1500"
+    assert samples.reasons[0].startswith("row 1500: ")
 
 
 def test_too_many_truncated_responses_are_an_error_that_names_source_and_setting() -> None:
@@ -505,9 +508,9 @@ def test_what_was_half_written_is_made_anew(tmp_path: Path, cache: Path) -> None
 
 
 def test_rows_that_cannot_be_read_leave_no_samples(tmp_path: Path, cache: Path) -> None:
-    bad = '{"prompt": "a", "completion": "b"}\n{\n'
+    bad = "{\n"
     for _ in range(2):
-        with pytest.raises(InputError, match=r"line 2: expected JSON objects"):
+        with pytest.raises(InputError, match=r"no usable row among 1: .*line 1: expected JSON objects"):
             load_samples(_file(tmp_path, bad), TOKENIZER, Format(max_length=9))
         assert _stores(cache) == 0
         assert not list(cache.glob("*.partial"))
@@ -526,7 +529,7 @@ def _load_in_process(path: str, cache: str, log: str, connection: Connection) ->
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     opened = open_source(Source(path=path), "train", Columns())
 
-    def rows() -> Iterator[TextPair | Conversation]:
+    def rows() -> Iterator[Row]:
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
         yield from opened.rows
@@ -571,12 +574,13 @@ def test_of_several_processes_one_tokenizes_and_all_get_the_same_samples(tmp_pat
     assert results[0] == results[1] == results[2]
 
 
-def test_of_several_processes_one_meets_a_bad_row_and_all_say_so(tmp_path: Path) -> None:
-    rows = "".join(f'{{"prompt": "{number}", "completion": "b"}}\n' for number in range(2_000))
-    results, readers = _in_processes(tmp_path, rows + "{")
+def test_of_several_processes_one_meets_bad_rows_and_all_say_so(tmp_path: Path) -> None:
+    results, readers = _in_processes(tmp_path, "{\n" * 2_000)
     assert readers == 1
     assert len(set(results)) == 1
-    assert results[0].startswith(f"{tmp_path}/rows.jsonl, line 2001: expected JSON objects")
+    head, *reasons = results[0].splitlines()
+    assert head == f"{tmp_path}/rows.jsonl: no usable row among 2000"
+    assert reasons[0].startswith(f"{tmp_path}/rows.jsonl, line 1: expected JSON objects")
 
 
 def test_samples_are_mapped_from_the_disk_and_not_held(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""A tokenizer's chat template: the texts that it makes of conversations, and the special tokens in them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.errors import InputError
+
+Span = tuple[int, int]
+"""Start and end of a piece of text, in characters."""
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can express a lone surrogate, UTF-8 cannot
+RAISES = "the chat template raises"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """A tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
+        spelled = "|".join(map(re.escape, reversed(special))) or "(?!)"
+        self.knows_generation_prompt = "add_generation_prompt" in str(tokenizer.chat_template)
+        """Whether the template can write what comes before an answer without the answer."""
+        self.special = re.compile(spelled)
+        """Finds every special token."""
+        self.closing = re.compile(rf"\s*(?:{spelled})")
+        """Matches a special token, and white space before it."""
+        self.closing_at_end = re.compile(rf"(\s*(?:{spelled}))\s*\Z")
+        """Finds the special token that ends a text, with the white space before it as group 1."""
+
+    def text(self, chat: Conversation, generation_prompt: bool = False, **variables: Any) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            generation_prompt: Whether the text ends with what the template writes before the model's answer.
+            variables: Given to the template, beside those of the conversation.
+
+        Raises:
+            InputError: The template raises. The message names the row.
+        """
+        return self._apply(chat, generation_prompt, mark=False, **variables)[0]
+
+    def text_or_none(self, chat: Conversation, generation_prompt: bool = False, **variables: Any) -> str | None:
+        """Return the text of a conversation, or None if the template raises."""
+        try:
+            return self.text(chat, generation_prompt, **variables)
+        except InputError:
+            return None
+
+    def text_and_generated(self, chat: Conversation) -> tuple[str, list[Span] | None]:
+        """Return the text of a conversation, and what is inside the template's generation markers, if it has any.
+
+        Raises:
+            InputError: The template raises. The message names the row.
+        """
+        return self._apply(chat, generation_prompt=False, mark=True)
+
+    def _apply(
+        self, chat: Conversation, generation_prompt: bool, mark: bool, **variables: Any
+    ) -> tuple[str, list[Span] | None]:
+        try:
+            template = self._tokenizer.get_chat_template(tools=chat.tools)
+            mark = mark and _GENERATION.search(template) is not None
+            texts, generated = render_jinja_template(
+                [chat.messages],
+                tools=chat.tools,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=mark,
+                **self._tokenizer.special_tokens_map | chat.template_kwargs | variables,
+            )
+        except Exception as error:  # a template can raise anything
+            raise InputError(f"{chat.where}: {RAISES}: {' '.join(str(error).split())}") from error
+        if not texts[0].isascii() and SURROGATE.search(texts[0]):
+            raise InputError(f"{chat.where}: expected UTF-8 text, got half a surrogate pair")
+        return texts[0], generated[0] if mark else None

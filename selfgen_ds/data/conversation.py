@@ -1,0 +1,113 @@
+"""Conversations, and the forms in which chat templates take the same messages."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Message = dict[str, Any]
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the field with a message's reasoning. Transformers gives a template all of them."""
+_Change = Callable[[Message], Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One example in `messages` form."""
+
+    messages: list[Message]
+    unlearned: frozenset[int] = frozenset()
+    """Indices of messages of the assistant that are not learned: those of the prompt, and those of weight 0."""
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables that are passed to the template."""
+    where: str = ""
+    """The file and line that the conversation was read from."""
+
+    def with_message(self, index: int, message: Message) -> Conversation:
+        """Return the conversation with another message in one place."""
+        return replace(self, messages=[*self.messages[:index], message, *self.messages[index + 1 :]])
+
+    def until(self, end: int) -> Conversation:
+        """Return the conversation of the first messages."""
+        return replace(self, messages=self.messages[:end])
+
+
+def forms(form: int, chat: Conversation) -> Iterator[tuple[int, Conversation]]:
+    """Yield a conversation in every form that a template may take it in, with the form's number.
+
+    Contents are texts or lists of parts, arguments of tool calls are objects or JSON, a missing content is left out,
+    null or empty, and `developer` and `function` may be called `system` and `tool`.
+
+    Args:
+        form: The number of the form to begin with. Number 0 is the form that the row has.
+    """
+    tried: list[list[Message]] = []
+    for number in dict.fromkeys((form, *range(len(_FORMS)))):
+        messages = chat.messages
+        for change in _FORMS[number]:
+            messages = [change(message) for message in messages]
+        if messages not in tried:
+            tried.append(messages)
+            yield number, replace(chat, messages=messages)
+
+
+def change_calls(message: Message, change: _Change, only: int | None = None) -> Message:
+    """Return a message with other functions in its tool calls.
+
+    Args:
+        change: Returns a function's other form. A function has a name and arguments.
+        only: The number of the only call to change; None changes all of them.
+    """
+    calls = list(message.get("tool_calls") or ())
+    for i, call in enumerate(calls):
+        if only in (None, i):
+            calls[i] = call | {"function": change(call["function"])} if "function" in call else change(call)
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _same(message: Message) -> Message:
+    return message
+
+
+def _arguments_as_json(message: Message) -> Message:
+    return change_calls(message, lambda function: function | {"arguments": json.dumps(function.get("arguments"))})
+
+
+def _null_content(message: Message) -> Message:
+    return {"content": None} | message
+
+
+def _empty_content(message: Message) -> Message:
+    return {"content": ""} | message
+
+
+def _usual_role(message: Message) -> Message:
+    usual = {"developer": "system", "function": "tool"}
+    return message | {"role": usual.get(message["role"], message["role"])}
+
+
+def _other_content(message: Message) -> Message:
+    """Turn a content that is a text into a list of parts, or the other way round."""
+    content = message.get("content")
+    if not content:
+        return message
+    if isinstance(content, str):
+        return message | {"content": [{"type": "text", "text": content}]}
+    return message | {"content": "".join(part["text"] for part in content)}
+
+
+_FORMS: list[tuple[_Change, ...]] = sorted(
+    itertools.product(
+        (_same, _arguments_as_json),
+        (_same, _null_content, _empty_content),
+        (_same, _usual_role),
+        (_same, _other_content),
+    ),
+    key=lambda form: sum(change is not _same for change in form),
+)
+"""The changes of each form."""

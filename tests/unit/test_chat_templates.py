@@ -1,0 +1,72 @@
+"""Every chat template that TRL carries: which conversations it takes, and what of them is learned."""
+
+import re
+from contextlib import suppress
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from selfgen_ds.data.chat import ChatEncoder
+from selfgen_ds.data.conversation import Conversation, forms
+from tests.chat_templates import KINDS, PAGE, TABLE, conversation, refusal, table, templates, tokenizer_of
+from tests.tiers import sweep
+
+EMPTY = re.compile(r"\s*(<think>)?\s*</think>\s*")
+_CHECKED = ["qwen3", "glm4moe", "gptoss", "llama3"]
+EVERY_TEMPLATE = sweep("name", [*_CHECKED, *(name for name in templates() if name not in _CHECKED)], check=4)
+
+
+@pytest.mark.test
+def test_the_table_is_that_of_the_page_and_nearly_all_that_is_shown_can_be_learned() -> None:
+    found = TABLE.search(PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    whole = table()
+    assert found[0].removeprefix(found[1]) == whole
+    rows = [(len(cells[0].split(", ")), cells[1:]) for cells in _cells(whole)]
+    learned, refused = (sum(number * cells.count(word) for number, cells in rows) for word in ("yes", "no"))
+    assert learned / (learned + refused) > 0.95
+
+
+def _cells(whole: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in whole.splitlines()[2:]]
+
+
+@EVERY_TEMPLATE
+def test_a_turn_is_what_generation_would_have_to_produce(name: str) -> None:
+    tokenizer = tokenizer_of(templates()[name])
+    # After a tool's result this template writes a header before its markers, and none in its generation prompt.
+    header = "<|turn>model\n" if name == "diffusion_gemma_training" else ""
+    for kind in KINDS:
+        chat = conversation(kind)
+        if refusal(tokenizer, chat):
+            continue
+        ((ids, turns),) = ChatEncoder(tokenizer, "all").encode([chat])
+        learned = [tokenizer.decode(ids[start:end]) for start, _, end in turns]
+        assert not any("GIVEN" in text for text in learned), kind
+        assert _written("".join(learned)) == _written(tokenizer.decode(ids)), kind
+        assert not any(re.search(r"<think>\s*</think>", text) for text in learned), kind
+        assert all(end - middle >= 1 for _, middle, end in turns), kind
+        assert any(_continues(tokenizer.decode(ids[: turns[-1][0]]), prompt) for prompt in _prompts(tokenizer, chat)), (
+            kind
+        )
+
+
+def _written(text: str) -> list[str]:
+    return re.findall(r"WRITTEN\d", text)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerFast, chat: Conversation) -> list[str]:
+    """Return what plain transformers gives a model to continue with the last message, with reasoning and without."""
+    prompts = []
+    for _, form in forms(0, chat):
+        for settings in ({}, {"enable_thinking": False}, {"thinking": False}):
+            with suppress(Exception):  # a template can raise anything
+                given = {"tools": form.tools, "tokenize": False, "add_generation_prompt": True}
+                prompts.append(tokenizer.apply_chat_template(form.messages[:-1], **given, **settings))
+    return prompts
+
+
+def _continues(text: str, prompt: str) -> bool:
+    """Return whether a text is the end of a prompt, as far as it also opens or closes no reasoning."""
+    text, prompt = (given[given.rfind("GIVEN") :] for given in (text, prompt))
+    return prompt.startswith(text) or (text.startswith(prompt) and bool(EMPTY.fullmatch(text, len(prompt))))
