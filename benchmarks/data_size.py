@@ -56,7 +56,8 @@ def generate(path: Path, rows: int) -> None:
 
 def tokenize(path: Path, rows: int) -> None:
     """Measure the first reading of the rows, which fills the cache."""
-    from selfgen_ds.data.samples import Format, load
+    from selfgen_ds.data.encoding import Format
+    from selfgen_ds.data.samples import load
     from selfgen_ds.data.tokenizer import byte_tokenizer
 
     with measured("tokenize", rows):
@@ -70,8 +71,9 @@ def train(path: Path, rows: int, **settings: Any) -> None:
         settings: Of `StepBatches`, or `packing`.
     """
     from selfgen_ds.data.batches import StepBatches
+    from selfgen_ds.data.encoding import Format
     from selfgen_ds.data.packing import load_packs
-    from selfgen_ds.data.samples import Format, load
+    from selfgen_ds.data.samples import load
     from selfgen_ds.data.tokenizer import byte_tokenizer
 
     name = next(iter(settings), "shuffled")

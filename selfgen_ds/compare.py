@@ -126,6 +126,7 @@ def _group(runs: list[dict[str, Any]]) -> list[_Group]:
     for entry in runs:
         recipe = {k: v for k, v in entry["recipe"].items() if k not in ("seed", "output_dir", "resume")}
         recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "name_or_path"}
+        recipe["data"] = {k: v for k, v in entry["recipe"]["data"].items() if k != "date"}
         key = json.dumps([recipe, _settings(entry["evaluation"])], sort_keys=True)
         while any(e["recipe"]["seed"] == entry["recipe"]["seed"] for e in by_recipe.get(key, [])):
             key += "'"  # the same seed from another starting model is a run of another group

@@ -42,6 +42,8 @@ class ModelConfig:
     With `name_or_path`: the fields that the model's configuration must have."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id; `byte` is built in (256 bytes, padding, and an end token). Default: the model's."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), which takes the place of the tokenizer's; exports have it too."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; with `bfloat16` the optimizer keeps float32 master weights."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
@@ -97,6 +99,14 @@ class DataConfig:
     messages_column: str = "messages"
     """Field with a conversation (`[{role: user, content: ...}, {role: assistant, content: ...}, ...]`), read if a
     row has no prompt and completion."""
+    as_chat: bool | None = None
+    """Put rows of two texts into the chat template, as a user's message and the answer to it. Default: the texts are
+    learned as they are, and the log says so if the tokenizer has a chat template."""
+    prompt_template: str = "{prompt}"
+    """Text around the prompt in rows of two texts, such as `"Question: {prompt}\\nAnswer: "`."""
+    date: str | None = None
+    """Day, such as `2026-01-31`, that a chat template is told if it asks for the date. Default: the day on which the
+    run was first started; `config.yaml` records it, and a resumed run takes it from there."""
     assistant_turns: Literal["all", "last"] = "all"
     """Assistant turns of a conversation that the model learns and that draws may replace: all, or the last one."""
     max_length: int = 2048
@@ -292,6 +302,12 @@ class EvaluateOptions:
     """Field with the reference."""
     messages_column: str = "messages"
     """Field with a conversation, whose last turn is the reference; read if a row has no prompt and completion."""
+    as_chat: bool | None = None
+    """Put rows of two texts into the chat template, as `data.as_chat` of a recipe."""
+    prompt_template: str = "{prompt}"
+    """Text around the prompt in rows of two texts, as `data.prompt_template` of a recipe."""
+    date: str | None = None
+    """Day that a chat template is told if it asks for the date, as `data.date` of a recipe. Default: today."""
     max_samples: int | None = None
     """Rows to evaluate: the first rows, as many from each source. Default: all rows."""
     max_length: int | None = None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import EvaluateOptions, ModelConfig
+from selfgen_ds.data.chat_template import asks_for_date
 from selfgen_ds.data.correction import correction
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row_checks import Columns
-from selfgen_ds.data.samples import Format, Samples, end_tokens, first_rows, load
-from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
+from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
@@ -99,12 +102,18 @@ def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, len
     Raises:
         InputError: A source cannot be read, or a row cannot be used for another reason than its length.
     """
-    columns = Columns(
-        prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
+    form = Format(
+        columns=Columns(
+            prompt=options.prompt_column, completion=options.completion_column, messages=options.messages_column
+        ),
+        as_chat=options.as_chat,
+        prompt_template=options.prompt_template,
+        date=(options.date or str(date.today())) if asks_for_date(tokenizer) else None,
+        end_ids=generation_ends(ModelConfig(name_or_path=options.model)),
+        max_length=length,
+        limit=options.max_samples,
     )
-    samples = load(
-        options.data, "test", tokenizer, Format(columns=columns, max_length=length, limit=options.max_samples)
-    )
+    samples = load(options.data, "test", tokenizer, form)
     problems = Problems()
     check_rows(problems, samples)
     problems.raise_all()

@@ -90,18 +90,20 @@ KINDS: dict[str, list[Message]] = {
 """Kind of conversation -> messages. Texts that the assistant writes have a word `WRITTEN` with a number of its own."""
 
 _CLOSING = (
-    *("<|im_end|>", "<|return|>", "<turn|>", "<end_of_turn>", "<|eot_id|>", "<｜end▁of▁sentence｜>"),
+    *("<|im_end|>", "<|return|>", "<turn|>", "<end_of_turn>", "<|eot_id|>", "<\uff5cend▁of▁sentence\uff5c>"),
     *("<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "</s>", "<|end|>", "<|endoftext|>"),
 )
 _SPECIAL = re.compile(
-    r"<[|｜][^<>|｜\s{}']*[|｜]>|<start_of_turn>|<\|?(?:turn|channel|tool_call|tool_response|tool)\|?>"
+    "<[|\uff5c][^<>|\uff5c\\s{}']*[|\uff5c]>"
+    r"|<start_of_turn>|<\|?(?:turn|channel|tool_call|tool_response|tool)\|?>"
 )
 
 
 def templates() -> dict[str, str]:
     """Return TRL's chat templates by name, without an import of TRL."""
     found = find_spec("trl")
-    assert found is not None and found.submodule_search_locations
+    assert found is not None
+    assert found.submodule_search_locations
     folder = Path(found.submodule_search_locations[0]) / "chat_templates"
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
 

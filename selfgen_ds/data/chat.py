@@ -28,12 +28,21 @@ class ChatEncoder:
 
     Args:
         assistant_turns: Which of the assistant's turns are learned: `all` or `last`.
+        date: The day, such as `2026-01-31`, that the template is told if it asks for the date; None for today.
+        end_ids: Tokens that the model's generation configuration names as ends of an answer. One of them, or the
+            tokenizer's end token, ends a last turn that nothing closes.
 
     Raises:
         InputError: The tokenizer has no chat template, or gives no character offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        assistant_turns: str,
+        date: str | None = None,
+        end_ids: tuple[int, ...] = (),
+    ) -> None:
         if not tokenizer.chat_template:
             raise InputError(
                 "model.tokenizer: rows of messages need a tokenizer with a chat template (`chat_template.jinja`)"
@@ -41,7 +50,8 @@ class ChatEncoder:
         if not tokenizer.is_fast:
             raise InputError("model.tokenizer: rows of messages need a fast tokenizer (of the library `tokenizers`)")
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, date)
+        self._end_id = end_ids[0] if end_ids and tokenizer.eos_token_id not in end_ids else tokenizer.eos_token_id
         self._last_only = assistant_turns == "last"
         self._form = 0
 
@@ -73,7 +83,7 @@ class ChatEncoder:
             turns = [_tokens_of(turn, offsets) for turn in row.turns]
             if not row.closed:
                 end = turns[-1][2]
-                ids, turns = [*ids[:end], self._tokenizer.eos_token_id], [*turns[:-1], [*turns[-1][:2], end + 1]]
+                ids, turns = [*ids[:end], self._end_id], [*turns[:-1], [*turns[-1][:2], end + 1]]
             yield ids, turns
 
     def encode(self, conversations: list[Conversation]) -> list[Encoded]:

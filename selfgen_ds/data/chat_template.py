@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.errors import InputError
@@ -15,14 +16,25 @@ Span = tuple[int, int]
 """Start and end of a piece of text, in characters."""
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can express a lone surrogate, UTF-8 cannot
 RAISES = "the chat template raises"
+_DATE = "strftime_now"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class ChatTemplate:
-    """A tokenizer's chat template."""
+def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the texts of a tokenizer's chat template depend on the day."""
+    return _DATE in str(tokenizer.chat_template)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        date: The day, such as `2026-01-31`, that the template is told if it asks for the date; None for today.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self._day = None if date is None else datetime.datetime.fromisoformat(date)
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         spelled = "|".join(map(re.escape, reversed(special))) or "(?!)"
         self.knows_generation_prompt = "add_generation_prompt" in str(tokenizer.chat_template)
@@ -66,6 +78,8 @@ class ChatTemplate:
     ) -> tuple[str, list[Span] | None]:
         try:
             template = self._tokenizer.get_chat_template(tools=chat.tools)
+            if self._day is not None:  # transformers keeps the compiled template, whose global this is
+                _compile_jinja_template(template).globals[_DATE] = self._day.strftime
             mark = mark and _GENERATION.search(template) is not None
             texts, generated = render_jinja_template(
                 [chat.messages],

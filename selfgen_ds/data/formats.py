@@ -1,7 +1,7 @@
 """Readers of data files: one function per format that yields the rows as the file holds them.
 
-Every reader tells the line or number of a row, and names what is broken there. JSONL, CSV, TSV, Parquet, and Arrow files
-are read piece by piece, a JSON array as a whole.
+Every reader tells the line or number of a row, and names what is broken there. A JSON array is read as a whole, all
+other files piece by piece.
 """
 
 from __future__ import annotations

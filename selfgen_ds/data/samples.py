@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from selfgen_ds.config import Sources, sources
 from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.chat import Encoded
 from selfgen_ds.data.conversation import Conversation
-from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, chunks
+from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, Format, chunks, in_form
 from selfgen_ds.data.message_checks import KNOWN_FIELDS
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.row_checks import Columns, Refused, Row
@@ -78,6 +78,8 @@ class Samples:
     """Why the first refused rows cannot be used; each names the file, the row, and the field."""
     closing_ids: list[int]
     """Special tokens that responses end with: the end token, or the token that a chat template closes a turn with."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that the model's `generation_config.json` names as ends of an answer."""
     conversations: int
     """Samples that are conversations; the others are pairs of texts."""
     checksum: int
@@ -108,19 +110,6 @@ class Samples:
             prompts.append(flat[ends - 3])
             responses.append(flat[ends - 1] - flat[ends - 3])
         return np.concatenate(prompts).astype(np.int64), np.concatenate(responses).astype(np.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """The settings that the samples depend on, besides the source and the tokenizer."""
-
-    columns: Columns = field(default_factory=Columns)
-    assistant_turns: str = "all"
-    """`all` or `last`: the turns of a conversation that are learned."""
-    max_length: int
-    """Most tokens of a sample; longer ones are truncated."""
-    limit: int | None = None
-    """Rows to read, from the start and from every source alike; None reads all."""
 
 
 def load(given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, form: Format) -> list[Samples]:
@@ -182,7 +171,7 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
             partial.rename(folder)
     info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     table = datasets.Dataset.from_file(str(folder / "samples.arrow")).with_format("numpy")
-    return Samples(table=table, name=source.name, folder=folder, **info)
+    return Samples(table=table, name=source.name, folder=folder, end_ids=form.end_ids, **info)
 
 
 def first_rows(samples: list[Samples], limit: int | None = None) -> list[TrainingRow]:
@@ -192,7 +181,8 @@ def first_rows(samples: list[Samples], limit: int | None = None) -> list[Trainin
 
 def end_tokens(samples: list[Samples], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer of a model that learned these samples."""
-    return sorted({tokenizer.eos_token_id, *(token for source in samples for token in source.closing_ids)})
+    learned = (token for source in samples for token in (*source.closing_ids, *source.end_ids))
+    return sorted({tokenizer.eos_token_id, *learned})
 
 
 def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format) -> str:
@@ -205,14 +195,14 @@ def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
 
 def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, folder: Path) -> None:
     """Write `samples.arrow` and then `info.json`, whose presence says that the table is complete."""
-    encoder = Encoder(tokenizer, form.assistant_turns)
+    encoder = Encoder(tokenizer, form)
     tally = _Tally(tokenizer, form.max_length)
     unknown: dict[str, str] = {}
     with (
         ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=CHUNK_ROWS) as writer,
         tqdm(desc=f"tokenize {source.name}", unit="row", delay=2) as bar,
     ):
-        for chunk in chunks(islice(source.rows, form.limit)):
+        for chunk in chunks(in_form(row, form) for row in islice(source.rows, form.limit)):
             columns: dict[str, list] = {name: [] for name in _FEATURES}
             unknown = _unknown_fields(chunk) | unknown
             for row, encoded in zip(chunk, encoder.encode(chunk), strict=True):
@@ -227,6 +217,12 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         of_one = f": {tally.reasons[0]}" if len(tally.reasons) == 1 else ""
         first_line = f"{source.name}: no usable row among {tally.read}{of_one}"
         raise InputError("\n".join([first_line, *([] if of_one else tally.reasons)]))
+    if encoder.ignored_template:
+        log.warning(
+            "%s: rows of two texts are learned without the tokenizer's chat template; data.as_chat: true puts them "
+            "into it, and data.as_chat: false leaves this line out",
+            source.name,
+        )
     if encoder.unlike_inference:
         log.warning(
             "%s: in %d of %d rows the chat template shows earlier turns otherwise than when the model generates them "

@@ -6,13 +6,16 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.data.hub import use_cache_without_network
 from selfgen_ds.errors import InputError
+from selfgen_ds.files import refusal
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,8 +35,38 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         InputError: The tokenizer cannot be loaded, or has no end token, without which a model cannot learn to stop.
     """
-    if model.tokenizer == "byte":
-        return byte_tokenizer()
+    tokenizer = byte_tokenizer() if model.tokenizer == "byte" else _load(model)
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(model.chat_template)
+    return tokenizer
+
+
+def _read_template(path: str) -> str:
+    """Return the chat template in a file.
+
+    Raises:
+        InputError: The file cannot be read, or is no template.
+    """
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+        _compile_jinja_template(template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"model.chat_template: {refusal(error) or f'{path}: {error}'}") from error
+    except TemplateSyntaxError as error:
+        raise InputError(f"model.chat_template: {path}, line {error.lineno}: {error.message}") from error
+    return template
+
+
+def generation_ends(model: ModelConfig) -> tuple[int, ...]:
+    """Return the tokens that a model's generation configuration names as ends of an answer; none without a model."""
+    try:
+        ends = GenerationConfig.from_pretrained(model.name_or_path).eos_token_id if model.name_or_path else None
+    except OSError:  # it has no generation configuration
+        ends = None
+    return tuple(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def _load(model: ModelConfig) -> PreTrainedTokenizerBase:
     name = model.tokenizer or model.name_or_path
     setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
     if not Path(str(name)).is_dir():

@@ -237,6 +237,7 @@ class _Turn:
         self._floor = max((end for message, (_, end) in by_message if message < index), default=0)
         self._ceiling = min((start for message, (start, _) in by_message if message > index), default=len(text))
         self._hidden = any(part.message == index and number not in spans for number, part in enumerate(parts))
+        self._context_is_shown = False  # whether the text is known to start with what the model is given at inference
         self.first, self.last = self._written()
         if any(self.first < start < self.last for message, (start, _) in by_message if message != index):
             raise InputError(f"{self._where}: the chat template writes another message in the midst of it")
@@ -272,6 +273,8 @@ class _Turn:
         """What the template shows otherwise than at inference; empty if nothing."""
         if self._hidden:
             return f"{self._where}: the text does not show all of it, because messages follow"
+        if self._context_is_shown:
+            return ""
         before = self._chat.until(self._index)
         shown = [self._template.text_or_none(before, generation_prompt) for generation_prompt in (True, False)]
         if any(text is not None and self._text.startswith(text) for text in shown) or shown == [None, None]:
@@ -314,6 +317,10 @@ class _Turn:
         prompt = self._template.text_or_none(before, True, **variables)
         if prompt is None:
             return None
+        as_it_is = self._floor <= len(prompt) <= self.first and self._text.startswith(prompt)
+        if as_it_is and self._template.knows_generation_prompt:
+            self._context_is_shown = True
+            return len(prompt)
         without = self._template.text_or_none(before, False, **variables) or ""
         opening = prompt[len(without) :] if prompt.startswith(without) else prompt[_common_start(prompt, without) :]
         if not opening and not self._template.knows_generation_prompt:

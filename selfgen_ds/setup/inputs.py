@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds import methods
-from selfgen_ds.config import DataConfig, Recipe, Sources, sources
+from selfgen_ds.config import Recipe, Sources, sources
 from selfgen_ds.data.batches import StepBatches
+from selfgen_ds.data.chat_template import asks_for_date
 from selfgen_ds.data.correction import Correction, correction
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.row_checks import Columns
-from selfgen_ds.data.samples import Format, Samples, load
+from selfgen_ds.data.samples import Samples, load
+from selfgen_ds.data.tokenizer import generation_ends
 from selfgen_ds.errors import Problems
 from selfgen_ds.methods.method import Method, Plan
 
@@ -36,7 +40,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Sample
     Raises:
         InputError: A source cannot be read, a row is not as expected, or no row is usable.
     """
-    return _load(recipe.data, recipe.data.train, "train", tokenizer, None)
+    return _load(recipe, recipe.data.train, "train", tokenizer, None)
 
 
 def load_eval_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Samples]:
@@ -47,14 +51,23 @@ def load_eval_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[S
     """
     if recipe.data.eval is None:
         return []
-    return _load(recipe.data, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
+    return _load(recipe, recipe.data.eval, "test", tokenizer, recipe.eval.max_samples)
 
 
 def _load(
-    data: DataConfig, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    recipe: Recipe, given: Sources, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> list[Samples]:
-    columns = Columns(prompt=data.prompt_column, completion=data.completion_column, messages=data.messages_column)
-    form = Format(columns=columns, assistant_turns=data.assistant_turns, max_length=data.max_length, limit=limit)
+    data = recipe.data
+    form = Format(
+        columns=Columns(prompt=data.prompt_column, completion=data.completion_column, messages=data.messages_column),
+        as_chat=data.as_chat,
+        prompt_template=data.prompt_template,
+        date=(data.date or str(date.today())) if asks_for_date(tokenizer) else None,
+        end_ids=generation_ends(recipe.model),
+        assistant_turns=data.assistant_turns,
+        max_length=data.max_length,
+        limit=limit,
+    )
     return load(given, split, tokenizer, form)
 
 

@@ -12,6 +12,7 @@ import logging
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from selfgen_ds.checkpoint import resuming
 from selfgen_ds.checkpoint.source import Source, inspect_source
 from selfgen_ds.config import Recipe, by_name, to_yaml
 from selfgen_ds.data.batches import StepBatches
+from selfgen_ds.data.chat_template import asks_for_date
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -55,7 +57,7 @@ from selfgen_ds.validation.inputs import (
     check_shares,
     check_steps,
 )
-from selfgen_ds.validation.output_folder import check_same_run
+from selfgen_ds.validation.output_folder import check_same_run, recorded_date
 from selfgen_ds.validation.settings import check_settings
 from selfgen_ds.versions import versions
 
@@ -111,11 +113,13 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     Raises:
         InputError: Bad input or configuration, the same lines on every rank.
     """
+    recipe.data.date = recipe.data.date or recorded_date(recipe)
     json_config = _check_settings(recipe, overrides)
     process_group.init_process_group()
+    today = process_group.from_rank_0(lambda: str(date.today()))
     check_ranks(by_name(recipe) | {recipe.deepspeed: json_config} | versions())
     folder = open_run_folder(recipe, json_config)
-    inputs = _load_inputs(recipe, folder, zero_stage(json_config))
+    inputs = _load_inputs(recipe, folder, zero_stage(json_config), today)
     engine, hf_config = _build(recipe, json_config, inputs)
     stop_at(engine.module, inputs.end_tokens)
     starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
@@ -141,7 +145,7 @@ def _check_settings(recipe: Recipe, overrides: set[str]) -> dict[str, Any]:
     return json_config
 
 
-def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int) -> Inputs:
+def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int, today: str) -> Inputs:
     """Load tokenizer, model configuration, data, and method, and check each against the recipe.
 
     The model is checked before any row is tokenized, because tokenizing may take long. Collective: every rank must
@@ -149,9 +153,12 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int) -> Inputs:
 
     Args:
         stage: The ZeRO stage of the DeepSpeed JSON.
+        today: Becomes `data.date` if the chat template asks for the date and the recipe does not name one.
     """
     with raise_on_all_ranks():
         tokenizer = load_tokenizer(recipe.model)
+        if recipe.data.date is None and asks_for_date(tokenizer):
+            recipe.data.date = today
         config = model_config(recipe.model, tokenizer)
         problems = Problems()
         check_positions(problems, recipe, config)

@@ -109,10 +109,8 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
             if source.too_long:
                 remedy = f"raise data.max_length={data.max_length}, or {remedy}"
             listed = "the first are" if source.refused > len(source.reasons) else "these are"
-            problems.add(
-                f"{source.name}: {source.refused} of {source.read} rows cannot be used; mend them, or {remedy}; {listed}",
-                *source.reasons,
-            )
+            count = f"{source.refused} of {source.read} rows cannot be used"
+            problems.add(f"{source.name}: {count}; mend them, or {remedy}; {listed}", *source.reasons)
         if source.truncated > data.max_truncated_share * source.read:
             problems.add(
                 f"{source.name}: {source.truncated} of {source.read} responses are cut at "

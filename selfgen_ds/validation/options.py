@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selfgen_ds.config import CompareOptions, EvaluateOptions, Recipe
 from selfgen_ds.errors import Problems
-from selfgen_ds.validation.recipe import check_model_folder
+from selfgen_ds.validation.recipe import check_model_folder, check_texts
 from selfgen_ds.validation.sources import check_sources
 
 
@@ -23,6 +23,7 @@ def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     temperature = options.sample_temperature
     problems.expect(temperature >= 0, "--sample_temperature", "0 or more", temperature)
     check_model_folder(problems, "--model", options.model)
+    check_texts(problems, "--", options.prompt_template, options.date)
     check_sources(problems, "--data", options.data)
 
 

@@ -39,6 +39,16 @@ def check_same_run(problems: Problems, recipe: Recipe, json_config: dict[str, An
         _check_unchanged(problems, folder, recipe, json_config)
 
 
+def recorded_date(recipe: Recipe) -> str | None:
+    """Return the `data.date` of the run that a recipe resumes; None if no run or no date is there."""
+    written = Path(recipe.output_dir) / "config.yaml"
+    content: Any = None
+    if recipe.resume is not None:
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # `check_same_run` reports these
+            content = yaml.safe_load(written.read_text(encoding="utf-8"))
+    return flat(content).get("data.date") if isinstance(content, dict) else None
+
+
 def check_nothing_overwritten(problems: Problems, recipe: Recipe) -> None:
     """Check that a run without a checkpoint, which starts from the beginning, has no results yet.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import math
 from dataclasses import asdict, fields
+from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
@@ -109,12 +110,27 @@ def _check_data(problems: Problems, recipe: Recipe) -> None:
     check_sources(problems, "data.eval", data.eval)
     differ = data.completion_column != data.prompt_column
     problems.expect(differ, "data.completion_column", "another field than data.prompt_column", data.completion_column)
+    check_texts(problems, "data.", data.prompt_template, data.date)
     if data.packing and data.group_by_length:
         problems.add("data.group_by_length: expected false with data.packing, whose rows are all full")
     if data.eval is None:
         for field in fields(EvalConfig):
             value = getattr(recipe.eval, field.name)
             problems.expect(value == field.default, f"eval.{field.name}", "data.eval to be given as well", value)
+
+
+def check_texts(problems: Problems, section: str, prompt_template: str, day: str | None) -> None:
+    """Check the settings of the texts that rows become.
+
+    Args:
+        section: Stands before the names of the settings in problems.
+    """
+    holds = "{prompt}" in prompt_template
+    problems.expect(holds, f"{section}prompt_template", "a text with {prompt} in it", prompt_template)
+    try:
+        date.fromisoformat(day or "2026-01-31")
+    except ValueError:
+        problems.add(f"{section}date: expected a day such as 2026-01-31, got {day!r}")
 
 
 def _check_selfgen(problems: Problems, selfgen: SelfgenConfig) -> None:

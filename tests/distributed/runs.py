@@ -26,7 +26,8 @@ from selfgen_ds.config import (
     TrainConfig,
 )
 from selfgen_ds.data.batches import StepBatches, TokenBatch
-from selfgen_ds.data.samples import Format, Samples, load
+from selfgen_ds.data.encoding import Format
+from selfgen_ds.data.samples import Samples, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.setup.prepare import Run, prepare

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from selfgen_ds import hashing
 from selfgen_ds.config import DataConfig, ModelConfig, OptimConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.batches import collate
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.samples import Format, first_rows, load
+from selfgen_ds.data.samples import first_rows, load
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.engine.step import train_step
 from selfgen_ds.methods.mixture import mix, replacement_mask

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.packing import load_packs
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Samples, load_samples, with_consecutive_ids
+from selfgen_ds.data.samples import Samples, load_samples, with_consecutive_ids
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.batches import lengths, padded, sample, samples_in
 

@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerFast
 from selfgen_ds.data.chat import ChatEncoder
 from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.correction import TEXT_CUE, TURN_CUE, Correction, correction
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Samples, load_samples
+from selfgen_ds.data.samples import Samples, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, EVERY_FAMILY, build, tokenizer

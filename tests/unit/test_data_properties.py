@@ -17,9 +17,10 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from selfgen_ds.config import Source
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.rows import open_source
-from selfgen_ds.data.samples import MOST_REASONS, Format, Samples, first_rows, load_samples
+from selfgen_ds.data.samples import MOST_REASONS, Samples, first_rows, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfgen_ds.data import order
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.packing import load_packs, pack
 from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Samples, load_samples
+from selfgen_ds.data.samples import Samples, load_samples
 from selfgen_ds.data.tokenizer import byte_tokenizer
 
 

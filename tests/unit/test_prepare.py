@@ -48,7 +48,7 @@ def test_hosts_without_a_shared_folder_are_refused_for_rounds_before_any_row_is_
     monkeypatch.setattr(prepare, "load_samples", lambda *_: pytest.fail("rows are read"))
     recipe = _recipe(tmp_path, "bash", TrainConfig(max_steps=1), max_length=10**6)
     with pytest.raises(InputError) as caught:
-        prepare._load_inputs(recipe, _folder(recipe, shared=False), stage=3)
+        prepare._load_inputs(recipe, _folder(recipe, shared=False), stage=3, today="2026-01-31")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("data.max_length: expected at most the model's ")
     assert lines[1:] == [

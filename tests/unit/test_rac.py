@@ -15,10 +15,11 @@ from selfgen_ds.data.batches import collate
 from selfgen_ds.data.chat import ChatEncoder
 from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.correction import TURN_CUE, correction
+from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.row_checks import TextPair
 from selfgen_ds.data.rows import Opened
-from selfgen_ds.data.samples import Format, Samples, load_samples, with_consecutive_ids
+from selfgen_ds.data.samples import Samples, load_samples, with_consecutive_ids
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.method import AnswerNoise, Policy

@@ -4,7 +4,8 @@ import datasets
 import pytest
 
 from selfgen_ds.config import Source
-from selfgen_ds.data.samples import Format, Samples, load
+from selfgen_ds.data.encoding import Format
+from selfgen_ds.data.samples import Samples, load
 from selfgen_ds.data.tasks import forced_error_texts
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.evaluation.recovery import forced_errors

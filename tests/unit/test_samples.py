@@ -32,7 +32,7 @@ from selfgen_ds.data.samples import (
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.validation.inputs import check_shares
-from tests.chat_tokenizers import CHATML, build, tokenizer
+from tests.chat_tokenizers import CHATML, CHATML_GENERATION, build, tokenizer
 from tests.problems import found_by
 
 TOKENIZER = byte_tokenizer()
@@ -378,7 +378,8 @@ def test_too_many_unusable_rows_are_an_error_with_the_reasons_and_the_setting() 
 def test_ten_reasons_are_listed() -> None:
     samples = _tokenize(("a", "b"), *[("abcdefg", "h")] * 12, max_length=5)
     head, *reasons = found_by(check_shares, _recipe(), [samples])
-    assert head.startswith("rows.jsonl: 12 of 13 rows") and head.endswith("the first are")
+    assert head.startswith("rows.jsonl: 12 of 13 rows")
+    assert head.endswith("the first are")
     assert [reason.split(":")[0] for reason in reasons] == [f"row {i}" for i in range(2, 12)]
 
 
@@ -613,3 +614,97 @@ def test_part_lengths_are_those_of_prompt_and_last_response(template: str, monke
     assert (prompts.dtype, responses.dtype) == (np.int64, np.int64)
     expected = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in first_rows([samples])]
     assert list(zip(prompts.tolist(), responses.tolist(), strict=True)) == expected
+
+
+# --- rows of two texts ---
+
+
+@pytest.mark.parametrize("family", ["llama2", "mistral", "gemma", "chatml", "line ends that merge"])
+@pytest.mark.parametrize("completion", ["42", " 42", "\n42", "\n\n it", "é"])
+def test_prompt_and_completion_are_joined_as_one_text(family: str, completion: str) -> None:
+    plain = tokenizer(family)
+    samples = load_samples(
+        _opened([TextPair(prompt="What is 12", completion=completion)]), plain, Format(max_length=99, as_chat=False)
+    )
+    text = plain.decode(samples[0].target_ids, skip_special_tokens=True)
+    assert text.removeprefix(" ") == f"What is 12{completion}"  # some tokenizers put a space before the prompt
+
+
+def test_a_prompt_template_stands_around_the_prompt() -> None:
+    form = Format(max_length=99, prompt_template="Q: {prompt}{}\nA: ")
+    samples = load_samples(_opened([TextPair(prompt="{x}", completion="y")]), TOKENIZER, form)
+    assert _only(samples) == (_ids("Q: {x}{}\nA: "), [*_ids("y"), END])
+
+
+def test_texts_as_a_chat_are_the_conversation_of_a_question_and_an_answer() -> None:
+    pair = TextPair(prompt="a", completion="b")
+    form = Format(max_length=99, as_chat=True, prompt_template="{prompt}?")
+    samples = load_samples(_opened([pair]), tokenizer("chatml"), form)
+    expected = load_samples(_opened([_chat("a?", "b")]), tokenizer("chatml"), Format(max_length=99))
+    assert samples[0].target_ids.tolist() == expected[0].target_ids.tolist()
+    assert (samples.conversations, samples.closing_ids) == (1, expected.closing_ids)
+    with pytest.raises(InputError, match="need a tokenizer with a chat template"):
+        load_samples(_opened([pair]), TOKENIZER, form)
+
+
+@pytest.mark.parametrize(("as_chat", "said"), [(None, True), (False, False)])
+def test_texts_without_the_chat_template_are_said(
+    as_chat: bool | None, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = TextPair(prompt="a", completion="b")
+    load_samples(_opened([pair]), tokenizer("chatml"), Format(max_length=99, as_chat=as_chat))
+    assert ("learned without the tokenizer's chat template; data.as_chat: true" in caplog.text) == said
+    caplog.clear()
+    load_samples(_opened([pair]), TOKENIZER, Format(max_length=99))
+    assert not caplog.text
+
+
+# --- the ends of turns, and what is named ---
+
+CLOSED_BY_THE_NEXT = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+
+
+def test_a_last_turn_that_the_next_opening_would_close_ends_with_an_end_token_of_the_model() -> None:
+    special = ("<|user|>", "<|assistant|>", "<|endoftext|>", "<|other|>")
+    glm = build(CLOSED_BY_THE_NEXT, "byte_level", special, None, "<|endoftext|>")
+    user, other, end = glm.convert_tokens_to_ids(["<|user|>", "<|other|>", "<|endoftext|>"])
+    for end_ids, expected in (((), end), ((user, end), end), ((other, user), other)):
+        form = Format(max_length=99, end_ids=end_ids)
+        samples = load_samples(_opened([_chat("a", "b", "c", "d")]), glm, form)
+        target = samples[0].target_ids
+        (_, _, first), (_, _, last) = _turns(samples)
+        assert (target[first - 1], target[last - 1]) == (user, expected)
+        assert end_tokens([samples], glm) == sorted({end, expected, *end_ids})
+
+
+def test_what_a_template_hides_in_earlier_turns_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    template = CHATML_GENERATION.replace(
+        "{%- if m['content'] %}", "{{- m['reasoning_content'] if loop.last }}{%- if m['content'] %}"
+    )
+    plain = build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
+    chats = [_chat("a", "b", "c", "d", where=f"line {i}") for i in range(3)]
+    for chat in chats[1:]:
+        chat.messages[1]["reasoning_content"] = "since"
+    load_samples(_opened(chats), plain, Format(max_length=99))
+    [record] = caplog.records
+    assert "in 2 of 3 rows the chat template shows earlier turns otherwise" in record.getMessage()
+    assert "line 1, message 2: the text does not show all of it" in record.getMessage()
+
+
+def test_an_unknown_field_of_messages_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    chats = [_chat("a", "b", where=f"line {i}") for i in range(3)]
+    for chat in chats[1:]:
+        chat.messages[1]["mood"] = "fine"
+    load_samples(_opened(chats), tokenizer("chatml"), Format(max_length=99))
+    [record] = caplog.records
+    assert record.getMessage().startswith("line 1: most chat templates ignore a field 'mood'")
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+
+
+def test_a_template_is_told_the_day_of_the_settings() -> None:
+    plain = build(DATED, "byte_level", ("<|im_end|>",), None, "<|im_end|>")
+    for day, written in (("2026-01-31", "31 Jan 2026"), ("2025-02-01", "01 Feb 2025")):
+        samples = load_samples(_opened([_chat("a", "b")]), plain, Format(max_length=99, date=day))
+        assert plain.decode(samples[0].target_ids).startswith(f"{written}a")

@@ -177,3 +177,24 @@ def test_a_folder_with_a_tiktoken_model_alone_names_the_package_that_reads_it(tm
     (tmp_path / "tokenizer.model").write_text("".join(f"{b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
     with pytest.raises(InputError, match=r"model\.name_or_path: no tokenizer could be loaded from .*tiktoken"):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_a_chat_template_of_the_recipe_takes_the_place_of_the_tokenizers(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+    loaded = load_tokenizer(ModelConfig(preset={}, tokenizer="byte", chat_template=str(file)))
+    text = loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert text == "a</s>"
+    loaded.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(ModelConfig(tokenizer=str(tmp_path / "saved"))).chat_template == file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "No such file"), ("{% for m in x %}", "chat.jinja, line 1: Unexpected end")]
+)
+def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path: Path, content: str | None, problem: str) -> None:
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=rf"^model\.chat_template: .*{problem}"):
+        load_tokenizer(ModelConfig(preset={}, tokenizer="byte", chat_template=str(file)))
