@@ -43,6 +43,7 @@ _SECTIONS: list[tuple[str, type, str]] = [
     ("inspect", config.InspectOptions, "--"),
     ("bench", config.BenchOptions, "--"),
     ("evaluate", config.EvaluateOptions, "--"),
+    ("generate", config.GenerateOptions, "--"),
     ("compare", config.CompareOptions, ""),
     ("export", config.ExportOptions, "--"),
 ]

@@ -1,4 +1,4 @@
-"""The sub-commands: train, inspect, evaluate, compare, export, bench.
+"""The sub-commands: train, inspect, evaluate, generate, compare, export, bench.
 
 Exit codes: 0 done; 2 bad input or configuration; 3 stopped by a signal after saving; 1 anything else.
 """
@@ -26,6 +26,8 @@ from selfgen_ds.config import (
     CompareOptions,
     EvaluateOptions,
     ExportOptions,
+    GenerateOptions,
+    InspectedRecipe,
     InspectOptions,
     LoraConfig,
     Recipe,
@@ -38,9 +40,10 @@ log = logging.getLogger("selfgen_ds")
 
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "train": (Recipe,),
-    "inspect": (Recipe, InspectOptions),
+    "inspect": (InspectedRecipe, InspectOptions),
     "bench": (Recipe, BenchOptions),
     "evaluate": (EvaluateOptions,),
+    "generate": (GenerateOptions,),
     "export": (ExportOptions,),
 }
 """Sub-command -> the dataclasses whose fields are its options. `compare` takes folders instead."""
@@ -220,6 +223,7 @@ def _parser() -> ArgumentParser:
     cost = f"measure what training on the model's own tokens costs; {launchers}"
     command_with_recipe("bench", cost, BenchOptions.__doc__)
     command("evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__)
+    command("generate", "answer prompts with a model", GenerateOptions.__doc__)
     command("export", "write a checkpoint as a Hugging Face folder", ExportOptions.__doc__)
     summary = "make a table and a plot of evaluated runs; the first run is the baseline"
     compare = command("compare", summary, CompareOptions.__doc__)
@@ -247,6 +251,10 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         from selfgen_ds import evaluate
 
         evaluate.run(EvaluateOptions(**vars(options)))
+    elif parsed.command == "generate":
+        from selfgen_ds import generate
+
+        generate.run(GenerateOptions(**vars(options)))
     elif parsed.command == "compare":
         from selfgen_ds import compare
 

@@ -265,6 +265,17 @@ class Recipe:
 
 
 @dataclass(kw_only=True)
+class InspectedRecipe(Recipe):
+    """The recipe of `inspect`, of which only a model and data have to be given."""
+
+    output_dir: str = "inspected"
+    """Folder that the run would write to; nothing is written."""
+    deepspeed: str = "zero3_cpu"
+    """DeepSpeed JSON of the run; it does not change the rows."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
+
+
+@dataclass(kw_only=True)
 class InspectOptions:
     """Show what a recipe's rows become, without training."""
 
@@ -329,6 +340,30 @@ class EvaluateOptions:
     """Allow the code that a model brings in its own folder to run."""
     seed: int = 0
     """Seed of the sampled answers, which do not depend on the number of ranks."""
+
+
+@dataclass(kw_only=True)
+class GenerateOptions:
+    """Answer a prompt, a file of prompts, or, without either, what is typed at the terminal."""
+
+    model: str
+    """Model folder, adapter folder, hub id, or a checkpoint of a run."""
+    prompt: str | None = None
+    """The prompt to answer."""
+    prompts: str | None = None
+    """File of prompts: one in each line (`.txt`), or rows with a field `prompt`, a text or messages, or `messages`."""
+    output: str | None = None
+    """File for the prompts and answers, as JSONL. Default: the terminal."""
+    as_chat: bool | None = None
+    """Put a prompt into the chat template. Default: if the model has one."""
+    max_new_tokens: int = 256
+    """Tokens of the longest answer."""
+    temperature: float = 0.0
+    """Temperature at which answers are sampled; at 0 they are greedy."""
+    trust_remote_code: bool = False
+    """Allow the code that a model brings in its own folder to run."""
+    seed: int = 0
+    """Seed of sampled answers."""
 
 
 @dataclass(kw_only=True)

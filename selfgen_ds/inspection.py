@@ -50,8 +50,8 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         draw: Load the model too, and let the method draw with the replacement probability of the last step or round.
 
     Raises:
-        InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts and
-            lengths are printed first.
+        InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts,
+            lengths and the rows are printed first.
     """
     problems = Problems()
     check_inspect(problems, rows)
@@ -73,13 +73,11 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     console = Console(highlight=False)
     lengths = np.concatenate([source.table["length"][:] for source in samples])
     _print_counts(console, samples + eval_samples, tokenizer)
-    _print_lengths(console, lengths)
+    _print_lengths(console, np.concatenate([source.table["whole_length"][:] for source in samples]), recipe)
     if recipe.data.packing:
         share = lengths.sum(dtype=np.int64) / (len(step_batches) * recipe.data.max_length)
         size = f"{len(step_batches)} rows of {recipe.data.max_length} tokens"
         console.print(f"packed into {size}; {share:.1%} of the positions are used\n")
-    check_shares(problems, recipe, samples + eval_samples)
-    problems.raise_all()
     method = load_method(recipe, tokenizer, samples, step_batches, total_steps=1)
     if rows:
         if draw and "replace_probability" in method.settings:
@@ -89,6 +87,8 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         if draw:
             batch = _draw(batch, samples, method, _policy(recipe, config, traits, samples, tokenizer))
         _print_rows(console, batch, tokenizer)
+    check_shares(problems, recipe, samples + eval_samples)
+    problems.raise_all()
 
 
 def _policy(
@@ -137,8 +137,13 @@ def _print_counts(console: Console, samples: list[Samples], tokenizer: PreTraine
         )
 
 
-def _print_lengths(console: Console, lengths: np.ndarray) -> None:
-    console.print(f"\ntokens per sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
+def _print_lengths(console: Console, lengths: np.ndarray, recipe: Recipe) -> None:
+    """Print the lengths of the samples before they are cut."""
+    console.print(
+        f"\ntokens per sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}, "
+        f"95 % have at most {np.quantile(lengths, 0.95, method='higher')}; data.max_length is {recipe.data.max_length}",
+        soft_wrap=True,
+    )
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BARS + 1).astype(int))
     counts, _ = np.histogram(lengths, bins=edges)
     for count, low, end in zip(counts, edges[:-1], edges[1:], strict=True):

@@ -43,9 +43,16 @@ log = logging.getLogger("selfgen_ds")
 
 _IDS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
-    {"sample_id": datasets.Value("int64"), "length": datasets.Value("int32"), "input_ids": _IDS, "turns": _IDS}
+    {
+        "sample_id": datasets.Value("int64"),
+        "length": datasets.Value("int32"),
+        "whole_length": datasets.Value("int32"),
+        "input_ids": _IDS,
+        "turns": _IDS,
+    }
 )
-"""Columns of the table. `sample_id` counts the rows of this source alone. `turns` holds three numbers per response:
+"""Columns of the table. `sample_id` counts the rows of this source alone. `whole_length` is the length before the
+sample was cut. `turns` holds three numbers per response:
 where the response starts, where its replaceable part ends, and where it ends. The lengths of all prompts and responses
 can be computed from the turns without a look at the tokens."""
 
@@ -279,7 +286,8 @@ class _Tally:
         self.closing_ids |= set([token for token in all_ids[content_end:end] if token in self._special][-1:])
         flat = [position for turn in turns for position in turn]
         self.checksum = zlib.crc32(np.array([*ids, *flat], dtype=np.int32).tobytes(), self.checksum)
-        return {"sample_id": number, "length": len(ids), "input_ids": ids, "turns": flat}
+        lengths = {"length": len(ids), "whole_length": len(all_ids)}
+        return {"sample_id": number, **lengths, "input_ids": ids, "turns": flat}
 
     def _refuse(self, reason: str) -> dict[str, Any]:
         self.refused += 1

@@ -50,10 +50,11 @@ def check_command_line(problems: Problems, arguments: list[str], settings: tuple
     in_options = list(_dotted(values, known))
     problems.add(*(f"{recipe}: {line}" for line in _wrong(in_file or [], known)))
     problems.add(*_wrong(in_options, known, "--"))
-    option = "--config" if Recipe in settings else f"--{required[0]}"
+    has_recipe = issubclass(settings[0], Recipe)
+    option = "--config" if has_recipe else f"--{required[0]}"
     problems.add(*(f"{text}: expected an option, such as {option} {text}" for text in stray))
     if not stray and in_file is not None:  # otherwise the file, once it can be read, may have the missing settings
-        where = " in the recipe (--config) or" if Recipe in settings else ""
+        where = " in the recipe (--config) or" if has_recipe else ""
         names = [*options, *(name for name, _ in (*in_file, *in_options))]
         missing = [setting for setting in required if not any(_within(name, setting) for name in names)]
         problems.add(*(f"{setting}: missing; give it{where} as --{setting}" for setting in missing))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from selfgen_ds.config import CompareOptions, EvaluateOptions, Recipe
+from selfgen_ds.config import CompareOptions, EvaluateOptions, GenerateOptions, Recipe
 from selfgen_ds.errors import Problems
 from selfgen_ds.validation.recipe import check_model_folder, check_texts
 from selfgen_ds.validation.sources import check_sources
@@ -25,6 +25,17 @@ def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     check_model_folder(problems, "--model", options.model)
     check_texts(problems, "--", options.prompt_template, options.date)
     check_sources(problems, "--data", options.data)
+
+
+def check_generate(problems: Problems, options: GenerateOptions) -> None:
+    """Check the options of `generate`."""
+    if options.prompt is not None and options.prompts is not None:
+        problems.add("--prompts: expected no --prompt as well")
+    if options.output is not None and options.prompts is None:
+        problems.add("--output: expected --prompts as well")
+    problems.expect(options.max_new_tokens >= 1, "--max_new_tokens", "1 or more", options.max_new_tokens)
+    problems.expect(options.temperature >= 0, "--temperature", "0 or more", options.temperature)
+    problems.expect(0 <= options.seed < 2**31, "--seed", f"0 to {2**31 - 1}", options.seed)
 
 
 def check_evaluated_length(problems: Problems, length: int | None, positions: int | None) -> None:

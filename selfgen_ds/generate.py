@@ -1,0 +1,162 @@
+"""`selfgen-ds generate`: answers of a model to a prompt, to a file of prompts, or in a chat at the terminal.
+
+Plain transformers generates the answers, one prompt at a time, as a user of the exported model would.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from selfgen_ds.checkpoint.export import export_checkpoint
+from selfgen_ds.checkpoint.manifest import MARKER
+from selfgen_ds.config import GenerateOptions, ModelConfig
+from selfgen_ds.data.formats import read_file
+from selfgen_ds.data.message_checks import are_messages, check_text
+from selfgen_ds.data.tokenizer import load_tokenizer
+from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.files import naming
+from selfgen_ds.model.loading import model_config
+from selfgen_ds.ranks import process_group
+from selfgen_ds.validation.options import check_generate
+
+Messages = list[dict[str, Any]]
+Prompt = str | Messages
+
+
+def run(options: GenerateOptions) -> None:
+    """Load a model, and print its answers or write them to a file.
+
+    Raises:
+        InputError: The options, the model, or a prompt are not as expected.
+    """
+    problems = Problems()
+    check_generate(problems, options)
+    problems.raise_all()
+    prompts = None if options.prompts is None else _read_prompts(Path(options.prompts))
+    with _model_folder(options) as folder:
+        answerer = _Answerer(options, folder)
+        if prompts is not None:
+            _answer_all(options, prompts, answerer)
+        elif options.prompt is not None:
+            answerer.answer(options.prompt, show=True)
+        else:
+            _chat(answerer)
+
+
+@contextmanager
+def _model_folder(options: GenerateOptions) -> Iterator[str]:
+    """Give the name of the model, or a temporary folder to which a checkpoint is exported."""
+    if not (Path(options.model) / MARKER).is_file():
+        yield options.model
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        export_checkpoint(Path(options.model), folder, trust_remote_code=options.trust_remote_code)
+        yield str(folder)
+
+
+class _Answerer:
+    """A loaded model that answers prompts."""
+
+    def __init__(self, options: GenerateOptions, folder: str) -> None:
+        source = ModelConfig(name_or_path=folder, trust_remote_code=options.trust_remote_code)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
+            config = model_config(source, self.tokenizer)
+        except InputError as error:
+            raise InputError(str(error).replace("model.name_or_path", "--model")) from error
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", trust_remote_code=options.trust_remote_code
+        ).to(process_group.device())
+        self.model.eval()
+        self.in_template = bool(self.tokenizer.chat_template) if options.as_chat is None else options.as_chat
+        if self.in_template and not self.tokenizer.chat_template:
+            raise InputError("--as_chat: expected a model with a chat template")
+        settings = self.model.generation_config
+        settings.do_sample, settings.temperature = options.temperature > 0, options.temperature or None
+        settings.top_p = settings.top_k = settings.max_length = None
+        settings.pad_token_id = self.tokenizer.pad_token_id
+        settings.max_new_tokens = self._longest = options.max_new_tokens
+        set_seed(options.seed)
+
+    def answer(self, prompt: Prompt, show: bool = False) -> tuple[str, bool]:
+        """Return the answer to a prompt, and whether the model ended it.
+
+        Args:
+            show: Whether the answer is printed while it is generated.
+        """
+        if isinstance(prompt, str) and self.in_template:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            encoded = self.tokenizer(prompt, return_tensors="pt")
+        else:
+            encoded = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        with torch.inference_mode():
+            ids = self.model.generate(**encoded, streamer=streamer)
+        written = ids[0, encoded["input_ids"].shape[1] :].tolist()
+        return self.tokenizer.decode(written, skip_special_tokens=True), len(written) < self._longest
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    """Read prompts: the lines of a text file, or rows with a field `prompt` or `messages`.
+
+    Raises:
+        InputError: The file cannot be read, or a row has no prompt. The message names the row.
+    """
+    if not path.is_file():
+        raise InputError(f"--prompts: expected a file, got {str(path)!r}")
+    if path.suffix.lower() == ".txt":
+        with naming(path):
+            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts: list[Prompt] = []
+    for where, row in read_file(path):
+        if isinstance(row, InputError):
+            raise row
+        prompt: Any = row.get("prompt", row.get("messages"))
+        prompts.append(prompt if are_messages(prompt) else check_text(prompt, f"{path}, {where}, field 'prompt'"))
+    return prompts
+
+
+def _answer_all(options: GenerateOptions, prompts: list[Prompt], answerer: _Answerer) -> None:
+    """Answer all prompts; every line of the result is a JSON object."""
+    unfinished = 0
+    with open(options.output, "w", encoding="utf-8") if options.output else sys.stdout as file:
+        for prompt in tqdm(prompts, desc="generate", unit="answer", disable=not options.output):
+            answer, ended = answerer.answer(prompt)
+            unfinished += not ended
+            file.write(json.dumps({"prompt": prompt, "answer": answer, "ended": ended}, ensure_ascii=False) + "\n")
+            file.flush()
+    if unfinished:
+        print(f"{unfinished} of {len(prompts)} answers were cut at --max_new_tokens", file=sys.stderr)
+
+
+def _chat(answerer: _Answerer) -> None:
+    """Answer what is typed, in one conversation if the model has a chat template; an empty line starts a new one."""
+    if sys.stdin.isatty():
+        print("Type a message. An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
+    messages: Messages = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        answer, _ = answerer.answer(messages if answerer.in_template else line, show=True)
+        messages.append({"role": "assistant", "content": answer})
