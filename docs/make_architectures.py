@@ -62,6 +62,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
 }
 """Model type -> fields without which its default configuration cannot be built, as published checkpoints have them."""
 
@@ -95,7 +98,7 @@ def save(model_type: str, folder: Path) -> Attention:
     if config.is_encoder_decoder:
         raise InputError(f"model: expected a causal language model, got model type {model_type!r}")
     configs = [config]
-    with suppress(AttributeError, ValueError):  # `small_copy` says what is odd in the configuration
+    with suppress(AttributeError, ValueError, RuntimeError):  # `small_copy` says what is odd in the configuration
         configs.insert(0, small_copy._shallow(config))
     torch.manual_seed(0)
     model, attention = _built([_without_dropout(config) for config in configs])
@@ -125,11 +128,11 @@ def _built(configs: list[PretrainedConfig]) -> tuple[PreTrainedModel, Attention]
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Set every share of dropout in a configuration and its sections to 0, so that a training loss is not random."""
+    """Set every share of dropout and noise in a configuration and its sections to 0: a training loss is not random."""
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             _without_dropout(value)
-        elif isinstance(value, float) and "drop" in name:
+        elif isinstance(value, float) and ("drop" in name or "noise" in name):
             setattr(config, name, 0.0)
     return config
 
@@ -244,10 +247,10 @@ def tried(model_type: str) -> dict[str, str]:
         small = replace(small, attention=attention[0])
         results = {"attention": small.attention, "checkpointing": YES, "router loss": YES}
         plain = _in_a_process(_loss_and_export, small)
-        if "router_aux_loss_coef: 0" in plain:
+        if "router_aux_loss_coef: 0.0" in plain:
             results["router loss"] = "no"
             config = json.loads((small.folder / "model" / "config.json").read_text(encoding="utf-8"))
-            (small.folder / "model" / "config.json").write_text(json.dumps(config | {"router_aux_loss_coef": 0}))
+            (small.folder / "model" / "config.json").write_text(json.dumps(config | {"router_aux_loss_coef": 0.0}))
             plain = _in_a_process(_loss_and_export, small)
         if "activation_checkpointing" in plain:
             results["checkpointing"] = "no"

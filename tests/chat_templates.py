@@ -1,4 +1,4 @@
-"""What the chat templates that TRL carries take: conversations of every kind, and the table of them in `docs/data.md`.
+"""Conversations of every kind under the chat templates that TRL carries, and the table in `docs/conversations.md`.
 
 `python -m tests.chat_templates` writes the table.
 """
@@ -18,7 +18,7 @@ from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import build
 
-PAGE = Path(__file__).parent.parent / "docs" / "data.md"
+PAGE = Path(__file__).parent.parent / "docs" / "conversations.md"
 TABLE = re.compile(r"(<!-- Written by `python -m tests.chat_templates`. -->\n\n).*?(?=\n## )", re.DOTALL)
 
 

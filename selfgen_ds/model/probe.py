@@ -171,7 +171,7 @@ def _check_router_loss(name: str, model: PreTrainedModel, ids: Tensor, logit_tra
 def _no_router_loss(name: str) -> str:
     return (
         f"model: {name} is a mixture of experts whose router loss cannot be computed; it is trained without one if "
-        "its configuration has router_aux_loss_coef: 0"
+        "its configuration has router_aux_loss_coef: 0.0"
     )
 
 

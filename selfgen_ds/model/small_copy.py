@@ -89,8 +89,16 @@ def _factors(config: PretrainedConfig) -> list[int]:
     """Return the factors by which the heads of a model may be divided, the one that leaves the fewest heads first."""
     text = config.get_text_config(decoder=True)
     names = ["num_key_value_heads", "num_attention_heads", *filter(_counts_parts, text.to_dict())]
-    counts = [count for name in names if isinstance(count := getattr(text, name, None), int) and count > 0]
+    counts = [count for name in names if isinstance(count := _count(text, name), int) and count > 0]
     return list(dict.fromkeys([*counts[:1], math.gcd(*counts) or 64, 64, 16, 8, 4]))
+
+
+def _count(text: PretrainedConfig, name: str) -> Any:
+    """Return a field of a configuration; None if it has none, or another value in each layer."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:
+        return None
 
 
 def _counts_parts(name: str) -> bool:
@@ -106,7 +114,7 @@ def _fewer_heads(config: PretrainedConfig, factor: int) -> PretrainedConfig:
             name: value // factor
             for name in ("hidden_size", "num_attention_heads", *text.to_dict())
             if (name in ("hidden_size", "attention_hidden_size") or _counts_parts(name))
-            and isinstance(value := getattr(text, name, None), int)
+            and isinstance(value := _count(text, name), int)
             and value % factor == 0
         },
     )

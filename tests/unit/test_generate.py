@@ -1,0 +1,133 @@
+"""`generate`: answers as plain transformers gives them, to a prompt, a file of prompts, or what is typed."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from selfgen_ds import generate
+from selfgen_ds.config import GenerateOptions
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.errors import InputError
+from tests.distributed import runs
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return runs.write_model(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = runs.write_model(tmp_path_factory.mktemp("chat"))
+    (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def _run(**options: Any) -> None:
+    generate.run(GenerateOptions(max_new_tokens=6, **options))
+
+
+def _expected(folder: str, prompt: str) -> str:
+    """Return the greedy answer, token by token."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = TOKENIZER(prompt)["input_ids"]
+    written: list[int] = []
+    while len(written) < 6 and TOKENIZER.eos_token_id not in written:
+        with torch.no_grad():
+            written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
+    return TOKENIZER.decode(written, skip_special_tokens=True)
+
+
+def test_a_prompt_is_answered_greedily(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(model=model, prompt="ask 1: ")
+    assert capsys.readouterr().out.strip() == _expected(model, "ask 1: ").strip()
+
+
+@pytest.mark.parametrize(("as_chat", "read"), [(None, "[user]hello[assistant]"), (False, "hello")])
+def test_a_prompt_stands_in_the_chat_template(
+    chat_model: str, as_chat: bool | None, read: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(model=chat_model, prompt="hello", as_chat=as_chat)
+    assert capsys.readouterr().out.strip() == _expected(chat_model, read).strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.txt", "one\n\ntwo\n"),
+        ("prompts.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n'),
+        ("prompts.csv", "prompt\none\ntwo\n"),
+    ],
+)
+def test_every_prompt_of_a_file_is_answered(model: str, tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    _run(model=model, prompts=str(tmp_path / name), output=str(tmp_path / "answers.jsonl"))
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "two"]
+    assert [answer["answer"] for answer in answers] == [_expected(model, prompt) for prompt in ("one", "two")]
+
+
+def test_rows_of_messages_are_continued(chat_model: str, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+    _run(model=chat_model, prompts=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "answers.jsonl"))
+    (answer,) = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert answer["answer"] == _expected(chat_model, "[system]a[user]b[assistant]")
+
+
+def test_what_is_typed_is_one_conversation_until_an_empty_line(
+    chat_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n\nc\n"))
+    _run(model=chat_model)
+    first = _expected(chat_model, "[user]a[assistant]")
+    second = _expected(chat_model, f"[user]a[assistant]{first}[user]b[assistant]")
+    third = _expected(chat_model, "[user]c[assistant]")
+    shown = capsys.readouterr().out
+    assert [text for text in (first, second, third) if text.strip() not in shown] == []
+
+
+def test_sampled_answers_depend_on_the_seed(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for seed in (1, 1, 2):
+        _run(model=model, prompt="ask 1: ", temperature=5.0, seed=seed)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"prompt": "a", "prompts": "b"}, "--prompts: expected no --prompt as well"),
+        ({"prompt": "a", "output": "b"}, "--output: expected --prompts as well"),
+        ({"prompt": "a", "temperature": -1.0}, "--temperature: expected 0 or more, got -1.0"),
+        ({"prompts": "none.txt"}, "--prompts: expected a file, got 'none.txt'"),
+        ({"prompt": "a", "as_chat": True}, "--as_chat: expected a model with a chat template"),
+    ],
+)
+def test_a_wrong_option_is_refused(model: str, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _run(model=model, **options)
+    assert str(caught.value) == problem
+
+
+def test_a_row_without_a_prompt_is_refused_by_name(model: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2, field 'prompt': expected a string, got NoneType"):
+        _run(model=model, prompts=str(tmp_path / "rows.jsonl"))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--model: the folder .* is no model: it has no config\.json"):
+        _run(model=str(tmp_path), prompt="a")
