@@ -226,13 +226,19 @@ def build_model(
         embeddings: Rows that the tokenizer needs. A model with fewer rows gets new ones.
 
     Raises:
-        InputError: Weights are missing or do not fit the configuration.
+        InputError: Weights are missing or do not fit the configuration, or transformers cannot build the model.
     """
     dtype = getattr(torch, model.dtype)
-    if model.name_or_path is None:
-        built = from_config(model, config, dtype=dtype, attn_implementation=model.attn_implementation)
-    else:
-        built = _load_weights(model, config, dtype)
+    try:
+        if model.name_or_path is None:
+            built = from_config(model, config, dtype=dtype, attn_implementation=model.attn_implementation)
+        else:
+            built = _load_weights(model, config, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # the type depends on the model's code, which may not suit ZeRO-3
+        where, reason = f"model type {config.model_type!r}", " ".join(str(error).split())
+        raise InputError(f"model: {where}: transformers cannot build it: {type(error).__name__}: {reason}") from error
     built.config.architectures = [type(built).__name__]  # for checkpoints and exports
     if embeddings > built.get_input_embeddings().num_embeddings:
         _add_embeddings(built, embeddings)

@@ -124,6 +124,7 @@ def _sharing(model: PreTrainedModel, ids: Tensor) -> Sharing:
         ids: `[1, L]` int64, from whose end the prompt is taken, and from whose start another prompt.
     """
     prompt, other = ids[:, -_LENGTHS[1] :], ids[:, : _LENGTHS[1]]
+    model.generation_config = GenerationConfig()  # an end token of its own would cut one of the answers short
     settings = GenerationConfig(
         max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True, do_sample=False
     )

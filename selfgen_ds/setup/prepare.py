@@ -56,6 +56,7 @@ from selfgen_ds.validation.inputs import (
     check_routing,
     check_shares,
     check_steps,
+    warn_of_learning_rate,
 )
 from selfgen_ds.validation.output_folder import check_same_run, recorded_date
 from selfgen_ds.validation.settings import check_settings
@@ -173,6 +174,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int, today: str) -> I
             check_routing(problems, traits.reach, stage, process_group.world_size())
             check_activation_checkpointing(problems, recipe, traits, config)
         problems.raise_all()
+        warn_of_learning_rate(recipe, config)
         samples, eval_samples = load_samples(problems, recipe, tokenizer)
         check_shares(problems, recipe, samples + eval_samples)
         problems.raise_all()

@@ -17,11 +17,13 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
-from selfgen_ds.model.loading import most_positions, trained_parameter_count
+from selfgen_ds.model.loading import most_positions, parameter_count, trained_parameter_count
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.model.reach import Reach
 
 log = logging.getLogger("selfgen_ds")
+
+_SMALL_MODEL = 20_000_000  # parameters; smaller models are trained at high learning rates
 
 
 def check_positions(problems: Problems, recipe: Recipe, config: PretrainedConfig) -> None:
@@ -89,6 +91,18 @@ def check_disk_space(problems: Problems, recipe: Recipe, config: PretrainedConfi
         problems.add(f"output_dir: {room}")
     if need * (recipe.checkpoint.keep + 2) > free:  # the newest ones, the best one, and the one being written
         log.warning("%s; %d checkpoints may exist at once", room, recipe.checkpoint.keep + 2)
+
+
+def warn_of_learning_rate(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Name a learning rate that suits a model from scratch if a pretrained model of some size is trained."""
+    model, rate = recipe.model, recipe.optim.learning_rate
+    usual = 2e-4 if model.lora is None else 2e-3
+    if model.name_or_path is not None and rate > usual and parameter_count(model, config) > _SMALL_MODEL:
+        log.warning(
+            "optim.learning_rate: %g suits a model from scratch, and a pretrained model may forget what it knows; "
+            "fine-tuning usually takes 1e-6 to 1e-4, and with model.lora 1e-5 to 1e-3",
+            rate,
+        )
 
 
 def check_rounds_folder(problems: Problems, recipe: Recipe, storage: Storage) -> None:

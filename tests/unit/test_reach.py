@@ -39,6 +39,13 @@ def test_text_reaches_every_parameter_of_a_text_model(name: str) -> None:
     assert traits.sharing == "any"
 
 
+@pytest.mark.parametrize("half", [range(0, 300, 2), range(1, 300, 2), range(150), range(150, 300)], ids=str)
+def test_prompts_share_a_batch_whatever_ends_an_answer(half: range) -> None:
+    preset = ARCHITECTURES["llama"] | {"eos_token_id": list(half)}
+    traits = probe.check(ModelConfig(preset=preset), configuration(preset), packing=False, training=False)
+    assert traits.sharing == "any"
+
+
 def test_text_does_not_reach_the_tower_of_a_multimodal_model(tmp_path: Path) -> None:
     path = str(SOURCES["a vision tower that text does not reach"](tmp_path))
     settings = ModelConfig(name_or_path=path, attn_implementation="eager")
