@@ -69,7 +69,7 @@ def sweep_budget(
     text = config.get_text_config(decoder=True)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     fields = text.to_dict()
-    width = max(hidden, getattr(text, "num_attention_heads", 1) * _largest_head(fields))
+    width = max(hidden, _largest(text, "num_attention_heads", 1) * _largest_head(fields))
     inner, experts = inner_width(text)
     copies = experts * hidden if experts > 1 else 0  # the input of a token, copied for each of its experts
     saved = 4 * inner + 4 * hidden + 6 * width + 2 * copies
@@ -101,12 +101,19 @@ def _largest_head(fields: dict) -> int:
     return max(sizes, default=0)
 
 
+def _largest(text: PretrainedConfig, name: str, default: int = 0) -> int:
+    """Return the largest value of a field in any layer. A field that differs by layer is no attribute."""
+    stored = text.attribute_map.get(name, name)
+    fields = text.to_dict()
+    values = [layer.get(stored) or 0 for layer in (fields, *(fields.get("per_layer_config") or {}).values())]
+    return max(max(value) if isinstance(value, list) else value for value in values) or default
+
+
 def inner_width(text: PretrainedConfig) -> tuple[int, int]:
     """Return the elements of the MLP's inner layer per token, over the token's experts, and their number."""
 
     def largest(*names: str) -> int:
-        value = next((v for name in names if (v := getattr(text, name, None))), 0)
-        return max(value) if isinstance(value, list) else value
+        return next((value for name in names if (value := _largest(text, name))), 0)
 
     dense = largest("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * text.hidden_size
     experts = largest("num_experts_per_tok", "moe_topk", "moe_k") or 1
@@ -125,7 +132,7 @@ def row_bytes(config: PretrainedConfig, item_size: int, longest: int) -> int:
     """Return the memory to read `longest` prompt tokens and to draw the next token, in bytes, without the cache."""
     text = config.get_text_config(decoder=True)
     # A layer's mask and a copy in the dtype of the scores; eager attention also has scores, in two dtypes.
-    heads = getattr(text, "num_attention_heads", 1)
+    heads = _largest(text, "num_attention_heads", 1)
     pair = {"eager": 1 + item_size + heads * (4 + item_size), "flash_attention_2": 0}.get(
         config._attn_implementation, 1 + item_size
     )

@@ -145,7 +145,8 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
     text, original = _text_fields(config, fields), config.get_text_config(decoder=True)
     layers = original.num_hidden_layers
     lists = [name for name, value in text.items() if isinstance(value, list) and len(value) == layers]
-    kinds = list(zip(*(map(str, text[name]) for name in lists), strict=True)) or [()] * layers
+    kinds_of = [text[name] for name in lists if text[name] != list(range(layers))]  # such a list numbers the layers
+    kinds = list(zip(*(map(str, values) for values in kinds_of), strict=True)) or [()] * layers
     count = max(kinds.index(kind) + 1 for kind in set(kinds))
     # Fields that say "every n layers" or "the first n layers".
     periods = ("_interval", "_step", "_period", "_freq", "_frequency", "_replace")
