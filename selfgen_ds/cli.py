@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -84,7 +85,9 @@ def main() -> None:
     except Stopped:
         signals.ignore()
         process_group.leave_process_group()
-        log.warning("stopped by a signal; everything is saved, and --resume auto continues the run")
+        resumes = any(argument.split("=")[0] == "--resume" for argument in arguments)
+        again = shlex.join([*arguments, *([] if resumes else ["--resume", "auto"])])
+        log.warning("stopped by a signal; everything is saved; continue the run with `%s`", f"selfgen-ds {again}")
         sys.exit(signals.STOPPED)
     except Exception as error:
         if process_group.heartbeat is not None:
@@ -130,7 +133,13 @@ def _parse(arguments: list[str]) -> Namespace:
 
 def _set_up_logging(rank: int) -> None:
     """Log on rank 0, and errors on every rank; keep the warnings of libraries out of the log."""
-    logging.basicConfig(format="%(levelname)s selfgen-ds: %(message)s", level=logging.WARNING, handlers=[_BesideBars()])
+    time_in_a_file = "" if sys.stderr.isatty() else "%(asctime)s "
+    logging.basicConfig(
+        format=f"{time_in_a_file}%(levelname)s selfgen-ds: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=logging.WARNING,
+        handlers=[_BesideBars()],
+    )
     logging.getLogger("selfgen_ds").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -152,17 +161,13 @@ class _BesideBars(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a log line."""
-        with tqdm.external_write_mode(file=sys.stderr):  # clears the bars of a terminal, and draws them again
-            if not sys.stderr.isatty() and getattr(tqdm, "_instances", None):
-                sys.stderr.write("\n")  # in a file, a cleared bar is still there
+        with tqdm.external_write_mode(file=sys.stderr):  # clears the bars, and draws them again
             super().emit(record)
 
 
 def _tell(problems: str) -> None:
     """Print problems of the user's input, one line each, on one rank per host."""
     signals.ignore()
-    if not sys.stderr.isatty() and getattr(tqdm, "_instances", None):
-        sys.stderr.write("\n")  # in a file, a progress bar is on this line
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()

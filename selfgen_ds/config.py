@@ -239,6 +239,11 @@ class EvalConfig:
     """Rows that a rank evaluates at once."""
     best: str = "loss"
     """Metric whose best checkpoint is kept: `loss` (the lowest), or another evaluation metric (the highest)."""
+    patience: int | None = None
+    """Evaluations in a row without a better `best` after which the run ends, and exports its best checkpoint. Default:
+    the run takes all steps, and exports the last."""
+    shown_answers: int = 2
+    """Evaluation rows whose answers are logged, and written to TensorBoard as text."""
 
 
 @dataclass(kw_only=True)
@@ -324,6 +329,8 @@ class EvaluateOptions:
     max_length: int | None = None
     """Longest row in tokens; longer responses are cut, and rows whose prompt leaves no room are left out. Both are
     counted. Default: the model's positions."""
+    max_new_tokens: int | None = None
+    """Tokens of the longest answer. Default: those of the longest reference in the batch."""
     batch_size: int = 64
     """Rows that a rank evaluates at once."""
     sample_temperature: float = 0.0

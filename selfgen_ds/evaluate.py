@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import EvaluateOptions, ModelConfig
 from selfgen_ds.data.chat_template import asks_for_date
-from selfgen_ds.data.correction import correction
+from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.encoding import Format
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
@@ -26,14 +27,19 @@ from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
-from selfgen_ds.evaluation.scores import EvaluationRequests, corrected_length, evaluate
+from selfgen_ds.evaluation.scores import EvaluationRequests, answered_length, corrected_length, evaluate
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation.inputs import check_rows
-from selfgen_ds.validation.options import check_corrected_length, check_evaluate, check_evaluated_length
+from selfgen_ds.validation.options import (
+    check_answered_length,
+    check_corrected_length,
+    check_evaluate,
+    check_evaluated_length,
+)
 
 log = logging.getLogger("selfgen_ds")
 
@@ -69,9 +75,7 @@ def run(options: EvaluateOptions) -> None:
     samples = _load_rows(options, tokenizer, length)
     chosen = first_rows(samples, options.max_samples)
     asked = correction(samples, tokenizer, options.cue, "--cue") if options.correction_rounds else None
-    if asked is not None and positions is not None:
-        check_corrected_length(problems, corrected_length(chosen, asked), positions)
-        problems.raise_all()
+    _check_answers(options, chosen, asked, positions)
     if process_group.world_size() > 1:
         process_group.init_process_group()
     with _naming_the_option():
@@ -83,6 +87,7 @@ def run(options: EvaluateOptions) -> None:
         sharing=traits.sharing,
     )
     requests = EvaluationRequests(
+        max_new_tokens=options.max_new_tokens,
         forced_errors=forced_errors(samples, tokenizer),
         sample_temperature=options.sample_temperature,
         seed=options.seed,
@@ -94,6 +99,22 @@ def run(options: EvaluateOptions) -> None:
         _write(scores, options, samples)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _check_answers(
+    options: EvaluateOptions, samples: list[TrainingRow], asked: Correction | None, positions: int | None
+) -> None:
+    """Check that the model has positions for the longest answers that are asked for.
+
+    Raises:
+        InputError: It has not.
+    """
+    problems = Problems()
+    if positions is not None and options.max_new_tokens is not None:
+        check_answered_length(problems, answered_length(samples, options.max_new_tokens), positions)
+    if positions is not None and asked is not None:
+        check_corrected_length(problems, corrected_length(samples, asked, options.max_new_tokens), positions)
+    problems.raise_all()
 
 
 def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Samples]:
@@ -139,12 +160,14 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
     metrics, positions = aggregate(scores), curves(scores)
     settings = asdict(options)
     truncated, refused = sum(s.truncated for s in samples), sum(s.refused for s in samples)
+    unfinished = sum(score.unfinished for score in scores)
     result = {
         "model": options.model,
         "data": settings["data"],
         "n": len(scores),
         "truncated": truncated,
         "refused": refused,
+        "unfinished": unfinished,
         "settings": settings,
         "metrics": metrics,
         "curves": positions,
@@ -158,4 +181,6 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
     meanings = descriptions(options.correction_rounds)
     print("\n".join(f"{name:26}{value:8.3f}  {meanings[name]}" for name, value in metrics.items()))
     print(f"{len(scores)} rows; {truncated} responses truncated, {refused} prompts left out because of their length")
+    if unfinished:
+        print(f"{unfinished} greedy answers were cut before the model ended them; --max_new_tokens allows longer ones")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")

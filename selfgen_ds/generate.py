@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from selfgen_ds.checkpoint.export import export_checkpoint
@@ -26,6 +25,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.files import naming
 from selfgen_ds.model.loading import model_config
+from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation.options import check_generate
 
@@ -135,7 +135,7 @@ def _answer_all(options: GenerateOptions, prompts: list[Prompt], answerer: _Answ
     """Answer all prompts; every line of the result is a JSON object."""
     unfinished = 0
     with open(options.output, "w", encoding="utf-8") if options.output else sys.stdout as file:
-        for prompt in tqdm(prompts, desc="generate", unit="answer", disable=not options.output):
+        for prompt in bar("generate", "answer", iterable=prompts, total=len(prompts), disable=not options.output):
             answer, ended = answerer.answer(prompt)
             unfinished += not ended
             file.write(json.dumps({"prompt": prompt, "answer": answer, "ended": ended}, ensure_ascii=False) + "\n")

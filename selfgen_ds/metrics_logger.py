@@ -7,18 +7,30 @@ import logging
 import math
 import os
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.monitor.monitor import MonitorMaster
-from tqdm import tqdm
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from torch.utils.tensorboard import SummaryWriter
 
+from selfgen_ds.evaluation.metrics import SampleScore
 from selfgen_ds.files import naming, write_atomically
+from selfgen_ds.progress import bar
 
 log = logging.getLogger("selfgen_ds")
 
+_SHOWN = 240  # characters of a text in the log
 _WATCHED_STEPS = 50
 _LEAST_DIFFERING = 0.01  # share of the drawn tokens
+
+
+_GROUPS = {
+    "speed": {"tokens_per_second", "step_time_s", "pass_time_s", "round_time_s", "peak_memory_bytes"},
+    "selfgen": {"replace_probability", "drawn_tokens", "differing_share", "passes", "groups", "round"},
+}
+"""Group of metrics in TensorBoard -> its metrics. All others are in the group `train`."""
 
 
 class MetricsLogger:
@@ -30,19 +42,27 @@ class MetricsLogger:
         monitor: DeepSpeed's monitor, which passes the metrics on to TensorBoard, CSV files, and others.
         step: Optimizer steps already done.
         total_steps: Optimizer steps of the whole run.
+        watched: Name of a metric whose values are kept.
     """
 
-    def __init__(self, path: Path, monitor: MonitorMaster, step: int, total_steps: int) -> None:
+    def __init__(self, path: Path, monitor: MonitorMaster, step: int, total_steps: int, watched: str = "") -> None:
         self._path = path
         self._monitor = monitor
         self._writes = dist.get_rank() == 0
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self._writes)
+        self._bar = bar("train", "step", total=total_steps, initial=step, disable=not self._writes)
         # Differing and drawn tokens of the last steps.
         self._differing: deque[tuple[float, int]] = deque(maxlen=_WATCHED_STEPS)
+        self.watched: list[float] = []
+        """All values of the watched metric, from the run's first step on; on rank 0."""
+        self._watched_name = watched
         if self._writes:
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             lines = before.splitlines(keepends=True)
-            write_atomically(path, "".join(line for line in lines if _step(line) <= step))
+            kept = [line for line in lines if _step(line) <= step]
+            write_atomically(path, "".join(kept))
+            self._watch(*(json.loads(line) for line in kept))
+            if step and monitor.tb_monitor is not None and monitor.tb_monitor.enabled:
+                _purge_after(step, monitor.tb_monitor.summary_writer)
 
     def write(self, metrics: dict[str, float]) -> None:
         """Write one step.
@@ -54,20 +74,40 @@ class MetricsLogger:
             return
         step = int(metrics["step"])
         with naming("a monitor of the DeepSpeed JSON"):
-            self._monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
+            self._monitor.write_events([(_tag(name), value, step) for name, value in metrics.items() if name != "step"])
         with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
             # JSON has no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps(finite) + "\n")
-        shown = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:.0f} tokens/s"]
+        shown = [f"loss {metrics['loss']:.3f}", f"rate {metrics['learning_rate']:.1e}"]
+        shown.append(f"grad norm {metrics['grad_norm']:.2g}")
         if metrics["drawn_tokens"]:
-            shown[1:1] = [f"p {metrics['replace_probability']:.2f}", f"differing {metrics['differing_share']:.1%}"]
+            shown += [f"p {metrics['replace_probability']:.2f}", f"differing {metrics['differing_share']:.1%}"]
+        shown.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)
         scores = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")]
         if scores:
             log.info("step %d: %s", step, ", ".join(scores))
+        self._watch(metrics)
         self._check_draws(step, metrics)
+
+    def show_answers(self, step: int, scores: list[SampleScore]) -> None:
+        """Log the model's answers to some evaluation rows, and write them to TensorBoard as text."""
+        if not self._writes:
+            return
+        board = self._monitor.tb_monitor
+        for score in scores:
+            told = [("prompt", score.prompt[-_SHOWN:]), ("answer", score.answer), ("reference", score.reference)]
+            log.info("step %d, %s", step, "; ".join(f"{name}: {_one_line(text)}" for name, text in told))
+            if board is not None and board.enabled:
+                text = "\n\n".join(f"**{name}**\n\n    " + text.replace("\n", "\n    ") for name, text in told)
+                board.summary_writer.add_text(f"eval/answer to row {score.sample_id}", text, step)
+
+    def _watch(self, *metrics: Mapping[str, float | None]) -> None:
+        """Keep the values of the watched metric."""
+        values = (line[self._watched_name] for line in metrics if self._watched_name in line)
+        self.watched += [math.nan if value is None else value for value in values]
 
     def sync(self) -> None:
         """Force the lines to the disk, so that no checkpoint is newer than the metrics of its steps."""
@@ -95,6 +135,27 @@ class MetricsLogger:
                 100 * share,
                 _WATCHED_STEPS,
             )
+
+
+def _one_line(text: str) -> str:
+    """Return a text as a string literal, without its middle if it is long."""
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}")
+
+
+def _tag(name: str) -> str:
+    """Return the name of a metric for monitors, in a group: `train/`, `eval/`, `speed/` or `selfgen/`."""
+    if name.startswith("eval_"):
+        return f"eval/{name.removeprefix('eval_')}"
+    return f"{next((group for group, names in _GROUPS.items() if name in names), 'train')}/{name}"
+
+
+def _purge_after(step: int, writer: SummaryWriter) -> None:
+    """Let TensorBoard drop what an earlier start of the run wrote after a step, as `SummaryWriter(purge_step=...)`."""
+    for event in (
+        Event(step=step + 1, file_version="brain.Event:2"),
+        Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+    ):
+        writer._get_file_writer().add_event(event)
 
 
 def _step(line: str) -> int | float:

@@ -8,7 +8,7 @@ import time
 
 from deepspeed.accelerator import get_accelerator
 
-from selfgen_ds.checkpoint import manifest, retention, saving
+from selfgen_ds.checkpoint import manifest, resuming, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
 from selfgen_ds.engine.step import StepResult, train_step
@@ -43,6 +43,8 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         gc.disable()
         between_steps.catch_up()
         for step in range(run.folder.first_step, run.total_steps):
+            if between_steps.stops_early():
+                break
             round_started = time.perf_counter()
             step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
             started, forwards = time.perf_counter(), watch.forwards
@@ -60,6 +62,8 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         gc.enable()
         watch.pause()
         between_steps.metrics_logger.close()
+        if between_steps.stops_early():
+            between_steps.load_best()
         folder = run.folder.path / "model"
         export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
         log.info("training is done; the model is in %s", folder)
@@ -109,7 +113,9 @@ class BetweenSteps:
     def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
         self._run, self._recipe, self._watch = run, recipe, watch
         path = run.folder.path / "metrics.jsonl"
-        self.metrics_logger = MetricsLogger(path, run.engine.monitor, run.folder.first_step, run.total_steps)
+        watched = f"eval_{recipe.eval.best}"
+        first_step, steps = run.folder.first_step, run.total_steps
+        self.metrics_logger = MetricsLogger(path, run.engine.monitor, first_step, steps, watched)
         self._checkpoints = run.folder.path / "checkpoints"
         self._dropped_in_a_row = 0
 
@@ -165,6 +171,36 @@ class BetweenSteps:
         if not self._is_last(resumed.step):
             self._watch.poll()
 
+    def stops_early(self) -> bool:
+        """Return whether the last `eval.patience` evaluations were no better than one before them.
+
+        Collective: every rank must call this, because rank 0 decides.
+        """
+        patience, metric = self._recipe.eval.patience, self._recipe.eval.best
+        values = self.metrics_logger.watched
+
+        def is_worse() -> bool:
+            best = 0
+            for i, value in enumerate(values):
+                best = i if manifest.better(value, values[best], metric) else best
+            return len(values) - 1 - best >= (patience or 0)
+
+        return patience is not None and process_group.from_rank_0(is_worse)
+
+    def load_best(self) -> None:
+        """Load the weights of the checkpoint with the best evaluation. Collective: every rank must call this."""
+        run, recipe = self._run, self._recipe
+        best = manifest.best_of(run.folder.storage.complete(self._checkpoints), recipe.eval.best)
+        assert best is not None, "an evaluation that is better than all others is saved"
+        log.info("%d evaluations in a row were no better than that of %s", recipe.eval.patience, best.path.name)
+        if best.world_size == process_group.world_size():
+            resuming.load(run.engine, best, recipe.seed, recipe.trust_checkpoint)
+        else:
+            log.warning(
+                "%s was written by %d ranks, so that the last step is exported; `selfgen-ds export` exports it",
+                *(best.path, best.world_size),
+            )
+
     def _is_last(self, step: int) -> bool:
         return step == self._run.total_steps
 
@@ -174,7 +210,9 @@ class BetweenSteps:
         if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
         size, requests = self._recipe.eval.batch_size, EvaluationRequests(forced_errors=run.forced_errors)
-        return aggregate(evaluate(run.policy, run.eval_samples, run.tokenizer, size, requests, self._watch.poll))
+        scores = evaluate(run.policy, run.eval_samples, run.tokenizer, size, requests, self._watch.poll)
+        self.metrics_logger.show_answers(step, scores[: self._recipe.eval.shown_answers])
+        return aggregate(scores)
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})

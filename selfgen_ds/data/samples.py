@@ -23,7 +23,6 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.config import Sources, sources
@@ -38,6 +37,7 @@ from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import naming, write_atomically
+from selfgen_ds.progress import bar
 
 log = logging.getLogger("selfgen_ds")
 
@@ -207,7 +207,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
     unknown: dict[str, str] = {}
     with (
         ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=CHUNK_ROWS) as writer,
-        tqdm(desc=f"tokenize {source.name}", unit="row", delay=2) as bar,
+        bar(f"tokenize {source.name}", "row", delay=2) as progress,
     ):
         for chunk in chunks(in_form(row, form) for row in islice(source.rows, form.limit)):
             columns: dict[str, list] = {name: [] for name in _FEATURES}
@@ -217,7 +217,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
                     columns[name].append(value)
             if columns["length"]:
                 writer.write_batch(columns)
-            bar.update(len(chunk))
+            progress.update(len(chunk))
     with open(folder / "samples.arrow", "rb") as file:
         os.fsync(file.fileno())
     if tally.read == tally.refused:

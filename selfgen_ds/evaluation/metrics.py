@@ -63,6 +63,8 @@ class SampleScore:
     """One entry per reference token: whether the most probable token, given the reference before it, is right."""
     free_running: list[bool]
     """One entry per reference token: whether `answer` has that token there."""
+    unfinished: bool = False
+    """Whether `answer` was cut before the model ended it."""
     recovery: list[bool] | None = None
     """One entry per token that is right after a forced error: whether the greedy continuation has that token there.
     None unless the row belongs to a built-in task."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds import hashing
@@ -19,6 +18,7 @@ from selfgen_ds.evaluation.metrics import SampleScore
 from selfgen_ds.evaluation.recovery import ForcedError
 from selfgen_ds.model.loading import most_positions
 from selfgen_ds.model.policy import EnginePolicy, Sampling
+from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 
 
@@ -28,6 +28,8 @@ class EvaluationRequests:
 
     forced_errors: dict[int, ForcedError] = field(default_factory=dict)
     """A forced error for every sample id (`selfgen_ds.evaluation.recovery`); empty if recovery is not scored."""
+    max_new_tokens: int | None = None
+    """Most tokens of an answer; None for the length of the longest reference of the batch."""
     sample_temperature: float = 0.0
     """If above 0, answers sampled at this temperature are scored as well."""
     seed: int = 0
@@ -62,14 +64,17 @@ def evaluate(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     requests = requests or EvaluationRequests()
     errors, correction = requests.forced_errors, requests.correction
-    batches = list(_batches(samples, batch_size, world_size, most_positions(policy.model.config), errors))
-    longest = max(_longest([sample for share in shares for sample in share], errors) for shares in batches)
-    answer_length = None
+    answer_length = requests.max_new_tokens
     if correction is not None:
-        longest, answer_length = max(longest, corrected_length(samples, correction)), _longest_response(samples)
+        answer_length = answer_length or _longest_response(samples)
+    positions = most_positions(policy.model.config)
+    batches = list(_batches(samples, batch_size, world_size, positions, errors, answer_length))
+    longest = max(_longest([s for share in shares for s in share], errors, answer_length) for shares in batches)
+    if correction is not None:
+        longest = max(longest, corrected_length(samples, correction, requests.max_new_tokens))
     scores: list[SampleScore] = []
     with policy.gathered(longest):
-        for shares in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=rank != 0 or len(batches) == 1):
+        for shares in bar("evaluate", "batch", iterable=batches, total=len(batches), leave=False, disable=rank != 0):
             scores += _score(policy, shares, rank, tokenizer, requests, answer_length)
             if poll is not None:
                 poll()
@@ -78,7 +83,12 @@ def evaluate(
 
 
 def _batches(
-    samples: list[TrainingRow], batch_size: int, world_size: int, positions: int | None, errors: dict[int, ForcedError]
+    samples: list[TrainingRow],
+    batch_size: int,
+    world_size: int,
+    positions: int | None,
+    errors: dict[int, ForcedError],
+    answer_length: int | None,
 ) -> Iterator[list[list[TrainingRow]]]:
     """Yield, batch by batch, the rows of every rank; rows of similar length come together.
 
@@ -87,11 +97,12 @@ def _batches(
     Args:
         positions: Positions of the model; None if the model sets no limit. The longest prompt and the longest answer
             of a batch must fit into them together, because all rows are continued until the last one has ended.
+        answer_length: Most tokens of an answer; None for those of the row's reference.
     """
     batch: list[TrainingRow] = []
     longest_prompt = longest_answer = 0
     for sample in sorted(samples, key=len):
-        prompt, answer = _prompt_length(sample, errors), len(sample.response_ids)
+        prompt, answer = _prompt_length(sample, errors), answer_length or len(sample.response_ids)
         longest = max(longest_prompt, prompt) + max(longest_answer, answer)
         if batch and (len(batch) == batch_size * world_size or (positions is not None and longest > positions)):
             yield [batch[rank::world_size] for rank in range(world_size)]
@@ -106,19 +117,25 @@ def _prompt_length(sample: TrainingRow, errors: dict[int, ForcedError]) -> int:
     return len(sample.prompt_ids) + (len(errors[sample.sample_id].start_ids) if errors else 0)
 
 
-def _longest(samples: list[TrainingRow], errors: dict[int, ForcedError]) -> int:
+def _longest(samples: list[TrainingRow], errors: dict[int, ForcedError], answer_length: int | None) -> int:
     """Return the tokens of a batch's longest row, if all rows are continued until the last one has ended."""
-    return max(_prompt_length(sample, errors) for sample in samples) + _longest_response(samples)
+    answer = max(answer_length or 0, _longest_response(samples))  # the reference is read too
+    return max(_prompt_length(sample, errors) for sample in samples) + answer
 
 
 def _longest_response(samples: list[TrainingRow]) -> int:
     return max(len(sample.response_ids) for sample in samples)
 
 
-def corrected_length(samples: list[TrainingRow], correction: Correction) -> int:
+def answered_length(samples: list[TrainingRow], max_new_tokens: int) -> int:
+    """Return the most tokens that a prompt and an answer may come to together."""
+    return max(len(sample.prompt_ids) for sample in samples) + max_new_tokens
+
+
+def corrected_length(samples: list[TrainingRow], correction: Correction, max_new_tokens: int | None = None) -> int:
     """Return the most tokens that prompt, answer, cue, and corrected answer may come to together."""
-    prompt = max(len(sample.prompt_ids) for sample in samples)
-    return prompt + 2 * _longest_response(samples) + len(correction.closing_ids) + len(correction.cue_ids)
+    answer = max_new_tokens or _longest_response(samples)
+    return answered_length(samples, 2 * answer) + len(correction.closing_ids) + len(correction.cue_ids)
 
 
 def _score(
@@ -162,6 +179,7 @@ def _score(
             tokens=len(log_probabilities[i]),
             teacher_forced=teacher_forced[i][-len(references[i]) :].tolist(),
             free_running=_right(answers[i], references[i]),
+            unfinished=not answers[i] or answers[i][-1] not in policy.end_tokens,
             recovery=None if recovery is None else _right(recovery[i], errors[sample.sample_id].rest_ids),
             sampled=None if sampled is None else _right(sampled[i], references[i]),
             sampled_answer=None if sampled is None else text(sampled[i]),

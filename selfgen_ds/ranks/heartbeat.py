@@ -250,7 +250,7 @@ def _collectives_entered() -> int:
 
 
 def _say(line: str) -> None:
-    behind_a_bar = getattr(tqdm, "_instances", None)
+    behind_a_bar = sys.stderr.isatty() and getattr(tqdm, "_instances", None)
     sys.stderr.write(("\n" if behind_a_bar else "") + f"selfgen-ds: {line}\n")
     sys.stderr.flush()
 

@@ -19,7 +19,6 @@ import datasets
 import deepspeed
 import numpy as np
 import torch.distributed as dist
-from tqdm import tqdm
 
 from selfgen_ds import __version__
 from selfgen_ds.data.batches import Rows, StepBatches
@@ -30,6 +29,7 @@ from selfgen_ds.files import write_atomically
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.rounds.checks import check_round, rows_problem
@@ -197,7 +197,7 @@ class Rounds:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with (
             self.policy.gathered(self.method.longest),
-            tqdm(desc=f"round {number + 1}", total=len(missing), unit="chunk", leave=False, disable=rank != 0) as bar,
+            bar(f"round {number + 1}", "chunk", total=len(missing), leave=False, disable=rank != 0) as progress,
         ):
             for first in range(0, len(missing), world_size):
                 own = missing[first + rank : first + rank + 1]
@@ -210,7 +210,7 @@ class Rounds:
                     raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {told}")
                 for chunk in own:
                     writer.write(chunk, rows, counts)
-                bar.update(min(world_size, len(missing) - first))
+                progress.update(min(world_size, len(missing) - first))
                 self.poll()
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:

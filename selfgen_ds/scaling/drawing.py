@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from selfgen_ds.config import Recipe, SelfgenConfig
@@ -27,6 +26,7 @@ from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Plan, RoundMethod
 from selfgen_ds.methods.rac import Rac
 from selfgen_ds.model import generation
+from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.scaling.steps import Block, BlockBenchmark
 
@@ -50,12 +50,12 @@ def measure(recipe: Recipe, json_config: dict[str, Any]) -> list[dict[str, Any]]
         The rows of `drawing` in `bench.json`.
     """
     rounds = _Rounds(recipe, json_config)
-    with tqdm(desc="rollouts", total=1 + _TURNS, unit="turn", leave=False, disable=dist.get_rank() != 0) as bar:
+    with bar("rollouts", "turn", total=1 + _TURNS, leave=False, disable=dist.get_rank() != 0) as progress:
         for turn in range(1 + _TURNS):
             rounds.turn()
             if turn == 0:
                 rounds.seconds.clear()  # the first turn creates the optimizer's states and fills caches
-            bar.update()
+            progress.update()
     rounds.benchmark.engine.destroy()
     return rounds.rows()
 

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import deepspeed
 import numpy as np
 import torch.distributed as dist
-from tqdm import tqdm
 
 from selfgen_ds.config import Recipe, SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
@@ -27,6 +26,7 @@ from selfgen_ds.methods.method import Method, Plan
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import model_config
+from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.scaling import statistics
@@ -133,7 +133,7 @@ class BlockBenchmark:
         times: dict[str, list[list[float]]] = {name: [] for name in self.variants}
         costs: dict[str, dict[str, Any]] = {}
         total = len(self.variants) * (_WARM_UP + steps + 2)
-        with tqdm(desc="bench", total=total, unit="step", leave=False, disable=dist.get_rank() != 0) as bar:
+        with bar("bench", "step", total=total, leave=False, disable=dist.get_rank() != 0) as progress:
             for turn in range(_WARM_UP + steps):
                 for name, method in self.variants.items():
                     # The first step creates the optimizer's states.
@@ -141,12 +141,12 @@ class BlockBenchmark:
                         tokens = self.step(method, turn)
                     if turn >= _WARM_UP:
                         times[name].append(self.clock.seconds())
-                    bar.update()
+                    progress.update()
                 gc.collect()
             invalidations = len(self.invalidations)
             for name, method in self.variants.items():
                 costs[name] = self._costs(method)
-                bar.update(2)
+                progress.update(2)
         self.engine.destroy()
         return [self._row(name, times, costs, tokens) | {"trace_invalidations": invalidations} for name in costs]
 

@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.generation import stop_at
-from selfgen_ds.model.loading import model_config
+from selfgen_ds.model.loading import model_config, parameter_count, trained_parameter_count
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
@@ -304,4 +305,13 @@ def _log_start(recipe: Recipe, inputs: Inputs) -> None:
         batches.step_size,
         "1 rank" if world_size == 1 else f"{world_size} ranks",
         f"resumed from {resumed.path}" if resumed else "from the start",
+    )
+    trained, every = trained_parameter_count(recipe.model, inputs.config), parameter_count(recipe.model, inputs.config)
+    whole = sum(pc.sum(source.table.data.column("length")).as_py() for source in inputs.samples)
+    log.info(
+        "%.4g million parameters%s; learning rate %g; %.0f tokens per sample",
+        every / 1e6,
+        "" if trained == every else f", {trained / 1e6:.4g} million of them trained ({trained / every:.2%})",
+        recipe.optim.learning_rate,
+        whole / sum(map(len, inputs.samples)),
     )

@@ -13,7 +13,7 @@ from selfgen_ds.validation.sources import check_sources
 
 def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     """Check the options of `evaluate` that need no model."""
-    for setting in ("max_samples", "batch_size"):
+    for setting in ("max_samples", "max_new_tokens", "batch_size"):
         value = getattr(options, setting)
         problems.expect(value is None or value >= 1, f"--{setting}", "1 or more", value)
     problems.expect(0 <= options.seed < 2**31, "--seed", f"0 to {2**31 - 1}", options.seed)
@@ -48,6 +48,12 @@ def check_evaluated_length(problems: Problems, length: int | None, positions: in
         problems.add("--max_length: expected a length, because the model sets no limit")
     elif not 2 <= length <= (positions or length):
         problems.add(f"--max_length: expected 2 to the model's {positions} positions, got {length}")
+
+
+def check_answered_length(problems: Problems, needed: int, positions: int) -> None:
+    """Check that the longest prompt and `--max_new_tokens` fit into the model's positions."""
+    if needed > positions:
+        problems.add(f"--max_new_tokens: prompt and answer may come to {needed} tokens, the model has {positions}")
 
 
 def check_corrected_length(problems: Problems, needed: int, positions: int) -> None:

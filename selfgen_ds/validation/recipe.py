@@ -36,6 +36,8 @@ _LEAST = {
     "eval.every": 1,
     "eval.max_samples": 1,
     "eval.batch_size": 1,
+    "eval.patience": 1,
+    "eval.shown_answers": 0,
 }
 _SHARES = (
     "data.max_truncated_share",
@@ -113,6 +115,8 @@ def _check_data(problems: Problems, recipe: Recipe) -> None:
     check_texts(problems, "data.", data.prompt_template, data.date)
     if data.packing and data.group_by_length:
         problems.add("data.group_by_length: expected false with data.packing, whose rows are all full")
+    if recipe.eval.patience is not None and recipe.eval.every is None:
+        problems.add("eval.patience: expected eval.every as well")
     if data.eval is None:
         for field in fields(EvalConfig):
             value = getattr(recipe.eval, field.name)

@@ -105,7 +105,7 @@ def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path:
     settings = runs.recipe(tmp_path, deepspeed=str(tmp_path / "ds.json"))
     two_ranks.run(runs.run_training, settings)
     assert not any("router_loss" in row for row in runs.metrics(settings)), "of a dense model"
-    with open(tmp_path / "csv" / "loss.csv", encoding="utf-8") as file:
+    with open(tmp_path / "csv" / "train_loss.csv", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     assert [(int(step), float(loss)) for step, loss in rows] == [
         (row["step"], pytest.approx(row["loss"])) for row in runs.metrics(settings)

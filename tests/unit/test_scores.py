@@ -116,7 +116,7 @@ def _uneven(count: int) -> list[TrainingRow]:
 
 
 def test_the_longest_prompt_and_the_longest_answer_of_a_batch_fit_the_models_positions() -> None:
-    batches = list(_batches(_uneven(10), 2, 2, 32, {}))
+    batches = list(_batches(_uneven(10), 2, 2, 32, {}, None))
     for shares in batches:
         samples = [sample for share in shares for sample in share]
         prompt = max(len(sample.prompt_ids) for sample in samples)
@@ -125,7 +125,7 @@ def test_the_longest_prompt_and_the_longest_answer_of_a_batch_fit_the_models_pos
 
 
 def test_batches_are_full_if_the_model_sets_no_limit() -> None:
-    batches = _batches(_uneven(10), 2, 2, None, {})
+    batches = _batches(_uneven(10), 2, 2, None, {}, None)
     assert [[len(share) for share in shares] for shares in batches] == [[2, 2], [2, 2], [1, 1]]
 
 
