@@ -17,7 +17,7 @@ import yaml
 
 from selfgen_ds.config import CompareOptions
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.evaluation.metrics import descriptions
+from selfgen_ds.evaluation.metrics import Curve, binned, descriptions
 from selfgen_ds.evaluation.plots import plot_comparison
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.validation.options import check_compare
@@ -31,14 +31,27 @@ class _Group:
 
     name: str
     method: str
+    """Empty for a model that no recipe is known of, such as the base model."""
     seeds: list[int]
     sample_ids: list[int]
     scores: dict[str, np.ndarray]
     """Metric -> `[seeds, rows]`."""
-    recovery: list[float] | None
-    """Accuracy at each position after a forced error, averaged over the seeds; None without a built-in task."""
+    tokens: np.ndarray
+    """`[seeds, rows]`, the target tokens of each row, with which the loss is weighted."""
+    recovery: Curve | None
+    """Accuracy after a forced error over all rows and seeds; None without a built-in task."""
     settings: dict[str, Any]
     """Settings of the evaluation, which must equal the baseline's."""
+
+    @property
+    def label(self) -> str:
+        """The folder, and the method and seeds if they are known."""
+        seeds = f", seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}" if self.seeds else ""
+        return f"{self.method} ({self.name}{seeds})" if self.method else self.name
+
+    def weights(self, metric: str) -> np.ndarray:
+        """Return the weights of rows in a mean: `[seeds, rows]`."""
+        return self.tokens if metric == "loss" else np.ones_like(self.tokens)
 
 
 def run(options: CompareOptions) -> None:
@@ -63,8 +76,7 @@ def run(options: CompareOptions) -> None:
     baseline = groups[0]
     _check_comparable(groups)
     rounds = baseline.settings["correction_rounds"]
-    # The intervals are of means over rows; the loss is a mean over tokens.
-    metrics = [m for m in descriptions(rounds) if m != "loss" and all(m in group.scores for group in groups)]
+    metrics = [m for m in descriptions(rounds) if all(m in group.scores for group in groups)]
     folder = Path(options.output_dir)
     make_folder(folder, "--output_dir")
     rng = np.random.default_rng(0)
@@ -72,7 +84,8 @@ def run(options: CompareOptions) -> None:
     write_atomically(folder / "comparison.json", json.dumps({"baseline": baseline.name, "rows": rows}, indent=1))
     table = _markdown(rows, groups, metrics)
     write_atomically(folder / "comparison.md", table)
-    plot_comparison(folder / "comparison.png", rows, {group.name: group.recovery for group in groups}, rounds)
+    title = f"{baseline.settings['data']}, {len(baseline.sample_ids)} rows, 95 % intervals"
+    plot_comparison(folder / "comparison.png", title, rows, {group.name: group.recovery for group in groups}, rounds)
     print(table)
     print(f"written to {folder}/comparison.json, comparison.md and comparison.png")
 
@@ -97,13 +110,14 @@ def _check_comparable(groups: list[_Group]) -> None:
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    """Read a run's recipe, evaluation, and predictions.
+    """Read a run's recipe, which a base model has not, its evaluation, and its predictions.
 
     Raises:
         InputError: A file is missing, damaged, or empty.
     """
     try:
-        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        written = folder / "config.yaml"
+        recipe = yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else None
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         with open(folder / "predictions.jsonl", encoding="utf-8") as file:
             predictions = [json.loads(line) for line in file]
@@ -124,6 +138,9 @@ def _group(runs: list[dict[str, Any]]) -> list[_Group]:
     """
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for entry in runs:
+        if entry["recipe"] is None:
+            by_recipe[str(entry["folder"])] = [entry]
+            continue
         recipe = {k: v for k, v in entry["recipe"].items() if k not in ("seed", "output_dir", "resume")}
         recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "name_or_path"}
         recipe["data"] = {k: v for k, v in entry["recipe"]["data"].items() if k != "date"}
@@ -141,14 +158,16 @@ def _as_group(runs: list[dict[str, Any]]) -> _Group:
         if [prediction["sample_id"] for prediction in other["predictions"]] != sample_ids:
             raise InputError(f"{other['folder']} and {first['folder']} were evaluated on different rows")
     metrics = first["predictions"][0]["metrics"]
-    curves = [entry["evaluation"]["curves"].get("recovery") for entry in runs]
+    recovery = [p.get("recovery") for entry in runs for p in entry["predictions"]]
+    recipes = [entry["recipe"] for entry in runs if entry["recipe"] is not None]
     return _Group(
         name=str(first["folder"]),
-        method=first["recipe"]["selfgen"]["method"],
-        seeds=[entry["recipe"]["seed"] for entry in runs],
+        method=recipes[0]["selfgen"]["method"] if recipes else "",
+        seeds=[recipe["seed"] for recipe in recipes],
         sample_ids=sample_ids,
         scores={m: np.array([[p["metrics"][m] for p in entry["predictions"]] for entry in runs]) for m in metrics},
-        recovery=None if None in curves else np.mean(curves, axis=0).tolist(),
+        tokens=np.array([[p["tokens"] for p in entry["predictions"]] for entry in runs], dtype=float),
+        recovery=None if None in recovery else binned([row[:-1] for row in recovery]),
         settings=_settings(first["evaluation"]),
     )
 
@@ -163,14 +182,15 @@ def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator) -> dict[str, Any]:
     """Return a row of `comparison.json`; the baseline's has no difference."""
-    values, reference = group.scores[metric], baseline.scores[metric]
-    low, high = _interval(values, rng)
+    values, weights = group.scores[metric], group.weights(metric)
+    low, high = _interval(values, weights, rng)
     row: dict[str, Any] = {
         "run": group.name,
+        "label": group.label,
         "method": group.method,
         "seeds": group.seeds,
         "metric": metric,
-        "mean": float(values.mean()),
+        "mean": _mean(values, weights),
         "low": low,
         "high": high,
         "paired_difference": None,
@@ -178,36 +198,54 @@ def _row(group: _Group, baseline: _Group, metric: str, rng: np.random.Generator)
         "paired_high": None,
     }
     if group is not baseline:
-        row["paired_difference"] = float(values.mean() - reference.mean())
-        row["paired_low"], row["paired_high"] = _interval(values, rng, reference)
+        reference = (baseline.scores[metric], baseline.weights(metric))
+        row["paired_difference"] = row["mean"] - _mean(*reference)
+        row["paired_low"], row["paired_high"] = _interval(values, weights, rng, reference)
     return row
 
 
-def _interval(values: np.ndarray, rng: np.random.Generator, reference: np.ndarray | None = None) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a mean, or of the difference between two means, paired by row.
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    return float((values * weights).sum() / weights.sum())
+
+
+def _interval(
+    values: np.ndarray,
+    weights: np.ndarray,
+    rng: np.random.Generator,
+    reference: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a weighted mean, or of the difference of two, paired by row.
 
     The ends of the interval are percentiles over `_RESAMPLES` draws of seeds and rows with replacement (Efron &
     Tibshirani 1993, chapter 13).
 
     Args:
         values: `[seeds, rows]`.
-        reference: `[seeds, rows]`, the values whose mean is subtracted; both sides share the drawn rows.
+        weights: `[seeds, rows]`.
+        reference: Values and weights of the mean that is subtracted; both sides share the drawn rows.
     """
     means = np.empty(_RESAMPLES)
     for i in range(_RESAMPLES):
-        rows = rng.integers(values.shape[1], size=values.shape[1])
-        means[i] = values[rng.integers(len(values), size=len(values))][:, rows].mean()
+        rows = np.asarray(rng.integers(values.shape[1], size=values.shape[1]))
+        means[i] = _mean(*_drawn(values, weights, rows, rng))
         if reference is not None:
-            means[i] -= reference[rng.integers(len(reference), size=len(reference))][:, rows].mean()
+            means[i] -= _mean(*_drawn(*reference, rows, rng))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _drawn(
+    values: np.ndarray, weights: np.ndarray, rows: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return values and weights of some rows, of as many drawn seeds as there are."""
+    seeds = rng.integers(len(values), size=len(values))
+    return values[seeds][:, rows], weights[seeds][:, rows]
 
 
 def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[str]) -> str:
     """Return a Markdown table with a line per metric and a column per group."""
     row_of = {(row["run"], row["metric"]): row for row in rows}
-    columns = [f"{g.method} ({g.name}, seed{'s' * (len(g.seeds) > 1)} {', '.join(map(str, g.seeds))})" for g in groups]
-    lines = ["| metric | " + " | ".join(columns) + " |", "|---|" + "---|" * len(groups)]
+    lines = ["| metric | " + " | ".join(group.label for group in groups) + " |", "|---|" + "---|" * len(groups)]
     for metric in metrics:
         cells = []
         for group in groups:

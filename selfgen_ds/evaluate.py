@@ -24,7 +24,7 @@ from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.evaluation.metrics import SampleScore, aggregate, curves, descriptions
+from selfgen_ds.evaluation.metrics import SampleScore, aggregate, binned_curves, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
 from selfgen_ds.evaluation.scores import EvaluationRequests, answered_length, corrected_length, evaluate
@@ -176,8 +176,8 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
     if (folder / "evaluation.json").exists():
         log.info("replacing the evaluation that %s holds", folder)
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
-    title = f"{options.model} on {', '.join(s.name for s in samples)}"
-    plot_evaluation(folder / "evaluation.png", title, positions, metrics, options.correction_rounds)
+    title = f"{options.model} on {', '.join(s.name for s in samples)}, {len(scores)} rows, 95 % intervals"
+    plot_evaluation(folder / "evaluation.png", title, binned_curves(scores), metrics, options.correction_rounds)
     meanings = descriptions(options.correction_rounds)
     print("\n".join(f"{name:26}{value:8.3f}  {meanings[name]}" for name, value in metrics.items()))
     print(f"{len(scores)} rows; {truncated} responses truncated, {refused} prompts left out because of their length")

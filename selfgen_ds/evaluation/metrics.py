@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -116,10 +116,63 @@ def curves(scores: list[SampleScore]) -> dict[str, list[float]]:
     left out.
     """
     result = {}
-    for name in ("teacher_forced", "free_running", "recovery"):
-        rows = [asdict(score)[name] for score in scores]
-        if None not in rows:
-            rows = [row[:-1] for row in rows] if name == "recovery" else rows
-            longest = max(map(len, rows))
-            result[name] = [float(np.mean([row[i] for row in rows if len(row) > i])) for i in range(longest)]
+    for name, rows in _by_position(scores).items():
+        longest = max(map(len, rows))
+        result[name] = [float(np.mean([row[i] for row in rows if len(row) > i])) for i in range(longest)]
     return result
+
+
+def binned_curves(scores: list[SampleScore]) -> dict[str, Curve]:
+    """Return the curves in bins, with intervals."""
+    return {name: binned(rows) for name, rows in _by_position(scores).items()}
+
+
+def _by_position(scores: list[SampleScore]) -> dict[str, list[list[bool]]]:
+    """Return, by the name of a curve, whether the token at each position of each row is right."""
+    result = {}
+    for name in ("teacher_forced", "free_running", "recovery"):
+        rows = [getattr(score, name) for score in scores]
+        if None not in rows:
+            result[name] = [row[:-1] for row in rows] if name == "recovery" else rows
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Accuracy by position, in bins of neighbouring positions; one entry per bin."""
+
+    positions: list[float]
+    """Mean position of the tokens in the bin, from 1."""
+    mean: list[float]
+    low: list[float]
+    """Lower end of the 95 % interval of the bin's mean (Wilson 1927), as if the tokens were independent."""
+    high: list[float]
+
+
+def binned(rows: list[list[bool]], bins: int = 20, least: int = 30) -> Curve:
+    """Return the accuracy by position over some rows, as far as they reach.
+
+    Args:
+        rows: Per row and position, whether the token there is right.
+        bins: Most bins.
+        least: Fewest tokens of a bin; the last bin takes the rest, and may be the only one.
+    """
+    longest = max(map(len, rows))
+    right, tokens = np.zeros(longest), np.zeros(longest)
+    for row in rows:
+        right[: len(row)] += row
+        tokens[: len(row)] += 1
+    width, starts, counted = -(-longest // bins), [0], 0.0
+    for position in range(longest):
+        if position - starts[-1] >= width and counted >= least and tokens[position:].sum() >= least:
+            starts.append(position)
+            counted = 0.0
+        counted += tokens[position]
+    n, k = (np.add.reduceat(counts, starts) for counts in (tokens, right))
+    at = np.add.reduceat(tokens * np.arange(1, longest + 1), starts) / n
+    share, z = k / n, 1.96
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Curve(
+        positions=at.tolist(), mean=share.tolist(), low=(centre - half).tolist(), high=(centre + half).tolist()
+    )

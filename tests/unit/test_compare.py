@@ -24,7 +24,7 @@ from selfgen_ds.evaluation.metrics import corrected
 
 RESAMPLES = compare._RESAMPLES
 KEYS = {
-    *("run", "method", "seeds", "metric", "mean", "low", "high"),
+    *("run", "label", "method", "seeds", "metric", "mean", "low", "high"),
     *("paired_difference", "paired_low", "paired_high"),
 }
 
@@ -47,8 +47,9 @@ def _run_folder(
     dtype: Literal["float32", "bfloat16"] = "float32",
     data: str = "test.jsonl",
     first_sample_id: int = 0,
+    losses: list[tuple[float, int]] | None = None,
 ) -> str:
-    """Write a run with one metric as `train` and `evaluate` leave it, and return its folder."""
+    """Write a run with a metric, and loss and tokens of each row, as train and evaluate do; return its folder."""
     recipe = Recipe(
         output_dir=str(folder),
         deepspeed="zero3.json",
@@ -57,7 +58,12 @@ def _run_folder(
         selfgen=SelfgenConfig(method=method),
         seed=seed,
     )
-    rows = [{"sample_id": first_sample_id + i, "metrics": {"exact_match": v}} for i, v in enumerate(exact_match)]
+    rows = [
+        {"sample_id": first_sample_id + i, "tokens": tokens, "metrics": {"exact_match": value, "loss": loss}}
+        for i, (value, (loss, tokens)) in enumerate(
+            zip(exact_match, losses or [(1.0, 2)] * len(exact_match), strict=True)
+        )
+    ]
     settings = {"data": data, "prompt_column": "prompt", "completion_column": "completion", "max_length": 64}
     settings |= {"sample_temperature": 0.0}
     evaluation = {
@@ -75,7 +81,8 @@ def _run_folder(
 
 def _compare(tmp_path: Path, *runs: str) -> list[dict[str, Any]]:
     compare.run(CompareOptions(runs=list(runs), output_dir=str(tmp_path / "out")))
-    return json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    return [row for row in rows if row["metric"] != "loss"]
 
 
 BASELINE, BETTER = [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
@@ -211,8 +218,35 @@ FILES = pytest.mark.parametrize("name", ["config.yaml", "evaluation.json", "pred
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     run = _run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / name).unlink()
+    if name == "config.yaml":  # a base model has none
+        (row,) = _compare(tmp_path, run)
+        assert (row["label"], row["method"], row["seeds"], row["mean"]) == (run, "", [], 0.5)
+        return
     with pytest.raises(InputError, match=f"^{run}/{name}: missing"):
         _compare(tmp_path, run)
+
+
+def test_the_loss_is_a_mean_over_tokens_whose_interval_covers_its_rows(tmp_path: Path) -> None:
+    losses = [(1.0, 1), (3.0, 3), (1.0, 4), (2.0, 8)]
+    run = _run_folder(tmp_path / "a", [1.0] * 4, losses=losses)
+    better = _run_folder(tmp_path / "b", [1.0] * 4, method="bash", losses=[(loss - 0.5, n) for loss, n in losses])
+    _compare(tmp_path, run, better)
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    first, second = (row for row in rows if row["metric"] == "loss")
+    assert first["mean"] == pytest.approx(30 / 16)
+    assert first["low"] < 30 / 16 < first["high"]
+    assert second["paired_difference"] == pytest.approx(-0.5)
+    assert (second["paired_low"], second["paired_high"]) == pytest.approx((-0.5, -0.5)), "paired by row"
+
+
+def test_every_bad_folder_is_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError) as caught:
+        _compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        f"{tmp_path}/{name}/evaluation.json" for name in ("a", "b")
+    ]
 
 
 @FILES
