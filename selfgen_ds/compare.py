@@ -23,6 +23,8 @@ from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.validation.options import check_compare
 
 _RESAMPLES = 2000
+_OF_ONE_RUN = {"seed", "output_dir", "resume", "run_name"}
+"""Settings in which runs of one group may differ, besides the starting model and the date."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ def _group(runs: list[dict[str, Any]]) -> list[_Group]:
         if entry["recipe"] is None:
             by_recipe[str(entry["folder"])] = [entry]
             continue
-        recipe = {k: v for k, v in entry["recipe"].items() if k not in ("seed", "output_dir", "resume")}
+        recipe = {k: v for k, v in entry["recipe"].items() if k not in _OF_ONE_RUN}
         recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "name_or_path"}
         recipe["data"] = {k: v for k, v in entry["recipe"]["data"].items() if k != "date"}
         key = json.dumps([recipe, _settings(entry["evaluation"])], sort_keys=True)

@@ -261,6 +261,10 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    run_name: str | None = None
+    """Name of the run in Weights & Biases. Default: the name of `output_dir`."""
+    wandb_project: str | None = None
+    """Project in Weights & Biases that the metrics also go to. The package `wandb` has to be installed."""
     seed: int = 0
     """Seed of weights, data order, replacement masks, and draws."""
     resume: Literal["auto"] | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -110,6 +112,10 @@ def _with_defaults(recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
         "tensorboard": {"enabled": True},
         **config,
     }
+    if recipe.wandb_project is not None:
+        config["wandb"] = config.get("wandb", {}) | {"enabled": True, "project": recipe.wandb_project}
+        # DeepSpeed passes no name on; wandb reads this variable.
+        os.environ.setdefault("WANDB_NAME", recipe.run_name or Path(recipe.output_dir).name)
     for monitor in ("tensorboard", "csv_monitor"):
         if monitor in config:  # by default, DeepSpeed writes into the working directory
             config[monitor] = {"output_path": recipe.output_dir, "job_name": monitor} | config[monitor]

@@ -16,6 +16,8 @@ from selfgen_ds.errors import Problems
 _MAY_CHANGE = (
     "output_dir",
     "resume",
+    "run_name",
+    "wandb_project",
     "trust_checkpoint",
     "train.max_steps",
     "train.max_nonfinite_steps",

@@ -1,5 +1,6 @@
 """Check the reading, checking, and filling of the DeepSpeed JSON."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -339,7 +340,18 @@ def test_a_monitor_writes_into_the_runs_folder(recipe: Recipe, monitor: str) -> 
 
 def test_a_monitor_whose_package_is_missing_is_named(recipe: Recipe) -> None:
     config = {"zero_optimization": {"stage": 3}, "wandb": {"enabled": True}}
-    assert "the package wandb is not installed" in _problem(recipe, config)
+    assert _problem(recipe, config).startswith("wandb.enabled: the package wandb is not installed")
+    recipe.wandb_project = "mine"
+    assert _problem(recipe, {"zero_optimization": {"stage": 3}}).startswith("wandb_project: the package wandb is not")
+
+
+def test_a_project_of_the_recipe_turns_weights_and_biases_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_NAME", "")
+    monkeypatch.delenv("WANDB_NAME")
+    recipe.wandb_project, recipe.run_name = "mine", "first"
+    filled = ds_config.resolve(recipe, {"zero_optimization": {"stage": 3}}, WORLD_SIZE, HIDDEN_SIZE).config
+    assert filled["wandb"] == {"enabled": True, "project": "mine"}
+    assert os.environ["WANDB_NAME"] == "first"
 
 
 def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
