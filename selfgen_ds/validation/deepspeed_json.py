@@ -78,9 +78,7 @@ def _setting_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     # The manifest of a checkpoint and its safe loading rely on the files that DeepSpeed's default writer makes.
     found += [f"{key}: expected none; the run decides" for key in ("checkpoint", "datastates_ckpt") if key in config]
     found += _checkpointing_problems(recipe, config.get("activation_checkpointing", {}))
-    if recipe.wandb_project is not None and find_spec("wandb") is None:
-        found.append("wandb_project: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")
-    elif config.get("wandb", {}).get("enabled") and find_spec("wandb") is None:
+    if config.get("wandb", {}).get("enabled") and find_spec("wandb") is None:
         found.append("wandb.enabled: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")
     optimizer = config.get("optimizer", {}).get("type", "AdamW")
     if str(optimizer).lower() != "adamw":

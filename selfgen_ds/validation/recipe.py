@@ -6,6 +6,7 @@ import glob
 import math
 from dataclasses import asdict, fields
 from datetime import date
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def _check_data(problems: Problems, recipe: Recipe) -> None:
     check_texts(problems, "data.", data.prompt_template, data.date)
     if data.packing and data.group_by_length:
         problems.add("data.group_by_length: expected false with data.packing, whose rows are all full")
+    if recipe.wandb_project is not None and find_spec("wandb") is None:
+        problems.add("wandb_project: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")
     if recipe.eval.patience is not None and recipe.eval.every is None:
         problems.add("eval.patience: expected eval.every as well")
     if data.eval is None:

@@ -194,6 +194,31 @@ def test_one_column_is_not_prompt_and_completion(recipe: Recipe) -> None:
     assert problem == "data.completion_column: expected another field than data.prompt_column, got 'text'"
 
 
+def test_patience_needs_evaluations(recipe: Recipe) -> None:
+    recipe.eval.patience = 2
+    assert recipe_problems(recipe) == ["eval.patience: expected eval.every as well"]
+    recipe.eval.every = 5
+    assert recipe_problems(recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "problem"),
+    [
+        ("prompt_template", "Q:", "data.prompt_template: expected a text with {prompt} in it, got 'Q:'"),
+        ("date", "31.1.2026", "data.date: expected a day such as 2026-01-31, got '31.1.2026'"),
+    ],
+)
+def test_texts_that_no_row_could_have_are_a_problem(recipe: Recipe, setting: str, value: str, problem: str) -> None:
+    setattr(recipe.data, setting, value)
+    assert recipe_problems(recipe) == [problem]
+
+
+def test_a_project_needs_the_package_of_weights_and_biases(recipe: Recipe) -> None:
+    recipe.wandb_project = "mine"
+    [problem] = recipe_problems(recipe)
+    assert problem.startswith("wandb_project: the package wandb is not installed")
+
+
 def test_packed_rows_are_not_grouped_by_length(recipe: Recipe) -> None:
     recipe.data.packing = recipe.data.group_by_length = True
     assert recipe_problems(recipe) == [
@@ -308,7 +333,7 @@ def test_the_rank_that_the_deepspeed_launcher_puts_first_is_no_sub_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _main(monkeypatch, "--local_rank=0", "compare", "nowhere", "--output_dir", "out") == 2
-    assert capsys.readouterr().err.startswith("selfgen-ds: error: nowhere/config.yaml: missing")
+    assert capsys.readouterr().err.startswith("selfgen-ds: error: nowhere/evaluation.json: missing")
 
 
 @pytest.mark.parametrize("option", [["--selfgen.passes", "3"], ["--selfgen.passes=3"]])

@@ -340,9 +340,7 @@ def test_a_monitor_writes_into_the_runs_folder(recipe: Recipe, monitor: str) -> 
 
 def test_a_monitor_whose_package_is_missing_is_named(recipe: Recipe) -> None:
     config = {"zero_optimization": {"stage": 3}, "wandb": {"enabled": True}}
-    assert _problem(recipe, config).startswith("wandb.enabled: the package wandb is not installed")
-    recipe.wandb_project = "mine"
-    assert _problem(recipe, {"zero_optimization": {"stage": 3}}).startswith("wandb_project: the package wandb is not")
+    assert "the package wandb is not installed" in _problem(recipe, config)
 
 
 def test_a_project_of_the_recipe_turns_weights_and_biases_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
