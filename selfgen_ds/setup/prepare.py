@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -38,7 +39,7 @@ from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.generation import stop_at
-from selfgen_ds.model.loading import model_config, parameter_count, trained_parameter_count
+from selfgen_ds.model.loading import model_config
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
@@ -127,7 +128,7 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     starting_model = weights_checksum(engine) if inputs.method.as_round_method() is not None else ""
     if folder.resumed is not None:
         resuming.load(engine, folder.resumed, recipe.seed, recipe.trust_checkpoint)
-    _log_start(recipe, inputs)
+    _log_start(recipe, inputs, engine.module)
     policy = engine_policy(recipe, engine, inputs.end_tokens, inputs.traits.sharing)
     rounds = _open_rounds(recipe, inputs, engine, policy, starting_model, poll)
     if folder.storage.writes:  # nothing is refused after this point
@@ -282,7 +283,7 @@ def _open_rounds(
         ).open()
 
 
-def _log_start(recipe: Recipe, inputs: Inputs) -> None:
+def _log_start(recipe: Recipe, inputs: Inputs, model: nn.Module) -> None:
     batches, world_size = inputs.step_batches, dist.get_world_size()
     resumed = inputs.folder.resumed
     if resumed is not None and resumed.world_size != world_size:
@@ -306,7 +307,8 @@ def _log_start(recipe: Recipe, inputs: Inputs) -> None:
         "1 rank" if world_size == 1 else f"{world_size} ranks",
         f"resumed from {resumed.path}" if resumed else "from the start",
     )
-    trained, every = trained_parameter_count(recipe.model, inputs.config), parameter_count(recipe.model, inputs.config)
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 keeps shards
+    every, trained = sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
     whole = sum(pc.sum(source.table.data.column("length")).as_py() for source in inputs.samples)
     log.info(
         "%.4g million parameters%s; learning rate %g; %.0f tokens per sample",
