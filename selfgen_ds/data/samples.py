@@ -104,6 +104,14 @@ class Samples:
         sample_id, turns = self.first_id + int(row["sample_id"]), row["turns"].reshape(-1, 3)
         return TrainingRow.reference(sample_id, row["input_ids"], turns)
 
+    def why_refused(self, remedy: str) -> list[str]:
+        """Return lines that count the refused rows, say what to do, and list the first of them with their reasons."""
+        count = f"{self.name}: {self.refused} of {self.read} rows cannot be used"
+        if self.refused == 1:
+            return [f"{count} ({self.reasons[0]}); {remedy}"]
+        listed = "the first are" if self.refused > len(self.reasons) else "these are"
+        return [f"{count}; {remedy}; {listed}", *self.reasons]
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Return the tokens of some samples: int64."""
         return self.table.select_columns("length")[indices]["length"]

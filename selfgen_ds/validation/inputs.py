@@ -122,9 +122,7 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
             remedy = f"allow more than {data.max_refused_share:.1%} of the rows (data.max_refused_share)"
             if source.too_long:
                 remedy = f"raise data.max_length={data.max_length}, or {remedy}"
-            listed = "the first are" if source.refused > len(source.reasons) else "these are"
-            count = f"{source.refused} of {source.read} rows cannot be used"
-            problems.add(f"{source.name}: {count}; mend them, or {remedy}; {listed}", *source.reasons)
+            problems.add(*source.why_refused(f"mend them, or {remedy}"))
         if source.truncated > data.max_truncated_share * source.read:
             problems.add(
                 f"{source.name}: {source.truncated} of {source.read} responses are cut at "
@@ -136,8 +134,8 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
 def check_rows(problems: Problems, samples: list[Samples]) -> None:
     """Check that every row can be used, but for rows that are too long, which `evaluate` leaves out and counts."""
     for source in samples:
-        if unusable := source.refused - source.too_long:
-            problems.add(f"{source.name}: {unusable} of {source.read} rows cannot be used; mend them", *source.reasons)
+        if source.refused > source.too_long:
+            problems.add(*source.why_refused("mend them"))
 
 
 def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -> None:

@@ -89,7 +89,8 @@ def test_bad_rows_stop_both_ranks_of_a_launched_run(folder: Path) -> None:
     with deepspeed(train(folder), folder / "log") as run:
         assert run.wait() == 2
     [line] = error_lines(run.output())
-    assert line == f"{folder}/rows.jsonl, line 1: expected one JSON object, got list"
+    rows = f"{folder}/rows.jsonl"
+    assert line == f"{rows}: no usable row among 1: {rows}, line 1: expected one JSON object, got list"
 
 
 def refusal(arguments: list[str]) -> list[str]:
@@ -115,7 +116,7 @@ def refused(one_rank: Ranks, folder: Path) -> Callable[..., str]:
 def test_rows_without_room_for_a_response_are_one_clear_line(folder: Path, refused: Callable[..., str]) -> None:
     rows = [{"prompt": prompt, "completion": "b"} for prompt in ("a", "a" * 128)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "leave no room for a response" in refused()
+    assert "line 2: the prompt leaves no room for a response" in refused()
 
 
 HUGE = '{"hidden_size": 262144, "intermediate_size": 1048576, "num_hidden_layers": 20, "num_attention_heads": 64}'
