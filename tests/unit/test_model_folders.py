@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from selfgen_ds.checkpoint import export, source
 from selfgen_ds.checkpoint.source import compare_with_source, inspect_source
-from selfgen_ds.config import DataConfig, ModelConfig, Recipe
+from selfgen_ds.config import DataConfig, LoraConfig, ModelConfig, Recipe
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.model import probe
-from selfgen_ds.model.loading import model_config, warn_of_rounding
+from selfgen_ds.model import loading, probe
+from selfgen_ds.model.loading import build_model, model_config, warn_of_rounding
 from selfgen_ds.model.reach import Reach
+from selfgen_ds.validation import inputs
 from selfgen_ds.validation.inputs import check_activation_checkpointing, check_quantization
 from tests.architectures import CTRL
 from tests.distributed import runs
@@ -167,3 +169,38 @@ def test_the_padding_of_a_shard_is_not_taken_for_a_weight(rank: int, part: list[
     shard.ds_numel = 2  # type: ignore[attr-defined]
     parameter = SimpleNamespace(ds_tensor=shard, ds_numel=3, ds_zero_partition_rank=rank)
     assert export._own_part(parameter).tolist() == part
+
+
+def test_a_model_that_transformers_cannot_build_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise IndexError("tuple index\nout of range")
+
+    model = ModelConfig(name_or_path=runs.write_model(tmp_path), dtype="float32")
+    config = model_config(model, byte_tokenizer())
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(InputError) as caught:
+        build_model(model, config)
+    assert str(caught.value) == (
+        "model: model type 'llama': transformers cannot build it: IndexError: tuple index out of range"
+    )
+
+
+def test_a_learning_rate_of_a_model_from_scratch_is_named_for_a_pretrained_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = runs.recipe(tmp_path)
+    config = model_config(recipe.model, byte_tokenizer())
+    pretrained = ModelConfig(name_or_path=runs.write_model(tmp_path), dtype="float32")
+    for model, rate, size, said in [
+        (recipe.model, 1e-3, 0, False),
+        (pretrained, 1e-3, 10**9, False),
+        (pretrained, 1e-4, 0, False),
+        (pretrained, 1e-3, 0, True),
+        (replace(pretrained, lora=LoraConfig()), 1e-3, 0, False),
+        (replace(pretrained, lora=LoraConfig()), 5e-3, 0, True),
+    ]:
+        caplog.clear()
+        monkeypatch.setattr(inputs, "_SMALL_MODEL", size)
+        recipe.model, recipe.optim.learning_rate = model, rate
+        inputs.warn_of_learning_rate(recipe, config)
+        assert ("suits a model from scratch" in caplog.text) == said

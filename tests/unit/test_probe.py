@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
 from selfgen_ds.model import probe, small_copy
+from selfgen_ds.model.budget import sweep_budget
 from selfgen_ds.model.head import LogitTransform
 from tests.architectures import ARCHITECTURES, DEEPSEEK_V3, attention
 from tests.distributed import runs
@@ -115,6 +116,21 @@ def test_a_large_model_without_attention_heads_or_with_several_kinds_of_heads_is
         settings = ModelConfig(preset=preset, attn_implementation="eager")
         small = small_copy.small_copy(settings, AutoConfig.for_model(**preset))
     assert sum(parameter.numel() for parameter in small.parameters()) < 50_000_000
+
+
+def test_a_model_whose_layers_have_numbers_of_heads_of_their_own_has_a_small_copy_and_a_budget() -> None:
+    config = AutoConfig.for_model("dots3_note_text", router_aux_loss_coef=0.0)
+    with torch.no_grad():
+        small = small_copy.small_copy(ModelConfig(preset={}), config)
+    assert small.config.num_hidden_layers < config.num_hidden_layers
+    budget = sweep_budget(config, activation_checkpointing=True, prefetched=0, packed_length=None)
+    assert 0 < budget.forward < budget.training
+
+
+def test_a_list_of_the_layers_numbers_does_not_make_every_layer_another_kind() -> None:
+    config = AutoConfig.for_model("llama4_text")
+    assert config.moe_layers == list(range(48))
+    assert small_copy._shallow(config).num_hidden_layers < 10
 
 
 OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {
