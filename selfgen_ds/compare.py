@@ -177,7 +177,8 @@ def _as_group(runs: list[dict[str, Any]]) -> _Group:
 def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that two evaluations must share to be comparable."""
     names = ("data", "prompt_column", "completion_column", "max_length", "sample_temperature")
-    newer = {"correction_rounds": 0, "cue": None}  # not recorded before evaluations could ask for corrections
+    newer: dict[str, Any] = {"correction_rounds": 0, "cue": None, "max_new_tokens": None}  # older ones lack these
+    newer |= {"as_chat": None, "prompt_template": "{prompt}", "messages_column": "messages"}
     settings = newer | evaluation["settings"]
     return {name: settings[name] for name in (*names, *newer)}
 

@@ -240,8 +240,8 @@ class EvalConfig:
     best: str = "loss"
     """Metric whose best checkpoint is kept: `loss` (the lowest), or another evaluation metric (the highest)."""
     patience: int | None = None
-    """Evaluations in a row without a better `best` after which the run ends, and exports its best checkpoint. Default:
-    the run takes all steps, and exports the last."""
+    """Evaluations in a row without a better `best` after which the run ends early, and exports its best checkpoint. A
+    run that takes all of its steps exports the last one."""
     shown_answers: int = 2
     """Evaluation rows whose answers are logged, and written to TensorBoard as text."""
 

@@ -6,10 +6,12 @@ Plain transformers generates the answers, one prompt at a time, as a user of the
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,31 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import GenerateOptions, ModelConfig
-from selfgen_ds.data.formats import read_file
-from selfgen_ds.data.message_checks import are_messages, check_text
+from selfgen_ds.data.conversation import Message
+from selfgen_ds.data.formats import READERS, read_file, suffix
+from selfgen_ds.data.message_checks import are_messages, check_text, prompt_of
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.files import naming
-from selfgen_ds.model.loading import model_config
+from selfgen_ds.model.loading import model_config, most_positions
 from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation.options import check_generate
 
-Messages = list[dict[str, Any]]
-Prompt = str | Messages
+log = logging.getLogger("selfgen_ds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model is asked: a text, or messages."""
+
+    text: str = ""
+    messages: list[Message] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def shown(self) -> str | list[Message]:
+        """Return the text or the messages, for the output."""
+        return self.messages or self.text
 
 
 def run(options: GenerateOptions) -> None:
@@ -48,7 +63,7 @@ def run(options: GenerateOptions) -> None:
         if prompts is not None:
             _answer_all(options, prompts, answerer)
         elif options.prompt is not None:
-            answerer.answer(options.prompt, show=True)
+            answerer.answer(Prompt(text=options.prompt), show=True)
         else:
             _chat(answerer)
 
@@ -82,11 +97,15 @@ class _Answerer:
         self.in_template = bool(self.tokenizer.chat_template) if options.as_chat is None else options.as_chat
         if self.in_template and not self.tokenizer.chat_template:
             raise InputError("--as_chat: expected a model with a chat template")
+        log.info("prompts are read %s", "in the chat template" if self.in_template else "as they are")
         settings = self.model.generation_config
         settings.do_sample, settings.temperature = options.temperature > 0, options.temperature or None
         settings.top_p = settings.top_k = settings.max_length = None
         settings.pad_token_id = self.tokenizer.pad_token_id
-        settings.max_new_tokens = self._longest = options.max_new_tokens
+        settings.max_new_tokens, settings.num_beams = options.max_new_tokens, 1
+        ends = settings.eos_token_id
+        self._ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
+        self._positions = most_positions(config)
         set_seed(options.seed)
 
     def answer(self, prompt: Prompt, show: bool = False) -> tuple[str, bool]:
@@ -95,50 +114,73 @@ class _Answerer:
         Args:
             show: Whether the answer is printed while it is generated.
         """
-        if isinstance(prompt, str) and self.in_template:
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str):
-            encoded = self.tokenizer(prompt, return_tensors="pt")
-        else:
+        if prompt.messages or self.in_template:
             encoded = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                prompt.messages or [{"role": "user", "content": prompt.text}],
+                tools=prompt.tools,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+                **prompt.template_kwargs,
             )
+        else:
+            encoded = self.tokenizer(prompt.text, return_tensors="pt", split_special_tokens=True)
         encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        longest = encoded["input_ids"].shape[1] + self.model.generation_config.max_new_tokens
+        if self._positions is not None and longest > self._positions:
+            raise InputError(
+                f"--max_new_tokens: prompt and answer may come to {longest} tokens, the model has {self._positions}"
+            )
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         with torch.inference_mode():
             ids = self.model.generate(**encoded, streamer=streamer)
         written = ids[0, encoded["input_ids"].shape[1] :].tolist()
-        return self.tokenizer.decode(written, skip_special_tokens=True), len(written) < self._longest
+        return self.tokenizer.decode(written, skip_special_tokens=True), bool(written) and written[-1] in self._ends
 
 
 def _read_prompts(path: Path) -> list[Prompt]:
     """Read prompts: the lines of a text file, or rows with a field `prompt` or `messages`.
 
     Raises:
-        InputError: The file cannot be read, or a row has no prompt. The message names the row.
+        InputError: The file cannot be read or has no prompt, or a row has none. The message names the row.
     """
     if not path.is_file():
         raise InputError(f"--prompts: expected a file, got {str(path)!r}")
     if path.suffix.lower() == ".txt":
-        with naming(path):
-            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    prompts: list[Prompt] = []
-    for where, row in read_file(path):
-        if isinstance(row, InputError):
-            raise row
-        prompt: Any = row.get("prompt", row.get("messages"))
-        prompts.append(prompt if are_messages(prompt) else check_text(prompt, f"{path}, {where}, field 'prompt'"))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from error
+        prompts = [Prompt(text=line) for line in lines if line.strip()]
+    elif suffix(path) in READERS:
+        prompts = [_prompt(row, f"{path}, {where}") for where, row in read_file(path)]
+    else:
+        raise InputError(f"{path}: expected a file that ends in .txt, {', '.join(READERS)}")
+    if not prompts:
+        raise InputError(f"{path}: expected prompts, got none")
     return prompts
+
+
+def _prompt(row: dict[str, Any] | InputError, where: str) -> Prompt:
+    if isinstance(row, InputError):
+        raise row
+    name = "messages" if row.get("prompt") is None and "messages" in row else "prompt"
+    if not are_messages(row.get(name)):
+        return Prompt(text=check_text(row.get(name), f"{where}, field {name!r}"))
+    asked = prompt_of(row[name], row, where, f"{where}, field {name!r}")
+    return Prompt(messages=asked.messages, tools=asked.tools, template_kwargs=asked.template_kwargs)
 
 
 def _answer_all(options: GenerateOptions, prompts: list[Prompt], answerer: _Answerer) -> None:
     """Answer all prompts; every line of the result is a JSON object."""
     unfinished = 0
-    with open(options.output, "w", encoding="utf-8") if options.output else sys.stdout as file:
+    with open(options.output, "w", encoding="utf-8") if options.output else nullcontext(sys.stdout) as file:
         for prompt in bar("generate", "answer", iterable=prompts, total=len(prompts), disable=not options.output):
             answer, ended = answerer.answer(prompt)
             unfinished += not ended
-            file.write(json.dumps({"prompt": prompt, "answer": answer, "ended": ended}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"prompt": prompt.shown(), "answer": answer, "ended": ended}, ensure_ascii=False) + "\n"
+            )
             file.flush()
     if unfinished:
         print(f"{unfinished} of {len(prompts)} answers were cut at --max_new_tokens", file=sys.stderr)
@@ -148,7 +190,7 @@ def _chat(answerer: _Answerer) -> None:
     """Answer what is typed, in one conversation if the model has a chat template; an empty line starts a new one."""
     if sys.stdin.isatty():
         print("Type a message. An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
-    messages: Messages = []
+    messages: list[Message] = []
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -158,5 +200,6 @@ def _chat(answerer: _Answerer) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        answer, _ = answerer.answer(messages if answerer.in_template else line, show=True)
+        prompt = Prompt(messages=messages) if answerer.in_template else Prompt(text=line)
+        answer, _ = answerer.answer(prompt, show=True)
         messages.append({"role": "assistant", "content": answer})

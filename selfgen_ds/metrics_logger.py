@@ -52,8 +52,8 @@ class MetricsLogger:
         self._bar = bar("train", "step", total=total_steps, initial=step, disable=not self._writes)
         # Differing and drawn tokens of the last steps.
         self._differing: deque[tuple[float, int]] = deque(maxlen=_WATCHED_STEPS)
-        self.watched: list[float] = []
-        """All values of the watched metric, from the run's first step on; on rank 0."""
+        self.watched: dict[int, float] = {}
+        """Step -> value of the watched metric, from the run's first step on; on rank 0."""
         self._watched_name = watched
         if self._writes:
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -106,8 +106,10 @@ class MetricsLogger:
 
     def _watch(self, *metrics: Mapping[str, float | None]) -> None:
         """Keep the values of the watched metric."""
-        values = (line[self._watched_name] for line in metrics if self._watched_name in line)
-        self.watched += [math.nan if value is None else value for value in values]
+        for line in metrics:
+            if self._watched_name in line:
+                value = line[self._watched_name]
+                self.watched[int(line["step"] or 0)] = math.nan if value is None else value
 
     def sync(self) -> None:
         """Force the lines to the disk, so that no checkpoint is newer than the metrics of its steps."""

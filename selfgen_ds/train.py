@@ -140,7 +140,7 @@ class BetweenSteps:
         self._check_dropped(step, result)
         round_starts = self._run.rounds is not None and self._run.rounds.starts(step)
         due = self._is_last(step) or round_starts or _due(step, self._recipe.checkpoint.every)
-        saved = due or self._is_best(scores)
+        saved = due or self._is_best(scores) or (bool(scores) and self.stops_early())
         if saved:
             self._save(step, scores)
         in_lockstep = forwards if self._run.policy.sharded else 0
@@ -177,10 +177,9 @@ class BetweenSteps:
         Collective: every rank must call this, because rank 0 decides.
         """
         patience, metric = self._recipe.eval.patience, self._recipe.eval.best
-        values = self.metrics_logger.watched
 
         def is_worse() -> bool:
-            best = 0
+            values, best = list(self.metrics_logger.watched.values()), 0
             for i, value in enumerate(values):
                 best = i if manifest.better(value, values[best], metric) else best
             return len(values) - 1 - best >= (patience or 0)
@@ -190,16 +189,13 @@ class BetweenSteps:
     def load_best(self) -> None:
         """Load the weights of the checkpoint with the best evaluation. Collective: every rank must call this."""
         run, recipe = self._run, self._recipe
-        best = manifest.best_of(run.folder.storage.complete(self._checkpoints), recipe.eval.best)
-        assert best is not None, "an evaluation that is better than all others is saved"
-        log.info("%d evaluations in a row were no better than that of %s", recipe.eval.patience, best.path.name)
-        if best.world_size == process_group.world_size():
-            resuming.load(run.engine, best, recipe.seed, recipe.trust_checkpoint)
+        log.info("%d evaluations in a row were no better than one before them: the run ends", recipe.eval.patience)
+        best = resuming.find_best(self._checkpoints, run.folder.storage, recipe.eval.best)
+        if best is None:
+            log.warning("no intact checkpoint of this number of ranks has an evaluation: the last step is exported")
         else:
-            log.warning(
-                "%s was written by %d ranks, so that the last step is exported; `selfgen-ds export` exports it",
-                *(best.path, best.world_size),
-            )
+            log.info("%s has the best evaluation, and is exported", best.path.name)
+            resuming.load(run.engine, best, recipe.seed, recipe.trust_checkpoint)
 
     def _is_last(self, step: int) -> bool:
         return step == self._run.total_steps

@@ -57,6 +57,7 @@ KINDS: dict[str, list[Message]] = {
     "system": [_SYSTEM, _user("GIVEN question"), _assistant("WRITTEN1 answer")],
     "developer": [_SYSTEM | {"role": "developer"}, _user("GIVEN question"), _assistant("WRITTEN1 answer")],
     "parts": [_user(_parts("GIVEN question")), _assistant(_parts("WRITTEN1 answer"))],
+    "mixed parts": [_user(_parts("GIVEN question")), _assistant("WRITTEN1 answer")],
     "`<think>`": [_user("GIVEN question"), _assistant(_THOUGHT)],
     "`<think>` in turns": [_user("GIVEN one"), _assistant(_THOUGHT), _user("GIVEN two"), _assistant(_THOUGHT_LATER)],
     "reasoning": [_user("GIVEN question"), _assistant("WRITTEN2 answer", reasoning_content="WRITTEN1 thought")],

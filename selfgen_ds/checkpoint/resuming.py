@@ -21,6 +21,7 @@ from selfgen_ds.checkpoint.manifest import (
     BROKEN,
     MARKER,
     Checkpoint,
+    best_of,
     broken_files,
     half_written,
     mark_newer_broken,
@@ -64,6 +65,21 @@ def _newest_intact(complete: list[Checkpoint], folder: Path, storage: Storage) -
             # This host may have newer checkpoints that another host lacks.
             mark_newer_broken(folder, checkpoint)
         return checkpoint
+    return None
+
+
+def find_best(folder: Path, storage: Storage, metric: str) -> Checkpoint | None:
+    """Return the checkpoint with the best evaluation, of those of this number of ranks whose files are as written.
+
+    Collective: every rank must call this.
+    """
+    candidates = [c for c in storage.complete(folder) if c.world_size == process_group.world_size()]
+    while (best := best_of(candidates, metric)) is not None:
+        names = _union(broken_files(best, storage.verified_files(best)))
+        if not names:
+            return best
+        log.warning("%s is broken (%s); trying another checkpoint", best.path, ", ".join(names))
+        candidates.remove(best)
     return None
 
 

@@ -91,14 +91,16 @@ def _usual_role(message: Message) -> Message:
     return message | {"role": usual.get(message["role"], message["role"])}
 
 
-def _other_content(message: Message) -> Message:
-    """Turn a content that is a text into a list of parts, or the other way round."""
+def _text_content(message: Message) -> Message:
+    """Join the parts of a content."""
     content = message.get("content")
-    if not content:
-        return message
-    if isinstance(content, str):
-        return message | {"content": [{"type": "text", "text": content}]}
-    return message | {"content": "".join(part["text"] for part in content)}
+    return message | {"content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
+
+
+def _parts_content(message: Message) -> Message:
+    """Make a part of a content that is a text."""
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 _FORMS: list[tuple[_Change, ...]] = sorted(
@@ -106,7 +108,7 @@ _FORMS: list[tuple[_Change, ...]] = sorted(
         (_same, _arguments_as_json),
         (_same, _null_content, _empty_content),
         (_same, _usual_role),
-        (_same, _other_content),
+        (_same, _text_content, _parts_content),
     ),
     key=lambda form: sum(change is not _same for change in form),
 )

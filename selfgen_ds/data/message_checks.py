@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from selfgen_ds.data.chat_template import SURROGATE
@@ -12,6 +13,8 @@ from selfgen_ds.errors import InputError
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 KNOWN_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_FIELDS}
 """Fields of a message that chat templates read. Others are given to the template too."""
+_RESERVED = {"messages", "tools", "conversation", "chat_template", "add_generation_prompt", "documents"}
+"""Variables of a template that have settings of their own."""
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -58,18 +61,18 @@ def messages_of_sharegpt(value: Any, where: str) -> list[Message]:
     if are_messages(value):
         return value
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise InputError(f"{where}: expected a list of objects with `from` and `value`, got {type(value).__name__}")
+        raise InputError(f"{where}: expected a list of objects with `from` and `value`, got {_kinds(value)}")
     messages = []
     for number, turn in enumerate(value, start=1):
         speaker = turn.get("from")
-        if speaker not in _SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             expected = ", ".join(_SHAREGPT_ROLES)
             raise InputError(f"{where}, message {number}, `from`: expected one of {expected}, got {speaker!r}")
         content = turn.get("value")
         message: Message = {"role": _SHAREGPT_ROLES[speaker], "content": content}
         if speaker == "function_call":
             message = {"role": "assistant", "tool_calls": _sharegpt_calls(content, f"{where}, message {number}")}
-        messages.append(message | {name: turn[name] for name in ("weight",) if name in turn})
+        messages.append({name: part for name, part in turn.items() if name not in ("from", "value")} | message)
     return messages
 
 
@@ -97,23 +100,62 @@ def conversation(
     Raises:
         InputError: A message or another field is not as expected, or the assistant has no turn to learn.
     """
+    chat = _checked(messages, fields, where, messages_where)
+    unlearned = {i for i, message in enumerate(chat.messages) if message.pop("weight", 1) == 0} | set(range(given))
+    if not any(m["role"] == "assistant" and i not in unlearned for i, m in enumerate(chat.messages)):
+        raise InputError(f"{messages_where}: expected a turn of the assistant that is learned, got none")
+    return replace(chat, unlearned=frozenset(unlearned))
+
+
+def prompt_of(messages: Any, fields: dict[str, Any], where: str, messages_where: str) -> Conversation:
+    """Return a conversation that the assistant is to continue.
+
+    Raises:
+        InputError: A message or another field is not as expected, or the last message is the assistant's.
+    """
+    chat = _checked(messages, fields, where, messages_where)
+    if chat.messages[-1]["role"] == "assistant":
+        raise InputError(f"{messages_where}: expected a message to answer at the end, got the assistant's")
+    return chat
+
+
+def _checked(messages: Any, fields: dict[str, Any], where: str, messages_where: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         got = "none" if messages == [] else type(messages).__name__
         raise InputError(f"{messages_where}: expected a list of messages, got {got}")
-    checked = [_message(message, f"{messages_where}, message {i}") for i, message in enumerate(messages, start=1)]
-    settings = fields.get("chat_template_kwargs") or {}
-    if not isinstance(settings, dict):
-        raise InputError(f"{where}, field 'chat_template_kwargs': expected an object, got {type(settings).__name__}")
-    unlearned = {i for i, message in enumerate(checked) if message.pop("weight", 1) == 0} | set(range(given))
-    if not any(message["role"] == "assistant" and i not in unlearned for i, message in enumerate(checked)):
-        raise InputError(f"{messages_where}: expected a turn of the assistant that is learned, got none")
     return Conversation(
-        messages=checked,
-        unlearned=frozenset(unlearned),
+        messages=[_message(message, f"{messages_where}, message {i}") for i, message in enumerate(messages, start=1)],
         tools=_tools(fields.get("tools"), f"{where}, field 'tools'"),
-        template_kwargs=_without_nulls(settings),
+        template_kwargs=_template_kwargs(
+            fields.get("chat_template_kwargs") or {}, f"{where}, field 'chat_template_kwargs'"
+        ),
         where=where,
     )
+
+
+def _template_kwargs(settings: Any, where: str) -> dict[str, Any]:
+    """Check the variables that a row gives to its template."""
+    if not isinstance(settings, dict):
+        raise InputError(f"{where}: expected an object, got {type(settings).__name__}")
+    for name in settings.keys() & _RESERVED:
+        raise InputError(f"{where}: {name!r} cannot be given as a variable")
+    _check_json(settings, where)
+    return _without_nulls(settings)
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Check that a value holds nothing that JSON has not: Parquet and Arrow may hold dates and bytes."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected values as in JSON: {error}") from error
+
+
+def _kinds(value: Any) -> str:
+    """Return the name of a value's type or, of a list, those of its elements."""
+    if not isinstance(value, list):
+        return type(value).__name__
+    return "a list of " + (", ".join(sorted({type(part).__name__ for part in value})) or "nothing")
 
 
 def _message(fields: Any, where: str) -> Message:
@@ -126,32 +168,35 @@ def _message(fields: Any, where: str) -> Message:
     weight = message.get("weight", 1)
     if weight not in (0, 1) or isinstance(weight, bool):
         raise InputError(f"{where}, weight: expected 0 or 1, got {weight!r}")
+    for name in REASONING_FIELDS:
+        if name in message:
+            message[name] = check_text(message[name], f"{where}, {name}", may_be_empty=True)
     message = _with_tool_calls(message, where)
-    calls = message.get("tool_calls")
+    _check_json(message, where)
+    says_more = bool(message.get("tool_calls")) or any(message.get(name) for name in REASONING_FIELDS)
     if "content" not in message:
-        if not calls:
+        if not says_more:
             raise InputError(f"{where}: has no content, but {', '.join(map(repr, message))}")
         return message
-    return message | {"content": _content(message["content"], f"{where}, content", bool(calls) or role != "assistant")}
+    return message | {"content": _content(message["content"], f"{where}, content", says_more or role != "assistant")}
 
 
 def _with_tool_calls(message: Message, where: str) -> Message:
     """Return a message whose tool calls, if it has any, have a name and arguments that are objects."""
     calls = message.pop("tool_calls", None) or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f"{where}, tool_calls: expected a list of objects, got {_kinds(calls)}")
     if legacy := message.pop("function_call", None):
         calls = [*calls, {"type": "function", "function": legacy}]
     if not calls:
         return message
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InputError(f"{where}, tool_calls: expected a list of objects, got {type(calls).__name__}")
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise InputError(f"{where}, tool_calls: expected calls with the name of a function, got {call!r}")
 
     def with_object(function: dict[str, Any]) -> dict[str, Any]:
-        arguments = _parsed(function.get("arguments", {}) or {}, f"{where}, tool_calls, arguments")
-        return function | {"arguments": _without_nulls(arguments) if isinstance(arguments, dict) else arguments}
+        return function | {"arguments": _parsed(function.get("arguments") or {}, f"{where}, tool_calls, arguments")}
 
     return change_calls(message | {"tool_calls": calls}, with_object)
 
@@ -180,7 +225,10 @@ def _without_nulls(value: Any) -> Any:
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     """Return the schemas of the tools that a conversation may call, given as a list or as the list's JSON."""
-    value = _parsed(value, where) if isinstance(value, str) and value else value
-    if value and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
-        raise InputError(f"{where}: expected a list of objects, got {type(value).__name__}")
+    value = _parsed(value, where) if value else value
+    if value in (None, ""):
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise InputError(f"{where}: expected a list of objects, got {_kinds(value)}")
+    _check_json(value, where)
     return _without_nulls(value) or None

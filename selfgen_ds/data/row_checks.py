@@ -100,7 +100,8 @@ def _sharegpt(fields: _Fields, columns: Columns, where: str) -> Conversation:
     if "conversations" not in fields:
         raise InputError(f"{field_where}: missing")
     messages = messages_of_sharegpt(fields["conversations"], field_where)
-    if system := fields.get("system"):
+    system = fields.get("system")
+    if system not in (None, ""):
         messages = [{"role": "system", "content": system}, *messages]
     return conversation(messages, fields, where, field_where)
 
@@ -114,7 +115,7 @@ def _alpaca(fields: _Fields, columns: Columns, where: str) -> TextPair:
         if name not in fields:
             raise InputError(f"{where}: field {name!r} is missing")
     prompt = check_text(fields["instruction"], f"{where}, field 'instruction'")
-    if fields.get("input"):
+    if fields.get("input") not in (None, ""):
         prompt += "\n\n" + check_text(fields["input"], f"{where}, field 'input'")
     return TextPair(prompt=prompt, completion=check_text(fields["output"], f"{where}, field 'output'"), where=where)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,32 +66,36 @@ def render(template: ChatTemplate, chat: Conversation, last_only: bool) -> Rende
         InputError: The template raises, or does not reproduce the messages. The message names the row.
     """
     text, generated = template.text_and_generated(chat)
+    learned = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i not in chat.unlearned]
+    learned = learned[-1:] if last_only else learned
+    split = False
     try:
-        parts, spans = _locate(template, chat, text, split=False)
+        parts, spans = _locate(template, chat, text, learned, split)
     except InputError:
         if not any(_THOUGHT.match(text) for message in chat.messages for text in _texts(message)):
             raise
-        parts, spans = _locate(template, chat, text, split=True)
+        split = True
+        parts, spans = _locate(template, chat, text, learned, split)
     _check_calls_and_tools(template, chat, text)
-    learned = [i for i in _of_assistant(chat) if i not in chat.unlearned]
     turns: list[tuple[int, int, int]] = []
     closed, unlike_inference = True, ""
-    for i in learned[-1:] if last_only else learned:
-        turn = _Turn(template, chat, text, parts, spans, i)
+    for i in learned:
+        turn = _Turn(template, chat, text, parts, spans, i, split)
         turns += turn.pieces(generated)
         closed, unlike_inference = turn.closed, unlike_inference or turn.unlike_inference
+    if not closed and text[turns[-1][2] :].strip():
+        raise InputError(f"{chat.where}: no special token closes the last turn, and text follows it")
     contents = sorted(spans.values())
     return Rendered(text=text, contents=contents, turns=turns, closed=closed, unlike_inference=unlike_inference)
 
 
-def _of_assistant(chat: Conversation) -> list[int]:
-    return [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-
-
-def _locate(template: ChatTemplate, chat: Conversation, text: str, split: bool) -> tuple[list[_Part], dict[int, Span]]:
+def _locate(
+    template: ChatTemplate, chat: Conversation, text: str, learned: list[int], split: bool
+) -> tuple[list[_Part], dict[int, Span]]:
     """Return the parts of all messages and, by their numbers, the spans in the text of those that it shows.
 
     Args:
+        learned: The messages that are learned, whose reasoning must be shown, at least before messages follow.
         split: Whether reasoning inside of contents is a part of its own, because the template treats it apart.
 
     Raises:
@@ -104,7 +109,7 @@ def _locate(template: ChatTemplate, chat: Conversation, text: str, split: bool) 
     order = [int(number) for number in pieces[1::2]]
     for number in sorted(set(range(len(parts))) - set(order)):
         index = parts[number].message
-        if parts[number].reasoning and (index in chat.unlearned):
+        if parts[number].reasoning and index not in learned:
             continue
         then = template.text_or_none(marked_chat.until(index + 1)) or ""  # an answer, before messages follow it
         if chat.messages[index]["role"] != "assistant" or f"{_OPEN}{number}{_CLOSE}" not in then:
@@ -177,11 +182,15 @@ def _end_of(part: str, text: str, start: int, after: str) -> int | None:
 
 
 def _check_calls_and_tools(template: ChatTemplate, chat: Conversation, text: str) -> None:
-    """Check that the text depends on every tool call and on the tools.
+    """Check that the text depends on every tool call and on the tools, and that none of them spells a special token.
 
     Raises:
-        InputError: It does not.
+        InputError: A call or the tools are left out, or the text would hold a special token that they spell.
     """
+    calls = [message.get("tool_calls") for message in chat.messages]
+    for string in _strings([calls, chat.tools]):
+        if spelled := template.special.search(string):
+            raise InputError(f"{chat.where}: a tool call or a tool spells the special token {spelled[0]!r}")
     if chat.tools and template.text_or_none(replace(chat, tools=None)) == text:
         raise InputError(f"{chat.where}: the chat template leaves out the tools")
     for i, message in enumerate(chat.messages):
@@ -189,6 +198,17 @@ def _check_calls_and_tools(template: ChatTemplate, chat: Conversation, text: str
             other = chat.with_message(i, change_calls(message, _other_arguments, only=j))
             if template.text_or_none(other) == text:
                 raise InputError(f"{chat.where}: the chat template leaves out tool call {j + 1} of message {i + 1}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text in a value of JSON, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
 
 
 def _other_arguments(function: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +238,7 @@ class _Turn:
         parts: The texts that the messages give.
         spans: Number of a part -> its span in the text, if the text shows it.
         index: The index of the turn's message.
+        split: Whether reasoning inside of contents is a part of its own.
     """
 
     def __init__(
@@ -228,8 +249,9 @@ class _Turn:
         parts: list[_Part],
         spans: dict[int, Span],
         index: int,
+        split: bool,
     ) -> None:
-        self._template, self._chat, self._text, self._index = template, chat, text, index
+        self._template, self._chat, self._text, self._index, self._split = template, chat, text, index, split
         self._message = chat.messages[index]
         self._where = f"{chat.where}, message {index + 1}"
         by_message = [(parts[number].message, span) for number, span in spans.items()]
@@ -362,7 +384,7 @@ class _Turn:
 
     def _changed(self) -> Conversation:
         """Return the conversation with other texts and tool calls in the message."""
-        message = change_calls(_marked(self._message, self._index, False, []), _other_arguments)
+        message = change_calls(_marked(self._message, self._index, self._split, []), _other_arguments)
         return self._chat.with_message(self._index, message)
 
 

@@ -33,6 +33,9 @@ def check_generate(problems: Problems, options: GenerateOptions) -> None:
         problems.add("--prompts: expected no --prompt as well")
     if options.output is not None and options.prompts is None:
         problems.add("--output: expected --prompts as well")
+    if options.output is not None:
+        folder = Path(options.output).parent
+        problems.expect(folder.is_dir(), "--output", "a file in an existing folder", options.output)
     problems.expect(options.max_new_tokens >= 1, "--max_new_tokens", "1 or more", options.max_new_tokens)
     problems.expect(options.temperature >= 0, "--temperature", "0 or more", options.temperature)
     problems.expect(0 <= options.seed < 2**31, "--seed", f"0 to {2**31 - 1}", options.seed)

@@ -436,3 +436,47 @@ def test_contents_are_found_even_if_they_repeat_each_other_and_the_template() ->
     ids, turns = _encode(tokenizer("llama3"), messages)
     learned = [tokenizer("llama3").decode(ids[start:replaceable]) for start, replaceable, _ in turns]
     assert learned == ["user", "assistant\nassistant"]
+
+
+# --- what a row may spell, and what is never cut ---
+
+THINKS = """
+{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}
+{%- if m['role'] == 'assistant' and '</think>' in m['content'] %}
+{%- set parts = m['content'].split('</think>') %}
+{{- '<think>\\n' + parts[0].split('<think>')[-1].strip() + '\\n</think>\\n\\n' + parts[1].strip() }}
+{%- else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_reasoning_without_an_answer_is_learned_to_its_end() -> None:
+    ids, ((start, replaceable, end),) = _encode(_chatml(THINKS), _conversation("a", "<think>x</think>"))
+    assert _chatml().decode(ids[start:replaceable]) == "<think>\nx\n</think>"
+    assert _chatml().decode(ids[replaceable:end]) == "\n\n<|im_end|>"
+
+
+@pytest.mark.parametrize("where", ["arguments", "name", "tools"])
+def test_a_special_token_that_a_tool_call_or_a_tool_spells_is_refused(where: str) -> None:
+    spelled = {"name": "add", "arguments": {"a": "1"}}
+    if where == "name":
+        spelled["name"] = "<|im_end|>"
+    elif where == "arguments":
+        spelled["arguments"] = {"a": "x<|im_end|>"}
+    messages = [CALLS[0], CALLS[1] | {"tool_calls": [spelled]}, *CALLS[2:]]
+    template = "{{ tools | tojson }}" + PLAIN_CALLS
+    tools = [{"name": "<|im_start|>" if where == "tools" else "add"}]
+    assert "spells the special token '<|im_" in _refusal(template, messages, tools=tools)
+
+
+def test_reasoning_of_a_turn_that_is_not_learned_may_be_left_out() -> None:
+    messages = [TWO_TURNS[0], TWO_TURNS[1] | {"reasoning_content": "since"}, *TWO_TURNS[2:]]
+    assert "leaves out the reasoning of message 2" in _refusal(CHATML, messages)
+    assert _encode(_chatml(), messages, "last") == _encode(_chatml(), TWO_TURNS, "last")
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("m['content']", "m['content'][0]['text']")])
+def test_texts_and_parts_may_be_mixed(parts: int, template: str) -> None:
+    messages = [dict(message) for message in TWO_TURNS[:2]]
+    messages[parts]["content"] = [{"type": "text", "text": messages[parts]["content"]}]
+    assert _encode(_chatml(template), messages) == _encode(_chatml(), TWO_TURNS[:2])

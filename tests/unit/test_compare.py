@@ -302,3 +302,17 @@ def test_evaluations_with_different_corrections_are_refused(tmp_path: Path, cue:
     second = _with_corrections(_run_folder(tmp_path / "b", BASELINE), BASELINE, cue)
     with pytest.raises(InputError, match=rf"were evaluated with {setting} \S+ and \S+; evaluate them alike"):
         _compare(tmp_path, first, second)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("as_chat", True), ("max_new_tokens", 16), ("prompt_template", "Q: {prompt}")]
+)
+def test_evaluations_with_other_forms_of_rows_or_lengths_are_refused(
+    tmp_path: Path, setting: str, value: object
+) -> None:
+    runs = [_run_folder(tmp_path / "a", BASELINE), _run_folder(tmp_path / "b", BASELINE, method="bash")]
+    evaluation = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    evaluation["settings"][setting] = value
+    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(InputError, match=f"were evaluated with {setting}"):
+        _compare(tmp_path, *runs)

@@ -1,4 +1,5 @@
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -233,8 +234,9 @@ def test_sharegpt_is_a_conversation(tmp_path: Path, form: str) -> None:
     assert row.messages[4]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 
 
-def test_a_speaker_that_sharegpt_does_not_know_is_refused(tmp_path: Path) -> None:
-    path = _write(tmp_path, "jsonl", [{"conversations": [{"from": "someone", "value": "a"}]}])
+@pytest.mark.parametrize("speaker", ["someone", ["human"], None])
+def test_a_speaker_that_sharegpt_does_not_know_is_refused(tmp_path: Path, speaker: Any) -> None:
+    path = _write(tmp_path, "jsonl", [{"conversations": [{"from": speaker, "value": "a"}]}])
     assert "field 'conversations', message 1, `from`: expected one of human, user, gpt" in _error(path)
 
 
@@ -268,6 +270,28 @@ def test_the_first_row_that_can_be_read_tells_the_form(tmp_path: Path) -> None:
     path.write_text("{}\n" + json.dumps(CHATS[0]) + "\n" + json.dumps(CHATS[1]))
     kinds = [type(row) for row in open_source(Source(path=str(path)), "train", Columns()).rows]
     assert kinds == [Refused, Conversation, Conversation]
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 31), b"bytes"], ids=["a date", "bytes"])
+def test_values_that_json_has_not_are_refused_in_tool_calls_and_tools(tmp_path: Path, value: Any) -> None:
+    user = {"role": "user", "content": "?"}
+    path = _write(tmp_path, "parquet", [{"messages": [user, _call("add", a=value)]}])
+    assert "message 2: expected values as in JSON" in _error(path)
+    answer = {"role": "assistant", "content": "x"}
+    path = _write(tmp_path, "parquet", [{"messages": [user, answer], "tools": [_tool("add", a=value)]}])
+    assert "field 'tools': expected values as in JSON" in _error(path)
+
+
+def test_the_number_0_is_a_text_too(tmp_path: Path) -> None:
+    path = _write(tmp_path, "jsonl", [{"instruction": "Add 1.", "input": 0, "output": 1}])
+    assert _read(path) == [TextPair(prompt="Add 1.\n\n0", completion="1")]
+
+
+def test_fields_of_sharegpt_turns_are_kept(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning_content": "since", "weight": 1}]
+    (row,) = _read(_write(tmp_path, "jsonl", [{"conversations": turns}]))
+    assert isinstance(row, Conversation)
+    assert row.messages[1] == {"role": "assistant", "content": "b", "reasoning_content": "since"}
 
 
 def test_a_damaged_zipped_file_is_refused(tmp_path: Path) -> None:

@@ -39,14 +39,19 @@ def _run(**options: Any) -> None:
 
 
 def _expected(folder: str, prompt: str) -> str:
-    """Return the greedy answer, token by token."""
+    """Return the greedy answer."""
+    return TOKENIZER.decode(_greedy(folder, prompt), skip_special_tokens=True)
+
+
+def _greedy(folder: str, prompt: str) -> list[int]:
+    """Return the greedy answer, which is made token by token."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = TOKENIZER(prompt)["input_ids"]
     written: list[int] = []
     while len(written) < 6 and TOKENIZER.eos_token_id not in written:
         with torch.no_grad():
             written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
-    return TOKENIZER.decode(written, skip_special_tokens=True)
+    return written
 
 
 def test_a_prompt_is_answered_greedily(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +117,10 @@ def test_sampled_answers_depend_on_the_seed(model: str, capsys: pytest.CaptureFi
         ({"prompt": "a", "prompts": "b"}, "--prompts: expected no --prompt as well"),
         ({"prompt": "a", "output": "b"}, "--output: expected --prompts as well"),
         ({"prompt": "a", "temperature": -1.0}, "--temperature: expected 0 or more, got -1.0"),
+        (
+            {"prompts": "a.txt", "output": "none/b.jsonl"},
+            "--output: expected a file in an existing folder, got 'none/b.jsonl'",
+        ),
         ({"prompts": "none.txt"}, "--prompts: expected a file, got 'none.txt'"),
         ({"prompt": "a", "as_chat": True}, "--as_chat: expected a model with a chat template"),
     ],
@@ -120,6 +129,56 @@ def test_a_wrong_option_is_refused(model: str, options: dict[str, Any], problem:
     with pytest.raises(InputError) as caught:
         _run(model=model, **options)
     assert str(caught.value) == problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.md", "x", "expected a file that ends in .txt, .jsonl"),
+        ("a.txt", "\n", "expected prompts, got none"),
+        ("a.txt", b"\xff\xff", "cannot be read: 'utf-8'"),
+        ("a.jsonl", '{"messages": [{"role": 5}]}', "line 1, field 'messages', message 1: expected a role"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "line 1, field 'messages': expected a message to answer at the end, got the assistant's",
+        ),
+    ],
+)
+def test_a_wrong_file_of_prompts_is_refused(model: str, tmp_path: Path, name: str, content: Any, problem: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        _run(model=model, prompts=str(tmp_path / name))
+    assert str(caught.value).startswith(f"{tmp_path}/{name}")
+    assert problem in str(caught.value)
+
+
+def test_answers_without_an_output_file_go_to_the_terminal(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": null, "messages": [{"role": "user", "content": "one"}]}')
+    (tmp_path / "b.txt").write_text("one")
+    _run(model=model, prompts=str(tmp_path / "b.txt"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["prompt"] == "one"
+    print("the terminal is still open")
+
+
+def test_an_answer_that_ends_with_its_last_token_has_ended(model: str, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("one")
+    settings = Path(model) / "generation_config.json"
+    before = settings.read_text()
+    first = _greedy(model, "one")[:1]
+    settings.write_text(json.dumps(json.loads(before) | {"eos_token_id": first}))
+    output = tmp_path / "answers.jsonl"
+    generate.run(GenerateOptions(model=model, prompts=str(tmp_path / "b.txt"), output=str(output), max_new_tokens=1))
+    settings.write_text(before)
+    assert json.loads(output.read_text())["ended"] is True
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(model: str) -> None:
+    with pytest.raises(InputError, match=r"^--max_new_tokens: prompt and answer may come to \d+ tokens, the model has"):
+        _run(model=model, prompt="x" * 5000)
 
 
 def test_a_row_without_a_prompt_is_refused_by_name(model: str, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ GOOD_CONVERSATIONS = {
     "a tool": [USER, CALL, TOOL, ASSISTANT],
     "two tools": [USER, CALL, TOOL, TOOL, CALL, TOOL, ASSISTANT, USER, ASSISTANT],
     "a call last": [USER, CALL],
+    "reasoning alone": [USER, '{"role": "assistant", "content": "", "reasoning_content": "x"}'],
     "two users": [USER, USER, ASSISTANT],
     "assistant first": [ASSISTANT],
     "user last": [USER, ASSISTANT, USER],
@@ -140,6 +141,18 @@ BAD_CONVERSATIONS = {
     "half a weight": ([USER, WEIGHTED % "0.5"], "message 2, weight: expected 0 or 1, got 0.5"),
     "a true weight": ([USER, WEIGHTED % "true"], "message 2, weight: expected 0 or 1, got True"),
     "a call without a name": ([USER, CALL.replace("name", "names")], "message 2, tool_calls: expected calls with the"),
+    "tool calls that are a number": (
+        [USER, '{"role": "assistant", "tool_calls": 5, "function_call": {"name": "f"}}'],
+        "message 2, tool_calls: expected a list of objects, got int",
+    ),
+    "tool calls that are a list of numbers": (
+        [USER, '{"role": "assistant", "tool_calls": [5]}'],
+        "message 2, tool_calls: expected a list of objects, got a list of int",
+    ),
+    "reasoning that is a list": (
+        [USER, '{"role": "assistant", "content": "x", "reasoning_content": ["y"]}'],
+        "message 2, reasoning_content: expected a string, got list",
+    ),
     "arguments that are no JSON": (
         [USER, '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}'],
         "message 2, tool_calls, arguments: expected JSON, got malformed JSON",
@@ -191,6 +204,20 @@ def test_settings_of_the_template_come_with_the_row(tmp_path: Path) -> None:
     assert row.template_kwargs == {"think": True}
     (row,) = _read(tmp_path, f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": null}}'.encode())
     assert row.template_kwargs == {}
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt"])
+def test_settings_of_the_template_that_have_another_place_are_refused(tmp_path: Path, name: str) -> None:
+    content = f'{{"messages": [{USER}, {ASSISTANT}], "chat_template_kwargs": {{"{name}": true}}}}'
+    with pytest.raises(InputError, match=f"field 'chat_template_kwargs': '{name}' cannot be given as a variable"):
+        _read(tmp_path, content.encode())
+
+
+@pytest.mark.parametrize(("tools", "got"), [('"{}"', "dict"), ("[5]", "a list of int"), ("7", "int")])
+def test_tools_that_are_no_list_of_objects_are_refused(tmp_path: Path, tools: str, got: str) -> None:
+    content = f'{{"messages": [{USER}, {ASSISTANT}], "tools": {tools}}}'
+    with pytest.raises(InputError, match=f"field 'tools': expected a list of objects, got {got}"):
+        _read(tmp_path, content.encode())
 
 
 def test_settings_of_the_template_that_are_not_an_object_are_an_error(tmp_path: Path) -> None:
