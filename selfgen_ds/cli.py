@@ -35,6 +35,7 @@ from selfgen_ds.config import (
 )
 from selfgen_ds.errors import InputError, Problems, Stopped
 from selfgen_ds.files import refusal
+from selfgen_ds.progress import line_is_open
 from selfgen_ds.ranks import signals
 
 log = logging.getLogger("selfgen_ds")
@@ -161,13 +162,17 @@ class _BesideBars(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a log line."""
-        with tqdm.external_write_mode(file=sys.stderr):  # clears the bars, and draws them again
+        with tqdm.external_write_mode(file=sys.stderr):  # clears the bars of a terminal, and draws them again
+            if not sys.stderr.isatty() and line_is_open():
+                sys.stderr.write("\n")  # in a file, a cleared bar is still there
             super().emit(record)
 
 
 def _tell(problems: str) -> None:
     """Print problems of the user's input, one line each, on one rank per host."""
     signals.ignore()
+    if not sys.stderr.isatty() and line_is_open():
+        sys.stderr.write("\n")  # in a file, a progress bar is on this line
     if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
         sys.stderr.write("".join(f"selfgen-ds: error: {line}\n" for line in problems.splitlines()))
         sys.stderr.flush()

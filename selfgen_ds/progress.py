@@ -31,6 +31,11 @@ def bar(desc: str, unit: str, **settings: Any) -> tqdm:
     )
 
 
+def line_is_open() -> bool:
+    """Return whether a bar is on the last line of stderr: on a terminal one of ours, in a file that of a library."""
+    return any(shown.fp == sys.stderr for shown in getattr(tqdm, "_instances", ()))
+
+
 def now() -> str:
     """Return the time of a log line."""
     return time.strftime("%Y-%m-%d %H:%M:%S")

@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 
 import psutil
 import torch.distributed as dist
-from tqdm import tqdm
 
 from selfgen_ds.files import refusal
+from selfgen_ds.progress import line_is_open
 from selfgen_ds.ranks.signals import STOPPED
 
 _BEAT = 1.0  # seconds between two beats
@@ -250,8 +250,7 @@ def _collectives_entered() -> int:
 
 
 def _say(line: str) -> None:
-    behind_a_bar = sys.stderr.isatty() and getattr(tqdm, "_instances", None)
-    sys.stderr.write(("\n" if behind_a_bar else "") + f"selfgen-ds: {line}\n")
+    sys.stderr.write(("\n" if line_is_open() else "") + f"selfgen-ds: {line}\n")
     sys.stderr.flush()
 
 

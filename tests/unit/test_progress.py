@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from tqdm import tqdm
 
 from selfgen_ds import progress
 
@@ -58,3 +59,11 @@ def test_a_disabled_bar_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in progress.bar("evaluate", "batch", iterable=range(3), total=3, disable=True):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_only_a_bar_on_stderr_itself_leaves_a_line_open() -> None:
+    assert not progress.line_is_open()
+    with progress.bar("train", "step", total=2):
+        assert not progress.line_is_open()
+    with tqdm(total=2):  # as a library draws it
+        assert progress.line_is_open()
