@@ -281,7 +281,6 @@ class InspectedRecipe(Recipe):
     """Folder that the run would write to; nothing is written."""
     deepspeed: str = "zero3_cpu"
     """DeepSpeed JSON of the run; it does not change the rows."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
 
 
 @dataclass(kw_only=True)

@@ -177,3 +177,23 @@ def test_problems_of_training_and_evaluation_rows_come_together(tmp_path: Path) 
 def test_a_negative_number_of_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--rows: expected 0 or more, got -1$"):
         inspect(_recipe(tmp_path, ["tell"]), set(), -1, False)
+
+
+@pytest.mark.parametrize("train", [TrainConfig(), TrainConfig(epochs=2.0), TrainConfig(max_steps=3)], ids=str)
+def test_the_length_of_the_run_may_be_given_or_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train: TrainConfig
+) -> None:
+    recipe = _recipe(tmp_path, ["tell"])
+    recipe.train = train
+    assert "[prompt]ask 0: [replaceable]tell[target]</s>" in _shown(recipe, capsys)
+
+
+def test_rows_are_shown_before_those_that_cannot_be_used_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(tmp_path, ["tell"])
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('\n{"prompt": "no answer"}\n')
+    with pytest.raises(InputError, match=r"1 of 2 rows cannot be used \(.*line 2: field 'completion' is missing"):
+        inspect(recipe, set(), 1, False)
+    assert "[prompt]ask 0: [replaceable]tell[target]</s>" in capsys.readouterr().out
