@@ -88,7 +88,7 @@ def main() -> None:
         process_group.leave_process_group()
         resumes = any(argument.split("=")[0] == "--resume" for argument in arguments)
         again = shlex.join([*arguments, *([] if resumes else ["--resume", "auto"])])
-        log.warning("stopped by a signal; everything is saved; continue the run with `%s`", f"selfgen-ds {again}")
+        log.warning("stopped by a signal; everything is saved; start it again by the same launcher, with `%s`", again)
         sys.exit(signals.STOPPED)
     except Exception as error:
         if process_group.heartbeat is not None:

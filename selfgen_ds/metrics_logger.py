@@ -45,7 +45,7 @@ class MetricsLogger:
         watched: Name of a metric whose values are kept.
     """
 
-    def __init__(self, path: Path, monitor: MonitorMaster, step: int, total_steps: int, watched: str = "") -> None:
+    def __init__(self, path: Path, monitor: MonitorMaster, step: int, total_steps: int, watched: str) -> None:
         self._path = path
         self._monitor = monitor
         self._writes = dist.get_rank() == 0

@@ -36,18 +36,13 @@ def line_is_open() -> bool:
     return any(shown.fp == sys.stderr for shown in getattr(tqdm, "_instances", ()))
 
 
-def now() -> str:
-    """Return the time of a log line."""
-    return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
 class _Lines:
     """A file for a progress bar that turns every state of the bar into a line on stderr."""
 
     def write(self, text: str) -> None:
         """Write a state of the bar, but none of the control characters with which a bar moves on a terminal."""
         if state := text.replace("\r", "").replace(_UP, "").strip():
-            sys.stderr.write(f"{now()} {state}\n")
+            sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {state}\n")
 
     def flush(self) -> None:
         """Pass what was written on."""

@@ -42,8 +42,9 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         watch.begin(run.engine.module)
         gc.disable()
         between_steps.catch_up()
+        ends_early = between_steps.stops_early()  # a run that has ended may be started again
         for step in range(run.folder.first_step, run.total_steps):
-            if between_steps.stops_early():
+            if ends_early:
                 break
             round_started = time.perf_counter()
             step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
@@ -56,13 +57,13 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             pass_time = time.perf_counter() - pass_started
             result = train_step(run.engine, batches, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
             metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
-            between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
+            ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
         gc.enable()
         watch.pause()
         between_steps.metrics_logger.close()
-        if between_steps.stops_early():
+        if ends_early:
             between_steps.load_best()
         folder = run.folder.path / "model"
         export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
@@ -119,8 +120,10 @@ class BetweenSteps:
         self._checkpoints = run.folder.path / "checkpoints"
         self._dropped_in_a_row = 0
 
-    def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> None:
-        """Run the work that is due after a step. Collective: every rank must call this.
+    def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> bool:
+        """Run the work that is due after a step, and return whether the run ends early.
+
+        Collective: every rank must call this.
 
         Args:
             step: Optimizer steps done.
@@ -140,7 +143,8 @@ class BetweenSteps:
         self._check_dropped(step, result)
         round_starts = self._run.rounds is not None and self._run.rounds.starts(step)
         due = self._is_last(step) or round_starts or _due(step, self._recipe.checkpoint.every)
-        saved = due or self._is_best(scores) or (bool(scores) and self.stops_early())
+        ends_early = bool(scores) and self.stops_early()
+        saved = due or ends_early or self._is_best(scores)
         if saved:
             self._save(step, scores)
         in_lockstep = forwards if self._run.policy.sharded else 0
@@ -153,6 +157,7 @@ class BetweenSteps:
                 f"the last step was dropped, {self._dropped_in_a_row} in a row: not finite; the run does not count as "
                 "done, and no model is exported; its checkpoints are in checkpoints/"
             )
+        return ends_early
 
     def catch_up(self) -> None:
         """Run the evaluation that a signal cut short in an earlier process, which then saved the step.

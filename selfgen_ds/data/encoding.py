@@ -104,8 +104,6 @@ class Encoder:
         self._chat: ChatEncoder | None = None
         self.unlike_inference: list[str] = []
         """What the template shows otherwise than at inference, once for every conversation of which this is true."""
-        self.ignored_template = False
-        """Whether pairs of texts were encoded without the tokenizer's chat template, and nobody has asked for that."""
 
     def encode(self, rows: list[Row]) -> Iterator[Encoded | Refused]:
         """Yield the token ids of each row and its turns, or why the row cannot be used.
@@ -117,7 +115,6 @@ class Encoder:
             if kind is Conversation:
                 yield from self._conversations(cast("list[Conversation]", list(run)))
             elif kind is TextPair:
-                self.ignored_template |= self._form.as_chat is None and bool(self._tokenizer.chat_template)
                 yield from self._pairs(cast("list[TextPair]", list(run)))
             else:
                 yield from cast("list[Refused]", list(run))

@@ -137,10 +137,11 @@ def _template_kwargs(settings: Any, where: str) -> dict[str, Any]:
     """Check the variables that a row gives to its template."""
     if not isinstance(settings, dict):
         raise InputError(f"{where}: expected an object, got {type(settings).__name__}")
+    settings = _without_nulls(settings)
     for name in settings.keys() & _RESERVED:
         raise InputError(f"{where}: {name!r} cannot be given as a variable")
     _check_json(settings, where)
-    return _without_nulls(settings)
+    return settings
 
 
 def _check_json(value: Any, where: str) -> None:

@@ -186,7 +186,14 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
             partial.rename(folder)
     info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     table = datasets.Dataset.from_file(str(folder / "samples.arrow")).with_format("numpy")
-    return Samples(table=table, name=source.name, folder=folder, end_ids=form.end_ids, **info)
+    samples = Samples(table=table, name=source.name, folder=folder, end_ids=form.end_ids, **info)
+    if form.as_chat is None and tokenizer.chat_template and samples.conversations < len(samples):
+        log.warning(
+            "%s: rows of two texts are learned without the tokenizer's chat template; data.as_chat: true puts them "
+            "into it, and data.as_chat: false leaves this line out",
+            source.name,
+        )
+    return samples
 
 
 def first_rows(samples: list[Samples], limit: int | None = None) -> list[TrainingRow]:
@@ -232,12 +239,6 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         of_one = f": {tally.reasons[0]}" if len(tally.reasons) == 1 else ""
         first_line = f"{source.name}: no usable row among {tally.read}{of_one}"
         raise InputError("\n".join([first_line, *([] if of_one else tally.reasons)]))
-    if encoder.ignored_template:
-        log.warning(
-            "%s: rows of two texts are learned without the tokenizer's chat template; data.as_chat: true puts them "
-            "into it, and data.as_chat: false leaves this line out",
-            source.name,
-        )
     if encoder.unlike_inference:
         log.warning(
             "%s: in %d of %d rows the chat template shows earlier turns otherwise than when the model generates them "

@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from selfgen_ds.data.chat_template import ChatTemplate, Span
@@ -290,7 +289,7 @@ class _Turn:
         start, middle, end = pieces[-1]
         return [*pieces[:-1], (start, middle, self.end if end >= self.content_end else end)]
 
-    @cached_property
+    @property
     def unlike_inference(self) -> str:
         """What the template shows otherwise than at inference; empty if nothing."""
         if self._hidden:

@@ -154,13 +154,12 @@ def test_a_wrong_file_of_prompts_is_refused(model: str, tmp_path: Path, name: st
 
 
 def test_answers_without_an_output_file_go_to_the_terminal(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chat_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": null, "messages": [{"role": "user", "content": "one"}]}')
-    (tmp_path / "b.txt").write_text("one")
-    _run(model=model, prompts=str(tmp_path / "b.txt"))
+    _run(model=chat_model, prompts=str(tmp_path / "a.jsonl"))
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["prompt"] == "one"
+    assert json.loads(line)["answer"] == _expected(chat_model, "[user]one[assistant]")
     print("the terminal is still open")
 
 
