@@ -366,8 +366,8 @@ class GenerateOptions:
     """File for the prompts and answers, as JSONL. Default: the terminal."""
     as_chat: bool | None = None
     """Put a prompt into the chat template. Default: if the model has one."""
-    max_new_tokens: int = 256
-    """Tokens of the longest answer."""
+    max_new_tokens: int | None = None
+    """Tokens of the longest answer. Default: 256, or as many as the model has positions for after the prompt."""
     temperature: float = 0.0
     """Temperature at which answers are sampled; at 0 they are greedy."""
     trust_remote_code: bool = False

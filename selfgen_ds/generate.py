@@ -33,6 +33,9 @@ from selfgen_ds.validation.options import check_generate
 
 log = logging.getLogger("selfgen_ds")
 
+_LONGEST = 256
+"""Tokens of the longest answer, unless an option says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -102,10 +105,10 @@ class _Answerer:
         settings.do_sample, settings.temperature = options.temperature > 0, options.temperature or None
         settings.top_p = settings.top_k = settings.max_length = None
         settings.pad_token_id = self.tokenizer.pad_token_id
-        settings.max_new_tokens, settings.num_beams = options.max_new_tokens, 1
+        settings.num_beams = 1
         ends = settings.eos_token_id
         self._ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
-        self._positions = most_positions(config)
+        self._longest, self._positions = options.max_new_tokens, most_positions(config)
         set_seed(options.seed)
 
     def answer(self, prompt: Prompt, show: bool = False) -> tuple[str, bool]:
@@ -126,11 +129,10 @@ class _Answerer:
         else:
             encoded = self.tokenizer(prompt.text, return_tensors="pt", split_special_tokens=True)
         encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        longest = encoded["input_ids"].shape[1] + self.model.generation_config.max_new_tokens
-        if self._positions is not None and longest > self._positions:
-            raise InputError(
-                f"--max_new_tokens: prompt and answer may come to {longest} tokens, the model has {self._positions}"
-            )
+        room = None if self._positions is None else self._positions - encoded["input_ids"].shape[1]
+        if room is not None and room < (self._longest or 1):
+            raise InputError(f"--max_new_tokens: the model has positions for {max(0, room)} tokens after the prompt")
+        self.model.generation_config.max_new_tokens = self._longest or min(_LONGEST, room or _LONGEST)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         with torch.inference_mode():
             ids = self.model.generate(**encoded, streamer=streamer)

@@ -36,7 +36,8 @@ def check_generate(problems: Problems, options: GenerateOptions) -> None:
     if options.output is not None:
         folder = Path(options.output).parent
         problems.expect(folder.is_dir(), "--output", "a file in an existing folder", options.output)
-    problems.expect(options.max_new_tokens >= 1, "--max_new_tokens", "1 or more", options.max_new_tokens)
+    most = options.max_new_tokens
+    problems.expect(most is None or most >= 1, "--max_new_tokens", "1 or more", most)
     problems.expect(options.temperature >= 0, "--temperature", "0 or more", options.temperature)
     problems.expect(0 <= options.seed < 2**31, "--seed", f"0 to {2**31 - 1}", options.seed)
 

@@ -176,8 +176,18 @@ def test_an_answer_that_ends_with_its_last_token_has_ended(model: str, tmp_path:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(model: str) -> None:
-    with pytest.raises(InputError, match=r"^--max_new_tokens: prompt and answer may come to \d+ tokens, the model has"):
+    with pytest.raises(InputError, match=r"^--max_new_tokens: the model has positions for 0 tokens after the prompt$"):
         _run(model=model, prompt="x" * 5000)
+
+
+def test_an_answer_is_as_long_as_the_positions_allow(model: str, tmp_path: Path) -> None:
+    positions = json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"]
+    (tmp_path / "b.txt").write_text("x" * (positions - 3))
+    output = tmp_path / "answers.jsonl"
+    generate.run(GenerateOptions(model=model, prompts=str(tmp_path / "b.txt"), output=str(output)))
+    assert json.loads(output.read_text())["ended"] is False
+    with pytest.raises(InputError, match=r"positions for 3 tokens after the prompt$"):
+        _run(model=model, prompts=str(tmp_path / "b.txt"))
 
 
 def test_a_row_without_a_prompt_is_refused_by_name(model: str, tmp_path: Path) -> None:
