@@ -361,7 +361,11 @@ class GenerateOptions:
     prompt: str | None = None
     """The prompt to answer."""
     prompts: str | None = None
-    """File of prompts: one in each line (`.txt`), or rows with a field `prompt`, a text or messages, or `messages`."""
+    """File of prompts: one in each line (`.txt`), or rows with a text or messages in `prompt_column`, or `messages`."""
+    prompt_column: str = "prompt"
+    """Field with the prompt in a file of rows."""
+    prompt_template: str = "{prompt}"
+    """Text around a prompt that is a text, as `data.prompt_template` of the recipe that the model was trained with."""
     output: str | None = None
     """File for the prompts and answers, as JSONL. Default: the terminal."""
     as_chat: bool | None = None

@@ -60,7 +60,7 @@ def run(options: GenerateOptions) -> None:
     problems = Problems()
     check_generate(problems, options)
     problems.raise_all()
-    prompts = None if options.prompts is None else _read_prompts(Path(options.prompts))
+    prompts = None if options.prompts is None else _read_prompts(Path(options.prompts), options.prompt_column)
     with _model_folder(options) as folder:
         answerer = _Answerer(options, folder)
         if prompts is not None:
@@ -108,6 +108,7 @@ class _Answerer:
         settings.num_beams = 1
         ends = settings.eos_token_id
         self._ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
+        self._prompt_template = options.prompt_template
         self._longest, self._positions = options.max_new_tokens, most_positions(config)
         set_seed(options.seed)
 
@@ -117,9 +118,10 @@ class _Answerer:
         Args:
             show: Whether the answer is printed while it is generated.
         """
+        text = self._prompt_template.replace("{prompt}", prompt.text)
         if prompt.messages or self.in_template:
             encoded = self.tokenizer.apply_chat_template(
-                prompt.messages or [{"role": "user", "content": prompt.text}],
+                prompt.messages or [{"role": "user", "content": text}],
                 tools=prompt.tools,
                 add_generation_prompt=True,
                 return_tensors="pt",
@@ -127,7 +129,7 @@ class _Answerer:
                 **prompt.template_kwargs,
             )
         else:
-            encoded = self.tokenizer(prompt.text, return_tensors="pt", split_special_tokens=True)
+            encoded = self.tokenizer(text, return_tensors="pt", split_special_tokens=True)
         encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         room = None if self._positions is None else self._positions - encoded["input_ids"].shape[1]
         if room is not None and room < (self._longest or 1):
@@ -140,8 +142,8 @@ class _Answerer:
         return self.tokenizer.decode(written, skip_special_tokens=True), bool(written) and written[-1] in self._ends
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts: the lines of a text file, or rows with a field `prompt` or `messages`.
+def _read_prompts(path: Path, column: str) -> list[Prompt]:
+    """Read prompts: the lines of a text file, or rows with the field `column` or `messages`.
 
     Raises:
         InputError: The file cannot be read or has no prompt, or a row has none. The message names the row.
@@ -155,7 +157,7 @@ def _read_prompts(path: Path) -> list[Prompt]:
             raise InputError(f"{path}: cannot be read: {error}") from error
         prompts = [Prompt(text=line) for line in lines if line.strip()]
     elif suffix(path) in READERS:
-        prompts = [_prompt(row, f"{path}, {where}") for where, row in read_file(path)]
+        prompts = [_prompt(row, column, f"{path}, {where}") for where, row in read_file(path)]
     else:
         raise InputError(f"{path}: expected a file that ends in .txt, {', '.join(READERS)}")
     if not prompts:
@@ -163,10 +165,12 @@ def _read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _prompt(row: dict[str, Any] | InputError, where: str) -> Prompt:
+def _prompt(row: dict[str, Any] | InputError, column: str, where: str) -> Prompt:
     if isinstance(row, InputError):
         raise row
-    name = "messages" if row.get("prompt") is None and "messages" in row else "prompt"
+    name = "messages" if row.get(column) is None and "messages" in row else column
+    if name not in row:
+        raise InputError(f"{where}: expected the field {name!r} (--prompt_column), got the fields {sorted(row)}")
     if not are_messages(row.get(name)):
         return Prompt(text=check_text(row.get(name), f"{where}, field {name!r}"))
     asked = prompt_of(row[name], row, where, f"{where}, field {name!r}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import shlex
 import time
+from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 
@@ -67,11 +69,21 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             between_steps.load_best()
         folder = run.folder.path / "model"
         export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
-        log.info("training is done; the model is in %s", folder)
+        log.info("training is done; the model is in %s; to ask it: %s", folder, _generate_command(run, recipe, folder))
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _generate_command(run: Run, recipe: Recipe, folder: Path) -> str:
+    """Return the command that answers prompts with the exported model in the form of the rows that it learned."""
+    command = ["selfgen-ds", "generate", "--model", str(folder)]
+    if run.tokenizer.chat_template and not any(source.conversations for source in run.samples):
+        command += ["--as_chat", "false"]
+    if recipe.data.prompt_template != "{prompt}":
+        command += ["--prompt_template", recipe.data.prompt_template]
+    return shlex.join(command)
 
 
 def _metrics(

@@ -36,6 +36,7 @@ def check_generate(problems: Problems, options: GenerateOptions) -> None:
     if options.output is not None:
         folder = Path(options.output).parent
         problems.expect(folder.is_dir(), "--output", "a file in an existing folder", options.output)
+    check_texts(problems, "--", options.prompt_template, None)
     most = options.max_new_tokens
     problems.expect(most is None or most >= 1, "--max_new_tokens", "1 or more", most)
     problems.expect(options.temperature >= 0, "--temperature", "0 or more", options.temperature)

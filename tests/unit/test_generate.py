@@ -83,6 +83,26 @@ def test_every_prompt_of_a_file_is_answered(model: str, tmp_path: Path, name: st
     assert [answer["answer"] for answer in answers] == [_expected(model, prompt) for prompt in ("one", "two")]
 
 
+def test_a_field_of_rows_and_a_template_make_the_prompts(model: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,other\none,x\n")
+    output = tmp_path / "answers.jsonl"
+    template = "Q: {prompt}\nA:"
+    _run(
+        model=model,
+        prompts=str(tmp_path / "rows.csv"),
+        prompt_column="question",
+        prompt_template=template,
+        output=str(output),
+    )
+    answer = json.loads(output.read_text())
+    assert (answer["prompt"], answer["answer"]) == ("one", _expected(model, "Q: one\nA:"))
+
+
+def test_a_prompt_template_stands_inside_the_chat_template(chat_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(model=chat_model, prompt="hello", prompt_template="<{prompt}>")
+    assert capsys.readouterr().out.strip() == _expected(chat_model, "[user]<hello>[assistant]").strip()
+
+
 def test_rows_of_messages_are_continued(chat_model: str, tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
@@ -116,6 +136,7 @@ def test_sampled_answers_depend_on_the_seed(model: str, capsys: pytest.CaptureFi
     [
         ({"prompt": "a", "prompts": "b"}, "--prompts: expected no --prompt as well"),
         ({"prompt": "a", "output": "b"}, "--output: expected --prompts as well"),
+        ({"prompt": "a", "prompt_template": "b"}, "--prompt_template: expected a text with {prompt} in it, got 'b'"),
         ({"prompt": "a", "temperature": -1.0}, "--temperature: expected 0 or more, got -1.0"),
         (
             {"prompts": "a.txt", "output": "none/b.jsonl"},
@@ -192,7 +213,7 @@ def test_an_answer_is_as_long_as_the_positions_allow(model: str, tmp_path: Path)
 
 def test_a_row_without_a_prompt_is_refused_by_name(model: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2, field 'prompt': expected a string, got NoneType"):
+    with pytest.raises(InputError, match=r"line 2: expected the field 'prompt' \(--prompt_column\), got .*'question'"):
         _run(model=model, prompts=str(tmp_path / "rows.jsonl"))
 
 
