@@ -75,7 +75,8 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     console = Console(highlight=False)
     lengths = np.concatenate([source.table["length"][:] for source in samples])
     _print_counts(console, samples + eval_samples, tokenizer)
-    _print_lengths(console, np.concatenate([source.table["whole_length"][:] for source in samples]), recipe)
+    whole_lengths = [np.concatenate([source.table["whole_length"][:], source.too_long]) for source in samples]
+    _print_lengths(console, np.concatenate(whole_lengths).astype(np.int64), recipe)
     if recipe.data.packing:
         share = lengths.sum(dtype=np.int64) / (len(step_batches) * recipe.data.max_length)
         size = f"{len(step_batches)} rows of {recipe.data.max_length} tokens"
@@ -140,9 +141,9 @@ def _print_counts(console: Console, samples: list[Samples], tokenizer: PreTraine
 
 
 def _print_lengths(console: Console, lengths: np.ndarray, recipe: Recipe) -> None:
-    """Print the lengths of the samples before they are cut."""
+    """Print the lengths of the rows before any of them is cut or left out because of its length."""
     console.print(
-        f"\ntokens per sample: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}, "
+        f"\ntokens per row: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}, "
         f"95 % have at most {np.quantile(lengths, 0.95, method='higher')}; data.max_length is {recipe.data.max_length}",
         soft_wrap=True,
     )

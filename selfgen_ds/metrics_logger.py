@@ -118,8 +118,13 @@ class MetricsLogger:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """End the progress bar."""
+        """End the progress bar, and the run in Weights & Biases, whose last lines are written only then."""
         self._bar.close()
+        if self._writes and self._monitor.wandb_monitor is not None and self._monitor.wandb_monitor.enabled:
+            import wandb  # an optional dependency
+
+            with naming("Weights & Biases"):
+                wandb.finish()
 
     def _check_draws(self, step: int, metrics: dict[str, float]) -> None:
         """Warn if the drawn tokens hardly differ from the reference, because the run is then little else than sft."""

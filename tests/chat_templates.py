@@ -31,7 +31,7 @@ def _assistant(content: Any = None, **fields: Any) -> Message:
 
 
 def _call(city: str) -> dict[str, Any]:
-    function = {"name": "get_weather", "arguments": {"city": city}}
+    function = {"name": "get_weather", "arguments": {"city": city, "days": 2, "exact": True, "hours": [6, 18]}}
     return {"type": "function", "id": "abcdefghi", "function": function}
 
 
@@ -47,7 +47,8 @@ _CITY = {"type": "string", "description": "The city."}
 _PARAMETERS = {"type": "object", "properties": {"city": _CITY}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "Rain?", "parameters": _PARAMETERS}}]
 _SYSTEM: Message = {"role": "system", "content": "GIVEN system"}
-_WEATHER = [_user("GIVEN question"), _assistant(tool_calls=[_call("WRITTEN1")]), _result("GIVEN result")]
+_RAIN = '{"degrees": 3,\n "sky": "GIVEN result"}'
+_WEATHER = [_user("GIVEN question"), _assistant(tool_calls=[_call("WRITTEN1")]), _result(_RAIN)]
 _THOUGHT = "<think>\nWRITTEN1 thought\n</think>\n\nWRITTEN2 answer"
 _THOUGHT_LATER = "<think>\nWRITTEN3 thought\n</think>\n\nWRITTEN4 answer"
 

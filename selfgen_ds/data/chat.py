@@ -45,10 +45,11 @@ class ChatEncoder:
     ) -> None:
         if not tokenizer.chat_template:
             raise InputError(
-                "model.tokenizer: rows of messages need a tokenizer with a chat template (`chat_template.jinja`)"
+                "model.tokenizer: conversations, and two texts with data.as_chat, need a tokenizer with a chat "
+                "template (`chat_template.jinja`), or model.chat_template"
             )
         if not tokenizer.is_fast:
-            raise InputError("model.tokenizer: rows of messages need a fast tokenizer (of the library `tokenizers`)")
+            raise InputError("model.tokenizer: conversations need a fast tokenizer (of the library `tokenizers`)")
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, date)
         self._end_id = end_ids[0] if end_ids and tokenizer.eos_token_id not in end_ids else tokenizer.eos_token_id
@@ -70,6 +71,8 @@ class ChatEncoder:
             else:
                 self._form = form
                 return rendered
+        if any(message.get("tool_calls") for message in chat.messages) and not self._template.knows_tool_calls:
+            raise InputError(f"{chat.where}: the chat template takes no tool calls")
         in_order = [problems[form] for form in sorted(problems)]
         raise InputError(next((problem for problem in in_order if RAISES not in problem), in_order[0]))
 

@@ -39,12 +39,13 @@ class ChatTemplate:
         spelled = "|".join(map(re.escape, reversed(special))) or "(?!)"
         self.knows_generation_prompt = "add_generation_prompt" in str(tokenizer.chat_template)
         """Whether the template can write what comes before an answer without the answer."""
+        self.knows_tool_calls = "tool_calls" in str(tokenizer.chat_template)
         self.special = re.compile(spelled)
         """Finds every special token."""
         self.closing = re.compile(rf"\s*(?:{spelled})")
         """Matches a special token, and white space before it."""
-        self.closing_at_end = re.compile(rf"(\s*(?:{spelled}))\s*\Z")
-        """Finds the special token that ends a text, with the white space before it as group 1."""
+        self.closing_run = re.compile(rf"\s*(?:{spelled})+")
+        """Finds special tokens that follow each other, and white space before them."""
 
     def text(self, chat: Conversation, generation_prompt: bool = False, **variables: Any) -> str:
         """Return the text of a conversation.

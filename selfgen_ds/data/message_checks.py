@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from selfgen_ds.data.chat_template import SURROGATE
 from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message, change_calls
 from selfgen_ds.errors import InputError
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 KNOWN_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_FIELDS}
 """Fields of a message that chat templates read. Others are given to the template too."""
 _RESERVED = {"messages", "tools", "conversation", "chat_template", "add_generation_prompt", "documents"}
@@ -31,15 +32,19 @@ _SHAREGPT_ROLES = {
 
 
 def check_text(text: Any, where: str, may_be_empty: bool = False) -> str:
-    """Return a text, or the digits of a number.
+    """Return a text, or the digits of a number: 2 and 2.0 are the same number, as in JSON, and become `2`.
 
     Raises:
         InputError: It is neither, or it is empty, or not UTF-8.
     """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return str(text)
+        if not math.isfinite(text):
+            raise InputError(f"{where}: expected a text or a finite number, got {text}")
+        return str(_canonical(text))
+    if isinstance(text, (dict, list)):
+        raise InputError(f"{where}: expected a text, got {_kinds(text)}; write such a value as JSON in a text")
     if not isinstance(text, str):
-        raise InputError(f"{where}: expected a string, got {type(text).__name__}")
+        raise InputError(f"{where}: expected a text, got {type(text).__name__}")
     if not text and not may_be_empty:
         raise InputError(f"{where}: expected text, got an empty string")
     if not text.isascii() and SURROGATE.search(text):
@@ -68,7 +73,9 @@ def messages_of_sharegpt(value: Any, where: str) -> list[Message]:
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             expected = ", ".join(_SHAREGPT_ROLES)
             raise InputError(f"{where}, message {number}, `from`: expected one of {expected}, got {speaker!r}")
-        content = turn.get("value")
+        if turn.get("value") is None:
+            raise InputError(f"{where}, message {number}, `value`: expected a text, got nothing")
+        content = turn["value"]
         message: Message = {"role": _SHAREGPT_ROLES[speaker], "content": content}
         if speaker == "function_call":
             message = {"role": "assistant", "tool_calls": _sharegpt_calls(content, f"{where}, message {number}")}
@@ -137,7 +144,7 @@ def _template_kwargs(settings: Any, where: str) -> dict[str, Any]:
     """Check the variables that a row gives to its template."""
     if not isinstance(settings, dict):
         raise InputError(f"{where}: expected an object, got {type(settings).__name__}")
-    settings = _without_nulls(settings)
+    settings = _canonical(settings)
     for name in settings.keys() & _RESERVED:
         raise InputError(f"{where}: {name!r} cannot be given as a variable")
     _check_json(settings, where)
@@ -147,7 +154,7 @@ def _template_kwargs(settings: Any, where: str) -> dict[str, Any]:
 def _check_json(value: Any, where: str) -> None:
     """Check that a value holds nothing that JSON has not: Parquet and Arrow may hold dates and bytes."""
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected values as in JSON: {error}") from error
 
@@ -162,7 +169,7 @@ def _kinds(value: Any) -> str:
 def _message(fields: Any, where: str) -> Message:
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object with role and content, got {type(fields).__name__}")
-    message = _without_nulls(fields)
+    message = _canonical(fields)
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InputError(f"{where}: expected a role of {', '.join(_ROLES)}, got {role!r}")
@@ -177,9 +184,10 @@ def _message(fields: Any, where: str) -> Message:
     says_more = bool(message.get("tool_calls")) or any(message.get(name) for name in REASONING_FIELDS)
     if "content" not in message:
         if not says_more:
-            raise InputError(f"{where}: has no content, but {', '.join(map(repr, message))}")
+            raise InputError(f"{where}: expected a content, got only {', '.join(map(repr, message))}")
         return message
-    return message | {"content": _content(message["content"], f"{where}, content", says_more or role != "assistant")}
+    may_be_empty = says_more or role != "assistant" or weight == 0
+    return message | {"content": _content(message["content"], f"{where}, content", may_be_empty)}
 
 
 def _with_tool_calls(message: Message, where: str) -> Message:
@@ -217,11 +225,17 @@ def _content(content: Any, where: str, may_be_empty: bool) -> str | list[dict[st
     return parts
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop null fields at any depth, because Arrow gives every object of a column the fields of all the others."""
+def _canonical(value: Any) -> Any:
+    """Return a value of JSON as every kind of file gives it.
+
+    Parquet and Arrow give every object of a column the fields of all the others, as nulls, and every number of a
+    column that has a fraction somewhere a fraction: null fields are dropped, and 2.0 becomes 2, at any depth.
+    """
     if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {name: _canonical(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_canonical(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
@@ -232,4 +246,4 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise InputError(f"{where}: expected a list of objects, got {_kinds(value)}")
     _check_json(value, where)
-    return _without_nulls(value) or None
+    return _canonical(value) or None

@@ -127,6 +127,6 @@ def _field(fields: _Fields, columns: Columns, kind: str, where: str) -> Any:
         has = ", ".join(map(repr, fields)) or "no field"
         raise InputError(
             f"{where}: field {column!r} is missing; the row has {has}; if one of them is the {kind}, name it with "
-            f"{kind}_column"
+            f"{kind}_column, or a conversation with messages_column"
         )
     return fields[column]

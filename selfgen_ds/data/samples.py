@@ -58,8 +58,8 @@ can be computed from the turns without a look at the tokens."""
 
 
 _MODULES = (
-    *("chat", "chat_template", "conversation", "encoding", "formats", "message_checks", "row_checks", "rows"),
-    *("samples", "turns"),
+    *("chat", "chat_template", "contents", "conversation", "encoding", "formats", "message_checks", "row_checks"),
+    *("rows", "samples", "turns"),
 )
 """The modules that make samples of rows."""
 MOST_REASONS = 10
@@ -79,12 +79,14 @@ class Samples:
     """Samples whose response was cut at the longest length."""
     refused: int
     """Rows that cannot be used."""
-    too_long: int
-    """Refused rows whose prompt leaves no room for a response."""
+    too_long: list[int]
+    """Tokens of the refused rows whose prompt leaves no room for a response."""
     reasons: list[str]
     """Why the first refused rows cannot be used; each names the file, the row, and the field."""
+    notes: list[str]
+    """What else a user should know of the rows, such as fields that chat templates ignore."""
     closing_ids: list[int]
-    """Special tokens that responses end with: the end token, or the token that a chat template closes a turn with."""
+    """Special tokens that responses end with: the end token, or the tokens that a chat template closes turns with."""
     end_ids: tuple[int, ...] = ()
     """Tokens that the model's `generation_config.json` names as ends of an answer."""
     conversations: int
@@ -187,6 +189,8 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
     info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     table = datasets.Dataset.from_file(str(folder / "samples.arrow")).with_format("numpy")
     samples = Samples(table=table, name=source.name, folder=folder, end_ids=form.end_ids, **info)
+    for note in samples.notes:
+        log.warning("%s", note)
     if form.as_chat is None and tokenizer.chat_template and samples.conversations < len(samples):
         log.warning(
             "%s: rows of two texts are learned without the tokenizer's chat template; data.as_chat: true puts them "
@@ -239,16 +243,18 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         of_one = f": {tally.reasons[0]}" if len(tally.reasons) == 1 else ""
         first_line = f"{source.name}: no usable row among {tally.read}{of_one}"
         raise InputError("\n".join([first_line, *([] if of_one else tally.reasons)]))
+    notes = [
+        f"{where}: most chat templates ignore a field {name!r} of a message; other rows may have it too"
+        for name, where in unknown.items()
+    ]
     if encoder.unlike_inference:
-        log.warning(
-            "%s: in %d of %d rows the chat template shows earlier turns otherwise than when the model generates them "
-            "(%s); data.assistant_turns: last learns the last turns alone",
-            *(source.name, len(encoder.unlike_inference), tally.read, encoder.unlike_inference[0]),
+        notes.append(
+            f"{source.name}: in {len(encoder.unlike_inference)} of {tally.read} rows the chat template shows a turn "
+            f"otherwise than when the model generates it ({encoder.unlike_inference[0]})"
         )
-    for name, where in unknown.items():
-        log.warning("%s: most chat templates ignore a field %r of a message; other rows may have it too", where, name)
     counts = {name: value for name, value in vars(tally).items() if not name.startswith("_")}
-    write_atomically(folder / "info.json", json.dumps(counts | {"closing_ids": sorted(tally.closing_ids)}))
+    counts |= {"closing_ids": sorted(tally.closing_ids), "notes": notes}
+    write_atomically(folder / "info.json", json.dumps(counts))
 
 
 def _unknown_fields(rows: list[Row]) -> dict[str, str]:
@@ -268,7 +274,8 @@ class _Tally:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._max_length = max_length
-        self.read = self.truncated = self.refused = self.too_long = self.conversations = self.checksum = 0
+        self.read = self.truncated = self.refused = self.conversations = self.checksum = 0
+        self.too_long: list[int] = []
         self.reasons: list[str] = []
         self.closing_ids: set[int] = set()
 
@@ -286,13 +293,15 @@ class _Tally:
             if 0 < start < min(end, longest)  # nothing predicts a first token
         ]
         if not turns:
-            self.too_long += 1
-            where = getattr(row, "where", "") or f"row {number + 1}"
-            return self._refuse(f"{where}: the prompt leaves no room for a response within {longest} tokens")
-        _, content_end, end = all_turns[-1]
+            self.too_long.append(len(all_ids))
+            where, prompt = getattr(row, "where", "") or f"row {number + 1}", all_turns[0][0]
+            return self._refuse(
+                f"{where}: the prompt leaves no room for a response within {longest} tokens; it has {prompt} itself"
+            )
         self.conversations += isinstance(row, Conversation)
-        self.truncated += end > longest
-        self.closing_ids |= set([token for token in all_ids[content_end:end] if token in self._special][-1:])
+        self.truncated += all_turns[-1][2] > longest
+        for _, content_end, end in all_turns:
+            self.closing_ids |= set([token for token in all_ids[content_end:end] if token in self._special][-1:])
         flat = [position for turn in turns for position in turn]
         self.checksum = zlib.crc32(np.array([*ids, *flat], dtype=np.int32).tobytes(), self.checksum)
         lengths = {"length": len(ids), "whole_length": len(all_ids)}

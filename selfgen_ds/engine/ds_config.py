@@ -114,8 +114,9 @@ def _with_defaults(recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
     }
     if recipe.wandb_project is not None:
         config["wandb"] = config.get("wandb", {}) | {"enabled": True, "project": recipe.wandb_project}
-        # DeepSpeed passes no name on; wandb reads this variable.
+        # DeepSpeed passes neither a name nor a folder on; wandb reads these variables.
         os.environ.setdefault("WANDB_NAME", recipe.run_name or Path(recipe.output_dir).name)
+        os.environ.setdefault("WANDB_DIR", recipe.output_dir)
     for monitor in ("tensorboard", "csv_monitor"):
         if monitor in config:  # by default, DeepSpeed writes into the working directory
             config[monitor] = {"output_path": recipe.output_dir, "job_name": monitor} | config[monitor]

@@ -123,6 +123,8 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
             if source.too_long:
                 remedy = f"raise data.max_length={data.max_length}, or {remedy}"
             problems.add(*source.why_refused(f"mend them, or {remedy}"))
+        elif source.refused:
+            log.warning("%s", "\n".join(source.why_refused("they are left out")))
         if source.truncated > data.max_truncated_share * source.read:
             problems.add(
                 f"{source.name}: {source.truncated} of {source.read} responses are cut at "
@@ -134,7 +136,7 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
 def check_rows(problems: Problems, samples: list[Samples]) -> None:
     """Check that every row can be used, but for rows that are too long, which `evaluate` leaves out and counts."""
     for source in samples:
-        if source.refused > source.too_long:
+        if source.refused > len(source.too_long):
             problems.add(*source.why_refused("mend them"))
 
 

@@ -213,6 +213,11 @@ def metrics(settings: Recipe) -> list[dict[str, float]]:
         return [json.loads(line) for line in file]
 
 
+def losses(run: Path) -> list[float]:
+    """Return the loss of every step of a run, given its folder."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def weights(settings: Recipe) -> bytes:
     """Return the bytes of the exported model."""
     return (Path(settings.output_dir) / "model" / "model.safetensors").read_bytes()

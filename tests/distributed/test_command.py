@@ -34,11 +34,6 @@ def train(folder: Path, *overrides: str) -> list[str]:
     return ["train", "--config", str(folder / "recipe.yaml"), *overrides]
 
 
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 LAUNCHERS = {
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "selfgen_ds"],
     "one process": [sys.executable, "-m", "selfgen_ds"],
@@ -47,7 +42,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 def test_every_launcher_trains_the_same(folder: Path, launched: Left) -> None:
-    found = {"deepspeed": losses(launched.folder)}
+    found = {"deepspeed": runs.losses(launched.folder)}
     assert "2 ranks" in launched.output
     for name, launcher in LAUNCHERS.items():
         ranks = 1 if name == "one process" else 2
@@ -56,7 +51,7 @@ def test_every_launcher_trains_the_same(folder: Path, launched: Left) -> None:
             launcher = [launcher[0], "--master_port", str(free_port()), *launcher[1:]]
         with Launched([*launcher, *train(folder, *micro)], folder / "log") as run:
             assert run.wait() == 0, run.output()[-3000:]
-        found[name] = losses(folder / name / "run")
+        found[name] = runs.losses(folder / name / "run")
         assert f"{ranks} rank{'s' if ranks > 1 else ''}, from the start" in run.output()
     for name, values in found.items():
         assert values == pytest.approx(found["one process"], rel=1e-5), name

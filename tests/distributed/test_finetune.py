@@ -58,10 +58,6 @@ def _train(folder: Path, chat_model: str, name: str, *options: str) -> str:
     return _selfgen_ds(folder, "train", "--config", "finetune", *model, *length, *options)
 
 
-def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 CHAT = ("--data.train", "{folder}/chat.jsonl")
 TWO = ("--data.train", "{folder}/two.csv", "--data.prompt_column", "question", "--data.completion_column", "answer")
 
@@ -99,7 +95,7 @@ def test_a_chat_model_is_inspected_trained_asked_evaluated_and_compared(chat_mod
 def test_two_columns_in_the_chat_template_train_as_the_same_conversations(chat_model: str, folder: Path) -> None:
     _train(folder, chat_model, "chat", *_given(CHAT, folder))
     asked = _train(folder, chat_model, "two", *_given(TWO, folder), "--data.as_chat", "true")
-    assert _losses(folder / "two") == _losses(folder / "chat")
+    assert runs.losses(folder / "two") == runs.losses(folder / "chat")
     assert "--as_chat false" not in asked
 
 

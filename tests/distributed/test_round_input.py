@@ -95,4 +95,4 @@ def test_a_cue_that_the_chat_template_swallows_is_one_clear_line(folder: Path) -
     build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>").save_pretrained(folder / "chat")
     line = refused(folder, "--selfgen.method", "rac", "--model.tokenizer", str(folder / "chat"))
     assert line.startswith("selfgen.cue")
-    assert "leaves out message 3" in line
+    assert "leaves out the content of message 3" in line

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -34,20 +35,55 @@ def _cells(whole: str) -> list[list[str]]:
 @EVERY_TEMPLATE
 def test_a_turn_is_what_generation_would_have_to_produce(name: str) -> None:
     tokenizer = tokenizer_of(templates()[name])
+    encoder = ChatEncoder(tokenizer, "all")
     # After a tool's result this template writes a header before its markers, and none in its generation prompt.
     header = "<|turn>model\n" if name == "diffusion_gemma_training" else ""
     for kind in KINDS:
         chat = conversation(kind)
         if refusal(tokenizer, chat):
             continue
-        ((ids, turns),) = ChatEncoder(tokenizer, "all").encode([chat])
+        rendered = encoder.render(chat)
+        ((ids, turns),) = encoder.encode([chat])
         learned = [tokenizer.decode(ids[start:end]) for start, _, end in turns]
         assert not any("GIVEN" in text for text in learned), kind
         assert _written("".join(learned)) == _written(tokenizer.decode(ids)), kind
         assert not any(re.search(r"<think>\s*</think>", text) for text in learned), kind
-        assert all(end - middle >= 1 for _, middle, end in turns), kind
-        before = tokenizer.decode(ids[: turns[-1][0]]).removesuffix(header)
-        assert any(_continues(before, prompt.removesuffix(header)) for prompt in _prompts(tokenizer, chat)), kind
+        assert turns[-1][2] > turns[-1][1], f"{kind}: the last turn has an end"
+        messages = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        assert len(turns) == len(messages), kind
+        for i, (start, content_end, end) in zip(messages, turns, strict=True):
+            if rendered.unlike_inference and i < messages[-1]:
+                continue
+            before = tokenizer.decode(ids[:start]).removesuffix(header)
+            prompts = _prompts(tokenizer, replace(chat, messages=chat.messages[:i]))
+            assert any(_continues(before, prompt.removesuffix(header)) for prompt in prompts), kind
+            answer, whole = (tokenizer.decode(ids[start:of]).rstrip() for of in (content_end, end))
+            ends = _answered(tokenizer, replace(chat, messages=chat.messages[: i + 1]))
+            assert any(_ends_with(tokenizer, text, answer) for text in ends), kind
+            assert any(_ends_with(tokenizer, text, whole) for text in ends) or _closed_by_the_next(tokenizer), kind
+
+
+def _answered(tokenizer: PreTrainedTokenizerFast, chat: Conversation) -> list[str]:
+    """Return the text of a conversation that ends with an answer, in every form that the template takes."""
+    texts = []
+    for _, form in forms(0, chat):
+        with suppress(Exception):  # a template can raise anything
+            texts.append(tokenizer.apply_chat_template(form.messages, tools=form.tools, tokenize=False).rstrip())
+    return texts
+
+
+def _ends_with(tokenizer: PreTrainedTokenizerFast, text: str, end: str) -> bool:
+    """Return whether only special tokens and the syntax of a tool call follow the last place of `end` in a text."""
+    rest = text[text.rindex(end) + len(end) :] if end in text else "no end"
+    for token in [*tokenizer.all_special_tokens, *re.findall(r"</?\w+>", rest)]:
+        rest = rest.replace(token, "")
+    return not re.search(r"\w", rest)
+
+
+def _closed_by_the_next(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the template writes no special token after a last message."""
+    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    return any(text.endswith("x") for text in _answered(tokenizer, Conversation(messages=[question, answer])))
 
 
 def _written(text: str) -> list[str]:
@@ -55,13 +91,13 @@ def _written(text: str) -> list[str]:
 
 
 def _prompts(tokenizer: PreTrainedTokenizerFast, chat: Conversation) -> list[str]:
-    """Return what plain transformers gives a model to continue with the last message, with reasoning and without."""
+    """Return what plain transformers gives a model to continue a conversation, with reasoning and without."""
     prompts = []
     for _, form in forms(0, chat):
         for settings in ({}, {"enable_thinking": False}, {"thinking": False}):
             with suppress(Exception):  # a template can raise anything
                 given = {"tools": form.tools, "tokenize": False, "add_generation_prompt": True}
-                prompts.append(tokenizer.apply_chat_template(form.messages[:-1], **given, **settings))
+                prompts.append(tokenizer.apply_chat_template(form.messages, **given, **settings))
     return prompts
 
 

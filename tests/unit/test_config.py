@@ -213,7 +213,8 @@ def test_texts_that_no_row_could_have_are_a_problem(recipe: Recipe, setting: str
     assert recipe_problems(recipe) == [problem]
 
 
-def test_a_project_needs_the_package_of_weights_and_biases(recipe: Recipe) -> None:
+def test_a_project_needs_the_package_of_weights_and_biases(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfgen_ds.validation.recipe.find_spec", lambda name: None)
     recipe.wandb_project = "mine"
     [problem] = recipe_problems(recipe)
     assert problem.startswith("wandb_project: the package wandb is not installed")

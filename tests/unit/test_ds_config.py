@@ -338,18 +338,20 @@ def test_a_monitor_writes_into_the_runs_folder(recipe: Recipe, monitor: str) -> 
     assert (filled[monitor]["output_path"], filled[monitor]["job_name"]) == (recipe.output_dir, monitor)
 
 
-def test_a_monitor_whose_package_is_missing_is_named(recipe: Recipe) -> None:
+def test_a_monitor_whose_package_is_missing_is_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_json, "find_spec", lambda name: None)
     config = {"zero_optimization": {"stage": 3}, "wandb": {"enabled": True}}
     assert "the package wandb is not installed" in _problem(recipe, config)
 
 
 def test_a_project_of_the_recipe_turns_weights_and_biases_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_NAME", "")
-    monkeypatch.delenv("WANDB_NAME")
+    for name in ("WANDB_NAME", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     recipe.wandb_project, recipe.run_name = "mine", "first"
     filled = ds_config.resolve(recipe, {"zero_optimization": {"stage": 3}}, WORLD_SIZE, HIDDEN_SIZE).config
     assert filled["wandb"] == {"enabled": True, "project": "mine"}
-    assert os.environ["WANDB_NAME"] == "first"
+    assert (os.environ["WANDB_NAME"], os.environ["WANDB_DIR"]) == ("first", recipe.output_dir)
 
 
 def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:

@@ -593,7 +593,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_column_of_lists_is_refused_with_row_and_field(tmp_path: Path) -> None:
     path = _write(tmp_path, "jsonl", [{"prompt": ["a", "b"], "completion": ["c"]}])
-    assert _error(path) == f"{path}, line 1, field 'prompt': expected a string, got list"
+    found = "expected a text, got a list of str; write such a value as JSON in a text"
+    assert _error(path) == f"{path}, line 1, field 'prompt': {found}"
 
 
 @EVERY_FORMAT
@@ -604,7 +605,8 @@ def test_numbers_are_texts(tmp_path: Path, form: str) -> None:
 
 def test_mixed_types_are_refused_at_the_row_that_differs(tmp_path: Path) -> None:
     path = _write(tmp_path, "json array", [*PAIRS[:2], {"prompt": "a", "completion": ["3"]}])
-    assert _error(path) == f"{path}, row 3, field 'completion': expected a string, got list"
+    found = "expected a text, got a list of str; write such a value as JSON in a text"
+    assert _error(path) == f"{path}, row 3, field 'completion': {found}"
 
 
 def test_pairs_among_conversations_are_refused_and_conversations_among_pairs(tmp_path: Path) -> None:

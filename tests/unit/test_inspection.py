@@ -57,7 +57,7 @@ def test_the_histogram_counts_every_sample(tmp_path: Path, capsys: pytest.Captur
     output = _shown(_recipe(tmp_path, ["x" * n for n in (1, 1, 2, 9, 20)]), capsys)
     bars = re.findall(r"^ +\d+ to \d+ +(\d+) ", output, flags=re.M)
     assert sum(map(int, bars)) == 5
-    assert "tokens per sample: 9 to 28, mean 14.6" in output
+    assert "tokens per row: 9 to 28, mean 14.6" in output
 
 
 def test_packed_rows_are_counted_and_show_their_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

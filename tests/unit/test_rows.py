@@ -41,8 +41,8 @@ def _error(tmp_path: Path, bad_line: bytes) -> str:
 BAD_LINES = {
     "no completion": (b'{"prompt": "a"}', "field 'completion' is missing"),
     "empty object": (b"{}", "field 'prompt' is missing"),
-    "a truth value": (b'{"prompt": "a", "completion": true}', "field 'completion': expected a string, got bool"),
-    "null": (b'{"prompt": null, "completion": "b"}', "field 'prompt': expected a string, got NoneType"),
+    "a truth value": (b'{"prompt": "a", "completion": true}', "field 'completion': expected a text, got bool"),
+    "null": (b'{"prompt": null, "completion": "b"}', "field 'prompt': expected a text, got NoneType"),
     "empty completion": (
         b'{"prompt": "a", "completion": ""}',
         "field 'completion': expected text, got an empty string",
@@ -151,7 +151,7 @@ BAD_CONVERSATIONS = {
     ),
     "reasoning that is a list": (
         [USER, '{"role": "assistant", "content": "x", "reasoning_content": ["y"]}'],
-        "message 2, reasoning_content: expected a string, got list",
+        "message 2, reasoning_content: expected a text, got a list of str; write such a value as JSON in a text",
     ),
     "arguments that are no JSON": (
         [USER, '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}'],
@@ -162,8 +162,11 @@ BAD_CONVERSATIONS = {
     "role of another kind": (['{"role": ["user"], "content": "x"}'], "message 1: expected a role of"),
     "no role": (['{"content": "x"}'], "message 1: expected a role of"),
     "no object": (['"hello"'], "message 1: expected an object with role and content, got str"),
-    "no content": (['{"role": "user"}', ASSISTANT], "message 1: has no content, but 'role'"),
-    "null content": ([USER, '{"role": "assistant", "content": null}'], "message 2: has no content, but 'role'"),
+    "no content": (['{"role": "user"}', ASSISTANT], "message 1: expected a content, got only 'role'"),
+    "null content": (
+        [USER, '{"role": "assistant", "content": null}'],
+        "message 2: expected a content, got only 'role'",
+    ),
     "an image": (
         ['{"role": "user", "content": [{"type": "image"}]}', ASSISTANT],
         "message 1, content: expected a text or parts of type 'text', got 'image'",
