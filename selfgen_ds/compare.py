@@ -86,7 +86,7 @@ def run(options: CompareOptions) -> None:
     write_atomically(folder / "comparison.json", json.dumps({"baseline": baseline.name, "rows": rows}, indent=1))
     table = _markdown(rows, groups, metrics)
     write_atomically(folder / "comparison.md", table)
-    title = f"{baseline.settings['data']}, {len(baseline.sample_ids)} rows, 95 % intervals"
+    title = f"{_paths(baseline.settings['data'])}, {len(baseline.sample_ids)} rows, 95 % intervals"
     plot_comparison(folder / "comparison.png", title, rows, {group.name: group.recovery for group in groups}, rounds)
     print(table)
     print(f"written to {folder}/comparison.json, comparison.md and comparison.png")
@@ -179,6 +179,7 @@ def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
     names = ("data", "prompt_column", "completion_column", "max_length", "sample_temperature")
     newer: dict[str, Any] = {"correction_rounds": 0, "cue": None, "max_new_tokens": None}  # older ones lack these
     newer |= {"as_chat": None, "prompt_template": "{prompt}", "messages_column": "messages"}
+    newer |= {"chat_template": None, "max_refused_share": 0.0}
     settings = newer | evaluation["settings"]
     return {name: settings[name] for name in (*names, *newer)}
 
@@ -245,6 +246,12 @@ def _drawn(
     return values[seeds][:, rows], weights[seeds][:, rows]
 
 
+def _paths(data: Any) -> str:
+    """Return the paths of an evaluation's sources."""
+    sources = data if isinstance(data, list) else [data]
+    return ", ".join(source if isinstance(source, str) else source["path"] for source in sources)
+
+
 def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[str]) -> str:
     """Return a Markdown table with a line per metric and a column per group."""
     row_of = {(row["run"], row["metric"]): row for row in rows}
@@ -253,12 +260,12 @@ def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[st
         cells = []
         for group in groups:
             row = row_of[group.name, metric]
-            cell = f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            cell = f"{row['mean']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}]"
             if row["paired_difference"] is not None:
-                cell += f" ({row['paired_difference']:+.3f} [{row['paired_low']:+.3f}, {row['paired_high']:+.3f}])"
+                cell += f" ({row['paired_difference']:+z.3f} [{row['paired_low']:+z.3f}, {row['paired_high']:+z.3f}])"
             cells.append(cell)
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    caption = f"{len(groups[0].sample_ids)} rows of {groups[0].settings['data']}; mean [95 % interval]"
+    caption = f"{len(groups[0].sample_ids)} rows of {_paths(groups[0].settings['data'])}; mean [95 % interval]"
     if len(groups) > 1:
         caption += f"; in parentheses the difference to {groups[0].name}, paired by row"
     caption += "."

@@ -240,8 +240,8 @@ class EvalConfig:
     best: str = "loss"
     """Metric whose best checkpoint is kept: `loss` (the lowest), or another evaluation metric (the highest)."""
     patience: int | None = None
-    """Evaluations in a row without a better `best` after which the run ends early, and exports its best checkpoint. A
-    run that takes all of its steps exports the last one."""
+    """Evaluations in a row without a better `best` after which the run ends and exports its best checkpoint. Without
+    them, a run exports its last step."""
     shown_answers: int = 2
     """Evaluation rows whose answers are logged, and written to TensorBoard as text."""
 
@@ -325,6 +325,10 @@ class EvaluateOptions:
     """Put rows of two texts into the chat template, as `data.as_chat` of a recipe."""
     prompt_template: str = "{prompt}"
     """Text around the prompt in rows of two texts, as `data.prompt_template` of a recipe."""
+    chat_template: str | None = None
+    """File with a chat template that takes the place of the tokenizer's, as `model.chat_template` of a recipe."""
+    max_refused_share: float = 0.0
+    """Refuse the data when more than this share of rows cannot be used for another reason than their length."""
     date: str | None = None
     """Day that a chat template is told if it asks for the date, as `data.date` of a recipe. Default: today."""
     max_samples: int | None = None
@@ -367,9 +371,11 @@ class GenerateOptions:
     prompt_template: str = "{prompt}"
     """Text around a prompt that is a text, as `data.prompt_template` of the recipe that the model was trained with."""
     output: str | None = None
-    """File for the prompts and answers, as JSONL. Default: the terminal."""
+    """New file for the prompts and answers, as JSONL. Default: the terminal."""
     as_chat: bool | None = None
     """Put a prompt into the chat template. Default: if the model has one."""
+    chat_template: str | None = None
+    """File with a chat template that takes the place of the tokenizer's."""
     max_new_tokens: int | None = None
     """Tokens of the longest answer. Default: 256, or as many as the model has positions for after the prompt."""
     temperature: float = 0.0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -23,7 +20,7 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
-from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.errors import Problems
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, binned_curves, curves, descriptions
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import forced_errors
@@ -39,6 +36,7 @@ from selfgen_ds.validation.options import (
     check_corrected_length,
     check_evaluate,
     check_evaluated_length,
+    naming_the_options,
 )
 
 log = logging.getLogger("selfgen_ds")
@@ -60,15 +58,16 @@ def run(options: EvaluateOptions) -> None:
         name_or_path=options.model,
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
+        chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
     )
-    with _naming_the_option():
+    with naming_the_options():
         tokenizer = load_tokenizer(source)
         config = model_config(source, tokenizer)
     positions = most_positions(config)
     length = options.max_length or positions
     check_evaluated_length(problems, length, positions)
-    with problems.collect(), _naming_the_option():
+    with problems.collect(), naming_the_options():
         traits = probe.check(source, config, packing=False, training=False)
     problems.raise_all()
     assert length is not None
@@ -78,7 +77,7 @@ def run(options: EvaluateOptions) -> None:
     _check_answers(options, chosen, asked, positions)
     if process_group.world_size() > 1:
         process_group.init_process_group()
-    with _naming_the_option():
+    with naming_the_options():
         model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
     policy = EnginePolicy(
         model,
@@ -121,7 +120,8 @@ def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, len
     """Load the rows, of which those that are too long may be left out.
 
     Raises:
-        InputError: A source cannot be read, or a row cannot be used for another reason than its length.
+        InputError: A source cannot be read, or more rows cannot be used, for another reason than their length, than the
+            options allow.
     """
     form = Format(
         columns=Columns(
@@ -136,20 +136,9 @@ def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, len
     )
     samples = load(options.data, "test", tokenizer, form)
     problems = Problems()
-    check_rows(problems, samples)
+    check_rows(problems, samples, options.max_refused_share)
     problems.raise_all()
     return samples
-
-
-@contextmanager
-def _naming_the_option() -> Iterator[None]:
-    """Call the settings of the recipe's section `model` by the options' names in errors."""
-    try:
-        yield
-    except InputError as error:
-        message = str(error).replace("model.name_or_path", "--model")
-        options = "dtype|attn_implementation|trust_remote_code"
-        raise InputError(re.sub(rf"\bmodel\.({options})\b", r"--\1", message)) from error
 
 
 def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:

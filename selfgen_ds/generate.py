@@ -11,25 +11,25 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import GenerateOptions, ModelConfig
-from selfgen_ds.data.conversation import Message
+from selfgen_ds.data.chat_template import RAISES
+from selfgen_ds.data.conversation import Conversation, Message, forms
 from selfgen_ds.data.formats import READERS, read_file, suffix
 from selfgen_ds.data.message_checks import are_messages, check_text, prompt_of
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.model.loading import model_config, most_positions
+from selfgen_ds.model.loading import load_weights, model_config, most_positions
 from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
-from selfgen_ds.validation.options import check_generate
+from selfgen_ds.validation.options import check_generate, naming_the_options
 
 log = logging.getLogger("selfgen_ds")
 
@@ -37,18 +37,8 @@ _LONGEST = 256
 """Tokens of the longest answer, unless an option says otherwise."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """What a model is asked: a text, or messages."""
-
-    text: str = ""
-    messages: list[Message] = field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def shown(self) -> str | list[Message]:
-        """Return the text or the messages, for the output."""
-        return self.messages or self.text
+Prompt = str | Conversation
+"""What a model is asked: a text, or messages."""
 
 
 def run(options: GenerateOptions) -> None:
@@ -61,12 +51,14 @@ def run(options: GenerateOptions) -> None:
     check_generate(problems, options)
     problems.raise_all()
     prompts = None if options.prompts is None else _read_prompts(Path(options.prompts), options.prompt_column)
-    with _model_folder(options) as folder:
+    with _model_folder(options) as folder, naming_the_options():
         answerer = _Answerer(options, folder)
         if prompts is not None:
             _answer_all(options, prompts, answerer)
         elif options.prompt is not None:
-            answerer.answer(Prompt(text=options.prompt), show=True)
+            _, ended = answerer.answer(answerer.encode(options.prompt), show=True)
+            if not ended:
+                print("the answer was cut at --max_new_tokens", file=sys.stderr)
         else:
             _chat(answerer)
 
@@ -87,16 +79,11 @@ class _Answerer:
     """A loaded model that answers prompts."""
 
     def __init__(self, options: GenerateOptions, folder: str) -> None:
-        source = ModelConfig(name_or_path=folder, trust_remote_code=options.trust_remote_code)
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
-            config = model_config(source, self.tokenizer)
-        except InputError as error:
-            raise InputError(str(error).replace("model.name_or_path", "--model")) from error
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", trust_remote_code=options.trust_remote_code
-        ).to(process_group.device())
-        self.model.eval()
+        trust = options.trust_remote_code
+        source = ModelConfig(name_or_path=folder, chat_template=options.chat_template, trust_remote_code=trust)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
+        config = model_config(source, self.tokenizer)
+        self.model = load_weights(source, config, "auto").to(process_group.device()).eval()
         self.in_template = bool(self.tokenizer.chat_template) if options.as_chat is None else options.as_chat
         if self.in_template and not self.tokenizer.chat_template:
             raise InputError("--as_chat: expected a model with a chat template")
@@ -112,38 +99,65 @@ class _Answerer:
         self._longest, self._positions = options.max_new_tokens, most_positions(config)
         set_seed(options.seed)
 
-    def answer(self, prompt: Prompt, show: bool = False) -> tuple[str, bool]:
-        """Return the answer to a prompt, and whether the model ended it.
+    def encode(self, prompt: Prompt, where: str = "--prompt") -> BatchEncoding:
+        """Return what the model reads of a prompt.
+
+        Args:
+            where: Where the prompt comes from, for errors.
+
+        Raises:
+            InputError: The chat template does not take it, or it leaves no room for an answer.
+        """
+        if isinstance(prompt, str):
+            text = self._prompt_template.replace("{prompt}", prompt)
+            if not self.in_template:
+                return self._checked(self.tokenizer(text, return_tensors="pt", split_special_tokens=True), where)
+            prompt = Conversation(messages=[{"role": "user", "content": text}])
+        problem = ""
+        for _, form in forms(0, prompt):
+            try:
+                encoded = self.tokenizer.apply_chat_template(
+                    form.messages,
+                    tools=form.tools,
+                    add_generation_prompt=True,
+                    return_tensors="pt",
+                    return_dict=True,
+                    sanitize_control_tokens=True,
+                    **form.template_kwargs,
+                )
+            except Exception as error:  # a template can raise anything
+                problem = problem or f"{where}: {RAISES}: {' '.join(str(error).split())}"
+            else:
+                return self._checked(encoded, where)
+        raise InputError(problem)
+
+    def _checked(self, encoded: BatchEncoding, where: str) -> BatchEncoding:
+        room = self._room(encoded)
+        if room is not None and room < (self._longest or 1):
+            needed = f"{self._longest or 1} (--max_new_tokens)" if self._longest else "1"
+            raise InputError(f"{where}: the model has positions for {max(0, room)} more tokens, expected {needed}")
+        return encoded
+
+    def _room(self, encoded: BatchEncoding) -> int | None:
+        return None if self._positions is None else self._positions - encoded["input_ids"].shape[1]
+
+    def answer(self, encoded: BatchEncoding, show: bool = False) -> tuple[str, bool]:
+        """Return the answer to an encoded prompt, and whether the model ended it.
 
         Args:
             show: Whether the answer is printed while it is generated.
         """
-        text = self._prompt_template.replace("{prompt}", prompt.text)
-        if prompt.messages or self.in_template:
-            encoded = self.tokenizer.apply_chat_template(
-                prompt.messages or [{"role": "user", "content": text}],
-                tools=prompt.tools,
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-                **prompt.template_kwargs,
-            )
-        else:
-            encoded = self.tokenizer(text, return_tensors="pt", split_special_tokens=True)
-        encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        room = None if self._positions is None else self._positions - encoded["input_ids"].shape[1]
-        if room is not None and room < (self._longest or 1):
-            raise InputError(f"--max_new_tokens: the model has positions for {max(0, room)} tokens after the prompt")
-        self.model.generation_config.max_new_tokens = self._longest or min(_LONGEST, room or _LONGEST)
+        given = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        self.model.generation_config.max_new_tokens = self._longest or min(_LONGEST, self._room(encoded) or _LONGEST)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         with torch.inference_mode():
-            ids = self.model.generate(**encoded, streamer=streamer)
-        written = ids[0, encoded["input_ids"].shape[1] :].tolist()
+            ids = self.model.generate(**given, streamer=streamer)
+        written = ids[0, given["input_ids"].shape[1] :].tolist()
         return self.tokenizer.decode(written, skip_special_tokens=True), bool(written) and written[-1] in self._ends
 
 
-def _read_prompts(path: Path, column: str) -> list[Prompt]:
-    """Read prompts: the lines of a text file, or rows with the field `column` or `messages`.
+def _read_prompts(path: Path, column: str) -> list[tuple[str, Prompt]]:
+    """Read prompts with their places: the lines of a text file, or rows with the field `column` or `messages`.
 
     Raises:
         InputError: The file cannot be read or has no prompt, or a row has none. The message names the row.
@@ -155,9 +169,11 @@ def _read_prompts(path: Path, column: str) -> list[Prompt]:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from error
-        prompts = [Prompt(text=line) for line in lines if line.strip()]
+        prompts: list[tuple[str, Prompt]] = [
+            (f"{path}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()
+        ]
     elif suffix(path) in READERS:
-        prompts = [_prompt(row, column, f"{path}, {where}") for where, row in read_file(path)]
+        prompts = [(f"{path}, {where}", _prompt(row, column, f"{path}, {where}")) for where, row in read_file(path)]
     else:
         raise InputError(f"{path}: expected a file that ends in .txt, {', '.join(READERS)}")
     if not prompts:
@@ -171,22 +187,23 @@ def _prompt(row: dict[str, Any] | InputError, column: str, where: str) -> Prompt
     name = "messages" if row.get(column) is None and "messages" in row else column
     if name not in row:
         raise InputError(f"{where}: expected the field {name!r} (--prompt_column), got the fields {sorted(row)}")
-    if not are_messages(row.get(name)):
-        return Prompt(text=check_text(row.get(name), f"{where}, field {name!r}"))
-    asked = prompt_of(row[name], row, where, f"{where}, field {name!r}")
-    return Prompt(messages=asked.messages, tools=asked.tools, template_kwargs=asked.template_kwargs)
+    if not are_messages(row[name]):
+        return check_text(row[name], f"{where}, field {name!r}")
+    return prompt_of(row[name], row, where, f"{where}, field {name!r}")
 
 
-def _answer_all(options: GenerateOptions, prompts: list[Prompt], answerer: _Answerer) -> None:
-    """Answer all prompts; every line of the result is a JSON object."""
+def _answer_all(options: GenerateOptions, prompts: list[tuple[str, Prompt]], answerer: _Answerer) -> None:
+    """Answer all prompts, if the model can read each of them; every line of the result is a JSON object."""
     unfinished = 0
+    encoded = [answerer.encode(prompt, where) for where, prompt in prompts]
     with open(options.output, "w", encoding="utf-8") if options.output else nullcontext(sys.stdout) as file:
-        for prompt in bar("generate", "answer", iterable=prompts, total=len(prompts), disable=not options.output):
-            answer, ended = answerer.answer(prompt)
+        both = zip(prompts, encoded, strict=True)
+        progress = bar("generate", "answer", iterable=both, total=len(prompts), disable=not options.output)
+        for (_, prompt), given in progress:
+            answer, ended = answerer.answer(given)
             unfinished += not ended
-            file.write(
-                json.dumps({"prompt": prompt.shown(), "answer": answer, "ended": ended}, ensure_ascii=False) + "\n"
-            )
+            shown = prompt if isinstance(prompt, str) else prompt.messages
+            file.write(json.dumps({"prompt": shown, "answer": answer, "ended": ended}, ensure_ascii=False) + "\n")
             file.flush()
     if unfinished:
         print(f"{unfinished} of {len(prompts)} answers were cut at --max_new_tokens", file=sys.stderr)
@@ -206,6 +223,6 @@ def _chat(answerer: _Answerer) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        prompt = Prompt(messages=messages) if answerer.in_template else Prompt(text=line)
-        answer, _ = answerer.answer(prompt, show=True)
+        prompt = Conversation(messages=messages) if answerer.in_template else line
+        answer, _ = answerer.answer(answerer.encode(prompt, "the conversation"), show=True)
         messages.append({"role": "assistant", "content": answer})

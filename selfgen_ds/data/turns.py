@@ -10,6 +10,7 @@ markers, only what they enclose is learned, and the closing tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +113,7 @@ class _Turn:
         ] * contents.hides(index)
         self._overlap = 0  # characters at the end of the message that another message in its place also has there
         self._first, self._last = self._written()
-        given = [contents.of(i) for i in range(len(chat.messages)) if i != index]
-        others = [span for spans in given for span in spans]
+        others = [span for number, span in contents.shown if contents.parts[number].message != index]
         if any(self._first < start < self._last for start, _ in others):
             raise InputError(f"{self._where}: the chat template writes another message in the midst of it")
         self._floor = max((end for _, end in others if end <= self._first), default=0)
@@ -219,7 +219,7 @@ class _Turn:
         return longest
 
     def _after_contents(self) -> int | None:
-        """Return where the end of a generation prompt ends that follows the last content before the turn, or None."""
+        """Return where a generation prompt ends that follows the last content before the turn, or None."""
         tails = [tail_after_contents(self._template, self._before, **variables) for variables in _PROMPTS]
         before = self._text[self._floor : self._first]
         for tail in tails:
@@ -301,7 +301,7 @@ def _common_end(one: str, other: str) -> int:
     return _longest(shorter, lambda length: one[len(one) - length :] == other[len(other) - length :])
 
 
-def _longest(most: int, same: Any) -> int:
+def _longest(most: int, same: Callable[[int], bool]) -> int:
     """Return the largest length up to `most` that is the same, by halving."""
     low, high = 0, most
     while low < high:

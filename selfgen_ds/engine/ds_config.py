@@ -97,6 +97,9 @@ def fill(recipe: Recipe, config: dict[str, Any], world_size: int) -> HfTrainerDe
     filled.fill_match("optimizer.params.betas", list(optim.betas), "optim.betas")
     filled.fill_match("optimizer.params.eps", optim.epsilon, "optim.epsilon")
     filled.fill_match("optimizer.params.weight_decay", optim.weight_decay, "optim.weight_decay")
+    if recipe.wandb_project is not None:
+        filled.fill_match("wandb.enabled", True, "wandb_project is given")
+        filled.fill_match("wandb.project", recipe.wandb_project, "wandb_project")
     filled.fill_only("fp16.enabled", False)
     return filled
 
@@ -113,7 +116,7 @@ def _with_defaults(recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
         **config,
     }
     if recipe.wandb_project is not None:
-        config["wandb"] = config.get("wandb", {}) | {"enabled": True, "project": recipe.wandb_project}
+        config["wandb"] = {"enabled": True, "project": recipe.wandb_project} | config.get("wandb", {})
         # DeepSpeed passes neither a name nor a folder on; wandb reads these variables.
         os.environ.setdefault("WANDB_NAME", recipe.run_name or Path(recipe.output_dir).name)
         os.environ.setdefault("WANDB_DIR", recipe.output_dir)

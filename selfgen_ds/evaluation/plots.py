@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, Curve, corrected
 from selfgen_ds.files import naming
 
+_CHARACTERS_PER_INCH = 15  # of the legend's font
 
 def plot_evaluation(
     path: Path, title: str, curves: dict[str, Curve], metrics: dict[str, float], correction_rounds: int
@@ -53,7 +54,10 @@ def _legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
     handles = {
         label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+    widest = max(map(len, handles), default=1) + 8  # the handle beside a label takes the room of some characters
+    fitting = int(figure.get_figwidth() * _CHARACTERS_PER_INCH / widest)
+    columns = max(1, min(4, fitting, len(handles)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _plot_corrections(axes: Axes, metrics: dict[str, float], rounds: int) -> None:

@@ -133,11 +133,18 @@ def check_shares(problems: Problems, recipe: Recipe, samples: list[Samples]) -> 
             )
 
 
-def check_rows(problems: Problems, samples: list[Samples]) -> None:
-    """Check that every row can be used, but for rows that are too long, which `evaluate` leaves out and counts."""
+def check_rows(problems: Problems, samples: list[Samples], most: float) -> None:
+    """Check that rows can be used, but for rows that are too long, which `evaluate` leaves out and counts.
+
+    Args:
+        most: The largest share of rows that may be of no use for another reason.
+    """
     for source in samples:
-        if source.refused > len(source.too_long):
-            problems.add(*source.why_refused("mend them"))
+        if source.refused - len(source.too_long) > most * source.read:
+            remedy = f"mend them, or allow more than {most:.1%} of the rows (--max_refused_share)"
+            problems.add(*source.why_refused(remedy))
+        elif source.refused:
+            log.warning("%s", "\n".join(source.why_refused("they are left out")))
 
 
 def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -> None:

@@ -1,14 +1,29 @@
-"""Checks of the options of `evaluate`, `inspect`, `bench`, and `compare`."""
+"""Checks of the options of `evaluate`, `generate`, `inspect`, `bench`, and `compare`."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import CompareOptions, EvaluateOptions, GenerateOptions, Recipe
-from selfgen_ds.errors import Problems
+from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.validation.recipe import check_model_folder, check_texts
 from selfgen_ds.validation.sources import check_sources
+
+
+@contextmanager
+def naming_the_options() -> Iterator[None]:
+    """Call the settings of the recipe's section `model` by the options' names in errors of the block."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error).replace("model.name_or_path", "--model")
+        options = "dtype|attn_implementation|chat_template|trust_remote_code"
+        raise InputError(re.sub(rf"\bmodel\.({options})\b", r"--\1", message)) from error
 
 
 def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
@@ -24,6 +39,8 @@ def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     problems.expect(temperature >= 0, "--sample_temperature", "0 or more", temperature)
     check_model_folder(problems, "--model", options.model)
     check_texts(problems, "--", options.prompt_template, options.date)
+    share = options.max_refused_share
+    problems.expect(0 <= share < 1, "--max_refused_share", "0 to less than 1", share)
     check_sources(problems, "--data", options.data)
 
 
@@ -36,6 +53,9 @@ def check_generate(problems: Problems, options: GenerateOptions) -> None:
     if options.output is not None:
         folder = Path(options.output).parent
         problems.expect(folder.is_dir(), "--output", "a file in an existing folder", options.output)
+        problems.expect(not Path(options.output).exists(), "--output", "a file that does not exist", options.output)
+    if not (Path(options.model) / MARKER).is_file():
+        check_model_folder(problems, "--model", options.model)
     check_texts(problems, "--", options.prompt_template, None)
     most = options.max_new_tokens
     problems.expect(most is None or most >= 1, "--max_new_tokens", "1 or more", most)

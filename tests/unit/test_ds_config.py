@@ -354,6 +354,12 @@ def test_a_project_of_the_recipe_turns_weights_and_biases_on(recipe: Recipe, mon
     assert (os.environ["WANDB_NAME"], os.environ["WANDB_DIR"]) == ("first", recipe.output_dir)
 
 
+def test_another_project_of_the_json_is_named(recipe: Recipe) -> None:
+    recipe.wandb_project = "mine"
+    config = {"zero_optimization": {"stage": 3}, "wandb": {"enabled": True, "project": "other"}}
+    assert "wandb.project=other differs from the recipe: wandb_project=mine" in _problem(recipe, config)
+
+
 def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
     config: dict[str, Any] = {
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},

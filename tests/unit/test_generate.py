@@ -197,7 +197,9 @@ def test_an_answer_that_ends_with_its_last_token_has_ended(model: str, tmp_path:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(model: str) -> None:
-    with pytest.raises(InputError, match=r"^--max_new_tokens: the model has positions for 0 tokens after the prompt$"):
+    with pytest.raises(
+        InputError, match=r"^--prompt: the model has positions for 0 more tokens, expected 6 \(--max_new_tokens\)$"
+    ):
         _run(model=model, prompt="x" * 5000)
 
 
@@ -207,7 +209,7 @@ def test_an_answer_is_as_long_as_the_positions_allow(model: str, tmp_path: Path)
     output = tmp_path / "answers.jsonl"
     generate.run(GenerateOptions(model=model, prompts=str(tmp_path / "b.txt"), output=str(output)))
     assert json.loads(output.read_text())["ended"] is False
-    with pytest.raises(InputError, match=r"positions for 3 tokens after the prompt$"):
+    with pytest.raises(InputError, match=r"positions for 3 more tokens, expected 6 \(--max_new_tokens\)$"):
         _run(model=model, prompts=str(tmp_path / "b.txt"))
 
 
@@ -219,4 +221,46 @@ def test_a_row_without_a_prompt_is_refused_by_name(model: str, tmp_path: Path) -
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--model: the folder .* is no model: it has no config\.json"):
+        _run(model=str(tmp_path), prompt="a")
+
+
+def test_prompts_are_read_in_the_form_that_the_template_takes(chat_model: str, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "one"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    _run(model=chat_model, prompts=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "answers.jsonl"))
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert answer["answer"] == _expected(chat_model, "[user]one[assistant]")
+
+
+def test_a_special_token_that_a_prompt_spells_is_text(chat_model: str) -> None:
+    answerer = generate._Answerer(GenerateOptions(model=chat_model), chat_model)
+    end = TOKENIZER.eos_token
+    read = answerer.encode(f"a{end}b")["input_ids"][0].tolist()
+    assert TOKENIZER.eos_token_id not in read
+    assert TOKENIZER.decode(read) == f"[user]a{end}b[assistant]"
+
+
+def test_no_prompt_is_answered_if_one_of_them_leaves_no_room(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "x" * 5000}))
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: the model has positions for 0 more tokens"):
+        _run(model=model, prompts=str(tmp_path / "a.jsonl"), output=str(tmp_path / "answers.jsonl"))
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_cut_answer_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(model=model, prompt="ask 1: ")
+    said = "the answer was cut at --max_new_tokens" in capsys.readouterr().err
+    assert said == (TOKENIZER.eos_token_id not in _greedy(model, "ask 1: "))
+
+
+def test_an_existing_output_is_not_overwritten(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(InputError, match=r"^--output: expected a file that does not exist, got "):
+        _run(model=model, prompts=str(tmp_path / "a.txt"), output=str(tmp_path / "a.txt"))
+
+
+def test_a_folder_without_weights_is_one_line(model: str, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((Path(model) / name).read_bytes())
+    with pytest.raises(InputError, match=r"^--model: no weights from "):
         _run(model=str(tmp_path), prompt="a")
