@@ -143,7 +143,9 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
                         yield f"line {start}", InputError(problem)
                 start = rows.line_num + 1
         except csv.Error as error:
-            raise InputError(f"{path}, line {start}: expected CSV, got malformed CSV: {error}") from error
+            kind = "TSV" if delimiter == "\t" else "CSV"
+            problem = f"expected {kind}, in which a cell that holds quotes is quoted: {error}"
+            raise InputError(f"{path}, line {start}: {problem}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

@@ -19,6 +19,7 @@ from selfgen_ds.files import naming
 
 _CHARACTERS_PER_INCH = 15  # of the legend's font
 
+
 def plot_evaluation(
     path: Path, title: str, curves: dict[str, Curve], metrics: dict[str, float], correction_rounds: int
 ) -> None:
@@ -32,8 +33,8 @@ def plot_evaluation(
     figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 4), layout="constrained", squeeze=False)
     for name, curve in curves.items():
         _plot_curve(axes[0, 0], curve, name.replace("_", " "))
-    axes[0, 0].set(xlabel="position in the answer (recovery: after the forced error)", ylabel="accuracy")
-    axes[0, 0].set(ylim=(-0.02, 1.02))
+    recovers = " (recovery: after the forced error)" if any("recovery" in name for name in curves) else ""
+    axes[0, 0].set(xlabel=f"position in the answer{recovers}", ylabel="accuracy", ylim=(-0.02, 1.02))
     if correction_rounds:
         _plot_corrections(axes[0, 1], metrics, correction_rounds)
     figure.suptitle(title, fontsize=9)

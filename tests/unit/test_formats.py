@@ -680,7 +680,11 @@ def _text_cases() -> Iterator[Any]:
             f'{header}a,b\nc,"d\ne,f\n',
             ", line 3: expected CSV, got malformed",
         ),
-        "CSV: text after a quote": ("rows.csv", f'{header}"a"b,c\n', ", line 2: expected CSV, got malformed CSV: "),
+        "CSV: text after a quote": (
+            "rows.csv",
+            f'{header}"a"b,c\n',
+            ", line 2: expected CSV, in which a cell that holds quotes is quoted: ",
+        ),
         "CSV: not UTF-8": (
             "rows.csv",
             f"{header}a,b\n".encode() + b"c,\xe9\n",
