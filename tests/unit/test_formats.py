@@ -678,7 +678,7 @@ def _text_cases() -> Iterator[Any]:
         "CSV: an open quote": (
             "rows.csv",
             f'{header}a,b\nc,"d\ne,f\n',
-            ", line 3: expected CSV, got malformed",
+            ", line 3: expected CSV, in which a cell that holds quotes is quoted",
         ),
         "CSV: text after a quote": (
             "rows.csv",
