@@ -169,7 +169,7 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
     plot_evaluation(folder / "evaluation.png", title, binned_curves(scores), metrics, options.correction_rounds)
     meanings = descriptions(options.correction_rounds)
     print("\n".join(f"{name:26}{value:8.3f}  {meanings[name]}" for name, value in metrics.items()))
-    print(f"{len(scores)} rows; {truncated} responses truncated, {refused} prompts left out because of their length")
+    print(f"{len(scores)} rows; {truncated} responses truncated, {refused} rows left out")
     if unfinished:
         print(f"{unfinished} greedy answers were cut before the model ended them; --max_new_tokens allows longer ones")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")

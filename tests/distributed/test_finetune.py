@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,21 @@ def test_a_model_that_learned_plain_texts_is_asked_in_plain_text(chat_model: str
     asked = printed.rsplit("to ask it: ", 1)[1]
     expected = ["--as_chat", "false", "--prompt_template", "Q: {prompt}\nA: "]
     assert shlex.split(asked)[4:8] == expected
+
+
+@pytest.mark.timeout(200)
+def test_a_model_without_a_template_is_evaluated_with_one_on_rows_of_which_some_are_broken(
+    chat_model: str, folder: Path
+) -> None:
+    plain = folder / "plain"
+    shutil.copytree(chat_model, plain)
+    (plain / "chat_template.jinja").rename(folder / "template.jinja")
+    with open(folder / "chat.jsonl", "a") as file:
+        file.write('{"messages": []}\n')
+    rows = ["--data", f"{folder}/chat.jsonl", "--max_refused_share", "0.1", "--output_dir", str(folder / "scores")]
+    template = ["--chat_template", str(folder / "template.jinja")]
+    printed = _selfgen_ds(folder, "evaluate", "--model", str(plain), *template, *rows)
+    assert "chat.jsonl, line 13, field 'messages': expected a list of messages, got none" in printed
+    result = json.loads((folder / "scores" / "evaluation.json").read_text())
+    assert (result["n"], result["refused"]) == (12, 1)
+    _selfgen_ds(folder, "generate", "--model", str(plain), *template, "--prompt", "Hello", "--max_new_tokens", "4")

@@ -200,6 +200,7 @@ UNLIKE_CALLS: Rows = [
         "messages": [{"role": "user", "content": "?"}, _call("add", a=1, b=2)],
         "tools": [_tool("add", a={"type": "number", "minimum": 0}, b={"type": "number"})],
     },
+    {"messages": [{"role": "user", "content": "?"}, _call("add", a=0.5, b=2)], "tools": [_tool("add")]},
 ]
 
 
@@ -601,6 +602,13 @@ def test_a_column_of_lists_is_refused_with_row_and_field(tmp_path: Path) -> None
 def test_numbers_are_texts(tmp_path: Path, form: str) -> None:
     path = _write(tmp_path, form, [{"prompt": "1 + 2", "completion": 3}, {"prompt": "2 + 2", "completion": 4}])
     assert [row.completion for row in _read(path) if isinstance(row, TextPair)] == ["3", "4"]
+
+
+@EVERY_FORMAT
+def test_a_number_is_the_same_text_beside_fractions(tmp_path: Path, form: str) -> None:
+    path = _write(tmp_path, form, [{"prompt": "1 + 2", "completion": 3}, {"prompt": "2 + 2.5", "completion": 4.5}])
+    texts = [row.completion for row in _read(path) if isinstance(row, TextPair)]
+    assert texts == ["3", "4.5"]
 
 
 def test_mixed_types_are_refused_at_the_row_that_differs(tmp_path: Path) -> None:

@@ -197,3 +197,14 @@ def test_rows_are_shown_before_those_that_cannot_be_used_are_refused(
     with pytest.raises(InputError, match=r"1 of 2 rows cannot be used \(.*line 2: field 'completion' is missing"):
         inspect(recipe, set(), 1, False)
     assert "[prompt]ask 0: [replaceable]tell[target]</s>" in capsys.readouterr().out
+
+
+def test_rows_that_are_too_long_are_in_the_histogram_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = _recipe(tmp_path, ["a", "b"], max_refused_share=0.5)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"prompt": "p" * 90, "completion": "c"}))
+    assert "tokens per row: 9 to 92" in _shown(recipe, capsys)
+    assert "1 of 3 rows cannot be used" in caplog.text
+    assert "line 3: the prompt leaves no room for a response within 32 tokens; it has 90 itself" in caplog.text

@@ -42,6 +42,7 @@ BAD_LINES = {
     "no completion": (b'{"prompt": "a"}', "field 'completion' is missing"),
     "empty object": (b"{}", "field 'prompt' is missing"),
     "a truth value": (b'{"prompt": "a", "completion": true}', "field 'completion': expected a text, got bool"),
+    "no number": (b'{"prompt": "a", "completion": NaN}', "field 'completion': expected a text or a finite number, got"),
     "null": (b'{"prompt": null, "completion": "b"}', "field 'prompt': expected a text, got NoneType"),
     "empty completion": (
         b'{"prompt": "a", "completion": ""}',
@@ -124,6 +125,8 @@ GOOD_CONVERSATIONS = {
     "user last": [USER, ASSISTANT, USER],
     "a function": [USER, CALL, TOOL.replace("tool", "function"), ASSISTANT],
     "content of parts": ['{"role": "user", "content": [{"type": "text", "text": "x"}]}', ASSISTANT],
+    "an empty answer of no weight": [USER, WEIGHTED.replace('"x"', '""') % "0", USER, ASSISTANT],
+    "a role of Llama 3.1's": [USER, CALL, TOOL.replace("tool", "ipython"), ASSISTANT],
     "an empty question": ['{"role": "user", "content": ""}', ASSISTANT],
 }
 
@@ -383,3 +386,8 @@ def test_files_that_a_readme_does_not_name_are_left_out_on_purpose(tmp_path: Pat
     (tmp_path / "README.md").write_text(f"---\n{card}---\n")
     rows = open_source(Source(path=str(tmp_path)), "train", Columns()).rows
     assert [row.prompt for row in rows if isinstance(row, TextPair)] == ["train"]
+
+
+def test_a_value_of_sharegpt_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"line 1, field 'conversations', message 1, `value`: expected a text"):
+        _read(tmp_path, b'{"conversations": [{"from": "human", "value": null}]}')
