@@ -174,6 +174,7 @@ def generate(
     choose: Choose | None,
     max_over_ranks: Callable[[int], int] | None = None,
     needed: list[int] | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[int]]:
     """Generate the answers to one batch of prompts, each up to and with an end token.
 
@@ -185,6 +186,7 @@ def generate(
         max_over_ranks: Returns the largest of the ranks' values, if all ranks must run the same number of forwards.
             Then `generate` is collective: every rank must call it.
         needed: Tokens of each answer that are enough; an answer may have more.
+        progress: Called with the number of tokens by which all unfinished answers have grown.
     """
     rows = _UnfinishedRows(model, prompts, end_tokens, in_step=max_over_ranks is not None)
     largest = max_over_ranks or int  # without other ranks, a value is the largest
@@ -201,6 +203,7 @@ def generate(
             length = min(length, positions + 1 - rows.longest())
         length = -largest(-length)  # the shortest segment of any rank
         done += length
+        progress(length)
         if not len(rows):
             rows.idle(length)
             continue

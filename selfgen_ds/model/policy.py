@@ -27,6 +27,8 @@ from selfgen_ds.model import generation, head
 from selfgen_ds.model.budget import SweepBudget, split_rows
 from selfgen_ds.model.gathering import GatherableModel, evaluating
 from selfgen_ds.model.generation import Sharing
+from selfgen_ds.progress import SECONDS, bar
+from selfgen_ds.ranks import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +205,20 @@ class EnginePolicy(GatherableModel, Policy):
         max_over_ranks = self.max_over_ranks if self.sharded and dist.get_world_size() > 1 else None
         idle = max_over_ranks(len(batches)) - len(batches) if max_over_ranks else 0
         answers: list[list[int]] = [[] for _ in prompts]
-        with evaluating(self.forward), _no_generation_defaults(self.model):
+        most = (len(batches) + idle) * max_new_tokens
+        hidden = process_group.rank() != 0
+        with (
+            evaluating(self.forward),
+            _no_generation_defaults(self.model),
+            bar("answers", "token", total=most, delay=SECONDS, leave=False, disable=hidden) as shown,
+        ):
             for numbers in batches + [[]] * idle:
                 choose = None
                 if noise is not None:
                     choose = generation.by_noise(noise, sample, torch.tensor(numbers, device=self.device))
                 batch = [prompts[number] for number in numbers]
                 batch_answers = generation.generate(
-                    self.model, batch, max_new_tokens, self.end_tokens, choose, max_over_ranks
+                    self.model, batch, max_new_tokens, self.end_tokens, choose, max_over_ranks, progress=shown.update
                 )
                 for number, answer in zip(numbers, batch_answers, strict=True):
                     answers[number] = answer

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfgen_ds import hashing
-from selfgen_ds.model import budget, gathering
+from selfgen_ds.model import budget, gathering, generation
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES, attention
@@ -171,3 +171,10 @@ def test_whole_weights_are_generated_from_in_as_many_rows_as_fit(
         assert policy.rows_at_once == 1
         assert len(policy.complete([[1], [2]], 3)) == 2
     assert policy.rows_at_once == 64
+
+
+def test_progress_counts_the_tokens_by_which_answers_grow(model: PreTrainedModel) -> None:
+    grown: list[int] = []
+    generation.generate(model, [[1, 2], [3]], 70, [], None, progress=grown.append)
+    assert sum(grown) == 70
+    assert len(grown) > 1
