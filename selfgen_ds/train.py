@@ -81,7 +81,7 @@ def _generate_command(run: Run, recipe: Recipe, folder: Path) -> str:
     command = ["selfgen-ds", "generate", "--model", str(folder)]
     if run.tokenizer.chat_template and not any(source.conversations for source in run.samples):
         command += ["--as_chat", "false"]
-    if recipe.data.prompt_template != "{prompt}":
+    if recipe.data.prompt_template != "{prompt}" and any(source.pairs for source in run.samples):
         command += ["--prompt_template", recipe.data.prompt_template]
     return shlex.join(command)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, Format, chunks, in_form
 from selfgen_ds.data.message_checks import KNOWN_FIELDS
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.row_checks import Columns, Refused, Row
+from selfgen_ds.data.row_checks import Columns, Refused, Row, TextPair
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tokenizer import tokenizer_hash
 from selfgen_ds.errors import InputError
@@ -89,8 +89,10 @@ class Samples:
     """Special tokens that responses end with: the end token, or the tokens that a chat template closes turns with."""
     end_ids: tuple[int, ...] = ()
     """Tokens that the model's `generation_config.json` names as ends of an answer."""
+    pairs: int
+    """Rows of two texts."""
     conversations: int
-    """Samples that are conversations; the others are pairs of texts."""
+    """Samples that are conversations, rows of two texts in the chat template included."""
     checksum: int
     """CRC-32 of all ids and turns: a resumed run must train on the same data."""
     folder: Path
@@ -228,7 +230,7 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         ArrowWriter(features=_FEATURES, path=str(folder / "samples.arrow"), writer_batch_size=CHUNK_ROWS) as writer,
         bar(f"tokenize {source.name}", "row", delay=2) as progress,
     ):
-        for chunk in chunks(in_form(row, form) for row in islice(source.rows, form.limit)):
+        for chunk in chunks(in_form(row, form) for row in tally.count_pairs(islice(source.rows, form.limit))):
             columns: dict[str, list] = {name: [] for name in _FEATURES}
             unknown = _unknown_fields(chunk) | unknown
             for row, encoded in zip(chunk, encoder.encode(chunk), strict=True):
@@ -247,6 +249,8 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         f"{where}: most chat templates ignore a field {name!r} of a message; other rows may have it too"
         for name, where in unknown.items()
     ]
+    if (form.as_chat or form.prompt_template != Format.prompt_template) and not tally.pairs:
+        notes.append(f"{source.name}: no row has two texts; data.as_chat and data.prompt_template have no effect on it")
     if encoder.unlike_inference:
         notes.append(
             f"{source.name}: in {len(encoder.unlike_inference)} of {tally.read} rows the chat template shows a turn "
@@ -274,10 +278,16 @@ class _Tally:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._max_length = max_length
-        self.read = self.truncated = self.refused = self.conversations = self.checksum = 0
+        self.read = self.truncated = self.refused = self.pairs = self.conversations = self.checksum = 0
         self.too_long: list[int] = []
         self.reasons: list[str] = []
         self.closing_ids: set[int] = set()
+
+    def count_pairs(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on, and count those of two texts."""
+        for row in rows:
+            self.pairs += isinstance(row, TextPair)
+            yield row
 
     def sample(self, row: Row, encoded: Encoded | Refused) -> dict[str, Any]:
         """Return the columns of the sample that a row becomes; nothing if the row is refused."""
