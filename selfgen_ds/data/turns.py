@@ -230,6 +230,10 @@ class _Turn:
                 return self._floor + len(whole)
         if not self._template.knows_generation_prompt and not self._header:
             return None
+        opening = self._opening()
+        if opening and (position := self._text.rfind(opening, self._floor, self._first)) >= 0:
+            self._differences.append("what stands before its opening looks otherwise than when it is generated")
+            return position + len(opening)
         for tail in tails:
             whole = "" if tail is None else tail + self._header
             shared = whole[: self._whole(whole, _common_start(whole, before))]
@@ -237,6 +241,11 @@ class _Turn:
                 self._differences.append("a part of what a model is given before it, such as `<think>`, is not shown")
                 return self._floor + len(shared)
         return None
+
+    def _opening(self) -> str:
+        """Return what the generation prompt adds to the messages before the turn."""
+        without, prompt = (self._template.text_or_none(self._before, adds) or "" for adds in (False, True))
+        return prompt[len(without) :] if prompt.startswith(without) else self._header
 
     def _whole(self, text: str, end: int) -> int:
         """Return the last position up to `end` at which a line, a word or a special token of a text ends."""

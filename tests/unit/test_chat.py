@@ -604,3 +604,17 @@ def test_arguments_are_learned_as_json_whatever_the_template_prints(written: str
     plain = build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
     chat = conversation(replace(_called("3", given), tools=None).messages[:2], {}, "row 1", "row 1")
     assert _learned(plain, chat) == [('{"a": true}', "<|im_end|>")]
+
+
+def test_a_call_after_a_result_that_ends_otherwise_as_the_last_message_starts_after_its_opening() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{{ m['content'] or '' }}"
+        "{% for call in m['tool_calls'] or [] %}{{ '<call>' + (call['function'] | tojson) + '</call>' }}{% endfor %}"
+        "{% if m['role'] == 'tool' and not loop.last %}{{ '\\n' }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    plain = build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
+    once = replace(_called("3", {"a": 1}), tools=None)
+    twice = replace(once, messages=[*once.messages[:3], *once.messages[1:]])
+    call = '<call>{"name": "add", "arguments": {"a": 1}}</call>'
+    assert [text for text, _ in _learned(plain, twice)] == [call, call, "It is 3.", "Welcome."]
