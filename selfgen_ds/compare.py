@@ -42,6 +42,8 @@ class _Group:
     """`[seeds, rows]`, the target tokens of each row, with which the loss is weighted."""
     recovery: Curve | None
     """Accuracy after a forced error over all rows and seeds; None without a built-in task."""
+    unfinished: int | None
+    """Greedy answers of all seeds that were cut before the model ended them; None if an evaluation has no count."""
     settings: dict[str, Any]
     """Settings of the evaluation, which must equal the baseline's."""
 
@@ -162,6 +164,7 @@ def _as_group(runs: list[dict[str, Any]]) -> _Group:
     metrics = first["predictions"][0]["metrics"]
     recovery = [p.get("recovery") for entry in runs for p in entry["predictions"]]
     recipes = [entry["recipe"] for entry in runs if entry["recipe"] is not None]
+    unfinished = [entry["evaluation"].get("unfinished") for entry in runs]
     return _Group(
         name=str(first["folder"]),
         method=recipes[0]["selfgen"]["method"] if recipes else "",
@@ -170,6 +173,7 @@ def _as_group(runs: list[dict[str, Any]]) -> _Group:
         scores={m: np.array([[p["metrics"][m] for p in entry["predictions"]] for entry in runs]) for m in metrics},
         tokens=np.array([[p["tokens"] for p in entry["predictions"]] for entry in runs], dtype=float),
         recovery=None if None in recovery else binned([row[:-1] for row in recovery]),
+        unfinished=None if None in unfinished else sum(unfinished),
         settings=_settings(first["evaluation"]),
     )
 
@@ -269,4 +273,7 @@ def _markdown(rows: list[dict[str, Any]], groups: list[_Group], metrics: list[st
     if len(groups) > 1:
         caption += f"; in parentheses the difference to {groups[0].name}, paired by row"
     caption += "."
+    if all(group.unfinished is not None for group in groups):
+        counts = ", ".join(f"{g.unfinished} of {g.tokens.size} ({g.name})" for g in groups)
+        caption += f"\nGreedy answers that were cut at the longest length before the model ended them: {counts}."
     return "\n".join([*lines, "", caption]) + "\n"

@@ -23,7 +23,8 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Dropout before the adapters, in training steps only."""
     target_modules: str | list[str] = "all-linear"
-    """Linear layers to adapt: the ends of their names, a regular expression, or all of them except the LM head."""
+    """Linear layers to adapt: the ends of their names (`q_proj,v_proj`), a regular expression, or all of them except
+    the LM head."""
     modules_to_save: list[str] = field(default_factory=list)
     """Ends of the names of modules that are trained whole beside the adapters, such as `embed_tokens`, `lm_head`."""
     export: Literal["merged", "adapter"] = "merged"

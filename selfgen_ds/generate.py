@@ -24,6 +24,7 @@ from selfgen_ds.data.chat_template import RAISES
 from selfgen_ds.data.conversation import Conversation, Message, forms
 from selfgen_ds.data.formats import READERS, read_file, suffix
 from selfgen_ds.data.message_checks import are_messages, check_text, prompt_of
+from selfgen_ds.data.row_checks import alpaca_prompt, sharegpt_messages
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.model.loading import load_weights, model_config, most_positions
@@ -37,6 +38,7 @@ _LONGEST = 256
 """Tokens of the longest answer, unless an option says otherwise."""
 
 
+_CUT = "the answer was cut at --max_new_tokens"
 Prompt = str | Conversation
 """What a model is asked: a text, or messages."""
 
@@ -58,7 +60,7 @@ def run(options: GenerateOptions) -> None:
         elif options.prompt is not None:
             _, ended = answerer.answer(answerer.encode(options.prompt), show=True)
             if not ended:
-                print("the answer was cut at --max_new_tokens", file=sys.stderr)
+                print(_CUT, file=sys.stderr)
         else:
             _chat(answerer)
 
@@ -113,6 +115,8 @@ class _Answerer:
             if not self.in_template:
                 return self._checked(self.tokenizer(text, return_tensors="pt", split_special_tokens=True), where)
             prompt = Conversation(messages=[{"role": "user", "content": text}])
+        if not self.tokenizer.chat_template:
+            raise InputError(f"{where}: messages need a model with a chat template (--chat_template)")
         problem = ""
         for _, form in forms(0, prompt):
             try:
@@ -157,7 +161,9 @@ class _Answerer:
 
 
 def _read_prompts(path: Path, column: str) -> list[tuple[str, Prompt]]:
-    """Read prompts with their places: the lines of a text file, or rows with the field `column` or `messages`.
+    """Read prompts with their places: the lines of a text file, or rows.
+
+    A row has the prompt in the field `column`, or is a conversation or a row of Alpaca, whose answer is left out.
 
     Raises:
         InputError: The file cannot be read or has no prompt, or a row has none. The message names the row.
@@ -185,11 +191,18 @@ def _prompt(row: dict[str, Any] | InputError, column: str, where: str) -> Prompt
     if isinstance(row, InputError):
         raise row
     name = "messages" if row.get(column) is None and "messages" in row else column
-    if name not in row:
+    given: Any = row.get(name)
+    if given is None and "conversations" in row:
+        name = "conversations"
+        given = sharegpt_messages(row, f"{where}, field {name!r}")
+    elif given is None and "instruction" in row:
+        return alpaca_prompt(row, where)
+    elif name not in row:
         raise InputError(f"{where}: expected the field {name!r} (--prompt_column), got the fields {sorted(row)}")
-    if not are_messages(row[name]):
-        return check_text(row[name], f"{where}, field {name!r}")
-    return prompt_of(row[name], row, where, f"{where}, field {name!r}")
+    if not are_messages(given):
+        return check_text(given, f"{where}, field {name!r}")
+    answered = len(given) > 1 and given[-1].get("role") == "assistant"  # the reference, as `evaluate` takes it
+    return prompt_of(given[:-1] if answered else given, row, where, f"{where}, field {name!r}")
 
 
 def _answer_all(options: GenerateOptions, prompts: list[tuple[str, Prompt]], answerer: _Answerer) -> None:
@@ -224,5 +237,7 @@ def _chat(answerer: _Answerer) -> None:
             continue
         messages.append({"role": "user", "content": line})
         prompt = Conversation(messages=messages) if answerer.in_template else line
-        answer, _ = answerer.answer(answerer.encode(prompt, "the conversation"), show=True)
+        answer, ended = answerer.answer(answerer.encode(prompt, "the conversation"), show=True)
+        if not ended:
+            print(_CUT, file=sys.stderr)
         messages.append({"role": "assistant", "content": answer})

@@ -72,7 +72,8 @@ class ChatEncoder:
                 self._form = form
                 return rendered
         if any(message.get("tool_calls") for message in chat.messages) and not self._template.knows_tool_calls:
-            raise InputError(f"{chat.where}: the chat template takes no tool calls")
+            advice = "one of your own can (model.chat_template)"
+            raise InputError(f"{chat.where}: the chat template takes no tool calls; {advice}")
         in_order = [problems[form] for form in sorted(problems)]
         raise InputError(next((problem for problem in in_order if RAISES not in problem), in_order[0]))
 

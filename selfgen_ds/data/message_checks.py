@@ -48,7 +48,7 @@ def check_text(text: Any, where: str, may_be_empty: bool = False) -> str:
     if not text and not may_be_empty:
         raise InputError(f"{where}: expected text, got an empty string")
     if not text.isascii() and SURROGATE.search(text):
-        raise InputError(f"{where}: expected UTF-8 text, got half a surrogate pair or a stray byte")
+        raise InputError(f"{where}: expected UTF-8 text, got half a surrogate pair or a stray byte; save it as UTF-8")
     return text
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.data.conversation import Conversation, Message
 from selfgen_ds.data.formats import RawRow
 from selfgen_ds.data.message_checks import are_messages, check_text, conversation, messages_of_sharegpt
 from selfgen_ds.errors import InputError
@@ -99,11 +99,14 @@ def _sharegpt(fields: _Fields, columns: Columns, where: str) -> Conversation:
     field_where = f"{where}, field 'conversations'"
     if "conversations" not in fields:
         raise InputError(f"{field_where}: missing")
-    messages = messages_of_sharegpt(fields["conversations"], field_where)
+    return conversation(sharegpt_messages(fields, field_where), fields, where, field_where)
+
+
+def sharegpt_messages(fields: _Fields, where: str) -> list[Message]:
+    """Return the messages of a row of ShareGPT, its `system` included."""
+    messages = messages_of_sharegpt(fields["conversations"], where)
     system = fields.get("system")
-    if system not in (None, ""):
-        messages = [{"role": "system", "content": system}, *messages]
-    return conversation(messages, fields, where, field_where)
+    return messages if system in (None, "") else [{"role": "system", "content": system}, *messages]
 
 
 def _alpaca(fields: _Fields, columns: Columns, where: str) -> TextPair:
@@ -114,10 +117,16 @@ def _alpaca(fields: _Fields, columns: Columns, where: str) -> TextPair:
     for name in ("instruction", "output"):
         if name not in fields:
             raise InputError(f"{where}: field {name!r} is missing")
+    completion = check_text(fields["output"], f"{where}, field 'output'")
+    return TextPair(prompt=alpaca_prompt(fields, where), completion=completion, where=where)
+
+
+def alpaca_prompt(fields: _Fields, where: str) -> str:
+    """Return the prompt of a row of Alpaca: its `instruction` and, after an empty line, its `input`."""
     prompt = check_text(fields["instruction"], f"{where}, field 'instruction'")
     if fields.get("input") not in (None, ""):
         prompt += "\n\n" + check_text(fields["input"], f"{where}, field 'input'")
-    return TextPair(prompt=prompt, completion=check_text(fields["output"], f"{where}, field 'output'"), where=where)
+    return prompt
 
 
 def _field(fields: _Fields, columns: Columns, kind: str, where: str) -> Any:
@@ -125,8 +134,9 @@ def _field(fields: _Fields, columns: Columns, kind: str, where: str) -> Any:
     column = getattr(columns, kind)
     if column not in fields:
         has = ", ".join(map(repr, fields)) or "no field"
-        raise InputError(
-            f"{where}: field {column!r} is missing; the row has {has}; if one of them is the {kind}, name it with "
-            f"{kind}_column, or a conversation with messages_column"
-        )
+        hint = f"if one of them is the {kind}, name it with {kind}_column"
+        hint += "" if kind == "messages" else ", or a conversation with messages_column"
+        if len(fields) == 1 and ";" in has:
+            hint = "the file seems to be separated by semicolons; write it with commas, or as .tsv with tabs"
+        raise InputError(f"{where}: field {column!r} is missing; the row has {has}; {hint}")
     return fields[column]

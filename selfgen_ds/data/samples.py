@@ -243,14 +243,15 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
         os.fsync(file.fileno())
     if tally.read == tally.refused:
         of_one = f": {tally.reasons[0]}" if len(tally.reasons) == 1 else ""
-        first_line = f"{source.name}: no usable row among {tally.read}{of_one}"
+        room = "; a larger data.max_length leaves room for responses" if tally.too_long else ""
+        first_line = f"{source.name}: no usable row among {tally.read}{of_one}{room}"
         raise InputError("\n".join([first_line, *([] if of_one else tally.reasons)]))
     notes = [
         f"{where}: most chat templates ignore a field {name!r} of a message; other rows may have it too"
         for name, where in unknown.items()
     ]
-    if (form.as_chat or form.prompt_template != Format.prompt_template) and not tally.pairs:
-        notes.append(f"{source.name}: no row has two texts; data.as_chat and data.prompt_template have no effect on it")
+    if form.prompt_template != Format.prompt_template and not tally.pairs:
+        notes.append(f"{source.name}: no row has two texts; data.prompt_template has no effect on it")
     if encoder.unlike_inference:
         notes.append(
             f"{source.name}: in {len(encoder.unlike_inference)} of {tally.read} rows the chat template shows a turn "

@@ -188,7 +188,7 @@ class _Turn:
         if start is None:
             start = self._after_contents()
         if start is None:
-            self._differences.append("the text does not show what a model is given before it")
+            self._differences.append("the template does not say what a model is given before it")
             starts_with_text = bool(self._own) and self._first == self._own[0][0]
             return self._first if starts_with_text else None
         empty = _EMPTY_THOUGHT.match(self._text, start, max(start, self._first))

@@ -125,9 +125,12 @@ def _without_frozen(model: PreTrainedModel, targets: str | list[str]) -> list[st
         InputError: All of the layers are frozen, or the targets are no regular expression.
     """
     try:
-        layers = [name for name, module in model.named_modules() if _is_linear(module) and _matches(targets, name)]
+        layers = _linear_layers(model, targets)
     except re.error as error:
         raise InputError(f"model.lora.target_modules: {error}") from error
+    if isinstance(targets, str) and not layers:  # no regular expression, but names
+        targets = [name.strip() for name in targets.split(",")]
+        layers = _linear_layers(model, targets)
     for target in [] if isinstance(targets, str) else targets:
         if not any(_matches([target], name) for name, _ in model.named_modules()):
             known = dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m))
@@ -140,6 +143,10 @@ def _without_frozen(model: PreTrainedModel, targets: str | list[str]) -> list[st
     if not reached:
         raise InputError(f"model.lora.target_modules: text reaches no layer {targets!r}")
     return _targets(model, reached)
+
+
+def _linear_layers(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
+    return [name for name, module in model.named_modules() if _is_linear(module) and _matches(targets, name)]
 
 
 def _is_linear(module: nn.Module) -> bool:

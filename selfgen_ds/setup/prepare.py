@@ -48,6 +48,7 @@ from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
 from selfgen_ds.setup.run_folder import RunFolder, open_run_folder
+from selfgen_ds.validation.deepspeed_json import login_problem
 from selfgen_ds.validation.inputs import (
     check_activation_checkpointing,
     check_attention,
@@ -121,6 +122,8 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     process_group.init_process_group()
     today = process_group.from_rank_0(lambda: str(date.today()))
     check_ranks(by_name(recipe) | {recipe.deepspeed: json_config} | versions())
+    if problem := process_group.from_rank_0(lambda: login_problem(recipe, json_config)):
+        raise InputError(problem)
     folder = open_run_folder(recipe, json_config)
     inputs = _load_inputs(recipe, folder, zero_stage(json_config), today)
     engine, hf_config = _build(recipe, json_config, inputs)
@@ -310,6 +313,8 @@ def _log_start(recipe: Recipe, inputs: Inputs, model: nn.Module) -> None:
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 keeps shards
     every, trained = sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
     whole = sum(pc.sum(source.table.data.column("length")).as_py() for source in inputs.samples)
+    if "replace_probability" in inputs.method.settings:
+        log.info("a step's loss is that on the mixed context: it rises with p, and cannot be compared with sft's")
     log.info(
         "%.4g million parameters%s; learning rate %g; %.0f tokens per sample",
         every / 1e6,

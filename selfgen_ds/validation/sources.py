@@ -42,7 +42,9 @@ def _check_source(problems: Problems, setting: str, source: Source) -> None:
         tasks = ", ".join(BUILTIN + known for known in TASKS)
         problems.add(f"{setting}: unknown task {task!r}; the built-in tasks are {tasks}")
     elif not exists and not is_task and not _HUB_ID.fullmatch(name):
-        problems.add(f"{setting}: expected an existing file or folder, a hub id, or builtin:<task>, got {name!r}")
+        several = f"; several are [{name}]" if "," in name else ""
+        expected = "expected an existing file or folder, a hub id, or builtin:<task>"
+        problems.add(f"{setting}: {expected}, got {name!r}{several}")
     if (is_task or Path(name).is_file()) and (source.subset or source.split):
         problems.add(f"{setting}: {name} is one file or task, without subsets or splits to choose from")
     if source.streaming and (exists or is_task):

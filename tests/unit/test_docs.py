@@ -32,10 +32,20 @@ SETTINGS = (
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the words of every command in an indented block, without comments; lines that end with `\\` are joined."""
+    """Return the words of every command in an indented block, without comments; lines that end with `\\` are joined.
+
+    A line `NAME=value` sets a variable for the lines after it.
+    """
     lines = re.findall(r"^ {4,}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     programs = ("deepspeed ", "torchrun ", "mpirun ", "python ", "selfgen-ds ", "launch/", "sbatch ", "make ")
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(programs)]
+    found, variables = [], {}
+    for line in lines:
+        if assignment := re.fullmatch(r"([A-Z]+)=(\S+|\".*\")", line):
+            variables[assignment[1]] = assignment[2].strip('"')
+        elif line.startswith(programs):
+            words = re.sub(r"\$([A-Z]+)", lambda match: variables[match[1]], line)
+            found.append(shlex.split(words, comments=True))
+    return found
 
 
 def slug(heading: str) -> str:

@@ -360,6 +360,30 @@ def test_another_project_of_the_json_is_named(recipe: Recipe) -> None:
     assert "wandb.project=other differs from the recipe: wandb_project=mine" in _problem(recipe, config)
 
 
+@pytest.mark.parametrize(
+    ("variables", "netrc", "problem"),
+    [
+        ({}, "", "wandb_project: not logged in to api.wandb.ai; run `wandb login`, or set WANDB_MODE=offline"),
+        ({}, "machine api.wandb.ai login user password x", ""),
+        ({"WANDB_BASE_URL": "https://own.org"}, "machine api.wandb.ai login user password x", "to own.org; run"),
+        ({"WANDB_MODE": "offline"}, "", ""),
+        ({"WANDB_API_KEY": "x"}, "", ""),
+    ],
+)
+def test_a_project_needs_a_login(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], netrc: str, problem: str
+) -> None:
+    (tmp_path / "netrc").write_text(netrc)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (variables | {"NETRC": str(tmp_path / "netrc")}).items():
+        monkeypatch.setenv(name, value)
+    assert deepspeed_json.login_problem(recipe, {}) == ""
+    recipe.wandb_project = "mine"
+    found = deepspeed_json.login_problem(recipe, {})
+    assert problem in found if problem else found == ""
+
+
 def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:
     config: dict[str, Any] = {
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},

@@ -162,7 +162,7 @@ def test_a_wrong_option_is_refused(model: str, options: dict[str, Any], problem:
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            "line 1, field 'messages': expected a message to answer at the end, got the assistant's",
+            "line 1: messages need a model with a chat template (--chat_template)",
         ),
     ],
 )
@@ -264,3 +264,19 @@ def test_a_folder_without_weights_is_one_line(model: str, tmp_path: Path) -> Non
         (tmp_path / name).write_bytes((Path(model) / name).read_bytes())
     with pytest.raises(InputError, match=r"^--model: no weights from "):
         _run(model=str(tmp_path), prompt="a")
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "[user]a[assistant]"),
+        ({"conversations": [{"from": "human", "value": "a"}], "system": "s"}, "[system]s[user]a[assistant]"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "[user]a\n\nb[assistant]"),
+    ],
+)
+def test_rows_of_training_are_answered_without_their_answers(
+    chat_model: str, tmp_path: Path, row: dict[str, Any], read: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    _run(model=chat_model, prompts=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "answers.jsonl"))
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["answer"] == _expected(chat_model, read)

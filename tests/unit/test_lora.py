@@ -390,3 +390,11 @@ def test_an_adapter_may_not_change_on_resume(recipe: Recipe) -> None:
     recipe.model.lora = None
     [problem] = found_by(check_same_run, recipe, {})
     assert "model.lora.r was 8 and is None" in problem
+
+
+@pytest.mark.parametrize("names", ["q_proj", "q_proj,v_proj", "q_proj, v_proj"])
+def test_a_text_of_names_adapts_the_layers_of_these_names(names: str) -> None:
+    model = built(LLAMA)
+    lora.add_adapter(model, LoraConfig(target_modules=names), "base")
+    found = {part for name, _ in model.named_parameters() if "lora_A" in name for part in name.split(".")}
+    assert {name.strip() for name in names.split(",")} == found & {"q_proj", "k_proj", "v_proj", "o_proj"}
