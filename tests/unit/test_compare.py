@@ -316,3 +316,13 @@ def test_evaluations_with_other_forms_of_rows_or_lengths_are_refused(
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(evaluation))
     with pytest.raises(InputError, match=f"were evaluated with {setting}"):
         _compare(tmp_path, *runs)
+
+
+def test_answers_that_were_cut_are_counted_below_the_table(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / name, [0.0, 1.0], method=method) for name, method in (("a", "sft"), ("b", "bash"))]
+    for name, cut in (("a", 2), ("b", 0)):
+        path = tmp_path / name / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"unfinished": cut}))
+    _compare(tmp_path, *runs)
+    written = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"before the model ended them: 2 of 2 ({tmp_path}/a), 0 of 2 ({tmp_path}/b)." in written
