@@ -95,7 +95,7 @@ def test_a_chat_model_is_inspected_trained_asked_evaluated_and_compared(chat_mod
 @pytest.mark.timeout(300)
 def test_two_columns_in_the_chat_template_train_as_the_same_conversations(chat_model: str, folder: Path) -> None:
     _train(folder, chat_model, "chat", *_given(CHAT, folder))
-    asked = _train(folder, chat_model, "two", *_given(TWO, folder), "--data.as_chat", "true")
+    asked = _train(folder, chat_model, "two", *_given(TWO, folder))
     assert runs.losses(folder / "two") == runs.losses(folder / "chat")
     assert "--as_chat false" not in asked
 
@@ -103,8 +103,7 @@ def test_two_columns_in_the_chat_template_train_as_the_same_conversations(chat_m
 @pytest.mark.timeout(200)
 def test_a_model_that_learned_plain_texts_is_asked_in_plain_text(chat_model: str, folder: Path) -> None:
     template = ["--data.prompt_template", "Q: {prompt}\nA: "]
-    printed = _train(folder, chat_model, "plain", *_given(TWO, folder), *template)
-    assert "learned without the tokenizer's chat template" in printed
+    printed = _train(folder, chat_model, "plain", *_given(TWO, folder), *template, "--data.as_chat", "false")
     asked = printed.rsplit("to ask it: ", 1)[1]
     expected = ["--as_chat", "false", "--prompt_template", "Q: {prompt}\nA: "]
     assert shlex.split(asked)[4:8] == expected
