@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -21,7 +22,7 @@ def bar(desc: str, unit: str, **settings: Any) -> tqdm:
     Args:
         settings: Those of `tqdm`, such as `total`, `initial`, `leave` and `disable`.
     """
-    if sys.stderr.isatty():
+    if _is_terminal():
         return tqdm(desc=desc, unit=unit, **settings)
     form = _LINE if settings.get("total") is not None else _LINE_WITHOUT_TOTAL
     return tqdm(
@@ -29,6 +30,14 @@ def bar(desc: str, unit: str, **settings: Any) -> tqdm:
         unit=unit,
         **settings | {"mininterval": SECONDS, "maxinterval": SECONDS, "bar_format": form, "file": _Lines()},
     )
+
+
+def _is_terminal() -> bool:
+    """Return whether stderr is a terminal with a width: on one of no columns, as some containers have, no bar shows."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # it has no size
+        return sys.stderr.isatty()
 
 
 def line_is_open() -> bool:

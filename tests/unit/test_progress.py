@@ -1,6 +1,8 @@
 """Progress in a file: whole lines with the time, and no control characters."""
 
+import os
 import re
+import subprocess
 import sys
 import time
 
@@ -8,6 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from selfgen_ds import progress
+from tests.ranks import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +70,12 @@ def test_only_a_bar_on_stderr_itself_leaves_a_line_open() -> None:
         assert not progress.line_is_open()
     with tqdm(total=2):  # as a library draws it
         assert progress.line_is_open()
+
+
+def test_a_terminal_without_columns_gets_lines() -> None:
+    leader, follower = os.openpty()  # whose size is 0 x 0 until somebody sets it
+    code = "from selfgen_ds.progress import bar\nfor _ in bar('work', 'step', iterable=[1], total=1): pass"
+    subprocess.run([sys.executable, "-c", code], stderr=follower, cwd=ROOT, check=True)
+    assert b"work: step 1 of 1" in os.read(leader, 10_000)
+    os.close(leader)
+    os.close(follower)
