@@ -277,8 +277,11 @@ class _Turn:
     def _alone_after(self) -> str | None:
         """Return what the template writes after the message if none follows; None if it raises."""
         alone = self._chat.until(self._index + 1)
-        text, other = (self._template.text_or_none(chat) for chat in (alone, self._with_other_texts(alone)))
-        return None if text is None or other is None else text[len(text) - _common_end(text, other) + self._overlap :]
+        text = self._text if self._index + 1 == len(self._chat.messages) else self._template.text_or_none(alone)
+        if text is None or text.startswith(self._text[: self._last]):
+            return None if text is None else text[self._last :]
+        other = self._template.text_or_none(self._with_other_texts(alone))
+        return None if other is None else text[len(text) - _common_end(text, other) + self._overlap :]
 
     def _whole_tokens(self, text: str, end: int) -> int:
         """Return a position up to `end` at which no special token of a text is cut."""
