@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import MARKER
@@ -27,7 +36,7 @@ from selfgen_ds.data.message_checks import are_messages, check_text, prompt_of
 from selfgen_ds.data.row_checks import alpaca_prompt, sharegpt_messages
 from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.model.loading import load_weights, model_config, most_positions
+from selfgen_ds.model.loading import model_config, most_positions
 from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation.options import check_generate, naming_the_options
@@ -36,8 +45,6 @@ log = logging.getLogger("selfgen_ds")
 
 _LONGEST = 256
 """Tokens of the longest answer, unless an option says otherwise."""
-
-
 _CUT = "the answer was cut at --max_new_tokens"
 Prompt = str | Conversation
 """What a model is asked: a text, or messages."""
@@ -85,7 +92,7 @@ class _Answerer:
         source = ModelConfig(name_or_path=folder, chat_template=options.chat_template, trust_remote_code=trust)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
         config = model_config(source, self.tokenizer)
-        self.model = load_weights(source, config, "auto").to(process_group.device()).eval()
+        self.model = _load_model(folder, config, trust).to(process_group.device()).eval()
         self.in_template = bool(self.tokenizer.chat_template) if options.as_chat is None else options.as_chat
         if self.in_template and not self.tokenizer.chat_template:
             raise InputError("--as_chat: expected a model with a chat template")
@@ -138,7 +145,7 @@ class _Answerer:
     def _checked(self, encoded: BatchEncoding, where: str) -> BatchEncoding:
         room = self._room(encoded)
         if room is not None and room < (self._longest or 1):
-            needed = f"{self._longest or 1} (--max_new_tokens)" if self._longest else "1"
+            needed = f"{self._longest} (--max_new_tokens)" if self._longest else "1"
             raise InputError(f"{where}: the model has positions for {max(0, room)} more tokens, expected {needed}")
         return encoded
 
@@ -158,6 +165,16 @@ class _Answerer:
             ids = self.model.generate(**given, streamer=streamer)
         written = ids[0, given["input_ids"].shape[1] :].tolist()
         return self.tokenizer.decode(written, skip_special_tokens=True), bool(written) and written[-1] in self._ends
+
+
+def _load_model(folder: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a model as plain transformers does, in its own dtype."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"--model: no weights from {folder!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _read_prompts(path: Path, column: str) -> list[tuple[str, Prompt]]:

@@ -118,8 +118,11 @@ class MetricsLogger:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """End the progress bar, and the run in Weights & Biases, whose last lines are written only then."""
+        """End the progress bar."""
         self._bar.close()
+
+    def finish(self) -> None:
+        """End the run in Weights & Biases, whose last lines are written only then. This may wait for the network."""
         if self._writes and self._monitor.wandb_monitor is not None and self._monitor.wandb_monitor.enabled:
             import wandb  # an optional dependency
 

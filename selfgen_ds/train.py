@@ -70,6 +70,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         folder = run.folder.path / "model"
         export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
         log.info("training is done; the model is in %s; to ask it: %s", folder, _generate_command(run, recipe, folder))
+        between_steps.metrics_logger.finish()
 
 
 def _due(step: int, every: int | None) -> bool:

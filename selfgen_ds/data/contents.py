@@ -99,7 +99,7 @@ def _check_shown(
             raise InputError(f"{marked_chat.where}: the chat template leaves out {what} of message {index + 1}{advice}")
 
 
-def marked_without_numbers(message: Message, index: int, split: bool) -> Message:
+def other_message(message: Message, index: int, split: bool) -> Message:
     """Return a message with other texts and other arguments of tool calls than it has."""
     return change_calls(_marked(message, index, split, []), other_arguments)
 

@@ -235,7 +235,8 @@ def _canonical(value: Any) -> Any:
         return {name: _canonical(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
         return [_canonical(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    # above 2^53 the digits of an integer would be more than the number says
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:

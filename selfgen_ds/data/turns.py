@@ -21,7 +21,7 @@ from selfgen_ds.data.contents import (
     check_other_fields,
     header_of_answer,
     locate,
-    marked_without_numbers,
+    other_message,
     other_name,
     tail_after_contents,
     texts_of,
@@ -175,7 +175,7 @@ class _Turn:
         return min(start for start, _ in spans), max(end for _, end in spans)
 
     def _with_other_texts(self, chat: Conversation) -> Conversation:
-        return chat.with_message(self._index, marked_without_numbers(self._message, self._index, self._split))
+        return chat.with_message(self._index, other_message(self._message, self._index, self._split))
 
     def _find_start(self) -> int | None:
         """Return the end of the generation prompt, or of an empty block of reasoning after it; None if it is unknown.

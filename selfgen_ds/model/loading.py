@@ -233,7 +233,7 @@ def build_model(
         if model.name_or_path is None:
             built = from_config(model, config, dtype=dtype, attn_implementation=model.attn_implementation)
         else:
-            built = load_weights(model, config, dtype)
+            built = _load_weights(model, config, dtype)
     except InputError:
         raise
     except Exception as error:  # the type depends on the model's code, which may not suit ZeRO-3
@@ -246,8 +246,8 @@ def build_model(
     return add_reductions(built, logit_transform).train()
 
 
-def load_weights(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load the model from `model.name_or_path`, with a dtype or, given `auto`, its own; every weight must be there."""
+def _load_weights(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model from `model.name_or_path`; every weight must be there."""
     try:
         built, loaded = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -232,13 +229,12 @@ def _autos(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def login_problem(recipe: Recipe, config: dict[str, Any]) -> str:
     """Return why this process cannot log in to Weights & Biases, if recipe or JSON turn it on; nothing if it can."""
-    enabled = recipe.wandb_project is not None or config.get("wandb", {}).get("enabled")
-    online = os.environ.get("WANDB_MODE", "online") == "online"
-    if not enabled or not online or "WANDB_API_KEY" in os.environ:
+    if recipe.wandb_project is None and not config.get("wandb", {}).get("enabled"):
         return ""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    import wandb  # an optional dependency
+
     try:
-        logged_in = netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, NetrcParseError):
-        logged_in = False
-    return "" if logged_in else f"wandb_project: not logged in to {host}; run `wandb login`, or set WANDB_MODE=offline"
+        wandb.login()  # asks nobody and nothing if it is offline, or has credentials
+    except wandb.errors.Error as error:
+        return f"wandb_project: {' '.join(str(error).split())} WANDB_MODE=offline needs no login"
+    return ""

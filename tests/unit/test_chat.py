@@ -1,5 +1,4 @@
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from transformers import PreTrainedTokenizerFast
 
 from selfgen_ds.data.chat import ChatEncoder
 from selfgen_ds.data.conversation import Conversation
-from selfgen_ds.data.message_checks import conversation
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, EVERY_FAMILY, FAMILIES, build, tokenizer
 
@@ -485,136 +483,3 @@ def test_texts_and_parts_may_be_mixed(parts: int, template: str) -> None:
     messages = [dict(message) for message in TWO_TURNS[:2]]
     messages[parts]["content"] = [{"type": "text", "text": messages[parts]["content"]}]
     assert _encode(_chatml(template), messages) == _encode(_chatml(), TWO_TURNS[:2])
-
-
-# --- cases of templates that models have ---
-
-PHI = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] or '') }}"
-    "{% for call in m['tool_calls'] or [] %}{{ '<|call|>' + (call['function'] | tojson) + '<|/call|>' }}{% endfor %}"
-    "{{ '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-)
-"""Closes a turn by `<|end|>`, and a text that nothing follows by the end token as well."""
-MOVING = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{% if loop.index0 == messages | map(attribute='role') | list | length - 1 or not (messages[loop.index0 + 1:]"
-    " | selectattr('role', 'equalto', 'user') | list) %}{{ '[TOOLS]' + (tools | tojson) + '[/TOOLS]' }}{% endif %}"
-    "{{ '[INST]' + m['content'] + '[/INST]' }}"
-    "{% elif m['tool_calls'] %}{{ '[CALLS]' + (m['tool_calls'] | map(attribute='function') | list | tojson) + '</s>' }}"
-    "{% elif m['role'] == 'tool' %}{{ '[RESULT]' + (m['content'] | tojson) + '[/RESULT]' }}"
-    "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
-)
-"""Shows the tools before the last message of the user, as Mistral's templates do, and results as JSON."""
-_MOVING_TOKENS = ("[TOOLS]", "[/TOOLS]", "[INST]", "[/INST]", "[CALLS]", "[RESULT]", "[/RESULT]")
-_PHI_TOKENS = ("<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|/call|>", "<|end|>", "<|endoftext|>")
-
-
-def _learned(chat_tokenizer: PreTrainedTokenizerFast, chat: Conversation) -> list[tuple[str, str]]:
-    """Return the learned turns: what may be replaced, and what closes it."""
-    ((ids, turns),) = ChatEncoder(chat_tokenizer, "all").encode([chat])
-    return [(chat_tokenizer.decode(ids[a:b]), chat_tokenizer.decode(ids[b:c])) for a, b, c in turns]
-
-
-def _called(result: str, arguments: dict[str, Any] | str) -> Conversation:
-    function = {"name": "add", "arguments": arguments}
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "1 and 2?"},
-        {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
-        {"role": "tool", "content": result},
-        {"role": "assistant", "content": "It is 3."},
-        {"role": "user", "content": "Thank you."},
-        {"role": "assistant", "content": "Welcome."},
-    ]
-    return Conversation(messages=messages, tools=[{"type": "function", "function": {"name": "add"}}], where="row 1")
-
-
-def test_a_call_is_learned_from_its_start_if_the_tools_move_to_a_later_message() -> None:
-    moving = build(MOVING, "byte_level", _MOVING_TOKENS, None, "</s>")
-    call = '[CALLS][{"name": "add", "arguments": {"a": 1}}]'
-    expected = [(call, "</s>"), ("It is 3.", "</s>"), ("Welcome.", "</s>")]
-    assert _learned(moving, _called("3", {"a": 1})) == expected
-    rendered = ChatEncoder(moving, "all").render(_called("3", {"a": 1}))
-    assert "message 2: the messages before it look otherwise" in rendered.unlike_inference
-
-
-@pytest.mark.parametrize("result", ['{"sum": 3}', 'a\n"b" \\', "<|im_end|>", "é [RESULT]"])
-def test_a_result_may_stand_escaped_in_the_text(result: str) -> None:
-    moving = build(MOVING, "byte_level", (*_MOVING_TOKENS, "<|im_end|>"), None, "</s>")
-    chat = _called(result, {"a": 1})
-    assert [closing for _, closing in _learned(moving, chat)] == ["</s>"] * 3
-    ((ids, _),) = ChatEncoder(moving, "all").encode([chat])
-    special = set(moving.convert_tokens_to_ids(["[RESULT]", "<|im_end|>"]))
-    assert sum(token in special for token in ids) == 1, "what the result spells stays text"
-
-
-def test_a_turn_ends_at_the_token_that_closes_it_whatever_follows() -> None:
-    phi = build(PHI, "byte_level", _PHI_TOKENS, None, "<|endoftext|>")
-    call = '<|call|>{"name": "add", "arguments": {"a": 1}}'
-    expected = [(call, "<|/call|><|end|>"), ("It is 3.", "<|end|>"), ("Welcome.", "<|end|><|endoftext|>")]
-    chat = replace(_called("3", {"a": 1}), tools=None)
-    assert _learned(phi, chat) == expected
-
-
-def test_a_turn_that_ends_otherwise_than_at_inference_learns_no_end() -> None:
-    last = "'<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>'"
-    harmony = PHI.replace("{{ '<|end|>' }}", f"{{{{ {last} }}}}")
-    harmony = harmony.replace("{% else %}{{ eos_token }}", "")
-    tokens = build(harmony, "byte_level", (*_PHI_TOKENS, "<|return|>"), None, "<|endoftext|>")
-    chat = Conversation(messages=_conversation("a", "b", "c", "d"), where="row 1")
-    assert _learned(tokens, chat) == [("b", ""), ("d", "<|return|>")]
-    assert "message 2: it ends otherwise" in ChatEncoder(tokens, "all").render(chat).unlike_inference
-
-
-def test_a_template_that_raises_without_later_messages_learns_no_later_message() -> None:
-    raising = CHATML_GENERATION.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    raising += "{% if messages[-1]['tool_calls'] %}{{ raise_exception('a call is last') }}{% endif %}"
-    plain = build(raising, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    learned = _learned(plain, replace(_called("3", {"a": 1}), tools=None))
-    assert not any("Thank" in text for pair in learned for text in pair)
-    assert [closing for _, closing in learned] == ["<|im_end|>"] * 3
-
-
-def test_reasoning_that_the_generation_prompt_opens_is_learned_without_its_opening() -> None:
-    opening = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
-    plain = build(opening, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    chat = Conversation(messages=_conversation("a", "<think>\nwhy\n</think>\n\nb"), where="row 1")
-    assert _learned(plain, chat) == [("why\n</think>\n\nb", "<|im_end|>")]
-    without = Conversation(messages=_conversation("a", "b"), where="row 1")
-    assert _learned(plain, without) == [("b", "<|im_end|>")]
-    assert "such as `<think>`, is not shown" in ChatEncoder(plain, "all").render(without).unlike_inference
-
-
-def test_all_tokens_that_close_a_turn_are_learned() -> None:
-    two = CHATML.replace("<|im_end|>", "<|/answer|><|im_end|>")
-    plain = build(two, "byte_level", ("<|im_start|>", "<|im_end|>", "<|/answer|>"), None, "<|im_end|>")
-    chat = Conversation(messages=_conversation("a", "b"), where="row 1")
-    assert _learned(plain, chat) == [("b", "<|/answer|><|im_end|>")]
-
-
-@pytest.mark.parametrize("given", ['{"a": true}', {"a": True}])
-@pytest.mark.parametrize("written", ["c['function']['arguments']", "c['function']['arguments'] | tojson"])
-def test_arguments_are_learned_as_json_whatever_the_template_prints(written: str, given: Any) -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{{ m['content'] }}"
-        f"{{% for c in m['tool_calls'] or [] %}}{{{{ {written} }}}}{{% endfor %}}"
-        "{{ '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-    plain = build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    chat = conversation(replace(_called("3", given), tools=None).messages[:2], {}, "row 1", "row 1")
-    assert _learned(plain, chat) == [('{"a": true}', "<|im_end|>")]
-
-
-def test_a_call_after_a_result_that_ends_otherwise_as_the_last_message_starts_after_its_opening() -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{{ m['content'] or '' }}"
-        "{% for call in m['tool_calls'] or [] %}{{ '<call>' + (call['function'] | tojson) + '</call>' }}{% endfor %}"
-        "{% if m['role'] == 'tool' and not loop.last %}{{ '\\n' }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-    plain = build(template, "byte_level", ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    once = replace(_called("3", {"a": 1}), tools=None)
-    twice = replace(once, messages=[*once.messages[:3], *once.messages[1:]])
-    call = '<call>{"name": "add", "arguments": {"a": 1}}</call>'
-    assert [text for text, _ in _learned(plain, twice)] == [call, call, "It is 3.", "Welcome."]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from selfgen_ds.config import (
     DataConfig,
@@ -360,28 +361,27 @@ def test_another_project_of_the_json_is_named(recipe: Recipe) -> None:
     assert "wandb.project=other differs from the recipe: wandb_project=mine" in _problem(recipe, config)
 
 
+@pytest.mark.test
 @pytest.mark.parametrize(
-    ("variables", "netrc", "problem"),
+    ("variables", "problem"),
     [
-        ({}, "", "wandb_project: not logged in to api.wandb.ai; run `wandb login`, or set WANDB_MODE=offline"),
-        ({}, "machine api.wandb.ai login user password x", ""),
-        ({"WANDB_BASE_URL": "https://own.org"}, "machine api.wandb.ai login user password x", "to own.org; run"),
-        ({"WANDB_MODE": "offline"}, "", ""),
-        ({"WANDB_API_KEY": "x"}, "", ""),
+        ({}, "wandb_project: No API key configured. Use `wandb login` to log in. WANDB_MODE=offline needs no login"),
+        ({"WANDB_MODE": "offline"}, ""),
+        ({"WANDB_MODE": "disabled"}, ""),
     ],
 )
 def test_a_project_needs_a_login(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], netrc: str, problem: str
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], problem: str
 ) -> None:
-    (tmp_path / "netrc").write_text(netrc)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in (variables | {"NETRC": str(tmp_path / "netrc")}).items():
+    for name, value in (variables | {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
+    wandb.teardown()  # settings that an earlier test read
     assert deepspeed_json.login_problem(recipe, {}) == ""
     recipe.wandb_project = "mine"
-    found = deepspeed_json.login_problem(recipe, {})
-    assert problem in found if problem else found == ""
+    assert deepspeed_json.login_problem(recipe, {}) == problem
+    wandb.teardown()
 
 
 def test_the_json_read_is_left_as_it_was(recipe: Recipe) -> None:

@@ -161,6 +161,11 @@ def test_a_wrong_option_is_refused(model: str, options: dict[str, Any], problem:
         ("a.jsonl", '{"messages": [{"role": 5}]}', "line 1, field 'messages', message 1: expected a role"),
         (
             "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "b"}]}',
+            "line 1, field 'messages': expected a message to answer at the end, got the assistant's",
+        ),
+        (
+            "a.jsonl",
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
             "line 1: messages need a model with a chat template (--chat_template)",
         ),
