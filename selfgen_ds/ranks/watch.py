@@ -36,6 +36,7 @@ class Watch:
         self._interrupted = False
         self._announced = False
         self._starting = True
+        self._lock = threading.Lock()  # of the last signal and of the end of the start: which of them was first
         self.forwards = 0
         """Forwards that this rank's model has made since `begin`."""
 
@@ -65,7 +66,11 @@ class Watch:
             module: The model whose forwards are counted.
         """
         assert process_group.heartbeat is not None
-        self._starting, self._heartbeat = False, process_group.heartbeat
+        with self._lock:
+            self._starting, received = False, bool(self._signal)
+        if received:
+            self._thread.join()  # it ends all ranks, at their next heartbeat; a step until then would be lost
+        self._heartbeat = process_group.heartbeat
         self._heartbeat.stall_seconds = self._stall_seconds
         process_group.shorten_timeout()
         module.register_forward_pre_hook(self._count)
@@ -115,10 +120,11 @@ class Watch:
                     os.write(2, b"selfgen-ds: interrupted twice; the last steps are not saved\n")
                     os._exit(signals.INTERRUPTED)
                 self._interrupted |= number == signal.SIGINT
-                self._signal = number
-                if self._starting and process_group.heartbeat is not None:
+                with self._lock:
+                    self._signal, starting = number, self._starting
+                if starting and process_group.heartbeat is not None:
                     process_group.heartbeat.end_all(signals.BEFORE, signals.STOPPED)
-                elif self._starting:
+                elif starting:
                     signals.exit_stopped()
 
     def _count(self, *_: object) -> None:

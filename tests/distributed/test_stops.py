@@ -91,7 +91,10 @@ def test_a_signal_while_python_imports_stops_a_rank_too(folder: Path) -> None:
     assert run.output() == "selfgen-ds: stopped by a signal before the first step\n"
 
 
-@matrix("function", ["selfgen_ds.setup.prepare:load_tokenizer", "selfgen_ds.setup.build:build_model"])
+STARTS = [f"selfgen_ds.{function}" for function in ("setup.prepare:load_tokenizer", "setup.build:build_model")]
+
+
+@matrix("function", [*STARTS, "selfgen_ds.train:BetweenSteps"])  # the last is reached a moment before the first step
 def test_before_the_first_step_there_is_nothing_to_save(folder: Path, function: str) -> None:
     settings = faults.recipe(folder, "scheduled_sampling")
     run = faults.start(settings, folder, {1: Point(function=function, signal=signal.SIGUSR1)})
