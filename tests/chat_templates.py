@@ -35,7 +35,7 @@ def _call(city: str) -> dict[str, Any]:
     return {"type": "function", "id": "abcdefghi", "function": function}
 
 
-def _result(content: str) -> Message:
+def _result(content: Any) -> Message:
     return {"role": "tool", "name": "get_weather", "tool_call_id": "abcdefghi", "content": content}
 
 
@@ -69,6 +69,7 @@ KINDS: dict[str, list[Message]] = {
         _assistant("WRITTEN4 answer", reasoning_content="WRITTEN3 thought"),
     ],
     "tool": [*_WEATHER, _assistant("WRITTEN2 answer")],
+    "object result": [*_WEATHER[:2], _result({"degrees": 3, "sky": "GIVEN result"}), _assistant("WRITTEN2 answer")],
     "tool, last": _WEATHER[:2],
     "tool and content": [
         _WEATHER[0],
@@ -159,7 +160,7 @@ def _is_shown(tokenizer: PreTrainedTokenizerFast, messages: list[Message], tools
 
 def _texts(message: Message) -> Iterator[str]:
     content = message.get("content") or ""
-    yield content if isinstance(content, str) else content[0]["text"]
+    yield content[0]["text"] if isinstance(content, list) else str(content)
     yield from (message[name] for name in REASONING_FIELDS if name in message)
     yield from (str(call["function"]["arguments"]) for call in message.get("tool_calls", ()))
 

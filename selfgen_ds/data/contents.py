@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 from selfgen_ds.data.chat_template import ChatTemplate, Span
-from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message, change_calls
+from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message, are_parts, change_calls, result_of
 from selfgen_ds.errors import InputError
 
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # from Unicode's private use area
@@ -76,7 +76,26 @@ def locate(template: ChatTemplate, chat: Conversation, text: str, learned: list[
     spans = None if repeated else _spans(shown, pieces[::2], text)
     if spans is None:
         raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
-    return Contents(parts=parts, shown=list(zip(order, spans, strict=True)))
+    places = [*zip(order, spans, strict=True), *_results(template, chat, text, parts)]
+    return Contents(parts=parts, shown=sorted(places, key=lambda place: place[1]))
+
+
+def _results(template: ChatTemplate, chat: Conversation, text: str, parts: list[Part]) -> Iterator[tuple[int, Span]]:
+    """Yield the places of results that are objects, by another one in their place, and add them to `parts`.
+
+    Raises:
+        InputError: The template leaves out a result.
+    """
+    for i, message in enumerate(chat.messages):
+        if (result := result_of(message)) is None:
+            continue
+        other: Any = {_OTHER: _OTHER} if isinstance(result, dict) else [_OTHER]
+        changed = template.text_or_none(chat.with_message(i, message | {"content": other}))
+        if changed == text:
+            raise InputError(f"{chat.where}: the chat template leaves out the content of message {i + 1}")
+        if changed is not None:
+            yield len(parts), (common_start(text, changed), len(text) - common_end(text, changed))
+            parts.append(Part(message=i, text=""))
 
 
 def _check_shown(
@@ -133,7 +152,9 @@ def header_of_answer(template: ChatTemplate, chat: Conversation, text: str) -> s
 def texts_of(message: Message) -> list[str]:
     """Return the texts of a message's content."""
     content = message.get("content") or ""
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content] if are_parts(content) else []
 
 
 def _marked(message: Message, index: int, split: bool, parts: list[Part]) -> Message:
@@ -157,7 +178,7 @@ def _marked(message: Message, index: int, split: bool, parts: list[Part]) -> Mes
     content = message.get("content")
     if isinstance(content, str):
         fields["content"] = mark_content(content)
-    elif content:
+    elif are_parts(content):
         fields["content"] = [part | {"text": mark_content(part["text"])} for part in content]
     return message | fields
 
@@ -262,3 +283,23 @@ def other_arguments(function: dict[str, Any], number: int = 0) -> dict[str, Any]
 def other_name(function: dict[str, Any]) -> dict[str, Any]:
     """Return a function of a tool call with a name that no row has."""
     return function | {"name": _OTHER}
+
+
+def common_start(one: str, other: str) -> int:
+    """Return the number of characters at the start of two texts that are the same."""
+    return _longest(min(len(one), len(other)), lambda length: one[:length] == other[:length])
+
+
+def common_end(one: str, other: str) -> int:
+    """Return the number of characters at the end of two texts that are the same."""
+    shorter = min(len(one), len(other))
+    return _longest(shorter, lambda length: one[len(one) - length :] == other[len(other) - length :])
+
+
+def _longest(most: int, same: Callable[[int], bool]) -> int:
+    """Return the largest length up to `most` that is the same, by halving."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if same(middle) else (low, middle - 1)
+    return low

@@ -6,12 +6,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 Message = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names of the field with a message's reasoning. Transformers gives a template all of them."""
+TOOL_ROLES = ("tool", "function", "ipython")
+"""The roles of a message that holds the result of a tool call."""
 _Change = Callable[[Message], Message]
 
 
@@ -40,8 +42,8 @@ class Conversation:
 def forms(form: int, chat: Conversation) -> Iterator[tuple[int, Conversation]]:
     """Yield a conversation in every form that a template may take it in, with the form's number.
 
-    Contents are texts or lists of parts, arguments of tool calls are objects or JSON, a missing content is left out,
-    null or empty, and `developer` and `function` may be called `system` and `tool`.
+    Contents are texts or lists of parts, arguments of tool calls and results are objects or JSON, a missing content is
+    left out, null or empty, and `developer` and `function` may be called `system` and `tool`.
 
     Args:
         form: The number of the form to begin with. Number 0 is the form that the row has.
@@ -91,10 +93,26 @@ def _usual_role(message: Message) -> Message:
     return message | {"role": usual.get(message["role"], message["role"])}
 
 
+def are_parts(content: Any) -> TypeGuard[list[dict[str, str]]]:
+    """Return whether a content is a list of parts of type `text`."""
+    return isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content)
+
+
+def result_of(message: Message) -> Any:
+    """Return the result of a tool call, if it is an object or a list of JSON instead of a text; otherwise None."""
+    content = message.get("content")
+    return content if isinstance(content, (dict, list)) and not are_parts(content) else None
+
+
+def _result_as_json(message: Message) -> Message:
+    result = result_of(message)
+    return message if result is None else message | {"content": json.dumps(result, ensure_ascii=False)}
+
+
 def _text_content(message: Message) -> Message:
     """Join the parts of a content."""
-    content = message.get("content")
-    return message | {"content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
+    content = message.get("content") or ""
+    return message | {"content": "".join(part["text"] for part in content)} if are_parts(content) else message
 
 
 def _parts_content(message: Message) -> Message:
@@ -108,6 +126,7 @@ _FORMS: list[tuple[_Change, ...]] = sorted(
         (_same, _arguments_as_json),
         (_same, _null_content, _empty_content),
         (_same, _usual_role),
+        (_same, _result_as_json),
         (_same, _text_content, _parts_content),
     ),
     key=lambda form: sum(change is not _same for change in form),

@@ -8,10 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from selfgen_ds.data.chat_template import SURROGATE
-from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message, change_calls
+from selfgen_ds.data.conversation import (
+    REASONING_FIELDS,
+    TOOL_ROLES,
+    Conversation,
+    Message,
+    change_calls,
+    result_of,
+)
 from selfgen_ds.errors import InputError
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)
 KNOWN_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_FIELDS}
 """Fields of a message that chat templates read. Others are given to the template too."""
 _RESERVED = {"messages", "tools", "conversation", "chat_template", "add_generation_prompt", "documents"}
@@ -185,6 +192,8 @@ def _message(fields: Any, where: str) -> Message:
     if "content" not in message:
         if not says_more:
             raise InputError(f"{where}: expected a content, got only {', '.join(map(repr, message))}")
+        return message
+    if role in TOOL_ROLES and result_of(message) is not None:
         return message
     may_be_empty = says_more or role != "assistant" or weight == 0
     return message | {"content": _content(message["content"], f"{where}, content", may_be_empty)}

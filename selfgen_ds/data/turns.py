@@ -10,7 +10,6 @@ markers, only what they enclose is learned, and the closing tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ from selfgen_ds.data.contents import (
     THOUGHT,
     Contents,
     check_other_fields,
+    common_end,
+    common_start,
     header_of_answer,
     locate,
     other_message,
@@ -163,12 +164,12 @@ class _Turn:
         other = self._template.text_or_none(self._with_other_texts(self._chat))
         spans = list(self._own)
         if other is not None:
-            spans.append((_common_start(self._text, other), len(self._text) - _common_end(self._text, other)))
+            spans.append((common_start(self._text, other), len(self._text) - common_end(self._text, other)))
             self._overlap = max(end for _, end in spans) - spans[-1][1]
         if self._message.get("tool_calls"):
             renamed = self._chat.with_message(self._index, change_calls(self._message, other_name))
             if (other := self._template.text_or_none(renamed)) not in (None, self._text):
-                start = _common_start(self._text, other)
+                start = common_start(self._text, other)
                 spans.append((start, start))
         if not spans:
             raise InputError(f"{self._where}: the text does not show where it is")
@@ -236,7 +237,7 @@ class _Turn:
             return position + len(opening)
         for tail in tails:
             whole = "" if tail is None else tail + self._header
-            shared = whole[: self._whole(whole, _common_start(whole, before))]
+            shared = whole[: self._whole(whole, common_start(whole, before))]
             if shared.strip():
                 self._differences.append("a part of what a model is given before it, such as `<think>`, is not shown")
                 return self._floor + len(shared)
@@ -264,7 +265,7 @@ class _Turn:
         alone = self._alone_after()
         if alone is None:
             return self._closing_in(shown, first=True) or (self._last, self._last)
-        common = shown[: self._whole_tokens(shown, _common_start(shown, alone))]
+        common = shown[: self._whole_tokens(shown, common_start(shown, alone))]
         if found := self._closing_in(common, first=not self._message.get("tool_calls")):
             return found
         end = self._last + len(common.rstrip())
@@ -281,7 +282,7 @@ class _Turn:
         if text is None or text.startswith(self._text[: self._last]):
             return None if text is None else text[self._last :]
         other = self._template.text_or_none(self._with_other_texts(alone))
-        return None if other is None else text[len(text) - _common_end(text, other) + self._overlap :]
+        return None if other is None else text[len(text) - common_end(text, other) + self._overlap :]
 
     def _whole_tokens(self, text: str, end: int) -> int:
         """Return a position up to `end` at which no special token of a text is cut."""
@@ -300,26 +301,6 @@ class _Turn:
             return None
         run = runs[0 if first else -1]
         return self._last + run.start(), self._last + run.end()
-
-
-def _common_start(one: str, other: str) -> int:
-    """Return the number of characters at the start of two texts that are the same."""
-    return _longest(min(len(one), len(other)), lambda length: one[:length] == other[:length])
-
-
-def _common_end(one: str, other: str) -> int:
-    """Return the number of characters at the end of two texts that are the same."""
-    shorter = min(len(one), len(other))
-    return _longest(shorter, lambda length: one[len(one) - length :] == other[len(other) - length :])
-
-
-def _longest(most: int, same: Callable[[int], bool]) -> int:
-    """Return the largest length up to `most` that is the same, by halving."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if same(middle) else (low, middle - 1)
-    return low
 
 
 def _joined(spans: list[Span]) -> list[Span]:

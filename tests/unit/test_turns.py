@@ -1,5 +1,6 @@
 """Where turns start and end under templates as models have them: moved tools, several closings, opened reasoning."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from selfgen_ds.data.chat import ChatEncoder
 from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.message_checks import conversation
+from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, build
 
 PHI = (
@@ -67,14 +69,33 @@ def test_a_call_is_learned_from_its_start_if_the_tools_move_to_a_later_message()
     assert "message 2: the messages before it look otherwise" in rendered.unlike_inference
 
 
-@pytest.mark.parametrize("result", ['{"sum": 3}', 'a\n"b" \\', "<|im_end|>", "é [RESULT]"])
-def test_a_result_may_stand_escaped_in_the_text(result: str) -> None:
+@pytest.mark.parametrize("result", ['{"sum": 3}', 'a\n"b" \\', "<|im_end|>", "é [RESULT]", {"a": "<|im_end|>"}])
+def test_a_result_may_stand_escaped_in_the_text(result: Any) -> None:
     moving = build(MOVING, "byte_level", (*_MOVING_TOKENS, "<|im_end|>"), None, "</s>")
-    chat = _called(result, {"a": 1})
+    chat = _called("", {"a": 1}).with_message(2, {"role": "tool", "content": result})
     assert [closing for _, closing in _learned(moving, chat)] == ["</s>"] * 3
     ((ids, _),) = ChatEncoder(moving, "all").encode([chat])
     special = set(moving.convert_tokens_to_ids(["[RESULT]", "<|im_end|>"]))
     assert sum(token in special for token in ids) == 1, "what the result spells stays text"
+
+
+@pytest.mark.parametrize("result", [{"sum": 3, "by": {"hand": True}}, [1, {"sum": 3}]])
+def test_a_result_may_be_an_object_or_a_list(result: Any) -> None:
+    """A template may print it as JSON; one that takes texts alone is given its JSON."""
+    moving = build(MOVING, "byte_level", _MOVING_TOKENS, None, "</s>")
+    for template in (moving, build(PHI, "byte_level", _PHI_TOKENS, None, "<|endoftext|>")):
+        chat = replace(_called("", {"a": 1}), tools=[{"name": "add"}] if template is moving else None)
+        rendered = ChatEncoder(template, "all").render(chat.with_message(2, {"role": "tool", "content": result}))
+        assert json.dumps(result) in rendered.text
+        answers = [rendered.text[start:end] for start, end, _ in rendered.turns]
+        assert answers[1:] == ["It is 3.", "Welcome."]
+
+
+def test_a_result_that_the_template_leaves_out_is_refused() -> None:
+    silent = build(MOVING.replace("m['content'] | tojson", "'done'"), "byte_level", _MOVING_TOKENS, None, "</s>")
+    chat = _called("", {"a": 1}).with_message(2, {"role": "tool", "content": {"sum": 3}})
+    with pytest.raises(InputError, match="row 1: the chat template leaves out the content of message 3"):
+        ChatEncoder(silent, "all").render(chat)
 
 
 def test_a_turn_ends_at_the_token_that_closes_it_whatever_follows() -> None:
