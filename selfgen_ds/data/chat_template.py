@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -37,15 +38,20 @@ class ChatTemplate:
         self._day = None if date is None else datetime.datetime.fromisoformat(date)
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         spelled = "|".join(map(re.escape, reversed(special))) or "(?!)"
-        self.knows_generation_prompt = "add_generation_prompt" in str(tokenizer.chat_template)
+        self._source = str(tokenizer.chat_template)
+        self.knows_generation_prompt = "add_generation_prompt" in self._source
         """Whether the template can write what comes before an answer without the answer."""
-        self.knows_tool_calls = "tool_calls" in str(tokenizer.chat_template)
+        self.knows_tool_calls = "tool_calls" in self._source
         self.special = re.compile(spelled)
         """Finds every special token."""
         self.closing = re.compile(rf"\s*(?:{spelled})")
         """Matches a special token, and white space before it."""
         self.closing_run = re.compile(rf"\s*(?:{spelled})+")
         """Finds special tokens that follow each other, and white space before them."""
+
+    def known(self, choices: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return those of some sets of variables whose names stand in the template; others have no effect on it."""
+        return [variables for variables in choices if all(name in self._source for name in variables)]
 
     def text(self, chat: Conversation, generation_prompt: bool = False, **variables: Any) -> str:
         """Return the text of a conversation.

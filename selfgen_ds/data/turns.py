@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from selfgen_ds.data.chat_template import ChatTemplate, Span
@@ -113,15 +114,20 @@ class _Turn:
             "the text does not show all of it, because messages follow" + _LAST_ALONE
         ] * contents.hides(index)
         self._overlap = 0  # characters at the end of the message that another message in its place also has there
-        self._first, self._last = self._written()
+        self._prompts: list[str | None] = []  # of the first of `_PROMPTS` that the template knows
+        self._header = ""  # what a template without a generation prompt writes before the answer
+        generated = self._as_generated()
+        self._first, self._last = self._written() if generated is None else generated[:2]
         others = [span for number, span in contents.shown if contents.parts[number].message != index]
         if any(self._first < start < self._last for start, _ in others):
             raise InputError(f"{self._where}: the chat template writes another message in the midst of it")
         self._floor = max((end for _, end in others if end <= self._first), default=0)
         self._ceiling = min((start for start, _ in others if start >= self._last), default=len(text))
-        self._header = ""  # what a template without a generation prompt writes before the answer
-        self._start = self._find_start()
-        self._content_end, self._end = self._find_closing()
+        if generated is None:
+            self._start = self._find_start()
+            self._content_end, self._end = self._find_closing()
+        else:
+            self._start, self._content_end, self._end = generated
         self.closed = self._content_end < self._end
         """Whether a special token closes the turn."""
 
@@ -155,6 +161,34 @@ class _Turn:
         """Return what the template shows otherwise than at inference; nothing if it shows the same."""
         return f"{self._where}: {self._differences[0]}" if self._differences else ""
 
+    def _as_generated(self) -> tuple[int, int, int] | None:
+        """Return the turn, if the text goes on from what a model is given as it does where this message is the last.
+
+        This is true of most templates, and spares the search for what the text says of the message. None if it is not,
+        or if no special token closes the message there, or other text follows those that close a tool call.
+        """
+        first, last = (self._own[0][0], self._own[-1][1]) if self._own else (len(self._text),) * 2
+        prompt_end = self._after_prompt(0, first, last) if self._template.knows_generation_prompt else None
+        answered = self._text_until_answer
+        if prompt_end is None or answered is None or not answered.startswith(self._text[:prompt_end]):
+            return None
+        start = self._after_empty_thought(self._text, prompt_end, first)
+        shift = self._after_empty_thought(answered, prompt_end, len(answered)) - start
+        runs = list(self._template.closing_run.finditer(answered, shift + (last if self._own else start)))
+        called = bool(self._message.get("tool_calls"))
+        if not runs or (called and answered[runs[-1].end() :].strip()):
+            return None
+        content_end, end = runs[-1 if called else 0].span()
+        if not self._text.startswith(answered[start + shift : end], start):
+            return None
+        return start, content_end - shift, end - shift
+
+    @cached_property
+    def _text_until_answer(self) -> str | None:
+        """The text of the conversation until this turn; None if the template raises."""
+        whole = self._index + 1 == len(self._chat.messages)
+        return self._text if whole else self._template.text_or_none(self._chat.until(self._index + 1))
+
     def _written(self) -> Span:
         """Return where the text starts and ends to depend on the message.
 
@@ -185,34 +219,46 @@ class _Turn:
         it is given after the last content stands in the text after that content, in whole or but for an opened block of
         reasoning, as with templates that move the tools to the last message; or the turn starts with its content.
         """
-        start = self._after_prompt()
+        start = self._after_prompt(self._floor, self._first, self._last)
         if start is None:
             start = self._after_contents()
         if start is None:
             self._differences.append("the template does not say what a model is given before it")
             starts_with_text = bool(self._own) and self._first == self._own[0][0]
             return self._first if starts_with_text else None
-        empty = _EMPTY_THOUGHT.match(self._text, start, max(start, self._first))
+        return self._after_empty_thought(self._text, start, self._first)
+
+    @staticmethod
+    def _after_empty_thought(text: str, start: int, first: int) -> int:
+        """Return the end of an empty block of reasoning between a start and the message, or the start without one."""
+        empty = _EMPTY_THOUGHT.match(text, start, max(start, first))
         return empty.end() if empty else start
 
-    def _after_prompt(self) -> int | None:
+    def _after_prompt(self, floor: int, first: int, last: int) -> int | None:
         """Return the end of a generation prompt that starts the text, or None.
 
         If more than white space lies between it and the message, a prompt without reasoning may be longer. A prompt may
         end inside of the content, which may open with the tag that the prompt ends with.
+
+        Args:
+            floor: The first position at which it may end.
+            first: The start of the message.
+            last: The end of the message, before which it has to end.
         """
         longest = None
-        for variables in _PROMPTS:
-            prompt = self._template.text_or_none(self._before, True, **variables)
+        for number, variables in enumerate(self._template.known(_PROMPTS)):
+            if number == len(self._prompts):
+                self._prompts.append(self._template.text_or_none(self._before, True, **variables))
+            prompt = self._prompts[number]
             if prompt is None:
                 continue
             if not self._template.knows_generation_prompt:
                 self._header = header_of_answer(self._template, self._before, prompt)
                 prompt += self._header
-            fits = self._floor <= len(prompt) < max(self._last, self._first + 1) and self._text.startswith(prompt)
+            fits = floor <= len(prompt) < max(last, first + 1) and self._text.startswith(prompt)
             longest = max(longest or 0, len(prompt)) if fits else longest
             if not self._template.knows_generation_prompt or (
-                longest is not None and not self._text[longest : self._first].strip()
+                longest is not None and not self._text[longest:first].strip()
             ):
                 break
         if self._header:
@@ -221,7 +267,10 @@ class _Turn:
 
     def _after_contents(self) -> int | None:
         """Return where a generation prompt ends that follows the last content before the turn, or None."""
-        tails = [tail_after_contents(self._template, self._before, **variables) for variables in _PROMPTS]
+        tails = [
+            tail_after_contents(self._template, self._before, **variables)
+            for variables in self._template.known(_PROMPTS)
+        ]
         before = self._text[self._floor : self._first]
         for tail in tails:
             if tail is not None and (whole := tail + self._header) and before.startswith(whole):
@@ -277,11 +326,10 @@ class _Turn:
 
     def _alone_after(self) -> str | None:
         """Return what the template writes after the message if none follows; None if it raises."""
-        alone = self._chat.until(self._index + 1)
-        text = self._text if self._index + 1 == len(self._chat.messages) else self._template.text_or_none(alone)
+        text = self._text_until_answer
         if text is None or text.startswith(self._text[: self._last]):
             return None if text is None else text[self._last :]
-        other = self._template.text_or_none(self._with_other_texts(alone))
+        other = self._template.text_or_none(self._with_other_texts(self._chat.until(self._index + 1)))
         return None if other is None else text[len(text) - common_end(text, other) + self._overlap :]
 
     def _whole_tokens(self, text: str, end: int) -> int:
