@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from selfgen_ds.chat.template import asks_for_date
 from selfgen_ds.config import EvaluateOptions, ModelConfig
-from selfgen_ds.data.chat_template import asks_for_date
 from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row import TrainingRow

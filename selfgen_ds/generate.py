@@ -26,11 +26,11 @@ from transformers import (
     set_seed,
 )
 
+from selfgen_ds.chat.conversation import Conversation, Message, forms
+from selfgen_ds.chat.template import RAISES
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import GenerateOptions, ModelConfig
-from selfgen_ds.data.chat_template import RAISES
-from selfgen_ds.data.conversation import Conversation, Message, forms
 from selfgen_ds.data.formats import READERS, read_file, suffix
 from selfgen_ds.data.message_checks import are_messages, check_text, prompt_of
 from selfgen_ds.data.row_checks import alpaca_prompt, sharegpt_messages

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message, forms
+from selfgen_ds.chat.conversation import REASONING_FIELDS, Conversation, Message, forms
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import build
 

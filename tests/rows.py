@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.data.row_checks import Refused, Row, TextPair
 from selfgen_ds.errors import InputError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.data.chat import ChatEncoder
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.data.encoding import tokenize_plain
 from selfgen_ds.data.samples import Samples, end_tokens
 from selfgen_ds.errors import InputError

@@ -3,7 +3,7 @@
 A pair of texts becomes `prompt ids + completion ids + end token`. Prompt and completion are tokenized apart, so that
 the boundary between them is a boundary of tokens. The prompt gets the begin token that the tokenizer puts there.
 Special tokens that a text happens to spell stay text. A conversation is encoded by the chat template
-(`selfgen_ds.data.chat`).
+(`selfgen_ds.chat.encoder`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.data.chat import ChatEncoder, Encoded
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import ChatEncoder, Encoded
+from selfgen_ds.chat.turns import Rendered
 from selfgen_ds.data.row_checks import Columns, Refused, Row, TextPair
-from selfgen_ds.data.turns import Rendered
 from selfgen_ds.errors import InputError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 1_000_000

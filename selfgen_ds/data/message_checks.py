@@ -7,8 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from selfgen_ds.data.chat_template import SURROGATE
-from selfgen_ds.data.conversation import (
+from selfgen_ds.chat.conversation import (
     REASONING_FIELDS,
     TOOL_ROLES,
     Conversation,
@@ -16,6 +15,7 @@ from selfgen_ds.data.conversation import (
     change_calls,
     result_of,
 )
+from selfgen_ds.chat.template import SURROGATE
 from selfgen_ds.errors import InputError
 
 _ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)

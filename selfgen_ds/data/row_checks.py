@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfgen_ds.data.conversation import Conversation, Message
+from selfgen_ds.chat.conversation import Conversation, Message
 from selfgen_ds.data.formats import RawRow
 from selfgen_ds.data.message_checks import are_messages, check_text, conversation, messages_of_sharegpt
 from selfgen_ds.errors import InputError

@@ -25,10 +25,10 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import Encoded
 from selfgen_ds.config import Sources, sources
 from selfgen_ds.data.cache import cache_folder
-from selfgen_ds.data.chat import Encoded
-from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, Format, chunks, in_form
 from selfgen_ds.data.message_checks import KNOWN_FIELDS
 from selfgen_ds.data.row import TrainingRow
@@ -58,8 +58,8 @@ can be computed from the turns without a look at the tokens."""
 
 
 _MODULES = (
-    *("chat", "chat_template", "contents", "conversation", "encoding", "formats", "message_checks", "row_checks"),
-    *("rows", "samples", "turns"),
+    *("chat/contents", "chat/conversation", "chat/encoder", "chat/template", "chat/turns"),
+    *("data/encoding", "data/formats", "data/message_checks", "data/row_checks", "data/rows", "data/samples"),
 )
 """The modules that make samples of rows."""
 MOST_REASONS = 10
@@ -217,7 +217,7 @@ def _fingerprint(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
     digest = hashlib.sha256(repr((source.fingerprint, form, tokenizer_hash(tokenizer))).encode())
     # Other code may make other samples of the same rows.
     for name in _MODULES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+        digest.update((Path(__file__).parent.parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:32]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds import methods
+from selfgen_ds.chat.template import asks_for_date
 from selfgen_ds.config import Recipe, Sources, sources
 from selfgen_ds.data.batches import StepBatches
-from selfgen_ds.data.chat_template import asks_for_date
 from selfgen_ds.data.correction import Correction, correction
 from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.packing import load_packs

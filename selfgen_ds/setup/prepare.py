@@ -23,11 +23,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from selfgen_ds.chat.template import asks_for_date
 from selfgen_ds.checkpoint import resuming
 from selfgen_ds.checkpoint.source import Source, inspect_source
 from selfgen_ds.config import Recipe, by_name, to_yaml
 from selfgen_ds.data.batches import StepBatches
-from selfgen_ds.data.chat_template import asks_for_date
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows
 from selfgen_ds.data.tokenizer import load_tokenizer, tokenizer_hash

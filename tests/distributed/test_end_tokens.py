@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.config import ModelConfig
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import Conversation
 from tests.chat_tokenizers import FAMILIES, tokenizer
 from tests.distributed import runs
 from tests.distributed.test_corrections import write_model

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, EVERY_FAMILY, FAMILIES, build, tokenizer
 

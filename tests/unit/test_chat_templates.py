@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import Conversation, forms
+from selfgen_ds.chat.conversation import Conversation, forms
+from selfgen_ds.chat.encoder import ChatEncoder
 from tests.chat_templates import KINDS, PAGE, TABLE, conversation, refusal, table, templates, tokenizer_of
 from tests.tiers import sweep
 

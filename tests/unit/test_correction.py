@@ -5,8 +5,8 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.data.correction import TEXT_CUE, TURN_CUE, Correction, correction
 from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row_checks import TextPair

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.config import Source
-from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.formats import READERS, read_file
 from selfgen_ds.data.row_checks import Columns, Refused, TextPair
 from selfgen_ds.data.rows import open_source

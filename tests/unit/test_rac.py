@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from selfgen_ds import hashing
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import collate
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.correction import TURN_CUE, correction
 from selfgen_ds.data.encoding import Format
 from selfgen_ds.data.row import TrainingRow

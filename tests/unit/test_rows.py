@@ -11,9 +11,9 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
+from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.config import Source
 from selfgen_ds.data import hub
-from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.row_checks import Columns, TextPair
 from selfgen_ds.data.rows import _open_hub, _read_hub, open_source
 from selfgen_ds.data.tasks import generate

@@ -13,10 +13,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.config import DataConfig, Recipe, Source
 from selfgen_ds.data import encoding
 from selfgen_ds.data import samples as samples_module
-from selfgen_ds.data.conversation import Conversation
 from selfgen_ds.data.encoding import chunks
 from selfgen_ds.data.row_checks import Columns, Row, TextPair
 from selfgen_ds.data.rows import Opened, open_source

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from selfgen_ds.data.chat import ChatEncoder
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.chat.conversation import Conversation
+from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.data.message_checks import conversation
 from selfgen_ds.errors import InputError
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, build

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from selfgen_ds.data.chat_template import ChatTemplate, Span
-from selfgen_ds.data.conversation import REASONING_FIELDS, Conversation, Message, are_parts, change_calls, result_of
+from selfgen_ds.chat.conversation import REASONING_FIELDS, Conversation, Message, are_parts, change_calls, result_of
+from selfgen_ds.chat.template import ChatTemplate, Span
 from selfgen_ds.errors import InputError
 
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # from Unicode's private use area

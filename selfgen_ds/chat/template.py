@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from selfgen_ds.data.conversation import Conversation
+from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.errors import InputError
 
 Span = tuple[int, int]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from selfgen_ds.data.chat_template import ChatTemplate, Span
-from selfgen_ds.data.contents import (
+from selfgen_ds.chat.contents import (
     THOUGHT,
     Contents,
     check_other_fields,
@@ -28,7 +27,8 @@ from selfgen_ds.data.contents import (
     tail_after_contents,
     texts_of,
 )
-from selfgen_ds.data.conversation import Conversation, change_calls
+from selfgen_ds.chat.conversation import Conversation, change_calls
+from selfgen_ds.chat.template import ChatTemplate, Span
 from selfgen_ds.errors import InputError
 
 _LAST_ALONE = "; data.assistant_turns: last learns the last turn alone"

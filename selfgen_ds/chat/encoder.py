@@ -14,9 +14,9 @@ from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
 
-from selfgen_ds.data.chat_template import RAISES, ChatTemplate
-from selfgen_ds.data.conversation import Conversation, forms
-from selfgen_ds.data.turns import Rendered, render
+from selfgen_ds.chat.conversation import Conversation, forms
+from selfgen_ds.chat.template import RAISES, ChatTemplate
+from selfgen_ds.chat.turns import Rendered, render
 from selfgen_ds.errors import InputError
 
 Encoded = tuple[list[int], list[list[int]]]
