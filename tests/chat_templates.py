@@ -49,6 +49,7 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "description":
 _SYSTEM: Message = {"role": "system", "content": "GIVEN system"}
 _RAIN = '{"degrees": 3,\n "sky": "GIVEN result"}'
 _WEATHER = [_user("GIVEN question"), _assistant(tool_calls=[_call("WRITTEN1")]), _result(_RAIN)]
+_DONE = _assistant("WRITTEN3 answer")
 _THOUGHT = "<think>\nWRITTEN1 thought\n</think>\n\nWRITTEN2 answer"
 _THOUGHT_LATER = "<think>\nWRITTEN3 thought\n</think>\n\nWRITTEN4 answer"
 
@@ -70,6 +71,8 @@ KINDS: dict[str, list[Message]] = {
     ],
     "tool": [*_WEATHER, _assistant("WRITTEN2 answer")],
     "object result": [*_WEATHER[:2], _result({"degrees": 3, "sky": "GIVEN result"}), _assistant("WRITTEN2 answer")],
+    "empty results": [*_WEATHER[:2], _result(""), _assistant(tool_calls=[_call("WRITTEN2")]), _result(""), _DONE],
+    "blank and tool": [_WEATHER[0], _assistant("\n\n", tool_calls=[_call("WRITTEN1")]), _WEATHER[2], _DONE],
     "tool, last": _WEATHER[:2],
     "tool and content": [
         _WEATHER[0],

@@ -1,7 +1,8 @@
 """Where a chat template puts what the messages of a conversation say, in characters of its text.
 
-The text is compared with a second one, in which marks stand in place of the contents: outside of the contents, both
-must be equal. This finds a template that leaves out a message, or that changes or repeats what is to be learned.
+The text is compared with a second one, in which marks stand in place of the contents: between the contents, both must
+be equal. This finds a template that leaves out a message, or that changes or repeats what is to be learned. What is not
+learned may be escaped or repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from selfgen_ds.chat.conversation import REASONING_FIELDS, Conversation, Message, are_parts, change_calls, result_of
+from selfgen_ds.chat.conversation import (
+    REASONING_FIELDS,
+    TOOL_ROLES,
+    Conversation,
+    Message,
+    are_parts,
+    change_calls,
+    result_of,
+)
 from selfgen_ds.chat.template import ChatTemplate, Span
 from selfgen_ds.errors import InputError
 
@@ -24,6 +33,21 @@ _AS_PYTHON, _AS_TEXT = f"{{'{_OTHER}'", f'\\"{_OTHER}'
 """What a template writes if it prints an object as Python does, or makes JSON of what is JSON already."""
 THOUGHT = re.compile(r"(\s*(?:<think>\s*|\[THINK\]\s*)?)(.*?)(\s*(?:</think>|\[/THINK\]))(.*)", re.DOTALL)
 """Reasoning inside of a content: what opens it, the reasoning, what closes it, and the answer."""
+
+
+_MARKED_BLANK = ("user", *TOOL_ROLES)
+"""Roles whose blank contents get a mark: the answer to an empty result starts after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marking:
+    """Which texts of messages get a mark of their own."""
+
+    thoughts: bool = False
+    """Whether reasoning in a content of the assistant is a part of its own, because the template treats it apart."""
+    blanks: bool = True
+    """Whether an empty or blank content of the user or a tool gets a mark, so that its place is known. Some templates
+    write such a message otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,31 +66,47 @@ class Contents:
     parts: list[Part]
     shown: list[tuple[int, Span]]
     """Number of a part and its place, in the order of the text."""
+    marking: Marking
+    """The marks with which the parts were found."""
 
     def of(self, message: int) -> list[Span]:
         """Return the places of a message's parts."""
         return [span for number, span in self.shown if self.parts[number].message == message]
 
     def hides(self, message: int) -> bool:
-        """Return whether the text leaves out a part of a message."""
+        """Return whether the text leaves out a part of a message that is not blank."""
         shown = {number for number, _ in self.shown}
-        return any(part.message == message and number not in shown for number, part in enumerate(self.parts))
+        missing = (part for number, part in enumerate(self.parts) if number not in shown)
+        return any(part.message == message and part.text.strip() for part in missing)
 
 
-def locate(template: ChatTemplate, chat: Conversation, text: str, learned: list[int], split: bool) -> Contents:
+def locate(template: ChatTemplate, chat: Conversation, text: str, learned: list[int]) -> Contents:
     """Find the parts of all messages in the text of a conversation.
 
     Args:
         learned: Indices of the messages that are learned. The text must show them once and as they are, at least
             before messages follow. It may escape or repeat what other messages say.
-        split: Whether reasoning inside of contents is a part of its own, because the template treats it apart.
 
     Raises:
         InputError: The template leaves out a part, or changes or repeats one that is learned.
     """
+    texts = [(message["role"], part) for message in chat.messages for part in texts_of(message) or [""]]
+    thinks = any(role == "assistant" and THOUGHT.match(part) for role, part in texts)
+    has_blanks = any(role in _MARKED_BLANK and not part.strip() for role, part in texts)
+    problems = []
+    for thoughts in (False, True)[: 1 + thinks]:
+        for blanks in (True, False)[: 1 + has_blanks]:
+            try:
+                return _locate(template, chat, text, learned, Marking(thoughts=thoughts, blanks=blanks))
+            except InputError as problem:
+                problems.append(problem)
+    raise problems[-1 - has_blanks]  # with all marks, which says most precisely what is left out
+
+
+def _locate(template: ChatTemplate, chat: Conversation, text: str, learned: list[int], marking: Marking) -> Contents:
+    """Find the parts with marks of one kind."""
     parts: list[Part] = []
-    marked = [_marked(message, i, split, parts) for i, message in enumerate(chat.messages)]
-    marked_chat = replace(chat, messages=marked)
+    marked_chat = replace(chat, messages=[_marked(m, i, marking, parts) for i, m in enumerate(chat.messages)])
     pieces = _MARK.split(template.text(marked_chat))
     order = [int(number) for number in pieces[1::2]]
     _check_shown(template, marked_chat, parts, order, learned)
@@ -77,7 +117,7 @@ def locate(template: ChatTemplate, chat: Conversation, text: str, learned: list[
     if spans is None:
         raise InputError(f"{chat.where}: the chat template does not reproduce the messages as they are")
     places = [*zip(order, spans, strict=True), *_results(template, chat, text, parts)]
-    return Contents(parts=parts, shown=sorted(places, key=lambda place: place[1]))
+    return Contents(parts=parts, shown=sorted(places, key=lambda place: place[1]), marking=marking)
 
 
 def _results(template: ChatTemplate, chat: Conversation, text: str, parts: list[Part]) -> Iterator[tuple[int, Span]]:
@@ -101,29 +141,45 @@ def _results(template: ChatTemplate, chat: Conversation, text: str, parts: list[
 def _check_shown(
     template: ChatTemplate, marked_chat: Conversation, parts: list[Part], order: list[int], learned: list[int]
 ) -> None:
-    """Check that no part is left out. Reasoning that is not learned may be.
+    """Check that no part is left out. Blank parts may be, and reasoning that is not learned.
 
-    What the assistant says may be left out of the text as a whole, if it is shown before messages follow.
+    The text of the whole conversation may leave out what the assistant says, if it is shown before messages follow.
     """
     for number in sorted(set(range(len(parts))) - set(order)):
         index, reasoning = parts[number].message, parts[number].reasoning
-        if reasoning and index not in learned:
+        if not parts[number].text.strip() or (reasoning and index not in learned):
             continue
         message = marked_chat.messages[index]
         then = template.text_or_none(marked_chat.until(index + 1)) or ""
         if message["role"] != "assistant" or f"{_OPEN}{number}{_CLOSE}" not in then:
             what, advice = "the content", ""
             if reasoning:
-                what, advice = "the reasoning", "; one of your own can keep it (model.chat_template)"
+                what = "the reasoning"
+                advice = "; write it into the content as <think>...</think>, or bring a template that keeps it"
             raise InputError(f"{marked_chat.where}: the chat template leaves out {what} of message {index + 1}{advice}")
 
 
-def other_message(message: Message, index: int, split: bool) -> Message:
+def other_message(message: Message, index: int, marking: Marking) -> Message:
     """Return a message with other texts and other arguments of tool calls than it has."""
-    return change_calls(_marked(message, index, split, []), other_arguments)
+    marked = _marked(message, index, marking, [])
+    if not message.get("tool_calls") and not any(text.strip() for text in texts_of(message)):
+        marked = marked | {"content": f"{_OPEN}0{_CLOSE}"}  # a blank content has no mark
+    return change_calls(marked, other_arguments)
 
 
-def tail_after_contents(template: ChatTemplate, chat: Conversation, **variables: Any) -> str | None:
+def other_arguments(function: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    """Return a function of a tool call with arguments that no row has, in the form of its own."""
+    arguments = {_OTHER: f"{_OTHER}{number}-"}
+    is_text = isinstance(function.get("arguments"), str)
+    return function | {"arguments": json.dumps(arguments) if is_text else arguments}
+
+
+def other_name(function: dict[str, Any]) -> dict[str, Any]:
+    """Return a function of a tool call with a name that no row has."""
+    return function | {"name": _OTHER}
+
+
+def tail_after_contents(template: ChatTemplate, chat: Conversation, marking: Marking, **variables: Any) -> str | None:
     """Return what the template writes from the last content of a conversation to the model's answer.
 
     None if the template raises, or shows no content.
@@ -131,7 +187,7 @@ def tail_after_contents(template: ChatTemplate, chat: Conversation, **variables:
     Args:
         variables: Given to the template.
     """
-    marked = [_marked(message, i, False, []) for i, message in enumerate(chat.messages)]
+    marked = [_marked(m, i, replace(marking, thoughts=False), []) for i, m in enumerate(chat.messages)]
     text = template.text_or_none(replace(chat, messages=marked), True, **variables)
     return None if text is None or _CLOSE not in text else text[text.rindex(_CLOSE) + 1 :]
 
@@ -157,17 +213,18 @@ def texts_of(message: Message) -> list[str]:
     return [part["text"] for part in content] if are_parts(content) else []
 
 
-def _marked(message: Message, index: int, split: bool, parts: list[Part]) -> Message:
+def _marked(message: Message, index: int, marking: Marking, parts: list[Part]) -> Message:
     """Return a message with marks in place of its texts, and add these texts to `parts`."""
+    with_blanks = marking.blanks and message["role"] in _MARKED_BLANK
 
     def mark(text: str, reasoning: bool = False) -> str:
-        if not text:
+        if not text.strip() and not with_blanks:
             return text
         parts.append(Part(message=index, text=text, reasoning=reasoning))
         return f"{_OPEN}{len(parts) - 1}{_CLOSE}"
 
     def mark_content(text: str) -> str:
-        thought = THOUGHT.match(text) if split and message["role"] == "assistant" else None
+        thought = THOUGHT.match(text) if marking.thoughts and message["role"] == "assistant" else None
         if thought is None:
             return mark(text)
         opening, reasoning, closing, answer = thought.groups()
@@ -228,10 +285,17 @@ def check_other_fields(template: ChatTemplate, chat: Conversation, text: str) ->
             as JSON, or a field spells a special token, which would become one.
     """
     contents = {"role", "content", *REASONING_FIELDS}
-    fields = [{name: value for name, value in message.items() if name not in contents} for message in chat.messages]
-    for string in _strings([fields, chat.tools]):
-        if spelled := template.special.search(string):
-            raise InputError(f"{chat.where}: a field beside the contents spells the special token {spelled[0]!r}")
+    fields: dict[str, Any] = {
+        f"message {i}, {name}": value
+        for i, message in enumerate(chat.messages, start=1)
+        for name, value in message.items()
+        if name not in contents
+    }
+    for place, value in (fields | {"tools": chat.tools}).items():
+        for string in _strings(value):
+            spelled = template.special.search(string)
+            if spelled and (string in text or json.dumps(string, ensure_ascii=False)[1:-1] in text):
+                raise InputError(f"{chat.where}, {place}: it spells the special token {spelled[0]!r}")
     if chat.tools and template.text_or_none(replace(chat, tools=None)) == text:
         raise InputError(f"{chat.where}: the chat template leaves out the tools")
     _check_calls(template, chat)
@@ -271,18 +335,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _strings(part)
-
-
-def other_arguments(function: dict[str, Any], number: int = 0) -> dict[str, Any]:
-    """Return a function of a tool call with arguments that no row has, in the form of its own."""
-    arguments = {_OTHER: f"{_OTHER}{number}-"}
-    is_text = isinstance(function.get("arguments"), str)
-    return function | {"arguments": json.dumps(arguments) if is_text else arguments}
-
-
-def other_name(function: dict[str, Any]) -> dict[str, Any]:
-    """Return a function of a tool call with a name that no row has."""
-    return function | {"name": _OTHER}
 
 
 def common_start(one: str, other: str) -> int:

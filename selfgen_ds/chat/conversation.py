@@ -58,17 +58,16 @@ def forms(form: int, chat: Conversation) -> Iterator[tuple[int, Conversation]]:
             yield number, replace(chat, messages=messages)
 
 
-def change_calls(message: Message, change: _Change, only: int | None = None) -> Message:
+def change_calls(message: Message, change: _Change) -> Message:
     """Return a message with other functions in its tool calls.
 
     Args:
         change: Returns a function's other form. A function has a name and arguments.
-        only: The number of the only call to change; None changes all of them.
     """
-    calls = list(message.get("tool_calls") or ())
-    for i, call in enumerate(calls):
-        if only in (None, i):
-            calls[i] = call | {"function": change(call["function"])} if "function" in call else change(call)
+    calls = [
+        call | {"function": change(call["function"])} if "function" in call else change(call)
+        for call in message.get("tool_calls") or ()
+    ]
     return message | {"tool_calls": calls} if calls else message
 
 
@@ -77,7 +76,10 @@ def _same(message: Message) -> Message:
 
 
 def _arguments_as_json(message: Message) -> Message:
-    return change_calls(message, lambda function: function | {"arguments": json.dumps(function.get("arguments"))})
+    def as_json(function: dict[str, Any]) -> dict[str, Any]:
+        return function | {"arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
+
+    return change_calls(message, as_json)
 
 
 def _null_content(message: Message) -> Message:

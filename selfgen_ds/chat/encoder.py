@@ -1,8 +1,8 @@
 """Encoding of conversations with the tokenizer's chat template.
 
-The token ids equal those of `tokenizer.apply_chat_template(messages)` or, if a message spells a special token, those of
-`apply_chat_template(messages, sanitize_control_tokens=True)`. If nothing in the text closes the last turn, the end
-token follows.
+The token ids equal those of `tokenizer.apply_chat_template(messages)`, with the messages in a form that the template
+takes, or, if a message spells a special token, those of `apply_chat_template(messages, sanitize_control_tokens=True)`.
+If nothing in the text closes the last turn, the end token follows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from operator import itemgetter
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.chat.conversation import Conversation, forms
@@ -54,7 +55,7 @@ class ChatEncoder:
         self._template = ChatTemplate(tokenizer, date)
         self._end_id = end_ids[0] if end_ids and tokenizer.eos_token_id not in end_ids else tokenizer.eos_token_id
         self._last_only = assistant_turns == "last"
-        self._form = 0
+        self._form = 0  # that of the last row, because rows of a source are mostly alike
 
     def render(self, chat: Conversation) -> Rendered:
         """Return the text of a conversation in the first form that the template takes, and its turns.
@@ -62,20 +63,19 @@ class ChatEncoder:
         Raises:
             InputError: The template takes no form. The message names the row, and says why not the one that it has.
         """
-        problems: dict[int, str] = {}
+        problems: dict[int, InputError] = {}
         for form, candidate in forms(self._form, chat):
             try:
                 rendered = render(self._template, candidate, self._last_only)
             except InputError as error:
-                problems[form] = str(error)
+                problems[form] = error
             else:
                 self._form = form
                 return rendered
         if any(message.get("tool_calls") for message in chat.messages) and not self._template.knows_tool_calls:
             advice = "one of your own can (model.chat_template)"
             raise InputError(f"{chat.where}: the chat template takes no tool calls; {advice}")
-        in_order = [problems[form] for form in sorted(problems)]
-        raise InputError(next((problem for problem in in_order if RAISES not in problem), in_order[0]))
+        raise max((problems[form] for form in sorted(problems)), key=_helpfulness)
 
     def tokenize(self, rows: list[Rendered]) -> Iterator[Encoded]:
         """Yield the token ids and turns of rendered conversations."""
@@ -118,7 +118,7 @@ class ChatEncoder:
             )
 
         chat = exchange(request)
-        if not request:  # an empty content cannot be found in the text, so `_render` does not check it
+        if not request:  # an empty content cannot be found in the text, so `render` does not check it
             marked = exchange(mark := "\ue0f0")
             if self._template.text(marked).replace(mark, "") != self._template.text(chat):
                 raise InputError(f"{setting}: the chat template takes no empty turn of the user")
@@ -152,6 +152,13 @@ class ChatEncoder:
             shift = start - len(lead)
             offsets += [(first + shift, last + shift) for first, last in piece["offset_mapping"][skipped:]]
         return ids, offsets
+
+
+def _helpfulness(problem: InputError) -> int:
+    """Rank why a template does not take a form of a row: a form that gets further says more of what is wrong."""
+    if RAISES in str(problem):
+        return int(isinstance(problem.__cause__, TemplateError))  # the template's own words, or an error of Python's
+    return 2 if "leaves out the content" in str(problem) else 3
 
 
 def _tokens_of(turn: tuple[int, int, int], offsets: list[tuple[int, int]]) -> list[int]:

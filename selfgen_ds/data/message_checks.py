@@ -196,6 +196,8 @@ def _message(fields: Any, where: str) -> Message:
     if role in TOOL_ROLES and result_of(message) is not None:
         return message
     may_be_empty = says_more or role != "assistant" or weight == 0
+    if not may_be_empty and message["content"] in ("", []):
+        raise InputError(f"{where}, content: expected text, got an empty string; a turn of `weight: 0` may be empty")
     return message | {"content": _content(message["content"], f"{where}, content", may_be_empty)}
 
 
@@ -229,8 +231,6 @@ def _content(content: Any, where: str, may_be_empty: bool) -> str | list[dict[st
             got = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
             raise InputError(f"{where}: expected a text or parts of type 'text', got {got}")
         parts.append({"type": "text", "text": check_text(part.get("text"), where, may_be_empty)})
-    if not may_be_empty and not parts:
-        raise InputError(f"{where}: expected text, got no part")
     return parts
 
 

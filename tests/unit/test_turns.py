@@ -11,6 +11,7 @@ from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.chat.encoder import ChatEncoder
 from selfgen_ds.data.message_checks import conversation
 from selfgen_ds.errors import InputError
+from tests.chat_templates import templates, tokenizer_of
 from tests.chat_tokenizers import CHATML, CHATML_GENERATION, build
 
 PHI = (
@@ -168,3 +169,68 @@ def test_a_call_after_a_result_that_ends_otherwise_as_the_last_message_starts_af
     twice = replace(once, messages=[*once.messages[:3], *once.messages[1:]])
     call = '<call>{"name": "add", "arguments": {"a": 1}}</call>'
     assert [text for text, _ in _learned(plain, twice)] == [call, call, "It is 3.", "Welcome."]
+
+
+def test_an_unlearned_call_after_an_empty_result_is_not_learned() -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": i}}} for i in range(2)]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "q"}]
+    for call in calls:
+        messages += [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": ""}]
+    messages.append({"role": "assistant", "content": "good"})
+    chat = Conversation(messages=messages, unlearned=frozenset([3]), where="row 1")
+    learned = _learned(tokenizer_of(templates()["qwen3_training"]), chat)
+    text = "".join(answer for answer, _ in learned)
+    assert '"a": 0' in text
+    assert '"a": 1' not in text
+    assert learned[-1][0].endswith("good")
+
+
+def test_an_answer_that_the_template_does_not_show_is_refused() -> None:
+    qwen = tokenizer_of(templates()["qwen3"])
+    with pytest.raises(InputError, match="row 1, message 2: the text does not show where it is"):
+        ChatEncoder(qwen, "all").render(_chat("question", "</think>"))
+
+
+def test_arguments_keep_their_letters_if_the_template_takes_them_as_json() -> None:
+    takes_text = build(
+        PHI.replace("call['function'] | tojson", "'' + call['function']['arguments']"),
+        "byte_level",
+        _PHI_TOKENS,
+        None,
+        "<|endoftext|>",
+    )
+    rendered = ChatEncoder(takes_text, "all").render(replace(_called("3", {"city": "Zürich"}), tools=None))
+    assert 'call|>{"city": "Zürich"}<|/call' in rendered.text
+
+
+def test_reasoning_without_an_answer_ends_at_the_last_closing_token() -> None:
+    oss = tokenizer_of(templates()["gptoss"])
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "reasoning_content": "why"}]
+    learned = _learned(oss, Conversation(messages=messages, where="row 1"))
+    assert learned[-1][1].endswith("<|return|>")
+    assert "final" in learned[-1][0]
+
+
+def test_a_prompt_that_opens_reasoning_only_on_request_is_a_prompt_too() -> None:
+    """The recipe's rows think, so their model is asked to: the template then supplies `<think>`."""
+    template = tokenizer_of(templates()["qwen3_5_nothink"])
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "done", "reasoning_content": "why"}]
+    ((answer, _),) = _learned(template, Conversation(messages=messages, where="row 1"))
+    assert answer.startswith("why")
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools", "reason"),
+    [
+        ("idefics3", [{"content": "x", "reasoning_content": "why"}], None, "leaves out the reasoning of message 2"),
+        ("idefics3", [{"content": "x"}], [{"name": "add"}], "leaves out the tools"),
+        ("llama3", [{"content": [{"type": "text", "text": "x"}]}], [{"name": "add"}], "leaves out the tools"),
+    ],
+)
+def test_the_reason_is_that_of_the_form_which_gets_furthest(
+    name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, reason: str
+) -> None:
+    answers = [{"role": "assistant"} | message for message in messages]
+    chat = Conversation(messages=[{"role": "user", "content": "q"}, *answers], tools=tools, where="row 1")
+    with pytest.raises(InputError, match=reason):
+        ChatEncoder(tokenizer_of(templates()[name]), "all").render(chat)
