@@ -22,7 +22,7 @@ install: .venv/installed
 # Two ranks of ZeRO-3 on the CPU. --resume auto: a second call continues where the first was stopped.
 DEMO := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 --module selfgen_ds \
 	train --config recipes/demo.yaml --resume auto
-EVALUATE := DS_ACCELERATOR=cpu $(BIN)/selfgen-ds evaluate --data builtin:pointer_chase --sample_temperature 2
+EVALUATE := DS_ACCELERATOR=cpu $(BIN)/selfgen-ds evaluate --data builtin:pointer_chase --sample_temperatures "[2]"
 
 demo: install
 	$(DEMO) --output_dir runs/demo/warm-up --selfgen.method sft --train.max_steps 500

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 METHODS = ("sft", "scheduled_sampling", "bash", "rac")
-METRICS = ("exact_match", "recovery_1", "recovery_4", "recovery_last", "sampled_exact_match")
+METRICS = ("exact_match", "recovery_1", "recovery_4", "recovery_last", "sampled_2_exact_match")
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def run_seed(options: argparse.Namespace, seed: int) -> None:
         start = ("--model.name_or_path", str(warm_up / "model"), "--selfgen.method", method)
         train(run, seed, options.steps, *start)
         if not (run / "evaluation.json").exists():
-            data = ("--data", "builtin:pointer_chase", "--sample_temperature", "2")
+            data = ("--data", "builtin:pointer_chase", "--sample_temperatures", "[2]")
             call("evaluate", "--model", str(run / "model"), *data, "--output_dir", str(run))
 
 

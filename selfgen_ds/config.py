@@ -341,14 +341,31 @@ class EvaluateOptions:
     """Tokens of the longest answer. Default: those of the longest reference in the batch."""
     batch_size: int = 64
     """Rows that a rank evaluates at once."""
-    sample_temperature: float = 0.0
-    """Temperature above 0 at which further answers are sampled and scored (`sampled_*`)."""
+    sample_temperatures: list[float] = field(default_factory=list)
+    """Temperatures above 0 at which further answers are sampled and scored (`sampled_1.5_*`), such as `[1, 1.5]`."""
+    answers_per_prompt: int = 1
+    """Answers that are sampled for each prompt and temperature; with more than one, pass@k is computed."""
+    prefix_shares: list[float] = field(default_factory=list)
+    """Shares of the reference, between 0 and 1, that the model is given and continues (`prefix_0.5_*`)."""
+    forced_error_shares: list[float] = field(default_factory=lambda: [0.5])
+    """Places of the reference, as shares of its length, where the model's own second choice takes the place of the
+    right token (`recovery_*`); `[]` for none. Built-in tasks have an error of their own."""
+    weight_noise: list[float] = field(default_factory=list)
+    """Normal noise to add to the weights, as shares of each tensor's standard deviation (`noise_0.01_*`)."""
+    weight_bits: list[Literal[8, 4]] = field(default_factory=list)
+    """Bits of integers to round the weights to (`int8_*`, `int4_*`)."""
+    embedding_model: str | None = None
+    """Model of `sentence-transformers`, by folder or hub id, for `embedding_distance`. The package has to be
+    installed."""
+    metric: str | None = None
+    """Metric of your own: `module:function`, a function of the texts (prompt, answer, reference) that returns a
+    number."""
     correction_rounds: int = 0
     """Number of times that the model is asked to correct its greedy answer (`corrected_*`)."""
     cue: str | None = None
     """Text that asks for a correction, as `selfgen.cue` of a recipe: give the cue that the model was trained with."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations. Default: the one that the model's folder names."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, as `transformers` names it."""
     trust_remote_code: bool = False
@@ -395,7 +412,10 @@ class CompareOptions:
     """Folders with the `config.yaml` that `train` writes, and the `evaluation.json` and `predictions.jsonl` that
     `evaluate` writes."""
     output_dir: str
-    """Folder for `comparison.json`, `comparison.md` and `comparison.png`."""
+    """Folder for `comparison.html`, `comparison.md`, `comparison.json` and `comparison.png`."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics to compare, such as `[rouge_l, recovery_4]`. The fewer there are, the smaller a difference can be shown.
+    Default: all that the evaluations have."""
 
 
 @dataclass(kw_only=True)

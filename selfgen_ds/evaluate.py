@@ -7,10 +7,11 @@ import logging
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from selfgen_ds.chat.template import asks_for_date
 from selfgen_ds.config import EvaluateOptions, ModelConfig
@@ -21,10 +22,15 @@ from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
 from selfgen_ds.errors import Problems
-from selfgen_ds.evaluation.metrics import SampleScore, aggregate, binned_curves, curves, descriptions
+from selfgen_ds.evaluation.answers import EvaluationRequests
+from selfgen_ds.evaluation.curves import curves
+from selfgen_ds.evaluation.journal import Journal
+from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metric, meaning
+from selfgen_ds.evaluation.perturbations import perturbed
 from selfgen_ds.evaluation.plots import plot_evaluation
-from selfgen_ds.evaluation.recovery import forced_errors
-from selfgen_ds.evaluation.scores import EvaluationRequests, answered_length, corrected_length, evaluate
+from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
+from selfgen_ds.evaluation.scores import answered_length, corrected_length, evaluate
+from selfgen_ds.evaluation.text_metrics import TextMetrics, load_embedder, load_metric
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
@@ -56,14 +62,17 @@ def run(options: EvaluateOptions) -> None:
     make_folder(Path(options.output_dir), "--output_dir")
     source = ModelConfig(
         name_or_path=options.model,
-        dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
     )
+    with problems.collect():
+        text = _text_metrics(options)
+    problems.raise_all()
     with naming_the_options():
         tokenizer = load_tokenizer(source)
         config = model_config(source, tokenizer)
+    source.dtype = _dtype(options, config)
     positions = most_positions(config)
     length = options.max_length or positions
     check_evaluated_length(problems, length, positions)
@@ -85,19 +94,87 @@ def run(options: EvaluateOptions) -> None:
         generation_batch_size=options.batch_size,
         sharing=traits.sharing,
     )
-    requests = EvaluationRequests(
+    requests = _requests(options, text, asked, forced_errors(samples, tokenizer))
+    scores = _evaluate(policy, chosen, tokenizer, options, requests, samples)
+    if process_group.rank() == 0:
+        _write(scores, options, samples, source.dtype)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _requests(
+    options: EvaluateOptions, text: TextMetrics, asked: Correction | None, errors: dict[int, ForcedError]
+) -> EvaluationRequests:
+    """Return what the options request of the model."""
+    return EvaluationRequests(
+        text=text,
+        forced_errors=errors,
+        forced_error_shares=tuple(options.forced_error_shares),
         max_new_tokens=options.max_new_tokens,
-        forced_errors=forced_errors(samples, tokenizer),
-        sample_temperature=options.sample_temperature,
+        sample_temperatures=tuple(options.sample_temperatures),
+        answers_per_prompt=options.answers_per_prompt,
+        prefix_shares=tuple(options.prefix_shares),
         seed=options.seed,
         correction=asked,
         correction_rounds=options.correction_rounds,
     )
-    scores = evaluate(policy, chosen, tokenizer, options.batch_size, requests)
-    if process_group.rank() == 0:
-        _write(scores, options, samples)
-    if dist.is_initialized():
-        dist.barrier()
+
+
+def _evaluate(
+    policy: EnginePolicy,
+    chosen: list[TrainingRow],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EvaluateOptions,
+    requests: EvaluationRequests,
+    samples: list[Samples],
+) -> list[SampleScore]:
+    """Return the scores of all rows, with those of the perturbed weights among their statistics.
+
+    Collective: every rank must call this. Scores that an earlier start with the same options has left are not computed
+    again.
+    """
+    key = asdict(options) | {"files": _files(options.model), "rows": [source.checksum for source in samples]}
+    scores: list[SampleScore] = []
+    journals = []
+    kinds = [*(f"noise_{share:g}" for share in options.weight_noise), *(f"int{bits}" for bits in options.weight_bits)]
+    for kind in ["", *kinds]:
+        journal = Journal(Path(options.output_dir) / f"evaluation{kind and '-'}{kind}.journal", key)
+        journals.append(journal)
+        if not kind:
+            if journal.scores:
+                log.info("%d of %d rows have been evaluated before", len(journal.scores), len(chosen))
+            scores = evaluate(policy, chosen, tokenizer, options.batch_size, requests, journal=journal)
+            continue
+        greedy = EvaluationRequests(text=requests.text, max_new_tokens=requests.max_new_tokens)
+        with perturbed(policy.model, kind, options.seed):
+            changed = evaluate(policy, chosen, tokenizer, options.batch_size, greedy, journal=journal)
+        for score, other in zip(scores, changed, strict=True):
+            score.statistics.update({f"{kind}_{name}": numbers for name, numbers in other.statistics.items()})
+    for journal in journals:
+        journal.remove()
+    return scores
+
+
+def _files(model: str) -> list[list[Any]]:
+    """Return names, sizes and times of a model folder's files, so that a changed model is evaluated anew."""
+    files = sorted(Path(model).glob("*")) if Path(model).is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
+
+
+def _dtype(options: EvaluateOptions, config: PretrainedConfig) -> Any:
+    """Return the name of the type of weights: the option's, or the one that the model's folder names."""
+    named = str(config.dtype).removeprefix("torch.")
+    return options.dtype if options.dtype != "auto" else named if named in ("bfloat16", "float16") else "float32"
+
+
+def _text_metrics(options: EvaluateOptions) -> TextMetrics:
+    """Return the metrics of texts that are asked for.
+
+    Raises:
+        InputError: The embedding model cannot be loaded, or there is no such function.
+    """
+    embedder = None if options.embedding_model is None else load_embedder(options.embedding_model)
+    return TextMetrics(embedder=embedder, own=None if options.metric is None else load_metric(options.metric))
 
 
 def _check_answers(
@@ -141,7 +218,7 @@ def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, len
     return samples
 
 
-def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples]) -> None:
+def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples], dtype: str) -> None:
     """Write `evaluation.json`, `predictions.jsonl` and `evaluation.png` to the output folder, and print the metrics."""
     folder = Path(options.output_dir)
     lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
@@ -157,6 +234,7 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
         "truncated": truncated,
         "refused": refused,
         "unfinished": unfinished,
+        "dtype": dtype,
         "settings": settings,
         "metrics": metrics,
         "curves": positions,
@@ -166,10 +244,23 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
         log.info("replacing the evaluation that %s holds", folder)
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
     title = f"{options.model} on {', '.join(s.name for s in samples)}, {len(scores)} rows, 95 % intervals"
-    plot_evaluation(folder / "evaluation.png", title, binned_curves(scores), metrics, options.correction_rounds)
-    meanings = descriptions(options.correction_rounds)
-    print("\n".join(f"{name:26}{value:8.3f}  {meanings[name]}" for name, value in metrics.items()))
+    plot_evaluation(folder / "evaluation.png", title, scores, metrics)
+    print(_table(metrics))
     print(f"{len(scores)} rows; {truncated} responses truncated, {refused} rows left out")
     if unfinished:
         print(f"{unfinished} greedy answers were cut before the model ended them; --max_new_tokens allows longer ones")
     print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")
+
+
+def _table(metrics: dict[str, float]) -> str:
+    """Return the metrics as text: those of the greedy answers with their meaning, then a column per other kind."""
+    kinds = dict.fromkeys(kind for kind, _ in map(kind_and_metric, metrics) if kind)
+    width = max(map(len, metrics)) + 1
+    lines = [f"{n:{width}}{value:8.3f}  {meaning(n)}" for n, value in metrics.items() if not kind_and_metric(n)[0]]
+    names = dict.fromkeys(metric for kind, metric in map(kind_and_metric, metrics) if kind)
+    if kinds:
+        lines += ["", " " * width + "  ".join(f"{kind:>14}" for kind in kinds)]
+    for name in names:
+        cells = [metrics.get(f"{kind}_{name}") for kind in kinds]
+        lines.append(f"{name:{width}}" + "  ".join(" " * 14 if cell is None else f"{cell:14.3f}" for cell in cells))
+    return "\n".join(lines)

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from selfgen_ds.checkpoint import manifest, resuming, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
+from selfgen_ds.engine.flops import flops
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
@@ -48,7 +49,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         for step in range(run.folder.first_step, run.total_steps):
             if ends_early:
                 break
-            round_started = time.perf_counter()
+            round_started, read_before = time.perf_counter(), run.policy.read_tokens
             step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
             started, forwards = time.perf_counter(), watch.forwards
             get_accelerator().reset_peak_memory_stats()
@@ -57,8 +58,10 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             batches = run.method.contexts(batches, run.policy, step)
             get_accelerator().synchronize()
             pass_time = time.perf_counter() - pass_started
-            result = train_step(run.engine, batches, recipe.optim.label_smoothing, recipe.selfgen.drawn_context_weight)
+            read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
+            result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read)
             metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
+            metrics["flops"] = flops(recipe, run.engine.module, result)
             ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
@@ -113,6 +116,8 @@ def _metrics(
         "differing_share": result.differing / max(1, result.drawn),
         "passes": run.method.passes if result.drawn else 0,
         "groups": run.policy.groups if result.drawn and run.method.passes else 0,
+        "tokens": result.tokens,
+        "no_grad_tokens": result.no_grad_tokens,
         "tokens_per_second": result.tokens / step_time,
         "step_time_s": step_time,
         "pass_time_s": pass_time,

@@ -69,7 +69,7 @@ def run(name: str, tree: Path, folder: Path, data: Path) -> dict[str, Any]:
     train = [*launcher, "--master_port", str(free_port()), "--module", "selfgen_ds", "train"]
     train += ["--config", f"recipes/{recipe}.yaml", "--output_dir", str(folder)]
     evaluate = [sys.executable, "-m", "selfgen_ds", "evaluate", "--model", str(folder / "model")]
-    evaluate += ["--max_samples", "8", "--output_dir", str(folder / "evaluation"), "--sample_temperature", "1"]
+    evaluate += ["--max_samples", "8", "--output_dir", str(folder / "evaluation"), "--sample_temperatures", "[1]"]
     if recipe == "demo":
         evaluate += ["--data", "builtin:pointer_chase"]
     elif recipe == "gsm8k":

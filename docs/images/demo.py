@@ -19,7 +19,7 @@ ANSWERS = {
     "recovery_1": "next token\nafter an error",
     "recovery_4": "next four\nafter an error",
     "recovery_last": "last token\nafter an error",
-    "sampled_accuracy": "sampled\nat temperature 2",
+    "sampled_2_accuracy": "sampled\nat temperature 2",
 }
 """Metrics of the picture, and what is written below their bars."""
 

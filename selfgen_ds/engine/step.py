@@ -35,6 +35,8 @@ class StepResult:
     """Drawn context tokens that differ from the target at their position."""
     tokens: int
     """Tokens of the rows, without padding."""
+    no_grad_tokens: int
+    """Tokens that forwards without gradients have read for the step: in passes, and in rounds drawn before it."""
     applied: bool
     """False if the loss or a gradient was not finite, so that the step was dropped."""
     suspects: list[int]
@@ -46,6 +48,7 @@ def train_step(
     batches: list[TokenBatch],
     label_smoothing: float,
     drawn_context_weight: float = 1.0,
+    no_grad_tokens: int = 0,
 ) -> StepResult:
     """Run forward and backward of every micro-batch, then the optimizer.
 
@@ -56,16 +59,15 @@ def train_step(
     Args:
         batches: This rank's micro-batches of the step.
         drawn_context_weight: Weight of a target that directly follows a drawn token. Other targets have weight 1.
+        no_grad_tokens: Tokens that this rank has read without gradients for the step.
 
     Raises:
         RuntimeError: The loss is not finite at ZeRO stage 0, at which DeepSpeed would apply the step.
     """
     weights = [_target_weights(batch, drawn_context_weight) for batch in batches]
     total_weight, nonempty = (count or 1.0 for count in _sum_over_ranks(_normalizers(batches, weights)).tolist())
-    # DeepSpeed divides the loss by the accumulation steps and averages gradients over the ranks.
-    parts = len(batches) * dist.get_world_size()
-    learning_rate = engine.get_lr()[0]
-    coefficient = engine.module.router_loss_coefficient
+    parts = len(batches) * dist.get_world_size()  # DeepSpeed divides by these steps, and averages over the ranks
+    learning_rate, coefficient = engine.get_lr()[0], engine.module.router_loss_coefficient
     losses: list[Tensor] = []
     router_losses: list[Tensor] = []
     for number, (batch, batch_weights) in enumerate(zip(batches, weights, strict=True), start=1):
@@ -74,7 +76,7 @@ def train_step(
         router_losses.append(router_loss.detach())
         objective = loss * (parts / total_weight) + router_loss * (coefficient * parts / nonempty)
         if number == len(batches):
-            totals = _sum_over_ranks(_totals(batches, losses, router_losses))
+            totals = _sum_over_ranks(_totals(batches, losses, router_losses, no_grad_tokens))
             # NaN or infinity on one rank becomes a NaN gradient on every rank, so that DeepSpeed drops the step.
             objective = objective * (totals[:2].sum() * 0 + 1)
         engine.backward(objective)
@@ -88,7 +90,7 @@ def train_step(
         engine.step()
     # DeepSpeed keeps no norm at stage 0, where every rank has the whole gradient.
     grad_norm = engine.get_global_grad_norm() if engine.zero_optimization_stage() else unpartitioned_norm
-    loss_total, router_total, drawn, differing, tokens = totals.tolist()
+    loss_total, router_total, drawn, differing, tokens, without_gradients = totals.tolist()
     return StepResult(
         loss=loss_total / total_weight,
         learning_rate=learning_rate,
@@ -97,6 +99,7 @@ def train_step(
         drawn=int(drawn),
         differing=int(differing),
         tokens=int(tokens),
+        no_grad_tokens=int(without_gradients),
         applied=engine.was_step_applied(),
         suspects=[] if math.isfinite(loss_total) else _suspects(batches, losses),
     )
@@ -145,10 +148,13 @@ def forward_losses(
     return (result, result.new_zeros(())) if routed is None else result
 
 
-def _totals(batches: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor]) -> Tensor:
-    """Sum up the step on this rank: `[5]` float64.
+def _totals(
+    batches: list[TokenBatch], losses: list[Tensor], router_losses: list[Tensor], no_grad_tokens: int
+) -> Tensor:
+    """Sum up the step on this rank: `[6]` float64.
 
-    The sums are: loss, router loss, drawn tokens, drawn tokens that differ from the target, and real tokens.
+    The sums are: loss, router loss, drawn tokens, drawn tokens that differ from the target, real tokens, and tokens
+    read without gradients.
     """
     drawn = [b.replaced_mask & b.loss_mask for b in batches]  # other drawn tokens have no target to differ from
     counts = [
@@ -156,7 +162,8 @@ def _totals(batches: list[TokenBatch], losses: list[Tensor], router_losses: list
         for b, d in zip(batches, drawn, strict=True)
     ]
     sums = [torch.stack(values).double().sum() for values in (losses, router_losses)]
-    return torch.cat([torch.stack(sums), torch.stack(counts).sum(dim=0).double()])
+    read = torch.tensor([no_grad_tokens], dtype=torch.float64, device=sums[0].device)
+    return torch.cat([torch.stack(sums), torch.stack(counts).sum(dim=0).double(), read])
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

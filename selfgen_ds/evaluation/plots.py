@@ -1,56 +1,57 @@
-"""The plots of `selfgen-ds evaluate` and `selfgen-ds compare`."""
+"""The plot of `selfgen-ds evaluate`: where an answer goes wrong, and what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, Curve, corrected
+from selfgen_ds.evaluation.curves import ERROR_SHARES, Curve, accuracies, accuracy_by_errors, binned, log_likelihoods
+from selfgen_ds.evaluation.metrics import SampleScore, kind_and_metric
 from selfgen_ds.files import naming
 
 _CHARACTERS_PER_INCH = 15  # of the legend's font
 
 
-def plot_evaluation(
-    path: Path, title: str, curves: dict[str, Curve], metrics: dict[str, float], correction_rounds: int
-) -> None:
-    """Write a PNG with the accuracy by position and, if there are corrections, their effect round by round.
+def plot_evaluation(path: Path, title: str, scores: list[SampleScore], metrics: dict[str, float]) -> None:
+    """Write a PNG with the accuracy and the log-likelihood by position, and with what else was asked for.
 
     Args:
-        curves: Name -> accuracy by position.
         metrics: Name -> value over all rows.
     """
-    panels = 1 + bool(correction_rounds)
-    figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 4), layout="constrained", squeeze=False)
-    for name, curve in curves.items():
-        _plot_curve(axes[0, 0], curve, name.replace("_", " "))
-    recovers = " (recovery: after the forced error)" if any("recovery" in name for name in curves) else ""
-    axes[0, 0].set(xlabel=f"position in the answer{recovers}", ylabel="accuracy", ylim=(-0.02, 1.02))
-    if correction_rounds:
-        _plot_corrections(axes[0, 1], metrics, correction_rounds)
+    rounds = [name for name in metrics if name.startswith("corrected_") and name.endswith("_exact_match")]
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _plot_accuracies(axes, scores),
+        lambda axes: _plot_log_likelihoods(axes, scores),
+        lambda axes: _plot_errors(axes, scores),
+    ]
+    if any(name.startswith("sampled_") for name in metrics):
+        panels.append(lambda axes: _plot_temperatures(axes, metrics))
+    if rounds:
+        panels.append(lambda axes: _plot_corrections(axes, metrics, len(rounds)))
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 4), layout="constrained", squeeze=False)
+    for panel, plot in zip(axes[0], panels, strict=True):
+        plot(panel)
     figure.suptitle(title, fontsize=9)
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     with naming(path):
         figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _plot_curve(axes: Axes, curve: Curve, label: str) -> None:
-    """Draw the accuracy by position with its 95 % interval."""
+def plot_curve(axes: Axes, curve: Curve, label: str) -> None:
+    """Draw means by position with their 95 % intervals."""
     (line,) = axes.plot(curve.positions, curve.mean, marker="o", markersize=3, label=label)
     axes.fill_between(curve.positions, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def _legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
+def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
     """Put one legend of all panels below them, where it hides nothing."""
     handles = {
         label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
@@ -61,67 +62,52 @@ def _legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
+def _plot_accuracies(axes: Axes, scores: list[SampleScore]) -> None:
+    curves = accuracies(scores)
+    for name, rows in curves.items():
+        plot_curve(axes, binned(rows), name.replace("_", " "))
+    recovers = "\n(recovery: after the forced error)" if "recovery" in curves else ""
+    axes.set(xlabel=f"position in the answer{recovers}", ylabel="accuracy", ylim=(-0.02, 1.02))
+
+
+def _plot_log_likelihoods(axes: Axes, scores: list[SampleScore]) -> None:
+    for name, rows in log_likelihoods(scores).items():
+        plot_curve(axes, binned(rows), name.removesuffix("_log_likelihood").replace("_", " "))
+    axes.set(xlabel="position in the answer", ylabel="log-likelihood of the reference's token, nats")
+
+
+def _plot_errors(axes: Axes, scores: list[SampleScore]) -> None:
+    """Draw the accuracy of the next token by the share of errors before it, for each quarter of the positions."""
+    rows = [row for row in accuracy_by_errors(scores) if row["tokens"] >= 10]
+    for first, last in dict.fromkeys((row["from_position"], row["to_position"]) for row in rows):
+        part = [row for row in rows if row["from_position"] == first]
+        at = [ERROR_SHARES.index(row["most_errors"]) for row in part]
+        axes.plot(at, [row["accuracy"] for row in part], marker="o", label=f"tokens {first:.0f} to {last:.0f}")
+    axes.set_xticks(range(len(ERROR_SHARES)), ["none", *(f"≤ {share:.0%}" for share in ERROR_SHARES[1:])])
+    axes.set(xlabel="own errors before the token", ylabel="free-running accuracy", ylim=(-0.02, 1.02))
+
+
+def _plot_temperatures(axes: Axes, metrics: dict[str, float]) -> None:
+    """Draw the sampled quality by temperature; the greedy answers stand at 0."""
+    for base in ("exact_match", "final_answer", "accuracy"):
+        points = [(float(kind.removeprefix("sampled_")), metrics[f"{kind}_{base}"]) for kind in _sampled(metrics, base)]
+        greedy = metrics.get("free_running_accuracy" if base == "accuracy" else base)
+        points += [] if greedy is None or not points else [(0.0, greedy)]
+        axes.plot(
+            *zip(*sorted(points), strict=True), marker="o", label=f"sampled: {base.replace('_', ' ')}"
+        ) if points else None
+    axes.set(xlabel="temperature", ylabel="share of answers or tokens", ylim=(-0.02, 1.02))
+
+
+def _sampled(metrics: dict[str, float], base: str) -> list[str]:
+    kinds = [kind_and_metric(name) for name in metrics]
+    return [kind for kind, metric in kinds if kind.startswith("sampled_") and metric == base]
+
+
 def _plot_corrections(axes: Axes, metrics: dict[str, float], rounds: int) -> None:
     """Draw the exact match and the rates of change over the rounds of correction."""
-    numbers = range(1, rounds + 1)
-    for kind, line in zip(CORRECTION_METRICS, ("-", "--", "--", ":"), strict=True):
-        first = [metrics["exact_match"]] if kind == "exact_match" else []
-        values = [*first, *(metrics[corrected(number)[kind]] for number in numbers)]
-        axes.plot(range(rounds + 1)[-len(values) :], values, marker="o", linestyle=line, label=kind.replace("_", " "))
+    for base, line in {"exact_match": "-", "wrong_to_right": "--", "right_to_wrong": "--", "unchanged": ":"}.items():
+        first = [metrics[base]] if base == "exact_match" else []
+        values = [*first, *(metrics[f"corrected_{number}_{base}"] for number in range(1, rounds + 1))]
+        axes.plot(range(rounds + 1)[-len(values) :], values, marker="o", linestyle=line, label=base.replace("_", " "))
     axes.set(xlabel="corrections", ylabel="share of rows", ylim=(-0.02, 1.02), xticks=range(rounds + 1))
-
-
-def plot_comparison(
-    path: Path, title: str, rows: list[dict[str, Any]], recovery: Mapping[str, Curve | None], correction_rounds: int
-) -> None:
-    """Write a PNG with the means and intervals of every run, its loss, and its curves of recovery and of corrections.
-
-    The curves of recovery are left out if a run has none.
-
-    Args:
-        rows: Rows of `comparison.json`.
-        recovery: Run -> accuracy after a forced error; None if the run was not evaluated on a task.
-    """
-    curves = {run: curve for run, curve in recovery.items() if curve is not None}
-    with_recovery = len(curves) == len(recovery)
-    panels = 2 + with_recovery + bool(correction_rounds)
-    ratios = [3, 1, *[2] * (panels - 2)]
-    figure, axes = plt.subplots(
-        1, panels, figsize=(1 + 2 * sum(ratios), 4.5), layout="constrained", squeeze=False, width_ratios=ratios
-    )
-    row_of = {(row["run"], row["metric"]): row for row in rows}
-    labels = {row["run"]: row["label"] for row in rows}
-    metrics = [name for name in dict.fromkeys(row["metric"] for row in rows) if not name.startswith("corrected_")]
-    _plot_bars(axes[0, 0], row_of, labels, [metric for metric in metrics if metric != "loss"])
-    axes[0, 0].set(ylim=(0, 1.02))
-    _plot_bars(axes[0, 1], row_of, labels, ["loss"])
-    if with_recovery:
-        for run, curve in curves.items():
-            _plot_curve(axes[0, 2], curve, labels[run])
-        axes[0, 2].set(xlabel="tokens after the forced error", ylabel="accuracy", ylim=(-0.02, 1.02))
-    if correction_rounds:
-        panel, numbers = axes[0, -1], range(correction_rounds + 1)
-        names = ["exact_match", *(corrected(number)["exact_match"] for number in numbers[1:])]
-        for run, label in labels.items():
-            panel.plot(numbers, [row_of[run, name]["mean"] for name in names], marker="o", label=label)
-        panel.set(xlabel="corrections", ylabel="exact match", ylim=(-0.02, 1.02), xticks=numbers)
-    figure.suptitle(title, fontsize=9)
-    _legend_below(figure, axes[0, :1])
-    with naming(path):
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _plot_bars(
-    axes: Axes, row_of: dict[tuple[str, str], dict[str, Any]], labels: dict[str, str], metrics: list[str]
-) -> None:
-    """Draw the mean of every metric as a bar per run, with the 95 % interval."""
-    width = 0.8 / len(labels)
-    for number, (run, label) in enumerate(labels.items()):
-        values = [row_of[run, metric] for metric in metrics]
-        means = np.array([value["mean"] for value in values])
-        spread = np.abs(np.array([[value["low"], value["high"]] for value in values]).T - means)
-        axes.bar(np.arange(len(metrics)) + number * width, means, width, yerr=spread, capsize=2, label=label)
-    names = [metric.replace("_", "\n") for metric in metrics]
-    axes.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, names, fontsize=7)
-    axes.set(ylabel="mean, 95 % interval")

@@ -48,6 +48,8 @@ class GatherableModel:
         """Tokens of the answers since `gathered` was entered."""
         self.generation_seconds = 0.0
         """Time that these tokens took."""
+        self.read_tokens = 0
+        """Tokens that this rank has read without gradients so far, for draws and answers, without padding."""
         self._inside_gathered = False
         self._spare_bytes = math.inf
         """Memory that one forward may take inside `gathered`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -202,20 +203,38 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
     return reduction
 
 
+class Prediction(NamedTuple):
+    """What the model says of N positions."""
+
+    best: Tensor
+    """The most probable tokens: `[N]` int64."""
+    second: Tensor
+    """The second most probable tokens: `[N]` int64."""
+    log_probability: Tensor
+    """The targets' log-probabilities in nats: `[N]` float32."""
+    confidence: Tensor
+    """The probabilities of the most probable tokens: `[N]` float32."""
+    entropy: Tensor
+    """The entropies of the distributions in nats: `[N]` float32."""
+
+
 def predict(targets: Tensor) -> Reduction:
-    """Return a reduction to the most probable tokens and the targets' log-probabilities: `[N]` int64, `[N]` float32.
+    """Return a reduction to the fields of a `Prediction`.
 
     Args:
         targets: `[N]` int64.
     """
 
-    def reduction(hidden: Tensor, project: Projection) -> tuple[Tensor, Tensor]:
-        best = [hidden.new_empty(0, dtype=torch.int64)]
-        log_probabilities = [hidden.new_empty(0, dtype=torch.float32)]
-        for chunk, chunk_targets in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            logits = project.logits(chunk).float()
-            best.append(logits.argmax(dim=-1))
-            log_probabilities.append(-F.cross_entropy(logits, chunk_targets, reduction="none"))
-        return torch.cat(best), torch.cat(log_probabilities)
+    def of_chunk(logits: Tensor, chunk_targets: Tensor) -> Prediction:
+        total = logits.logsumexp(dim=-1)
+        (first_logit, _), (best, second) = (part.unbind(dim=-1) for part in logits.topk(2, dim=-1))
+        expected = (logits - total[:, None]).exp_().mul_(logits).sum(dim=-1)
+        target_logit = logits.gather(1, chunk_targets[:, None]).squeeze(1)
+        return Prediction(best, second, target_logit - total, (first_logit - total).exp(), total - expected)
+
+    def reduction(hidden: Tensor, project: Projection) -> tuple[Tensor, ...]:
+        chunks = zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+        parts = [of_chunk(project.logits(chunk).float(), chunk_targets) for chunk, chunk_targets in chunks]
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))  # ZeRO-3's hooks take plain tuples
 
     return reduction

@@ -94,6 +94,7 @@ class EnginePolicy(GatherableModel, Policy):
         most = self.budget.tokens(max(batch.context_ids.numel() for batch in batches)) if self.budget else math.inf
         groups = split_rows(lengths, min(most, self._most_tokens()))
         self.groups = self.max_over_ranks(len(groups))
+        self.read_tokens += int(lengths.sum())
 
         drawn = torch.zeros_like(context)
         with evaluating(self.forward):
@@ -134,6 +135,7 @@ class EnginePolicy(GatherableModel, Policy):
                 prompts, needed = context[rows, :start].tolist(), (ends[rows] - start).tolist()
                 answers = generation.generate(self.model, prompts, end - start, [], choose, needed=needed)
                 tokens = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(mask.device)
+                self.read_tokens += int(ends[rows].sum())
                 row, column = is_drawn.nonzero(as_tuple=True)
                 context[rows[row], start + column] = tokens[row, column]
         return _unstack(context, masks)
@@ -158,13 +160,8 @@ class EnginePolicy(GatherableModel, Policy):
         self.forward(nothing.long(), positions=nothing, reduction=head.draw(noise, **vars(self.sampling)))
 
     @torch.no_grad()
-    def predict(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Predict the response tokens of a batch by teacher forcing.
-
-        Returns:
-            The most probable tokens, `[responses]` int64, and the log-probabilities of the references, `[responses]`
-            float32, both in row-major order.
-        """
+    def predict(self, batch: TokenBatch) -> head.Prediction:
+        """Predict the target tokens of a batch from its contexts. The result is in row-major order."""
         rows_at_once = len(batch.context_ids)
         if not self.sharded:  # no other rank waits for this one, so the number of forwards is free
             rows_at_once = max(1, int(min(rows_at_once, self._most_tokens() // batch.context_ids.shape[1])))
@@ -180,8 +177,7 @@ class EnginePolicy(GatherableModel, Policy):
                     position_ids=None if packed is None else packed[rows],
                 )
                 parts.append(part)
-        best, log_probabilities = zip(*parts, strict=True)
-        return torch.cat(best), torch.cat(log_probabilities)
+        return head.Prediction(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def complete(
@@ -223,6 +219,7 @@ class EnginePolicy(GatherableModel, Policy):
                 for number, answer in zip(numbers, batch_answers, strict=True):
                     answers[number] = answer
         self.generated_tokens += sum(map(len, answers))
+        self.read_tokens += sum(map(len, prompts)) + sum(map(len, answers))
         self.generation_seconds += time.perf_counter() - started
         return answers
 

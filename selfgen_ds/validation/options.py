@@ -28,15 +28,24 @@ def naming_the_options() -> Iterator[None]:
 
 def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     """Check the options of `evaluate` that need no model."""
-    for setting in ("max_samples", "max_new_tokens", "batch_size"):
+    for setting in ("max_samples", "max_new_tokens", "batch_size", "answers_per_prompt"):
         value = getattr(options, setting)
         problems.expect(value is None or value >= 1, f"--{setting}", "1 or more", value)
     problems.expect(0 <= options.seed < 2**31, "--seed", f"0 to {2**31 - 1}", options.seed)
     problems.expect(options.correction_rounds >= 0, "--correction_rounds", "0 or more", options.correction_rounds)
     if options.cue is not None and not options.correction_rounds:
         problems.add("--cue: expected --correction_rounds as well")
-    temperature = options.sample_temperature
-    problems.expect(temperature >= 0, "--sample_temperature", "0 or more", temperature)
+    temperatures, noise = options.sample_temperatures, options.weight_noise
+    problems.expect(all(t > 0 for t in temperatures), "--sample_temperatures", "numbers above 0", temperatures)
+    problems.expect(all(share > 0 for share in noise), "--weight_noise", "numbers above 0", noise)
+    if options.answers_per_prompt > 1 and not temperatures:
+        problems.add("--answers_per_prompt: expected --sample_temperatures as well")
+    for setting in ("prefix_shares", "forced_error_shares"):
+        shares = getattr(options, setting)
+        problems.expect(all(0 <= share < 1 for share in shares), f"--{setting}", "shares from 0 to less than 1", shares)
+    for setting in ("sample_temperatures", "prefix_shares", "forced_error_shares", "weight_noise", "weight_bits"):
+        values = getattr(options, setting)
+        problems.expect(len(set(values)) == len(values), f"--{setting}", "every value once", values)
     check_model_folder(problems, "--model", options.model)
     check_texts(problems, "--", options.prompt_template, options.date)
     share = options.max_refused_share

@@ -13,7 +13,7 @@ from selfgen_ds.config import Recipe, SelfgenConfig, sources
 from selfgen_ds.data.tasks import task_of
 from selfgen_ds.engine import ds_config
 from selfgen_ds.errors import Problems
-from selfgen_ds.evaluation.metrics import METRICS, RECOVERY_METRICS
+from selfgen_ds.evaluation.metrics import IN_TRAINING, RECOVERY
 from selfgen_ds.methods.reject import load_reject
 from selfgen_ds.ranks import process_group
 from selfgen_ds.validation import deepspeed_json
@@ -35,7 +35,7 @@ def check_settings(problems: Problems, recipe: Recipe, overrides: set[str]) -> d
     with problems.collect():
         load_reject(recipe.selfgen.reject)
     eval_is_task = all(task_of(source.path) is not None for source in sources(recipe.data.eval))
-    metrics = METRICS | (RECOVERY_METRICS if eval_is_task else {})
+    metrics = IN_TRAINING + (RECOVERY if eval_is_task else ())
     problems.expect(recipe.eval.best in metrics, "eval.best", f"one of {', '.join(metrics)}", recipe.eval.best)
     json_config: dict[str, Any] = {}
     with problems.collect():

@@ -56,7 +56,10 @@ selfgen: {{method: scheduled_sampling, replace_probability: 0.5}}
 train: {{max_steps: 2, micro_batch_size: 2}}
 """
 """The recipe of two steps on the rows in `folder`, as a user writes it."""
-TIMED = {"step_time_s", "pass_time_s", "round_time_s", "tokens_per_second", "peak_memory_bytes"}
+TIMED = {"step_time_s", "pass_time_s", "round_time_s", "tokens_per_second", "peak_memory_bytes"} | {
+    "no_grad_tokens",
+    "flops",
+}
 _NUMBERS = itertools.count()
 
 

@@ -83,9 +83,9 @@ def comparison_rows(folder: Path) -> list[dict[str, Any]]:
 def sampled_answers(model: str, out: str, seed: int, batch_size: int) -> list[str]:
     """Evaluate by the sub-command, and return the answers sampled at temperature 2."""
     options = EvaluateOptions(model=model, data=TASK, output_dir=out, max_samples=9, max_length=64)
-    evaluate.run(replace(options, sample_temperature=2.0, seed=seed, batch_size=batch_size))
+    evaluate.run(replace(options, sample_temperatures=[2.0], seed=seed, batch_size=batch_size))
     lines = (Path(out) / "predictions.jsonl").read_text().splitlines()
-    return [json.loads(line)["sampled_answer"] for line in lines]
+    return [json.loads(line)["other_answers"]["sampled_2"][0] for line in lines]
 
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_number_of_ranks(

@@ -50,9 +50,8 @@ def by_sample(batches: list[TokenBatch]) -> dict[int, list[int]]:
 def predictions(run: Run, batches: list[TokenBatch]) -> dict[int, list[float]]:
     by_owner: dict[int, list[float]] = {}
     for batch in batches:
-        _, log_probabilities = run.policy.predict(batch)
         owners = batch.sample_ids[batch.loss_mask].tolist()
-        for owner, value in zip(owners, log_probabilities.tolist(), strict=True):
+        for owner, value in zip(owners, run.policy.predict(batch).log_probability.tolist(), strict=True):
             by_owner.setdefault(owner, []).append(value)
     return by_owner
 

@@ -1,8 +1,7 @@
 """`compare`: the means, the intervals, which runs form one row, and what is refused."""
 
 import json
-import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +19,18 @@ from selfgen_ds.config import (
     to_yaml,
 )
 from selfgen_ds.errors import InputError
-from selfgen_ds.evaluation.metrics import corrected
 
-RESAMPLES = compare._RESAMPLES
 KEYS = {
     *("run", "label", "method", "seeds", "metric", "mean", "low", "high"),
-    *("paired_difference", "paired_low", "paired_high"),
+    *("paired_difference", "paired_low", "paired_high", "p", "p_corrected", "verdict", "seeds_known"),
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fewer_resamples() -> Iterator[None]:
-    """Draw a tenth of the resamples, which take most of the time; the test of the intervals' ends draws them all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "_RESAMPLES", 200)
-        yield
+def _prediction(sample_id: int, exact_match: float, loss: float, tokens: int) -> dict[str, Any]:
+    statistics = {"exact_match": [exact_match, 1.0], "loss": [loss * tokens, float(tokens)]}
+    texts = {"prompt": "p", "reference": "r", "answer": "a"}
+    flags = {"teacher_forced": [True], "free_running": [False], "recovery": [[True]]}
+    return {"sample_id": sample_id, **texts, **flags, "statistics": statistics}
 
 
 def _run_folder(
@@ -59,13 +55,12 @@ def _run_folder(
         seed=seed,
     )
     rows = [
-        {"sample_id": first_sample_id + i, "tokens": tokens, "metrics": {"exact_match": value, "loss": loss}}
+        _prediction(first_sample_id + i, value, loss, tokens)
         for i, (value, (loss, tokens)) in enumerate(
             zip(exact_match, losses or [(1.0, 2)] * len(exact_match), strict=True)
         )
     ]
     settings = {"data": data, "prompt_column": "prompt", "completion_column": "completion", "max_length": 64}
-    settings |= {"sample_temperature": 0.0}
     evaluation = {
         "data": data,
         "metrics": {"exact_match": float(np.mean(exact_match))},
@@ -108,9 +103,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 
 def test_table_json_and_plot_are_written(comparison: Comparison) -> None:
-    assert {path.name for path in comparison.folder.iterdir()} == {
-        *("comparison.json", "comparison.md", "comparison.png")
-    }
+    names = {f"comparison.{kind}" for kind in ("html", "json", "md", "png")}
+    assert {path.name for path in comparison.folder.iterdir()} == names
     assert (comparison.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -148,15 +142,10 @@ def test_the_interval_of_a_constant_has_no_width(tmp_path: Path) -> None:
     assert (row["low"], row["high"]) == (0.25, 0.25)
 
 
-def test_the_interval_of_many_rows_is_that_of_the_normal_approximation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compare, "_RESAMPLES", RESAMPLES)
-    hits = np.random.default_rng(0).random(2000) < 0.3
-    (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", hits.astype(float).tolist()))
-    half = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / 2000)
-    assert row["low"] == pytest.approx(hits.mean() - half, abs=0.1 * half)
-    assert row["high"] == pytest.approx(hits.mean() + half, abs=0.1 * half)
+def test_a_share_that_is_0_on_all_rows_may_be_more_on_others(tmp_path: Path) -> None:
+    (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", [0.0] * 8))
+    assert row["low"] == pytest.approx(0.0, abs=1e-9)
+    assert 0.3 < row["high"] < 0.35
 
 
 def test_a_difference_that_is_the_same_on_every_row_is_certain(tmp_path: Path) -> None:
@@ -172,8 +161,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row_whose_interval_covers_th
     a, b = (_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1))
     (row,) = _compare(tmp_path, a, b)
     assert (row["run"], row["seeds"], row["mean"]) == (a, [0, 1], 0.5)
-    # drawing two seeds with replacement gives the means 0, 0.5 and 1 with probabilities 1/4, 1/2 and 1/4
-    assert (row["low"], row["high"]) == (0.0, 1.0)
+    assert (row["low"], row["high"]) == (0.0, 1.0)  # of two seeds, Student's interval is wider than all shares
 
 
 def test_seeds_that_started_from_different_models_are_one_row(tmp_path: Path) -> None:
@@ -270,6 +258,9 @@ def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> 
         _compare(tmp_path, run)
 
 
+CORRECTED = [f"corrected_1_{name}" for name in ("exact_match", "wrong_to_right", "right_to_wrong", "unchanged")]
+
+
 def _with_corrections(folder: str, values: list[float], cue: str | None = None) -> str:
     """Rewrite the run's evaluation as one with a round of correction, and return the folder."""
     path = Path(folder)
@@ -278,7 +269,7 @@ def _with_corrections(folder: str, values: list[float], cue: str | None = None) 
     (path / "evaluation.json").write_text(json.dumps(evaluation))
     rows = [json.loads(line) for line in (path / "predictions.jsonl").read_text().splitlines()]
     for row, value in zip(rows, values, strict=True):
-        row["metrics"] |= dict.fromkeys(corrected(1).values(), value)
+        row["statistics"] |= {name: [value, 1.0] for name in CORRECTED}
     (path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -289,8 +280,8 @@ def test_corrections_are_compared(tmp_path: Path) -> None:
         _with_corrections(_run_folder(tmp_path / "b", BASELINE, method="rac"), BETTER),
     ]
     rows = {(row["run"], row["metric"]): row for row in _compare(tmp_path, *runs)}
-    assert [metric for run, metric in rows if run == runs[1]] == ["exact_match", *corrected(1).values()]
-    for metric in corrected(1).values():
+    assert [metric for run, metric in rows if run == runs[1]] == ["exact_match", *CORRECTED]
+    for metric in CORRECTED:
         assert rows[runs[1], metric]["paired_difference"] == 0.25
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 
@@ -326,3 +317,77 @@ def test_answers_that_were_cut_are_counted_below_the_table(tmp_path: Path) -> No
     _compare(tmp_path, *runs)
     written = (tmp_path / "out" / "comparison.md").read_text()
     assert f"before the model ended them: 2 of 2 ({tmp_path}/a), 0 of 2 ({tmp_path}/b)." in written
+
+
+def _with_steps(folder: str, flops: float) -> str:
+    """Write the metrics of two steps as train does, and return the folder."""
+    step = {"tokens": 10, "no_grad_tokens": 5, "flops": flops, "step_time_s": 1.0}
+    Path(folder, "metrics.jsonl").write_text("".join(json.dumps(step | {"step": i}) + "\n" for i in (1, 2)))
+    return folder
+
+
+@pytest.mark.parametrize(("flops", "told"), [(1.3e9, True), (1.01e9, False)])
+def test_budgets_that_differ_are_named_in_the_first_line(tmp_path: Path, flops: float, told: bool) -> None:
+    runs = [_with_steps(_run_folder(tmp_path / "a", BASELINE), 1e9)]
+    runs.append(_with_steps(_run_folder(tmp_path / "b", BETTER, method="bash"), flops))
+    _compare(tmp_path, *runs)
+    first = (tmp_path / "out" / "comparison.md").read_text().splitlines()[0]
+    assert first.startswith("The budgets differ") is told
+    assert ("1.30" in first) is told
+
+
+def test_what_follows_is_said_in_words_with_the_limits_of_one_seed(tmp_path: Path) -> None:
+    rows = 50
+    a = _run_folder(tmp_path / "a", [0.0] * rows, losses=[(1.0 + i / rows, 2) for i in range(rows)])
+    b = _run_folder(
+        tmp_path / "b",
+        [0.9 + i / 500 for i in range(rows)],
+        method="bash",
+        losses=[(1.0 + (rows - i) / rows, 2) for i in range(rows)],
+    )
+    _compare(tmp_path, a, b)
+    sentences = [line for line in (tmp_path / "out" / "comparison.md").read_text().splitlines() if line[:2] == "- "]
+    better, undecided, seeds = sentences
+    assert f"bash ({b}, seed 0), compared with sft ({a}, seed 0): better in exact_match (+0.9" in better
+    assert undecided.endswith("no difference shown in loss.")
+    assert "says nothing of other seeds" in seeds
+
+
+def test_a_metric_of_which_less_is_better_is_worse_if_it_grows(tmp_path: Path) -> None:
+    a = _run_folder(tmp_path / "a", BASELINE, losses=[(1.0, 2)] * 4)
+    b = _run_folder(tmp_path / "b", BASELINE, method="bash", losses=[(1.5, 2)] * 4)
+    compare.run(CompareOptions(runs=[a, b], output_dir=str(tmp_path / "out"), metrics=["loss"]))
+    (_, row) = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert (row["metric"], row["verdict"]) == ("loss", "worse")
+
+
+def test_a_metric_that_an_evaluation_lacks_is_refused(tmp_path: Path) -> None:
+    run = _run_folder(tmp_path / "a", BASELINE)
+    with pytest.raises(InputError, match="--metrics: not in every evaluation: rouge_l; there are exact_match, loss"):
+        compare.run(CompareOptions(runs=[run], output_dir=str(tmp_path / "out"), metrics=["rouge_l"]))
+
+
+def test_the_report_needs_no_other_file_and_shows_texts_as_they_are(tmp_path: Path) -> None:
+    run = _run_folder(tmp_path / "a", BASELINE)
+    path = tmp_path / "a" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"answer": "a"', '"answer": "<script>alert(1)</script>"'))
+    _compare(tmp_path, run)
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
+
+
+def test_other_references_are_refused(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / "a", BASELINE), _run_folder(tmp_path / "b", BASELINE, method="bash")]
+    path = tmp_path / "b" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"reference": "r"', '"reference": "R"'))
+    with pytest.raises(InputError, match="with other references, by a changed file or another tokenizer"):
+        _compare(tmp_path, *runs)
+
+
+def test_predictions_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    run = _run_folder(tmp_path / "a", BASELINE)
+    (tmp_path / "a" / "predictions.jsonl").write_text('{"sample_id": 0, "metrics": {"exact_match": 1.0}}\n')
+    with pytest.raises(InputError, match="of an older version; evaluate the model again"):
+        _compare(tmp_path, run)

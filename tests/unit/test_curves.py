@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from selfgen_ds.evaluation.metrics import binned
+from selfgen_ds.evaluation.curves import binned
 
 
 def test_bins_hold_every_token_once() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from selfgen_ds import hashing
-from selfgen_ds.model.head import LMHead, LogitTransform, Reduction, draw, loss_sum, predict
+from selfgen_ds.model.head import LMHead, LogitTransform, Prediction, Reduction, draw, loss_sum, predict
 
 ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows of two chunks and a part of a third
 
@@ -200,7 +200,7 @@ def test_draws_and_predictions_come_from_scaled_and_capped_logits(bias: bool, tr
     with torch.no_grad():
         logits = _full_logits(linear, hidden, transform)
         tokens = LMHead(linear, transform)(hidden, draw(uniforms, 1.0, 1.0, 0))
-        best, log_probabilities = LMHead(linear, transform)(hidden, predict(targets))
+        best, _, log_probabilities, *_ = LMHead(linear, transform)(hidden, predict(targets))
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     assert torch.equal(tokens, torch.searchsorted(cumulative, uniforms[:, None]).squeeze(1))
     assert torch.equal(best, logits.argmax(-1))
@@ -312,21 +312,23 @@ def test_no_position_draws_no_token(temperature: float, top_p: float, top_k: int
 
 
 @BIAS
-def test_the_prediction_is_the_most_probable_token_and_the_targets_log_probability(bias: bool) -> None:
+def test_a_prediction_is_that_of_the_whole_distribution(bias: bool) -> None:
     linear, (hidden, targets) = _linear(bias, torch.float32), _inputs(torch.float32)
-    best, log_probabilities = LMHead(linear)(hidden, predict(targets))
-    logits = linear.double()(hidden.double())
-    expected = logits.log_softmax(-1)[torch.arange(ROWS), targets]
-    assert torch.equal(best, logits.argmax(-1))
-    torch.testing.assert_close(log_probabilities.double(), expected, rtol=1e-5, atol=1e-5)
+    found = Prediction(*LMHead(linear)(hidden, predict(targets)))
+    exact = linear.double()(hidden.double()).log_softmax(-1)
+    first, second = exact.topk(2, dim=-1).indices.T
+    assert torch.equal(found.best, first)
+    assert torch.equal(found.second, second)
+    expected = exact[torch.arange(ROWS), targets], exact.amax(-1).exp(), -(exact.exp() * exact).sum(-1)
+    for values, wanted in zip((found.log_probability, found.confidence, found.entropy), expected, strict=True):
+        torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_no_position_has_no_prediction() -> None:
-    best, log_probabilities = LMHead(_linear(True, torch.float32))(
-        torch.empty(0, WIDTH), predict(torch.empty(0, dtype=torch.int64))
-    )
-    assert (best.dtype, log_probabilities.dtype) == (torch.int64, torch.float32)
-    assert best.shape == log_probabilities.shape == (0,)
+    targets = torch.empty(0, dtype=torch.int64)
+    found = Prediction(*LMHead(_linear(True, torch.float32))(torch.empty(0, WIDTH), predict(targets)))
+    assert (found.best.dtype, found.entropy.dtype) == (torch.int64, torch.float32)
+    assert {tuple(values.shape) for values in found} == {(0,)}
 
 
 def _largest_allocation(work: Callable[[], object]) -> int:

@@ -91,6 +91,6 @@ def test_every_package_that_the_code_imports_is_a_dependency() -> None:
         for name in imported - set(sys.stdlib_module_names) - {"selfgen_ds"}
     }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = project["optional-dependencies"]["wandb"]  # imported only if the recipe names a project
+    optional = [name for extra in ("wandb", "embeddings") for name in project["optional-dependencies"][extra]]
     declared = {re.split(r"[\[<>=; ]", line)[0].lower() for line in project["dependencies"] + optional}
     assert needed <= declared

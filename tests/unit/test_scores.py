@@ -1,62 +1,118 @@
 """Scores: the metrics of one row and of all rows, batches that fit the model, and corrections."""
 
-import math
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.evaluation.metrics import CORRECTION_METRICS, SampleScore, aggregate, curves
-from selfgen_ds.evaluation.scores import EvaluationRequests, _batches, _right, corrected_length, evaluate
+from selfgen_ds.evaluation.answers import EvaluationRequests, RowAnswers
+from selfgen_ds.evaluation.curves import accuracy_by_errors, curves
+from selfgen_ds.evaluation.metrics import SampleScore, aggregate
+from selfgen_ds.evaluation.recovery import ForcedError
+from selfgen_ds.evaluation.row_scores import pass_at_k, right_tokens, score_rows
+from selfgen_ds.evaluation.scores import _batches, corrected_length, evaluate
+from selfgen_ds.evaluation.text_metrics import TextMetrics
+from selfgen_ds.model.head import Prediction
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.model.reductions import add_reductions
 from tests.batches import sample
 
+PREDICTION = Prediction(
+    best=torch.tensor([1, 2, 9, 4]),
+    second=torch.tensor([5, 6, 3, 8]),
+    log_probability=torch.tensor([-0.5, -0.5, -0.75, -0.25]),
+    confidence=torch.tensor([0.9, 0.8, 0.7, 0.6]),
+    entropy=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+)
+REFERENCE = [1, 2, 3, 4]  # the last token ends the answer
 
-def _score(sample_id: int = 0, **changes: object) -> SampleScore:
-    values: dict = {
-        "sample_id": sample_id,
-        "prompt": "p",
-        "reference": "abc",
-        "answer": "abc",
-        "negative_log_likelihood": 2.0,
-        "tokens": 4,
-        "teacher_forced": [True, True, False, True],
-        "free_running": [True, False, False, True],
+
+class Letters:
+    """A tokenizer that decodes 1, 2, ... as `a`, `b`, ..., and leaves out the end token 4."""
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "".join(chr(ord("a") + int(i) - 1) for i in ids if i != 4)
+
+
+def _row(answer: list[int], sample_id: int = 0, **changes: Any) -> RowAnswers:
+    row = sample([7], REFERENCE, sample_id)
+    values: dict[str, Any] = {
+        "sample": row,
+        "prediction": PREDICTION,
+        "answer": answer,
+        "after_own": Prediction(*(values[:3] for values in PREDICTION)),
+        "forced": [],
+        "sampled": {},
+        "continued": {},
+        "corrected": [],
     }
-    return SampleScore(**(values | changes))
+    return RowAnswers(**(values | changes))
+
+
+def _score(answer: list[int], **changes: Any) -> SampleScore:
+    (score,) = score_rows([_row(answer, **changes)], Letters(), TextMetrics(), [4])
+    return score
 
 
 def test_a_row_has_the_means_over_its_tokens() -> None:
-    metrics = _score().metrics()
-    assert metrics == {
-        "loss": 0.5,
-        "exact_match": 1.0,
-        "teacher_forced_accuracy": 0.75,
-        "free_running_accuracy": 0.5,
-    }
+    score = _score([1, 9, 9, 4])
+    metrics = score.metrics()
+    assert (score.answer, score.reference, score.unfinished) == ("aii", "abc", False)
+    assert metrics["loss"] == pytest.approx(0.5)
+    assert metrics["free_running_loss"] == pytest.approx(1.75 / 3)
+    assert (metrics["teacher_forced_accuracy"], metrics["free_running_accuracy"]) == (0.75, 0.5)
+    assert metrics["entropy"] == pytest.approx(0.25)
+    assert metrics["exact_match"] == 0.0
+    assert score.log_likelihoods == [-0.5, -0.5, -0.75, -0.25]
+
+
+def test_the_calibration_error_is_the_weighted_gap_of_confidence_and_accuracy() -> None:
+    """All four tokens are in bins of their own, so the error is the mean gap: .1, .2, .7 (wrong) and .4."""
+    assert _score(REFERENCE).metrics()["calibration_error"] == pytest.approx((0.1 + 0.2 + 0.7 + 0.4) / 4)
+
+
+def test_an_answer_without_an_end_token_is_unfinished() -> None:
+    assert _score([1, 2, 3]).unfinished
+    assert _score([]).unfinished
 
 
 def test_recovery_counts_the_next_token_the_next_four_and_the_last_before_the_end_token() -> None:
-    metrics = _score(recovery=[True, False, True, True, False, True, False]).metrics()
+    error = ForcedError(start_ids=[9], rest_ids=[1, 2, 3, 1, 2, 3, 4])
+    metrics = _score(REFERENCE, forced=[(error, [1, 9, 3, 1, 9, 3, 9], 3.5)]).metrics()
     assert (metrics["recovery_1"], metrics["recovery_4"], metrics["recovery_last"]) == (1.0, 0.75, 1.0)
-
-
-def test_an_answer_with_another_text_is_no_exact_match() -> None:
-    assert _score(answer="ab").metrics()["exact_match"] == 0.0
+    assert metrics["recovery_loss"] == 0.5
 
 
 def test_sampled_answers_have_metrics_of_their_own() -> None:
-    metrics = _score(sampled=[True, True, True, False], sampled_answer="abd").metrics()
-    assert (metrics["sampled_exact_match"], metrics["sampled_accuracy"]) == (0.0, 0.75)
-    assert metrics["exact_match"] == 1.0
+    metrics = _score(REFERENCE, sampled={1.5: [[1, 2, 9, 4], REFERENCE]}).metrics()
+    assert metrics["sampled_1.5_exact_match"] == 0.5
+    assert metrics["sampled_1.5_accuracy"] == 0.875
+    assert (metrics["sampled_1.5_pass_1"], metrics["sampled_1.5_pass_2"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(("answers", "right", "k", "expected"), [(4, 0, 2, 0.0), (4, 1, 2, 0.5), (4, 3, 2, 1.0)])
+def test_pass_at_k_is_the_share_of_choices_with_a_right_answer(
+    answers: int, right: int, k: int, expected: float
+) -> None:
+    flags = [True] * right + [False] * (answers - right)
+    assert expected == np.mean([any(chosen) for chosen in combinations(flags, k)])
+    assert pass_at_k(answers, right, k) == pytest.approx(expected)
 
 
 def test_each_correction_is_scored_against_the_reference_and_the_answer_before_it() -> None:
-    metrics = _score(answer="x", corrected_answers=["abc", "abc", "y", "y", "z"]).metrics()
-    assert {kind: [metrics[f"corrected_{k}_{kind}"] for k in range(1, 6)] for kind in CORRECTION_METRICS} == {
+    texts = [[1, 2, 3, 4], [1, 2, 3, 4], [2, 4], [2, 4], [3, 4]]
+    metrics = _score([9, 4], corrected=texts).metrics()
+    kinds = ("exact_match", "wrong_to_right", "right_to_wrong", "unchanged")
+    assert {kind: [metrics[f"corrected_{k}_{kind}"] for k in range(1, 6)] for kind in kinds} == {
         "exact_match": [1.0, 1.0, 0.0, 0.0, 0.0],
         "wrong_to_right": [1.0, 0.0, 0.0, 0.0, 0.0],
         "right_to_wrong": [0.0, 0.0, 1.0, 0.0, 0.0],
@@ -64,27 +120,42 @@ def test_each_correction_is_scored_against_the_reference_and_the_answer_before_i
     }
 
 
-def test_correction_rates_are_shares_of_all_rows() -> None:
-    answers = {"abc": "x", "x": "abc", "y": "abc", "z": "z"}
-    metrics = aggregate([_score(i, answer=a, corrected_answers=[b]) for i, (a, b) in enumerate(answers.items())])
-    assert (metrics["exact_match"], metrics["corrected_1_exact_match"]) == (0.25, 0.5)
-    assert (metrics["corrected_1_wrong_to_right"], metrics["corrected_1_right_to_wrong"]) == (0.5, 0.25)
-    assert metrics["corrected_1_unchanged"] == 0.25
+def test_a_continuation_is_compared_with_the_rest_of_the_reference() -> None:
+    score = _score(REFERENCE, continued={0.5: (2, [3, 4])})
+    assert score.metrics()["prefix_0.5_exact_match"] == 1.0
+    assert score.other_answers == {"prefix_0.5": ["c"]}
 
 
 def test_the_loss_is_a_mean_over_tokens_and_the_other_metrics_are_means_over_rows() -> None:
-    short = _score(1, negative_log_likelihood=4.0, tokens=1, teacher_forced=[False], free_running=[False], answer="x")
-    metrics = aggregate([_score(), short])
+    short = Prediction(*(values[:1] for values in PREDICTION))._replace(log_probability=torch.tensor([-4.0]))
+    one = _row([9], 1, sample=sample([7], [1], 1), prediction=short, after_own=short)
+    metrics = aggregate(score_rows([_row(REFERENCE), one], Letters(), TextMetrics(), [4]))
     assert metrics["loss"] == pytest.approx(6.0 / 5)
-    assert metrics["teacher_forced_accuracy"] == pytest.approx(0.75 / 2)
+    assert metrics["teacher_forced_accuracy"] == pytest.approx((0.75 + 1.0) / 2)
     assert metrics["exact_match"] == 0.5
 
 
-def test_a_curve_has_the_accuracy_of_the_rows_that_reach_a_position() -> None:
-    short = _score(1, teacher_forced=[False], free_running=[False])
-    assert curves([_score(), short]) == {
-        "teacher_forced": [0.5, 1.0, 0.0, 1.0],
-        "free_running": [0.5, 0.0, 0.0, 1.0],
+def test_curves_are_means_over_the_rows_that_reach_a_position() -> None:
+    short = _row([9], 1, sample=sample([7], [1], 1), prediction=Prediction(*(values[:1] for values in PREDICTION)))
+    scores = score_rows([_row([1, 9, 9, 4]), short], Letters(), TextMetrics(), [4])
+    found = curves(scores)
+    assert found["teacher_forced"] == [1.0, 1.0, 0.0, 1.0]
+    assert found["free_running"] == [0.5, 0.0, 0.0, 1.0]
+    assert found["teacher_forced_log_likelihood"] == [-0.5, -0.5, -0.75, -0.25]
+
+
+def test_the_accuracy_by_errors_keeps_places_and_shares_of_errors_apart() -> None:
+    flags = [[True, True, True, True], [False, True, False, False]]
+    scores = [replace(_score(REFERENCE), free_running=row) for row in flags]
+    groups = {(g["from_position"], g["most_errors"]): (g["tokens"], g["accuracy"]) for g in accuracy_by_errors(scores)}
+    assert groups == {
+        (1, 0.0): (2, 0.5),
+        (2, 0.0): (1, 1.0),
+        (2, 1.0): (1, 1.0),
+        (3, 0.0): (1, 1.0),
+        (3, 0.5): (1, 0.0),
+        (4, 0.0): (1, 1.0),
+        (4, 1.0): (1, 0.0),
     }
 
 
@@ -99,12 +170,7 @@ def test_a_curve_has_the_accuracy_of_the_rows_that_reach_a_position() -> None:
     ],
 )
 def test_an_answer_is_right_position_by_position(answer: list[int], expected: list[bool]) -> None:
-    assert _right(answer, [1, 2, 3]) == expected
-
-
-def test_the_score_of_a_perfect_row_is_perfect() -> None:
-    metrics = _score(negative_log_likelihood=0.0, teacher_forced=[True] * 4, free_running=[True] * 4).metrics()
-    assert all(math.isclose(value, 0.0 if name == "loss" else 1.0) for name, value in metrics.items())
+    assert right_tokens(answer, [1, 2, 3]) == expected
 
 
 def _uneven(count: int) -> list[TrainingRow]:
@@ -173,11 +239,9 @@ def test_the_model_is_shown_its_latest_answer_and_the_cue_in_every_round() -> No
     scores = evaluate(
         policy, samples, BYTES, batch_size=1, requests=EvaluationRequests(correction=asked, correction_rounds=2)
     )
-    assert [(score.answer, score.corrected_answers) for score in scores] == [
-        ("3", ["2", "2"]),
-        ("4", ["5", "6"]),
-        ("abc", ["10", "ab"]),
-    ]
+    corrected = [[score.other_answers[f"corrected_{k}"][0] for k in (1, 2)] for score in scores]
+    assert [score.answer for score in scores] == ["3", "4", "abc"]
+    assert corrected == [["2", "2"], ["5", "6"], ["10", "ab"]]
     assert set(policy.limits) == {3}  # the longest reference of all rows, in every batch
     metrics = aggregate(scores)
     assert [metrics[f"corrected_{k}_exact_match"] for k in (1, 2)] == pytest.approx([2 / 3, 1 / 3])
@@ -196,4 +260,4 @@ def test_corrections_that_just_fit_into_the_models_positions_are_made() -> None:
     scores = evaluate(
         policy, samples, BYTES, batch_size=6, requests=EvaluationRequests(correction=asked, correction_rounds=2)
     )
-    assert [len(score.corrected_answers or []) for score in scores] == [2] * 6
+    assert [len(score.other_answers) for score in scores] == [2] * 6

@@ -1,0 +1,130 @@
+"""Means of metrics over seeds and rows, their differences, and how sure one can be of them.
+
+Two sources of chance are kept apart: the rows, which are drawn again with replacement (Efron & Tibshirani 1993, chapter
+6), and the seeds of the runs, whose values are few and get Student's t. The interval of a mean is
+
+    mean +- t * sqrt(variance of the rows + variance of the seeds)
+
+with the degrees of freedom of Welch and Satterthwaite. A percentile bootstrap over two or three seeds would be far too
+narrow. Without a second seed nothing is known of their variance, and the interval covers the rows alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+_RESAMPLES = 1000
+_AT_ONCE = 100  # resamples that exist at the same time: `[resamples, rows]` counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean, or a difference of two."""
+
+    value: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    p: float
+    """Probability of a value at least as far from 0 if the true value is 0 (two-sided)."""
+    seeds_known: bool
+    """Whether the interval covers other seeds as well as other rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The statistics of one metric in the runs of a group."""
+
+    statistics: np.ndarray
+    """`[seeds, rows, numbers]` float64."""
+    of_sums: Callable[[np.ndarray], np.ndarray]
+    """`[..., numbers]` sums over rows to `[...]` values."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """The value of every seed: `[seeds]`."""
+        return self.of_sums(self.statistics.sum(axis=1))
+
+    def resampled(self, counts: np.ndarray) -> np.ndarray:
+        """Return the mean over seeds for drawn rows.
+
+        Args:
+            counts: `[resamples, rows]`, how often each row is drawn.
+        """
+        return np.nanmean(self.of_sums(np.einsum("cr,srk->csk", counts, self.statistics)), axis=1)
+
+
+def mean(sample: Sample, seed: int = 0) -> Estimate:
+    """Return the mean of a metric over the seeds.
+
+    Args:
+        seed: Seed of the drawn rows.
+    """
+    drawn = np.concatenate([sample.resampled(counts) for counts in _draws(sample.statistics.shape[1], seed)])
+    return _estimate(float(sample.values.mean()), drawn, [_of_seeds(sample.values)], sample.statistics.shape[1])
+
+
+def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0) -> Estimate:
+    """Return the mean of a sample minus that of a baseline of the same rows.
+
+    Both share the drawn rows, and are so paired by row.
+
+    Args:
+        same_seeds: Whether the runs of both have the same seeds in the same order, and are so paired by seed.
+    """
+    rows = sample.statistics.shape[1]
+    drawn = np.concatenate([sample.resampled(counts) - baseline.resampled(counts) for counts in _draws(rows, seed)])
+    value = float(sample.values.mean() - baseline.values.mean())
+    if same_seeds:
+        return _estimate(value, drawn, [_of_seeds(sample.values - baseline.values)], rows)
+    return _estimate(value, drawn, [_of_seeds(sample.values), _of_seeds(baseline.values)], rows)
+
+
+def holm(values: list[float]) -> list[float]:
+    """Return p-values that are corrected for their number (Holm 1979): at most 5 % chance of any false finding."""
+    order = np.argsort(values)
+    corrected, largest = np.ones(len(values)), 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[number]))
+        corrected[number] = largest
+    return corrected.tolist()
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Return the 95 % interval of a share of independent rows (Wilson 1927)."""
+    z = 1.96
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
+def _draws(rows: int, seed: int) -> list[np.ndarray]:
+    """Return how often each row is drawn in every resample, in parts: `[resamples, rows]`."""
+    rng = np.random.default_rng([20260101, seed])
+    shares = np.full(rows, 1.0 / rows)
+    return [rng.multinomial(rows, shares, size=_AT_ONCE).astype(float) for _ in range(_RESAMPLES // _AT_ONCE)]
+
+
+def _of_seeds(values: np.ndarray) -> tuple[float, int]:
+    """Return the variance of a mean over seeds, and its degrees of freedom: 0 without a second seed."""
+    if len(values) < 2:
+        return 0.0, 0
+    return float(values.var(ddof=1)) / len(values), len(values) - 1
+
+
+def _estimate(value: float, drawn: np.ndarray, of_seeds: list[tuple[float, int]], rows: int) -> Estimate:
+    of_rows = (float(np.nanvar(drawn, ddof=1)), rows - 1)
+    parts = [(variance, degrees) for variance, degrees in [of_rows, *of_seeds] if variance > 0 and degrees > 0]
+    known = all(degrees > 0 for _, degrees in of_seeds)
+    variance = sum(part for part, _ in parts)
+    if not parts:
+        return Estimate(value=value, low=value, high=value, p=float(value == 0), seeds_known=known)
+    degrees_of_freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(stats.t.ppf(0.975, degrees_of_freedom)) * math.sqrt(variance)
+    p = 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), degrees_of_freedom))
+    return Estimate(value=value, low=value - half, high=value + half, p=p, seeds_known=known)

@@ -1,0 +1,146 @@
+"""The report of a comparison: a page that needs no other file, and the same in Markdown."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment
+
+from selfgen_ds.comparison.costs import Cost
+from selfgen_ds.comparison.plots import Figure, as_data_url
+from selfgen_ds.comparison.runs import Group
+from selfgen_ds.comparison.verdicts import budgets, conclusions, explained
+from selfgen_ds.config import flat
+from selfgen_ds.evaluation.metrics import ANSWER_KINDS, kind_and_metric
+
+Row = dict[str, Any]
+_EXAMPLES = 3
+_COSTS = {"steps": "steps", "tokens": "tokens", "no_grad_tokens": "tokens without gradients", "flops": "FLOPs"}
+_COSTS |= {"seconds": "seconds"}
+
+
+def title_of(groups: list[Group]) -> str:
+    """Return the title of a comparison: the rows and the number of them."""
+    data = groups[0].settings["data"]
+    sources = data if isinstance(data, list) else [data]
+    paths = ", ".join(source if isinstance(source, str) else source["path"] for source in sources)
+    return f"{len(groups)} model{'s' * (len(groups) > 1)} on {len(groups[0].sample_ids)} rows of {paths}"
+
+
+def html(groups: list[Group], rows: list[Row], figures: list[Figure]) -> str:
+    """Return the report as a page."""
+    template = resources.files("selfgen_ds.comparison").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            title=title_of(groups),
+            budgets=budgets(groups),
+            conclusions=conclusions(rows, groups),
+            tests=sum(row["p"] is not None for row in rows),
+            baseline=groups[0].label,
+            cut=_cut(groups),
+            cost_names=list(_COSTS.values()),
+            runs=[
+                {"label": g.label, "cost": _cost(g.cost), "settings": text} for g, text in _differing(groups).values()
+            ],
+            labels=[group.label for group in groups],
+            sections=_sections(groups, rows, metrics),
+            figures=[{"title": f.title, "caption": f.caption, "url": as_data_url(f)} for f in figures],
+            examples=_examples(groups),
+            meanings=explained(metrics),
+            settings=yaml.safe_dump({**groups[0].settings, "dtype": groups[0].dtype}, sort_keys=False),
+        )
+    )
+
+
+def markdown(groups: list[Group], rows: list[Row]) -> str:
+    """Return the report's words and tables in Markdown."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    lines = [budgets(groups), ""] if budgets(groups) else []
+    lines += [f"- {sentence}" for sentence in conclusions(rows, groups)]
+    lines += [""] * bool(lines)
+    for section in _sections(groups, rows, metrics):
+        lines.append(f"| {section['title']} | " + " | ".join(group.label for group in groups) + " |")
+        lines.append("|---|" + "---|" * len(groups))
+        for line in section["lines"]:
+            lines.append(f"| {line['metric']} | " + " | ".join(cell["text"] for cell in line["cells"]) + " |")
+        lines.append("")
+    caption = f"{title_of(groups)}; mean [95 % interval over seeds and rows]"
+    if len(groups) > 1:
+        caption += f"; in parentheses the difference to {groups[0].name}, paired by row"
+    lines += [f"{caption}.", f"Greedy answers that were cut before the model ended them: {_cut(groups)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cut(groups: list[Group]) -> str:
+    known = [group for group in groups if group.unfinished is not None]
+    answers = {group.name: sum(map(len, group.predictions)) for group in groups}
+    return ", ".join(f"{group.unfinished} of {answers[group.name]} ({group.name})" for group in known) or "not known"
+
+
+def _cost(cost: Cost | None) -> list[str]:
+    if cost is None:
+        return ["?"] * len(_COSTS)
+    values = {f.name: getattr(cost, f.name) for f in fields(cost)}
+    return [f"{values[name]:.3g}" if name == "flops" else f"{values[name]:,.0f}" for name in _COSTS]
+
+
+def _differing(groups: list[Group]) -> dict[str, tuple[Group, str]]:
+    """Return, per group, the settings of its recipe that are not the same in all groups."""
+    recipes = {group.name: flat(group.recipe) if group.recipe else {} for group in groups}
+    own = {"seed", "output_dir", "resume", "run_name", "data.date"}
+    names = dict.fromkeys(name for recipe in recipes.values() for name in recipe if name not in own)
+    varied = [n for n in names if len({repr(recipe.get(n)) for recipe in recipes.values() if recipe}) > 1]
+    told = {}
+    for group in groups:
+        recipe = recipes[group.name]
+        text = ", ".join(f"{name} {recipe[name]}" for name in varied if recipe.get(name) is not None)
+        told[group.name] = (group, text or ("none" if recipe else "no recipe"))
+    return told
+
+
+def _sections(groups: list[Group], rows: list[Row], metrics: list[str]) -> list[dict[str, Any]]:
+    """Return a table for every kind of answers, with a line per metric and a cell per group."""
+    by_name = {(row["run"], row["metric"]): row for row in rows}
+    meanings = explained(metrics)
+    sections: dict[str, dict[str, Any]] = {}
+    for name in metrics:
+        kind, _ = kind_and_metric(name)
+        title = f"{kind.replace('_', ' ')}: {_of_kind(kind)}" if kind else "Greedy answers and predictions"
+        cells = [_cell(by_name[group.name, name]) for group in groups]
+        section = sections.setdefault(kind, {"title": title, "lines": []})
+        section["lines"].append({"metric": name, "meaning": meanings[name], "cells": cells})
+    return list(sections.values())
+
+
+def _of_kind(kind: str) -> str:
+    return next(text for pattern, text in ANSWER_KINDS.items() if re.fullmatch(pattern, kind))
+
+
+def _cell(row: Row) -> dict[str, str]:
+    text = f"{row['mean']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}]"
+    if row["paired_difference"] is not None:
+        text += f" ({row['paired_difference']:+z.3f} [{row['paired_low']:+z.3f}, {row['paired_high']:+z.3f}])"
+    verdict = row["verdict"] if row["verdict"] in ("better", "worse", "differs") else ""
+    return {"text": text, "verdict": verdict}
+
+
+def _examples(groups: list[Group]) -> list[dict[str, Any]]:
+    """Return the first rows with the answers of every group's first run."""
+    return [
+        {
+            "sample_id": first["sample_id"],
+            "texts": [
+                ("prompt", first["prompt"]),
+                ("reference", first["reference"]),
+                *((group.label, group.predictions[0][i]["answer"]) for group in groups),
+            ],
+        }
+        for i, first in enumerate(groups[0].predictions[0][:_EXAMPLES])
+    ]

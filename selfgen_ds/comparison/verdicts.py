@@ -1,0 +1,120 @@
+"""What follows from the differences between runs, in numbers and in words."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from selfgen_ds.comparison.intervals import Estimate, difference, holm, mean, wilson
+from selfgen_ds.comparison.runs import Group
+from selfgen_ds.evaluation.metrics import meaning, metric_of
+
+Verdict = Literal["better", "worse", "differs", "no difference shown"]
+_LEVEL = 0.05
+_BUDGET = 0.02
+"""Largest relative difference of two budgets that count as equal."""
+
+
+def compared(groups: list[Group], metrics: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of `comparison.json`: one per group and metric. The baseline is the first group.
+
+    The p-values of all differences in the table are corrected together, for their number.
+    """
+    baseline = groups[0]
+    rows = [_row(group, baseline, metric) for group in groups for metric in metrics]
+    tested = [row for row in rows if row["p"] is not None]
+    for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p_corrected"] = corrected
+        row["verdict"] = _verdict(row["metric"], row["paired_difference"], corrected)
+    return rows
+
+
+def _row(group: Group, baseline: Group, metric: str) -> dict[str, Any]:
+    sample = group.sample(metric)
+    estimate = mean(sample)
+    low, high = _within_range(metric, estimate, sample.statistics.shape[1])
+    row: dict[str, Any] = {
+        "run": group.name,
+        "label": group.label,
+        "method": group.method,
+        "seeds": group.seeds,
+        "metric": metric,
+        "mean": estimate.value,
+        "low": low,
+        "high": high,
+        "paired_difference": None,
+        "paired_low": None,
+        "paired_high": None,
+        "p": None,
+        "p_corrected": None,
+        "verdict": None,
+        "seeds_known": estimate.seeds_known,
+    }
+    if group is not baseline:
+        same_seeds = bool(group.seeds) and group.seeds == baseline.seeds
+        found = difference(sample, baseline.sample(metric), same_seeds)
+        row |= {"paired_difference": found.value, "paired_low": found.low, "paired_high": found.high, "p": found.p}
+        row["seeds_known"] = found.seeds_known
+    return row
+
+
+def _within_range(metric: str, estimate: Estimate, rows: int) -> tuple[float, float]:
+    """Return the ends of a mean's interval inside the range of the metric.
+
+    A share that is 0 or 1 on every row says less than a width of 0: it gets Wilson's interval.
+    """
+    scale = metric_of(metric).scale
+    if scale == 1 and estimate.low == estimate.high and estimate.value in (0.0, 1.0):
+        return wilson(estimate.value, rows)
+    return (max(0.0, estimate.low), min(scale, estimate.high)) if scale == 1 else (estimate.low, estimate.high)
+
+
+def _verdict(metric: str, found: float, p: float) -> Verdict:
+    if p >= _LEVEL:
+        return "no difference shown"
+    better = metric_of(metric).better
+    if not better:
+        return "differs"
+    return "better" if (found > 0) == (better == "higher") else "worse"
+
+
+def budgets(groups: list[Group]) -> str:
+    """Return a sentence on budgets that are not equal; empty if all are within 2 %, or if none is known."""
+    costs = {group.label: group.cost.flops for group in groups if group.cost is not None}
+    unknown = [group.label for group in groups if group.cost is None and group.recipe is not None]
+    told = []
+    if costs and max(costs.values()) > (1 + _BUDGET) * min(costs.values()):
+        least = min(costs.values())
+        shares = ", ".join(f"{label} {flops / least:.2f}" for label, flops in costs.items())
+        told.append(f"The budgets differ: relative to the least number of operations, {shares}.")
+    if unknown:
+        told.append(f"The budget is not known of {', '.join(unknown)}.")
+    return " ".join(told)
+
+
+def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
+    """Return what follows: a sentence per group and verdict, as far as the intervals allow a word."""
+    baseline, told = groups[0], []
+    for group in groups[1:]:
+        of_group = [row for row in rows if row["run"] == group.name]
+        subject = f"{group.label}, compared with {baseline.label}"
+        for verdict in ("better", "worse", "differs"):
+            if found := [row for row in of_group if row["verdict"] == verdict]:
+                told.append(f"{subject}: {verdict} in {', '.join(_told(row) for row in found)}.")
+        if undecided := [row["metric"] for row in of_group if row["verdict"] == "no difference shown"]:
+            told.append(f"{subject}: no difference shown in {', '.join(undecided)}.")
+        if not all(row["seeds_known"] for row in of_group):
+            told.append(f"{subject}: of one there is a single seed, so that this says nothing of other seeds.")
+    return told
+
+
+def _told(row: dict[str, Any]) -> str:
+    return (
+        f"{row['metric']} ({row['paired_difference']:+z.3f} [{row['paired_low']:+z.3f}, {row['paired_high']:+z.3f}], "
+        f"p {row['p_corrected']:.2g})"
+    )
+
+
+def explained(metrics: list[str]) -> dict[str, str]:
+    """Return what each metric means, and which values are better."""
+    better = {"higher": "higher is better", "lower": "lower is better", "": "neither is better"}
+    return {name: f"{meaning(name)} ({better[metric_of(name).better]})" for name in metrics}

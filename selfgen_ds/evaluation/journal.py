@@ -1,0 +1,67 @@
+"""A journal of an evaluation: the scores of the batches that are done, so that a later start goes on after them."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.evaluation.metrics import SampleScore
+from selfgen_ds.files import naming, write_atomically
+from selfgen_ds.ranks import process_group
+
+
+class Journal:
+    """The scores of an evaluation so far, in a file that rank 0 writes batch by batch.
+
+    Collective: every rank must make one, because rank 0 reads the file for all ranks.
+
+    Args:
+        key: What the scores depend on. A file with another key is written anew.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self._path, self._key = path, json.dumps(key, sort_keys=True)
+        read = process_group.from_rank_0(self._read) if dist.is_initialized() else self._read()
+        self.scores: dict[int, SampleScore] = read
+        """Sample id -> scores that an earlier start has left."""
+
+    def _read(self) -> dict[int, SampleScore]:
+        """Read the file, and write it anew without a line that an earlier process did not finish."""
+        key, *lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else [""]
+        scores = {}
+        for line in lines if key == self._key else []:
+            with suppress(ValueError):
+                score = SampleScore(**json.loads(line))
+                scores[score.sample_id] = score
+        write_atomically(self._path, "".join(f"{line}\n" for line in [self._key, *map(_line, scores.values())]))
+        return scores
+
+    def kept(self, shares: list[list[TrainingRow]]) -> list[SampleScore] | None:
+        """Return the scores of a batch, given as the rows of every rank, if all of them are here."""
+        ids = [sample.sample_id for share in shares for sample in share]
+        return [self.scores[i] for i in ids] if all(i in self.scores for i in ids) else None
+
+    def keep(self, scores: list[SampleScore]) -> None:
+        """Write the scores of a batch."""
+        if process_group.rank() != 0:
+            return
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(f"{_line(score)}\n" for score in scores)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Remove the file, once the results of the whole evaluation are written."""
+        if process_group.rank() == 0:
+            self._path.unlink(missing_ok=True)
+
+
+def _line(score: SampleScore) -> str:
+    return json.dumps(asdict(score), ensure_ascii=False)

@@ -1,0 +1,86 @@
+"""Intervals: against closed forms, and how often they find a difference that is not there."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from selfgen_ds.comparison.intervals import Sample, difference, holm, mean, wilson
+
+
+def _sample(values: np.ndarray) -> Sample:
+    """Return a mean of `[seeds, rows]` values."""
+    statistics = np.stack([values, np.ones_like(values)], axis=-1)
+    return Sample(statistics=statistics, of_sums=lambda sums: sums[..., 0] / sums[..., 1])
+
+
+def test_the_interval_of_many_rows_is_that_of_the_normal_approximation() -> None:
+    hits = (np.random.default_rng(0).random((1, 2000)) < 0.3).astype(float)
+    found = mean(_sample(hits))
+    half = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / 2000)
+    assert (found.low, found.high) == pytest.approx((hits.mean() - half, hits.mean() + half), abs=0.1 * half)
+    assert not found.seeds_known
+
+
+def test_the_interval_of_seeds_alone_is_students() -> None:
+    values = np.array([0.2, 0.5, 0.6])
+    found = mean(_sample(np.repeat(values[:, None], 50, axis=1)))
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=values.std(ddof=1) / math.sqrt(3))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.seeds_known
+
+
+def test_a_difference_that_is_the_same_on_every_row_is_certain() -> None:
+    values = np.random.default_rng(0).random((1, 100))
+    found = difference(_sample(values + 0.5), _sample(values), same_seeds=True)
+    assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert found.p < 1e-6
+
+
+def test_pairing_by_seed_takes_out_what_the_seeds_have_in_common() -> None:
+    rng = np.random.default_rng(1)
+    seeds, rows = np.array([[0.0], [5.0], [9.0]]), rng.normal(size=(1, 200))
+    baseline, better = seeds + rows, seeds + rows + 0.3 + rng.normal(scale=0.01, size=(3, 200))
+    paired = difference(_sample(better), _sample(baseline), same_seeds=True)
+    apart = difference(_sample(better), _sample(baseline), same_seeds=False)
+    assert 0.29 < paired.low < 0.3 < paired.high < 0.31
+    assert apart.low < 0 < apart.high
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("same_seeds", [True, False])
+def test_two_groups_of_the_same_method_rarely_differ(seeds: int, same_seeds: bool) -> None:
+    """Seeds, rows and both together vary; at 95 % a twentieth of the comparisons may find a difference."""
+    rng = np.random.default_rng(seeds)
+    found, trials, rows = 0, 300, 40
+    for _ in range(trials):
+        of_rows = rng.normal(size=(1, rows))
+        groups = [
+            of_rows + rng.normal(scale=0.3, size=(seeds, 1)) + rng.normal(scale=0.5, size=(seeds, rows))
+            for _ in range(2)
+        ]
+        found += difference(_sample(groups[0]), _sample(groups[1]), same_seeds).p < 0.05
+    # a binomial count with 5 % chance exceeds this with a probability below 1 %
+    assert found <= stats.binom.ppf(0.99, trials, 0.05)
+
+
+def test_a_known_difference_is_found() -> None:
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(loc=loc, scale=0.1, size=(3, 1)) + rng.normal(size=(3, 200)) for loc in (0.0, 1.0)]
+    found = difference(_sample(groups[1]), _sample(groups[0]), same_seeds=False)
+    assert found.low > 0.5
+    assert found.p < 0.01
+
+
+def test_p_values_are_corrected_as_holm_does() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+def test_a_share_of_no_row_has_wilsons_interval() -> None:
+    low, high = wilson(0.0, 200)
+    assert low == pytest.approx(0.0, abs=1e-12)
+    assert high == pytest.approx(1.96**2 / (200 + 1.96**2))
