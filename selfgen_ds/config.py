@@ -394,6 +394,8 @@ class GenerateOptions:
     """Put a prompt into the chat template. Default: if the model has one."""
     chat_template: str | None = None
     """File with a chat template that takes the place of the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `{"enable_thinking": false}`; those of a row come first."""
     max_new_tokens: int | None = None
     """Tokens of the longest answer. Default: 256, or as many as the model has positions for after the prompt."""
     temperature: float = 0.0

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from transformers import (
     set_seed,
 )
 
+from selfgen_ds.chat.contents import check_shown
 from selfgen_ds.chat.conversation import Conversation, Message, forms
-from selfgen_ds.chat.template import RAISES
+from selfgen_ds.chat.template import RAISES, ChatTemplate
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import GenerateOptions, ModelConfig
@@ -104,7 +106,14 @@ class _Answerer:
         settings.num_beams = 1
         ends = settings.eos_token_id
         self._ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
-        self._prompt_template = options.prompt_template
+        self._prompt_template, self._template_kwargs = options.prompt_template, options.chat_template_kwargs
+        if self.in_template:
+            self._template = ChatTemplate(self.tokenizer)
+            if not self._template.knows_generation_prompt:
+                log.warning(
+                    "the chat template writes no generation prompt (add_generation_prompt): an answer starts with what "
+                    "the template writes before it"
+                )
         self._longest, self._positions = options.max_new_tokens, most_positions(config)
         set_seed(options.seed)
 
@@ -125,8 +134,9 @@ class _Answerer:
         if not self.tokenizer.chat_template:
             raise InputError(f"{where}: messages need a model with a chat template (--chat_template)")
         problem = ""
-        for _, form in forms(0, prompt):
+        for _, form in forms(0, replace(prompt, where=where)):
             try:
+                check_shown(self._template, form)
                 encoded = self.tokenizer.apply_chat_template(
                     form.messages,
                     tools=form.tools,
@@ -134,8 +144,10 @@ class _Answerer:
                     return_tensors="pt",
                     return_dict=True,
                     sanitize_control_tokens=True,
-                    **form.template_kwargs,
+                    **self._template_kwargs | form.template_kwargs,
                 )
+            except InputError as error:
+                problem = problem or str(error)
             except Exception as error:  # a template can raise anything
                 problem = problem or f"{where}: {RAISES}: {' '.join(str(error).split())}"
             else:

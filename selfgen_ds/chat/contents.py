@@ -80,6 +80,17 @@ class Contents:
         return any(part.message == message and part.text.strip() for part in missing)
 
 
+def check_shown(template: ChatTemplate, chat: Conversation) -> None:
+    """Check that the text of a conversation shows its contents, tool calls and tools.
+
+    Raises:
+        InputError: The template raises, or leaves out one of them. The message names the row.
+    """
+    text = template.text(chat)
+    locate(template, chat, text, [])
+    check_other_fields(template, chat, text)
+
+
 def locate(template: ChatTemplate, chat: Conversation, text: str, learned: list[int]) -> Contents:
     """Find the parts of all messages in the text of a conversation.
 

@@ -103,7 +103,8 @@ def are_parts(content: Any) -> TypeGuard[list[dict[str, str]]]:
 def result_of(message: Message) -> Any:
     """Return the result of a tool call, if it is an object or a list of JSON instead of a text; otherwise None."""
     content = message.get("content")
-    return content if isinstance(content, (dict, list)) and not are_parts(content) else None
+    is_value = isinstance(content, (dict, list)) and not are_parts(content)
+    return content if is_value or (content == [] and message["role"] in TOOL_ROLES) else None
 
 
 def _result_as_json(message: Message) -> Message:

@@ -53,6 +53,9 @@ class Rendered:
     """Whether nothing has to be added to the last turn so that it ends: it is not the last message, or it is closed."""
     unlike_inference: str
     """What the template shows otherwise than at inference, in the first learned turn of which this is true."""
+    asked_with: dict[str, Any]
+    """Variables with which the template writes the generation prompt that stands before the last learned turn; none if
+    it writes it so by default."""
 
 
 def render(template: ChatTemplate, chat: Conversation, last_only: bool) -> Rendered:
@@ -89,6 +92,7 @@ def render(template: ChatTemplate, chat: Conversation, last_only: bool) -> Rende
         turns=pieces,
         closed=closed,
         unlike_inference=next(iter(differences), ""),
+        asked_with=turn.asked_with,
     )
 
 
@@ -121,6 +125,8 @@ class _Turn:
     """End of the last content of another message before it."""
     difference: str
     """What the template shows otherwise than at inference; empty if it shows the same."""
+    asked_with: dict[str, Any]
+    """Variables of the generation prompt before it."""
 
 
 def _pieces(turn: _Turn, generated: list[Span] | None, where: str) -> list[tuple[int, int, int]]:
@@ -167,6 +173,7 @@ class _Finder:
         self._own = contents.of(index)
         self._others = [span for number, span in contents.shown if contents.parts[number].message != index]
         self._prompts_so_far: list[str | None] = []
+        self._asked_with: dict[str, Any] = {}
 
     def find(self, has_markers: bool) -> _Turn:
         """Return the turn.
@@ -184,7 +191,15 @@ class _Finder:
             start, content_end, end = found
             floor = max((other for _, other in self._others if other <= start), default=0)
             own = self._own or [(start, content_end)]
-            return _Turn(start=start, content_end=content_end, end=end, own=own, floor=floor, difference=difference)
+            return _Turn(
+                start=start,
+                content_end=content_end,
+                end=end,
+                own=own,
+                floor=floor,
+                difference=difference,
+                asked_with=self._asked_with,
+            )
         place = self._place()
         searched, unlike_before = self._search_start(place)
         content_end, end, unlike_after = self._search_closing(place)
@@ -195,6 +210,7 @@ class _Finder:
             own=self._own or [(place.first, place.last)],
             floor=place.floor,
             difference=difference or unlike_before or unlike_after,
+            asked_with=self._asked_with,
         )
 
     def _as_generated(self) -> tuple[int, int, int] | None:
@@ -298,20 +314,24 @@ class _Finder:
             last: The end of the message, before which it has to end.
         """
         longest = None
-        for prompt in self._prompts():
-            if floor <= len(prompt) < max(last, first + 1) and self._text.startswith(prompt):
-                longest = max(longest or 0, len(prompt))
+        for variables, prompt in self._prompts():
+            fits = floor <= len(prompt) < max(last, first + 1) and self._text.startswith(prompt)
+            if fits and (longest is None or len(prompt) > longest):
+                longest, self._asked_with = len(prompt), variables
             if longest is not None and not self._text[longest:first].strip():
                 break
         return longest
 
-    def _prompts(self) -> Iterator[str]:
-        """Yield what a model may be given before the answer. Each is rendered once, when it is first asked for."""
+    def _prompts(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield what a model may be given before the answer, with the variables of which each is made.
+
+        Each is rendered once, when it is first asked for.
+        """
         for number, variables in enumerate(self._template.known(_PROMPTS)):
             if number == len(self._prompts_so_far):
                 self._prompts_so_far.append(self._template.text_or_none(self._before, True, **variables))
             if (prompt := self._prompts_so_far[number]) is not None:
-                yield prompt + self._header
+                yield variables, prompt + self._header
 
     @cached_property
     def _header(self) -> str:

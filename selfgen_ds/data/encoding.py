@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -104,6 +104,8 @@ class Encoder:
         self._chat: ChatEncoder | None = None
         self.unlike_inference: list[str] = []
         """What the template shows otherwise than at inference, once for every conversation of which this is true."""
+        self.asked_with: list[dict[str, Any]] = []
+        """Variables of the generation prompts that the template does not write by default, once per conversation."""
 
     def encode(self, rows: list[Row]) -> Iterator[Encoded | Refused]:
         """Yield the token ids of each row and its turns, or why the row cannot be used.
@@ -127,6 +129,7 @@ class Encoder:
         rendered = [_rendered_or_refused(chat, conversation) for conversation in conversations]
         texts = [row for row in rendered if isinstance(row, Rendered)]
         self.unlike_inference += [row.unlike_inference for row in texts if row.unlike_inference]
+        self.asked_with += [row.asked_with for row in texts if row.asked_with]
         encoded = chat.tokenize(texts) if texts else iter(())
         for row in rendered:
             yield row if isinstance(row, Refused) else next(encoded)

@@ -139,7 +139,8 @@ def _checked(messages: Any, fields: dict[str, Any], where: str, messages_where: 
         raise InputError(f"{messages_where}: expected a list of messages, got {got}")
     return Conversation(
         messages=[_message(message, f"{messages_where}, message {i}") for i, message in enumerate(messages, start=1)],
-        tools=_tools(fields.get("tools"), f"{where}, field 'tools'"),
+        tools=_tools(fields.get("tools"), f"{where}, field 'tools'")
+        or _tools_of_functions(fields.get("functions"), f"{where}, field 'functions'"),
         template_kwargs=_template_kwargs(
             fields.get("chat_template_kwargs") or {}, f"{where}, field 'chat_template_kwargs'"
         ),
@@ -163,7 +164,8 @@ def _check_json(value: Any, where: str) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected values as in JSON: {error}") from error
+        reason = "NaN or an infinite number is none" if "float" in str(error) else str(error)
+        raise InputError(f"{where}: expected values as in JSON: {reason}") from error
 
 
 def _kinds(value: Any) -> str:
@@ -187,17 +189,24 @@ def _message(fields: Any, where: str) -> Message:
         if name in message:
             message[name] = check_text(message[name], f"{where}, {name}", may_be_empty=True)
     message = _with_tool_calls(message, where)
-    _check_json(message, where)
+    for name, value in message.items():
+        _check_json(value, f"{where}, {name}")
     says_more = bool(message.get("tool_calls")) or any(message.get(name) for name in REASONING_FIELDS)
+    if "content" not in message and fields.get("content", "") is None and role in TOOL_ROLES:
+        message["content"] = ""  # a tool that returned nothing
     if "content" not in message:
+        if not says_more and "content" in fields:
+            advice = "; a turn of `weight: 0` may be an empty text" if role == "assistant" else "; write an empty text"
+            raise InputError(f"{where}, content: expected a text, got null{advice}")
         if not says_more:
             raise InputError(f"{where}: expected a content, got only {', '.join(map(repr, message))}")
         return message
     if role in TOOL_ROLES and result_of(message) is not None:
         return message
     may_be_empty = says_more or role != "assistant" or weight == 0
-    if not may_be_empty and message["content"] in ("", []):
-        raise InputError(f"{where}, content: expected text, got an empty string; a turn of `weight: 0` may be empty")
+    if not may_be_empty and (message["content"] == [] or not str(message["content"]).strip()):
+        got = "white space" if message["content"] else "an empty string"
+        raise InputError(f"{where}, content: expected text, got {got}; a turn of `weight: 0` may be empty")
     return message | {"content": _content(message["content"], f"{where}, content", may_be_empty)}
 
 
@@ -216,7 +225,11 @@ def _with_tool_calls(message: Message, where: str) -> Message:
             raise InputError(f"{where}, tool_calls: expected calls with the name of a function, got {call!r}")
 
     def with_object(function: dict[str, Any]) -> dict[str, Any]:
-        return function | {"arguments": _parsed(function.get("arguments") or {}, f"{where}, tool_calls, arguments")}
+        place = f"{where}, tool_calls, arguments of {function['name']!r}"
+        arguments = _parsed(function.get("arguments") or {}, place)
+        if not isinstance(arguments, dict):
+            raise InputError(f"{place}: expected an object, got {_kinds(arguments)}")
+        return function | {"arguments": arguments}
 
     return change_calls(message | {"tool_calls": calls}, with_object)
 
@@ -246,6 +259,12 @@ def _canonical(value: Any) -> Any:
         return [_canonical(part) for part in value]
     # above 2^53 the digits of an integer would be more than the number says
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _tools_of_functions(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Return the tools of OpenAI's older field `functions`, which holds their descriptions alone."""
+    functions = _tools(value, where)
+    return functions and [{"type": "function", "function": function} for function in functions]
 
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:

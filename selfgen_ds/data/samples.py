@@ -257,6 +257,13 @@ def _write(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Format, fol
             f"{source.name}: in {len(encoder.unlike_inference)} of {tally.read} rows the chat template shows a turn "
             f"otherwise than when the model generates it ({encoder.unlike_inference[0]})"
         )
+    if encoder.asked_with:
+        variables = json.dumps(encoder.asked_with[0])
+        notes.append(
+            f"{source.name}: in {len(encoder.asked_with)} of {tally.read} rows the answer follows the generation "
+            f"prompt that the chat template writes with {variables}: ask the model so (generate "
+            "--chat_template_kwargs)"
+        )
     counts = {name: value for name, value in vars(tally).items() if not name.startswith("_")}
     counts |= {"closing_ids": sorted(tally.closing_ids), "notes": notes}
     write_atomically(folder / "info.json", json.dumps(counts))

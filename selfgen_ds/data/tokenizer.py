@@ -54,6 +54,8 @@ def _read_template(path: str) -> str:
         raise InputError(f"model.chat_template: {refusal(error) or f'{path}: {error}'}") from error
     except TemplateSyntaxError as error:
         raise InputError(f"model.chat_template: {path}, line {error.lineno}: {error.message}") from error
+    if not template.strip():
+        raise InputError(f"model.chat_template: {path}: expected a chat template, got an empty file")
     return template
 
 

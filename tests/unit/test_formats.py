@@ -277,10 +277,20 @@ def test_the_first_row_that_can_be_read_tells_the_form(tmp_path: Path) -> None:
 def test_values_that_json_has_not_are_refused_in_tool_calls_and_tools(tmp_path: Path, value: Any) -> None:
     user = {"role": "user", "content": "?"}
     path = _write(tmp_path, "parquet", [{"messages": [user, _call("add", a=value)]}])
-    assert "message 2: expected values as in JSON" in _error(path)
+    assert "message 2, tool_calls: expected values as in JSON" in _error(path)
     answer = {"role": "assistant", "content": "x"}
     path = _write(tmp_path, "parquet", [{"messages": [user, answer], "tools": [_tool("add", a=value)]}])
     assert "field 'tools': expected values as in JSON" in _error(path)
+
+
+def test_functions_of_openais_older_form_are_tools(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+    ]
+    (row,) = _read(_write(tmp_path, "jsonl", [{"messages": messages, "functions": [{"name": "f"}]}]))
+    assert isinstance(row, Conversation)
+    assert row.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_the_number_0_is_a_text_too(tmp_path: Path) -> None:

@@ -285,3 +285,24 @@ def test_rows_of_training_are_answered_without_their_answers(
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     _run(model=chat_model, prompts=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "answers.jsonl"))
     assert json.loads((tmp_path / "answers.jsonl").read_text())["answer"] == _expected(chat_model, read)
+
+
+def test_a_row_whose_tools_the_template_does_not_show_is_refused(chat_model: str, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "b"}], "tools": [{"name": "f"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="line 1: the chat template leaves out the tools"):
+        _run(model=chat_model, prompts=str(tmp_path / "rows.jsonl"))
+
+
+def test_variables_reach_the_template(chat_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = json.loads((Path(chat_model) / "tokenizer_config.json").read_text()).get("chat_template")
+    template = template or (Path(chat_model) / "chat_template.jinja").read_text()
+    (tmp_path / "template.jinja").write_text(template + "{{ mood }}")
+    options = {"chat_template": str(tmp_path / "template.jinja"), "chat_template_kwargs": {"mood": "glad"}}
+    _run(model=chat_model, prompt="hello", **options)
+    assert capsys.readouterr().out.strip() == _expected(chat_model, "[user]hello[assistant]glad").strip()
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--model: expected an existing folder"):
+        _run(model=str(tmp_path / "no-model"), prompt="hello")

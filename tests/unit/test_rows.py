@@ -127,6 +127,8 @@ GOOD_CONVERSATIONS = {
     "content of parts": ['{"role": "user", "content": [{"type": "text", "text": "x"}]}', ASSISTANT],
     "an empty answer of no weight": [USER, WEIGHTED.replace('"x"', '""') % "0", USER, ASSISTANT],
     "a role of Llama 3.1's": [USER, CALL, TOOL.replace("tool", "ipython"), ASSISTANT],
+    "a tool that returned nothing": [USER, CALL, '{"role": "tool", "content": null}', ASSISTANT],
+    "a tool that returned no rows": [USER, CALL, '{"role": "tool", "content": []}', ASSISTANT],
     "an empty question": ['{"role": "user", "content": ""}', ASSISTANT],
 }
 
@@ -158,7 +160,15 @@ BAD_CONVERSATIONS = {
     ),
     "arguments that are no JSON": (
         [USER, '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}'],
-        "message 2, tool_calls, arguments: expected JSON, got malformed JSON",
+        "message 2, tool_calls, arguments of 'f': expected JSON, got malformed JSON",
+    ),
+    "arguments that are a list": (
+        [USER, '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}'],
+        "message 2, tool_calls, arguments of 'f': expected an object, got a list of int",
+    ),
+    "a number that JSON has not": (
+        [USER, '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": NaN}}]}'],
+        "message 2, tool_calls: expected values as in JSON: NaN or an infinite number is none",
     ),
     "none": ([], ": expected a list of messages, got none"),
     "unknown role": ([USER.replace("user", "human")], "message 1: expected a role of system, developer, user"),
@@ -168,7 +178,15 @@ BAD_CONVERSATIONS = {
     "no content": (['{"role": "user"}', ASSISTANT], "message 1: expected a content, got only 'role'"),
     "null content": (
         [USER, '{"role": "assistant", "content": null}'],
-        "message 2: expected a content, got only 'role'",
+        "message 2, content: expected a text, got null; a turn of `weight: 0` may be an empty text",
+    ),
+    "a null question": (
+        ['{"role": "user", "content": null}', ASSISTANT],
+        "message 1, content: expected a text, got null",
+    ),
+    "a blank answer": (
+        [USER, '{"role": "assistant", "content": " \\n"}'],
+        "message 2, content: expected text, got white",
     ),
     "an image": (
         ['{"role": "user", "content": [{"type": "image"}]}', ASSISTANT],

@@ -190,7 +190,12 @@ def test_a_chat_template_of_the_recipe_takes_the_place_of_the_tokenizers(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(None, "No such file"), ("{% for m in x %}", "chat.jinja, line 1: Unexpected end")]
+    ("content", "problem"),
+    [
+        (None, "No such file"),
+        ("{% for m in x %}", "chat.jinja, line 1: Unexpected end"),
+        (" \n", "chat.jinja: expected a chat template, got an empty file"),
+    ],
 )
 def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path: Path, content: str | None, problem: str) -> None:
     file = tmp_path / "chat.jinja"

@@ -234,3 +234,18 @@ def test_the_reason_is_that_of_the_form_which_gets_furthest(
     chat = Conversation(messages=[{"role": "user", "content": "q"}, *answers], tools=tools, where="row 1")
     with pytest.raises(InputError, match=reason):
         ChatEncoder(tokenizer_of(templates()[name]), "all").render(chat)
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked_with"),
+    [
+        ({"content": "4"}, {"enable_thinking": False}),
+        ({"content": "4", "reasoning_content": "2 and 2"}, {}),
+    ],
+)
+def test_the_prompt_that_an_answer_follows_is_named_if_it_is_not_the_default(
+    answer: dict[str, Any], asked_with: dict[str, Any]
+) -> None:
+    qwen = tokenizer_of(templates()["qwen3"])
+    chat = Conversation(messages=[{"role": "user", "content": "2 + 2?"}, {"role": "assistant"} | answer], where="row 1")
+    assert ChatEncoder(qwen, "all").render(chat).asked_with == asked_with
