@@ -128,16 +128,25 @@ class SelfgenConfig:
     """The method, which chooses the context that the model reads. Each method reads some of these settings."""
 
     method: str = "scheduled_sampling"
-    """`sft`, `scheduled_sampling`, `bash`, `rac`, or a class of your own, `module:Class`."""
+    """`sft`, `scheduled_sampling`, `bash`, `rac`, a control (`noise`, `own_samples`), or a class of your own,
+    `module:Class`."""
     replace_probability: float = 0.25
     """Largest probability p with which a response token is replaced by one that the model drew."""
     schedule: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "constant"
     """Growth of p from 0 to `replace_probability`, over steps or rounds (`selfgen_ds.methods.schedule`)."""
     schedule_share: float = 0.5
     """Share of the training after which a growing schedule has reached `replace_probability`, or 99 % of it."""
-    position: Literal["even", "early", "late"] = "even"
+    final_share: float = 0.0
+    """Last share of the training, in which p is `final_probability`."""
+    final_probability: float = 0.0
+    """p in the last share of the training; 0 ends it as sft."""
+    clean_share: float = 0.0
+    """Share of the rows whose context stays the reference, drawn anew in every step or round."""
+    position: Literal["even", "early", "late", "span"] = "even"
     """Variation of p within an answer: none, or linearly between p and 0, with the largest value at the answer's
-    start (`early`) or end (`late`)."""
+    start (`early`) or end (`late`). With `span`, p is the probability that a row has one run of drawn tokens."""
+    span_tokens: int | None = None
+    """Tokens of the run with `position: span`. It starts anywhere in the row's answers, and ends with its answer."""
     passes: int | Literal["exact"] | None = None
     """Parallel passes of a draw: 1 is two-pass scheduled sampling, k is parallel scheduled sampling, `exact` repeats
     the pass until no token changes, which gives the sequential process. Default: 1 online, `exact` in rounds."""
@@ -150,6 +159,8 @@ class SelfgenConfig:
     max_differing_share: float = 1.0
     """Largest share of a response's tokens that may differ from the reference in its context; after the last
     allowed token the context is the reference again."""
+    max_differing_tokens: int | None = None
+    """Most tokens of a row that may differ from the reference in its context, in the same way."""
     drawn_context_weight: float = 1.0
     """Weight in the loss of a target that directly follows a drawn token."""
     epochs_per_round: int = 1
@@ -157,6 +168,8 @@ class SelfgenConfig:
     reject: list[str] | str | None = None
     """Rounds: text that a drawn answer must not reinforce, as a list of regular expressions, `["[0-9]+%"]`, or as
     `module:function`, a function from text to spans `(start, end)` of characters; there the reference is put back."""
+    noise: Literal["unigram", "uniform"] = "unigram"
+    """Distribution of the tokens of the control `noise`: as often as in the responses of the data, or all alike."""
     rollouts: str | None = None
     """Rounds: the `rollouts/` of another run. The rounds that the folder has when this run first starts are read
     instead of drawn."""
@@ -194,6 +207,9 @@ class OptimConfig:
     """Share of the training steps over which the learning rate grows linearly from 0."""
     max_grad_norm: float = 1.0
     """Gradient norm to clip to; 0 turns clipping off."""
+    loss: Literal["cross_entropy", "dft"] = "cross_entropy"
+    """Loss of a target: its cross entropy, or that times the probability of the target, which counts as a constant
+    (`dft`, arXiv 2508.05629): targets that the model finds improbable weigh little."""
     label_smoothing: float = 0.0
     """Share of the target's probability mass that is spread evenly over the vocabulary."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # The first key names the purpose, so that one seed, step or round, sample, and position can serve several purposes.
 REPLACE, DRAW, ROUND_REPLACE, ROUND_DRAW, ANSWER, SFT_SHARE, EVALUATION, GENERATORS = range(1, 9)
+CLEAN, SPAN, NOISE = range(9, 12)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))

@@ -59,7 +59,8 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             get_accelerator().synchronize()
             pass_time = time.perf_counter() - pass_started
             read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
-            result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read)
+            dft = recipe.optim.loss == "dft"
+            result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read, dft)
             metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
             metrics["flops"] = flops(recipe, run.engine.module, result)
             ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)

@@ -49,6 +49,7 @@ def train_step(
     label_smoothing: float,
     drawn_context_weight: float = 1.0,
     no_grad_tokens: int = 0,
+    dft: bool = False,
 ) -> StepResult:
     """Run forward and backward of every micro-batch, then the optimizer.
 
@@ -60,6 +61,7 @@ def train_step(
         batches: This rank's micro-batches of the step.
         drawn_context_weight: Weight of a target that directly follows a drawn token. Other targets have weight 1.
         no_grad_tokens: Tokens that this rank has read without gradients for the step.
+        dft: Whether each target is also weighted by its probability, which does not count in the divisor.
 
     Raises:
         RuntimeError: The loss is not finite at ZeRO stage 0, at which DeepSpeed would apply the step.
@@ -68,12 +70,10 @@ def train_step(
     total_weight, nonempty = (count or 1.0 for count in _sum_over_ranks(_normalizers(batches, weights)).tolist())
     parts = len(batches) * dist.get_world_size()  # DeepSpeed divides by these steps, and averages over the ranks
     learning_rate, coefficient = engine.get_lr()[0], engine.module.router_loss_coefficient
-    losses: list[Tensor] = []
-    router_losses: list[Tensor] = []
+    losses, router_losses = list[Tensor](), list[Tensor]()
     for number, (batch, batch_weights) in enumerate(zip(batches, weights, strict=True), start=1):
-        loss, router_loss = forward_losses(engine, batch, label_smoothing, batch_weights)
-        losses.append(loss.detach())
-        router_losses.append(router_loss.detach())
+        loss, router_loss = forward_losses(engine, batch, label_smoothing, batch_weights, dft)
+        losses, router_losses = [*losses, loss.detach()], [*router_losses, router_loss.detach()]
         objective = loss * (parts / total_weight) + router_loss * (coefficient * parts / nonempty)
         if number == len(batches):
             totals = _sum_over_ranks(_totals(batches, losses, router_losses, no_grad_tokens))
@@ -127,7 +127,11 @@ def _target_weights(batch: TokenBatch, drawn_context_weight: float) -> Tensor | 
 
 
 def forward_losses(
-    engine: deepspeed.DeepSpeedEngine, batch: TokenBatch, label_smoothing: float, weights: Tensor | None
+    engine: deepspeed.DeepSpeedEngine,
+    batch: TokenBatch,
+    label_smoothing: float,
+    weights: Tensor | None,
+    dft: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run one forward; return the weighted sum of the token losses, and the router loss (0 for a dense model).
 
@@ -136,7 +140,7 @@ def forward_losses(
     Args:
         weights: `[targets]`, the weight of each target in row-major order; None means 1.
     """
-    reduction = head.loss_sum(batch.target_ids[batch.loss_mask], label_smoothing, weights)
+    reduction = head.loss_sum(batch.target_ids[batch.loss_mask], label_smoothing, weights, dft)
     routed = batch.sample_ids >= 0 if engine.module.router_loss_coefficient else None
     result = engine(
         batch.context_ids,

@@ -11,6 +11,8 @@ from importlib import import_module
 from selfgen_ds.errors import InputError
 from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import Method, RoundMethod
+from selfgen_ds.methods.noise import Noise
+from selfgen_ds.methods.own_samples import OwnSamples
 from selfgen_ds.methods.rac import Rac
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 from selfgen_ds.methods.sft import Sft
@@ -20,7 +22,10 @@ METHODS: dict[str, type[Method]] = {
     "scheduled_sampling": ScheduledSampling,
     "bash": Bash,
     "rac": Rac,
+    "noise": Noise,
+    "own_samples": OwnSamples,
 }
+"""The last two are controls: what a gain has to be compared with."""
 
 
 def find(name: str) -> type[Method]:

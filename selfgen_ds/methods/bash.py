@@ -21,7 +21,7 @@ from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods import schedule
 from selfgen_ds.methods.method import ROUNDS, Plan, Policy, RoundMethod
-from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask, restore_reference_from
+from selfgen_ds.methods.mixture import MIXTURE, mask_of, mix, restore_reference_from
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
 
@@ -35,8 +35,8 @@ class Bash(RoundMethod):
         self.rejected = load_reject(config.reject)
 
     def replace_probability(self, step: int) -> float:
-        # Rounds count from 1 here, so that the first round draws too.
-        return schedule.replace_probability(self.config, self.round_of(step) + 1, self.rounds)
+        number = self.round_of(step)
+        return schedule.replace_probability(self.config, number, self.rounds, number + 1)  # the first round draws too
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(self.first_step(number))
@@ -44,9 +44,10 @@ class Bash(RoundMethod):
         size = self.plan.micro_batch_size
         groups = [order[i : i + size] for i in range(0, len(order), size)] or [[]]
         batches = [collate([[samples[i]] for i in group]).to(policy.device) for group in groups]
-        masks = [replacement_mask(batch, p, (hashing.ROUND_REPLACE, seed, number), c.position) for batch in batches]
+        masks = [mask_of(c, batch, p, (hashing.ROUND_REPLACE, seed, number)) for batch in batches]
         keys = (hashing.ROUND_DRAW, seed, number)
-        batches, passes = mix(batches, policy, masks, c.passes or "exact", keys, c.max_differing_share)
+        limits = c.max_differing_share, c.max_differing_tokens
+        batches, passes = mix(batches, policy, masks, c.passes or "exact", keys, *limits)
         rows: dict[int, TrainingRow] = {}
         counts = {"rejected_tokens": 0, "rejected_rows": 0}
         for batch, group in zip(batches, groups, strict=True):

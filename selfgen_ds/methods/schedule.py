@@ -10,7 +10,8 @@ here p = peak * (1 - ε) grows. With i optimizer steps done and x = i / (share *
 | `exponential` | k^i | k = 0.01^(1 / (share * total)) | peak * (1 - 0.01^x) |
 | `inverse_sigmoid` | k / (k + exp(i' / k)) | k = e^6, i' = 12 k x | peak / (1 + exp(6 - 12 x)) |
 
-so that every growing schedule starts at 1 % of `peak` or less and has reached 99 % or more at x = 1.
+so that every growing schedule starts at 1 % of `peak` or less and has reached 99 % or more at x = 1. In the last
+`final_share` of the run, p is `final_probability`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def replace_probability(config: SelfgenConfig, done: int, total: int) -> float:
+def replace_probability(config: SelfgenConfig, number: int, total: int, done: int | None = None) -> float:
     """Return p for one optimizer step, or for one round.
 
     Args:
         config: `replace_probability` is the peak, and `schedule_share` the share.
-        done: Optimizer steps, or rounds, already done.
+        number: Number of the step or round, from 0.
         total: Optimizer steps, or rounds, of the whole run.
+        done: Steps or rounds that count as done in the schedule; by default those before this one.
     """
+    if config.final_share and number >= (1.0 - config.final_share) * total - 1e-9:
+        return config.final_probability
+    done = number if done is None else done
     return config.replace_probability * _SHAPES[config.schedule](done / (config.schedule_share * total))

@@ -13,7 +13,7 @@ from selfgen_ds import hashing
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods import schedule
 from selfgen_ds.methods.method import Method, Policy
-from selfgen_ds.methods.mixture import MIXTURE, mix, replacement_mask
+from selfgen_ds.methods.mixture import MIXTURE, mask_of, mix
 
 
 class ScheduledSampling(Method):
@@ -26,7 +26,8 @@ class ScheduledSampling(Method):
 
     def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(step)
-        masks = [replacement_mask(batch, p, (hashing.REPLACE, seed, step), c.position) for batch in batches]
+        masks = [mask_of(c, batch, p, (hashing.REPLACE, seed, step)) for batch in batches]
         keys = (hashing.DRAW, seed, step)
-        batches, self.passes = mix(batches, policy, masks, c.passes or 1, keys, c.max_differing_share)
+        limits = c.max_differing_share, c.max_differing_tokens
+        batches, self.passes = mix(batches, policy, masks, c.passes or 1, keys, *limits)
         return batches

@@ -84,7 +84,7 @@ class LMHead(nn.Module):
         return reduction(hidden, Projection(weight=self.weight, bias=bias, cap=self.logit_transform.cap))
 
 
-def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = None) -> Reduction:
+def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = None, dft: bool = False) -> Reduction:
     """Return a reduction to the sum of the positions' cross entropies, float32 (float64 for a float64 head).
 
     With label smoothing e, the target distribution is (1 - e) * one-hot + e / V. Its cross entropy needs no more logits
@@ -94,15 +94,17 @@ def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = N
         targets: `[N]` int64. N may be 0: the loss is then 0 and has gradients of 0.
         weights: `[N]`, the weight of each position in the sum; None means 1. With weights, the backward computes the
             logits a second time.
+        dft: Whether each position is also weighted by the probability of its target, which counts as a constant
+            (dynamic fine-tuning, arXiv 2508.05629). Label smoothing has to be 0.
     """
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
         if project.cap is not None:
-            return _capped_loss_sum(hidden, project, targets, label_smoothing, weights)
+            return _capped_loss_sum(hidden, project, targets, label_smoothing, weights, dft)
         weight, bias = project.weight, project.bias
         full_precision = weight.dtype in (torch.float32, torch.float64)
         # A sum in bfloat16 would leave the loss three digits, so the positions' losses are summed here, in float32.
-        summed = full_precision and weights is None
+        summed = full_precision and weights is None and not dft
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=_CHUNK, chunking_method=None, acc_policy="auto" if full_precision else "accurate"
         )
@@ -110,7 +112,8 @@ def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = N
             hidden, weight, targets, linear_bias=bias, reduction="sum" if summed else "none", options=options
         )
         if not summed:
-            loss = _weighted_sum(loss if full_precision else loss.float(), weights)
+            loss = loss if full_precision else loss.float()
+            loss = _weighted_sum(loss, _with_probabilities(weights, loss) if dft else weights)
         if label_smoothing:
             away = weight[targets] - weight.mean(dim=0)
             margin = _weighted_sum((hidden * away).to(loss.dtype), weights)
@@ -122,13 +125,19 @@ def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = N
     return reduction
 
 
+def _with_probabilities(weights: Tensor | None, losses: Tensor) -> Tensor:
+    """Return the weights times the targets' probabilities, of which the losses are the negative logarithms: `[N]`."""
+    probabilities = (-losses.detach()).exp()
+    return probabilities if weights is None else probabilities * weights.to(losses.dtype)
+
+
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     """Sum `[N]` or `[N, H]` values to a scalar, each position by its weight."""
     return values.sum() if weights is None else (weights.to(values.dtype) @ values).sum()
 
 
 def _capped_loss_sum(
-    hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float, weights: Tensor | None
+    hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float, weights: Tensor | None, dft: bool
 ) -> Tensor:
     """Sum the cross entropies of capped logits, chunk by chunk.
 
@@ -137,10 +146,10 @@ def _capped_loss_sum(
     """
 
     def chunk_loss(chunk: Tensor, chunk_targets: Tensor, chunk_weights: Tensor | None) -> Tensor:
-        reduction = "sum" if chunk_weights is None else "none"
+        reduction = "sum" if chunk_weights is None and not dft else "none"
         logits = project.logits(chunk)
         losses = F.cross_entropy(logits, chunk_targets, reduction=reduction, label_smoothing=label_smoothing)
-        return _weighted_sum(losses, chunk_weights)
+        return _weighted_sum(losses, _with_probabilities(chunk_weights, losses) if dft else chunk_weights)
 
     chunks = hidden.split(_CHUNK)
     split_weights = [None] * len(chunks) if weights is None else weights.split(_CHUNK)

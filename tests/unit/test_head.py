@@ -355,3 +355,21 @@ def test_the_logits_of_all_positions_never_exist_at_once(transform: LogitTransfo
     for weights in (None, torch.rand(rows)):
         loss = loss_sum(targets, 0.1, weights)
         assert _largest_allocation(lambda: head(hidden, loss).backward()) < logits_bytes / 2  # noqa: B023
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), CAP], ids=["plain", "capped"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dft_weighs_each_loss_by_the_stopped_probability_of_its_target(
+    transform: LogitTransform, weighted: bool
+) -> None:
+    linear, (hidden, targets) = _linear(True, torch.float64), _inputs(torch.float64)
+    weights = torch.rand(ROWS, dtype=torch.float64) if weighted else None
+    hidden = hidden.detach().requires_grad_()
+    found = LMHead(linear, transform)(hidden, loss_sum(targets, 0.0, weights, dft=True))
+    assert isinstance(found, Tensor)
+    gradients = torch.autograd.grad(found, [hidden, linear.weight])
+    losses = -_full_logits(linear, hidden, transform).log_softmax(-1)[torch.arange(ROWS), targets]
+    expected = ((-losses).exp().detach() * losses * (1.0 if weights is None else weights)).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, exact in zip(gradients, torch.autograd.grad(expected, [hidden, linear.weight]), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-7)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from selfgen_ds import hashing
+from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.methods.method import Policy
-from selfgen_ds.methods.mixture import Position, mix, replacement_mask, restore_reference_from
+from selfgen_ds.methods.mixture import Position, clean_rows, mask_of, mix, replacement_mask, restore_reference_from
 from tests.batches import lengths, padded, sample
 from tests.tiers import sweep
 
@@ -571,3 +572,60 @@ def test_what_stands_behind_the_stop_is_not_drawn_again() -> None:
     policy = CountingPolicy()
     _, made = mix([batch], policy, [batch.replaceable_mask], "exact", DRAW, 0.1)
     assert made == 5  # four tokens that may differ, and one too many
+
+
+def test_clean_rows_are_a_share_of_the_samples_and_others_in_every_step() -> None:
+    batch = padded([[1]] * 400, [list(range(20, 30))] * 400, list(range(400)))
+    settings = SelfgenConfig(replace_probability=1.0, clean_share=0.3)
+    masks = [mask_of(settings, batch, 1.0, (hashing.REPLACE, SEED, step)) for step in (1, 1, 2)]
+    clean = [~mask.any(dim=1) for mask in masks]
+    assert 0.2 < clean[0].double().mean() < 0.4
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(clean[0], clean[2])
+    assert torch.equal(masks[0][~clean[0]], batch.replaceable_mask[~clean[0]]), "the others are masked as without it"
+    assert not clean_rows(batch, 0.0, REPLACE).any()
+
+
+def test_a_span_is_one_run_of_tokens_that_starts_anywhere() -> None:
+    batch = padded([[1, 2]] * 2000, [list(range(20, 31))] * 2000, list(range(2000)))  # 10 replaceable tokens a row
+    mask = replacement_mask(batch, 0.5, REPLACE, "span", 3)
+    with_span = mask.any(dim=1)
+    assert 0.45 < with_span.double().mean() < 0.55
+    runs = (mask.long().diff(dim=1, prepend=torch.zeros(len(mask), 1, dtype=torch.int64)) == 1).sum(dim=1)
+    assert set(runs[with_span].tolist()) == {1}
+    starts = mask[with_span].long().argmax(dim=1) - 2
+    counts = torch.bincount(starts, minlength=10)
+    assert len(counts) == 10
+    assert counts.min() > 0.6 * counts.double().mean(), "every token is as likely a start"
+    lengths_by_start = {(int(s), int(row.sum())) for s, row in zip(starts, mask[with_span], strict=True)}
+    assert lengths_by_start == {(start, min(3, 10 - start)) for start in range(10)}
+
+
+def test_a_span_does_not_reach_into_the_next_answer() -> None:
+    turns = np.array([[1, 4, 5], [6, 9, 10]])  # two answers of three replaceable tokens each
+    rows = [TrainingRow.reference(i, np.arange(10), turns) for i in range(300)]
+    mask = replacement_mask(collate([[row] for row in rows]), 1.0, REPLACE, "span", 5)
+    both = mask[:, 1:4].any(dim=1) & mask[:, 6:9].any(dim=1)
+    assert not both.any()
+    assert mask[:, 1:4].any(dim=1).any()
+    assert mask[:, 6:9].any(dim=1).any()
+
+
+def test_packed_samples_have_spans_of_their_own() -> None:
+    rows = [sample([1, 2], list(range(20, 28)), i) for i in range(6)]
+    packed = collate([rows[:3], rows[3:]], packed=True)
+    alone = collate([[row] for row in rows])
+    expected = replacement_mask(alone, 1.0, REPLACE, "span", 3)
+    found = replacement_mask(packed, 1.0, REPLACE, "span", 3)
+    for i in range(6):
+        assert torch.equal(found[packed.sample_ids == i], expected[i][alone.sample_ids[i] == i])
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_a_number_of_differing_tokens_is_a_limit_too(most: int) -> None:
+    batch = padded([[1, 2]] * 8, [list(range(20, 40))] * 8, list(range(8)))
+    masks = [replacement_mask(batch, 1.0, REPLACE)]
+    ((read,), _) = mix([batch], NoisePolicy(), masks, 1, DRAW, 1.0, most)
+    assert (read.context_ids != read.target_ids).sum(dim=1).tolist() == [most] * 8
+    ((both,), _) = mix([batch], NoisePolicy(), masks, 1, DRAW, 0.1, most)
+    assert (both.context_ids != both.target_ids).sum(dim=1).tolist() == [min(most, 2)] * 8

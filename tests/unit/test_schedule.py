@@ -85,3 +85,16 @@ def test_a_peak_of_0_is_never_left(schedule: str) -> None:
 def test_the_share_is_of_the_whole_run() -> None:
     config = SelfgenConfig(schedule="linear", replace_probability=1.0, schedule_share=0.25)
     assert replace_probability(config, 100, 800) == 0.5
+
+
+def test_the_last_share_of_steps_and_of_rounds_has_a_probability_of_its_own() -> None:
+    config = SelfgenConfig(replace_probability=0.4, final_share=0.25, final_probability=0.1)
+    assert [replace_probability(config, step, 8) for step in range(8)] == [0.4] * 6 + [0.1] * 2
+    assert [replace_probability(config, number, 4, number + 1) for number in range(4)] == [0.4] * 3 + [0.1]
+
+
+def test_a_run_may_end_as_sft() -> None:
+    config = SelfgenConfig(schedule="linear", final_share=0.5)
+    values = [replace_probability(config, step, 10) for step in range(10)]
+    assert values[5:] == [0.0] * 5
+    assert all(values[1:5])
