@@ -31,7 +31,7 @@ POINTS = (
     "selfgen_ds.train:train_step",
     "selfgen_ds.model.policy:EnginePolicy.draw",
     "selfgen_ds.model.policy:EnginePolicy.complete",
-    "selfgen_ds.evaluation.scores:_score",
+    "selfgen_ds.evaluation.scores:ask",
     "selfgen_ds.metrics_logger:MetricsLogger.write",
     "selfgen_ds.rounds.store:Writer.start",
     "selfgen_ds.rounds.store:Writer.write",

@@ -52,6 +52,7 @@ from selfgen_ds.validation.deepspeed_json import login_problem
 from selfgen_ds.validation.inputs import (
     check_activation_checkpointing,
     check_attention,
+    check_best,
     check_disk_space,
     check_positions,
     check_quantization,
@@ -182,6 +183,8 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int, today: str) -> I
         warn_of_learning_rate(recipe, config)
         samples, eval_samples = load_samples(problems, recipe, tokenizer)
         check_shares(problems, recipe, samples + eval_samples)
+        evaluated = first_rows(eval_samples, recipe.eval.max_samples)
+        check_best(problems, recipe, evaluated, tokenizer)
         problems.raise_all()
         step_batches, total_steps, method = _plan(recipe, tokenizer, samples, folder)
     checksum = zlib.crc32(repr([source.checksum for source in samples]).encode())
@@ -195,7 +198,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int, today: str) -> I
         traits=traits,
         source=source,
         samples=samples,
-        eval_samples=first_rows(eval_samples, recipe.eval.max_samples),
+        eval_samples=evaluated,
         forced_errors=forced_errors(eval_samples, tokenizer),
         end_tokens=end_tokens(samples + eval_samples, tokenizer),
         step_batches=step_batches,

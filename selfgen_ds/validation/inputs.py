@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from selfgen_ds import methods
@@ -15,8 +15,10 @@ from selfgen_ds.checkpoint import manifest, saving
 from selfgen_ds.checkpoint.storage import Storage
 from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import StepBatches
+from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
+from selfgen_ds.evaluation.text_metrics import is_counted
 from selfgen_ds.model.loading import most_positions, parameter_count, trained_parameter_count
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.model.reach import Reach
@@ -145,6 +147,15 @@ def check_rows(problems: Problems, samples: list[Samples], most: float) -> None:
             problems.add(*source.why_refused(remedy))
         elif source.refused:
             log.warning("%s", "\n".join(source.why_refused("they are left out")))
+
+
+def check_best(problems: Problems, recipe: Recipe, rows: list[TrainingRow], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the metric `eval.best` says something of some of the evaluation rows."""
+    metric = recipe.eval.best
+    references = (tokenizer.decode(row.response_ids, skip_special_tokens=True) for row in rows)
+    if rows and not any(is_counted(metric, reference) for reference in references):
+        need = "a final answer (`####`, a box, or a number)" if metric == "final_answer" else "two words"
+        problems.add(f"eval.best: {metric} needs references with {need}, and no row of data.eval has one")
 
 
 def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -> None:

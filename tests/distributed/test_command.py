@@ -126,14 +126,16 @@ HUGE = '{"hidden_size": 262144, "intermediate_size": 1048576, "num_hidden_layers
         ),
         (
             ["--selfgen.method", "none"],
-            "selfgen.method: expected one of sft, scheduled_sampling, bash, rac, or module:Class, got 'none'",
+            "selfgen.method: expected one of sft, scheduled_sampling, bash, rac, noise, own_samples, or module:Class, "
+            "got 'none'",
         ),
         (["--selfgen.method", "sft", "--selfgen.top_p", "0.5"], "selfgen.top_p: sft does not read this setting"),
         (["--checkpoint.every", "0"], "checkpoint.every: expected 1 or more, got 0"),
         (["--model.preset", HUGE], "output_dir: a checkpoint takes"),
         (["--model.preset", '{"hidden_size": 0}'], "model"),
         (["--data.max_length", "100000"], "data.max_length: expected at most the model's 2048 positions"),
-        (["--data.eval", "builtin:pointer_chase", "--eval.best", "bleu"], "eval.best: expected one of"),
+        (["--data.eval", "builtin:pointer_chase", "--eval.best", "ter"], "eval.best: expected one of"),
+        (["--data.eval", "builtin:pointer_chase", "--eval.best", "bleu"], "eval.best: bleu needs references with two"),
     ],
 )
 def test_bad_settings_are_one_clear_line(refused: Callable[..., str], overrides: list[str], expected: str) -> None:

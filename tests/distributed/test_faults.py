@@ -31,7 +31,7 @@ WORK = {
     "an evaluation": (
         "scheduled_sampling",
         1,
-        Point(function="selfgen_ds.evaluation.scores:_score", call=4, when="during", delay=0.02),
+        Point(function="selfgen_ds.evaluation.scores:ask", call=4, when="during", delay=0.02),
     ),
 }
 STAGES = {

@@ -335,3 +335,13 @@ def test_drawing_a_round_of_bash_takes_no_more_than_a_training_step_and_the_weig
     for drawing, step, parameters in two_ranks.run(drawing_and_step_peaks, settings, timeout=TIMEOUT):
         print(f"drawing {drawing / 1e6:.1f} MB, a step {step / 1e6:.1f} MB, the weights {parameters / 1e6:.1f} MB")
         assert drawing <= step + parameters
+
+
+def test_own_samples_are_drawn_in_rounds_and_learned(two_ranks: Ranks, folder: Path) -> None:
+    own = SelfgenConfig(method="own_samples", max_new_tokens=12)
+    settings = runs.recipe(folder, selfgen=own, train=TrainConfig(epochs=2, micro_batch_size=2))
+    two_ranks.run(runs.run_training, settings, timeout=TIMEOUT)
+    assert len(rounds(settings)) == 2
+    for row in drawn(settings, "round-01"):
+        assert row["context_ids"] == row["target_ids"]
+        assert 1 <= sum(row["loss_mask"]) <= 12

@@ -34,7 +34,7 @@ STOPS = {
     # the method, the rank that receives the signal, the function and its call, the signal, the step that is saved
     "a step": ("scheduled_sampling", 1, "selfgen_ds.train:train_step", 7, signal.SIGUSR1, 7),
     "a step that is saved anyway": ("scheduled_sampling", 0, "selfgen_ds.train:train_step", 6, signal.SIGTERM, 6),
-    "an evaluation": ("scheduled_sampling", 1, "selfgen_ds.evaluation.scores:_score", 3, signal.SIGUSR1, 8),
+    "an evaluation": ("scheduled_sampling", 1, "selfgen_ds.evaluation.scores:ask", 3, signal.SIGUSR1, 8),
     "a drawn round": ("bash", 0, "selfgen_ds.rounds.store:Writer.write", 7, signal.SIGTERM, 5),
     "the first round": ("bash", 1, "selfgen_ds.rounds.store:Writer.write", 2, signal.SIGUSR1, 0),
     "a checkpoint": ("scheduled_sampling", 1, "deepspeed:DeepSpeedEngine.save_checkpoint", 3, signal.SIGTERM, 6),
