@@ -55,12 +55,15 @@ class MetricsLogger:
         self.watched: dict[int, float] = {}
         """Step -> value of the watched metric, from the run's first step on; on rank 0."""
         self._watched_name = watched
+        self.history: list[dict[str, float | None]] = []
+        """The lines of earlier starts; on rank 0."""
         if self._writes:
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             lines = before.splitlines(keepends=True)
             kept = [line for line in lines if _step(line) <= step]
             write_atomically(path, "".join(kept))
-            self._watch(*(json.loads(line) for line in kept))
+            self.history = [json.loads(line) for line in kept]
+            self._watch(*self.history)
             if step and monitor.tb_monitor is not None and monitor.tb_monitor.enabled:
                 _purge_after(step, monitor.tb_monitor.summary_writer)
 
@@ -91,6 +94,13 @@ class MetricsLogger:
             log.info("step %d: %s", step, ", ".join(scores))
         self._watch(metrics)
         self._check_draws(step, metrics)
+
+    def warn(self, step: int, text: str) -> None:
+        """Log a warning about the training, and write it to TensorBoard as text."""
+        log.warning("step %d: %s", step, text)
+        board = self._monitor.tb_monitor if self._writes else None
+        if board is not None and board.enabled:
+            board.summary_writer.add_text("train/warning", text, step)
 
     def show_answers(self, step: int, scores: list[SampleScore]) -> None:
         """Log the model's answers to some evaluation rows, and write them to TensorBoard as text."""

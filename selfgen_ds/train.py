@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
@@ -18,6 +20,7 @@ from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
 from selfgen_ds.evaluation.scores import EvaluationRequests, evaluate
+from selfgen_ds.methods.runaway import Runaway
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.watch import Watch
@@ -128,7 +131,10 @@ def _metrics(
 
 
 class BetweenSteps:
-    """The work between two steps: evaluate, log, save, and check for a stop signal."""
+    """The work between two steps: evaluate, log, save, and check for a stop signal.
+
+    Collective: every rank must make one, because all replay the metrics that rank 0 has read.
+    """
 
     def __init__(self, run: Run, recipe: Recipe, watch: Watch) -> None:
         self._run, self._recipe, self._watch = run, recipe, watch
@@ -138,6 +144,10 @@ class BetweenSteps:
         self.metrics_logger = MetricsLogger(path, run.engine.monitor, first_step, steps, watched)
         self._checkpoints = run.folder.path / "checkpoints"
         self._dropped_in_a_row = 0
+        self._runaway = Runaway()
+        for line in process_group.from_rank_0(lambda: self.metrics_logger.history):
+            if self._runs_away(line):
+                self._lower()
 
     def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> bool:
         """Run the work that is due after a step, and return whether the run ends early.
@@ -160,6 +170,7 @@ class BetweenSteps:
             raise
         self._log(metrics, scores)
         self._check_dropped(step, result)
+        self._check_runaway(step, metrics, scores)
         round_starts = self._run.rounds is not None and self._run.rounds.starts(step)
         due = self._is_last(step) or round_starts or _due(step, self._recipe.checkpoint.every)
         ends_early = bool(scores) and self.stops_early()
@@ -250,6 +261,35 @@ class BetweenSteps:
                 f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps): lower "
                 "optim.learning_rate, or look at the samples that the log names"
             )
+
+    def _runs_away(self, metrics: Mapping[str, float | None]) -> str:
+        """Return what has happened if the run runs away after a step, as its line of `metrics.jsonl` says."""
+        drawn, loss = metrics["drawn_tokens"], metrics["loss"]
+        probability = (metrics["replace_probability"] or 0.0) if drawn else 0.0
+        return self._runaway.update(probability, metrics["differing_share"] or 0.0, math.nan if loss is None else loss)
+
+    def _lower(self) -> None:
+        if self._recipe.selfgen.runaway == "lower":
+            self._run.method.scale /= 2
+
+    def _check_runaway(self, step: int, metrics: dict[str, float], scores: dict[str, float]) -> None:
+        """Say that the run runs away, and stop it or lower p if the recipe asks for that.
+
+        Collective: every rank must call this, with the same metrics.
+
+        Raises:
+            RuntimeError: The run runs away, and is to stop; the step is saved.
+        """
+        if not (told := self._runs_away(metrics)):
+            return
+        advice = "a smaller selfgen.replace_probability, max_differing_tokens: 1 or optim.loss: dft may help"
+        reaction = self._recipe.selfgen.runaway
+        done = {"warn": "", "stop": "; the run stops", "lower": "; p is halved"}[reaction]
+        self.metrics_logger.warn(step, f"{told}{done}; {advice}")
+        self._lower()
+        if reaction == "stop":
+            self._save(step, scores)
+            raise RuntimeError(f"{told} (selfgen.runaway: stop); {advice}")
 
     def _is_best(self, scores: dict[str, float]) -> bool:
         """Return whether an evaluation is better than that of every checkpoint: rank 0 decides for all ranks.

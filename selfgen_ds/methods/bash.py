@@ -36,7 +36,8 @@ class Bash(RoundMethod):
 
     def replace_probability(self, step: int) -> float:
         number = self.round_of(step)
-        return schedule.replace_probability(self.config, number, self.rounds, number + 1)  # the first round draws too
+        # The first round draws too.
+        return self.scale * schedule.replace_probability(self.config, number, self.rounds, number + 1)
 
     def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(self.first_step(number))

@@ -119,6 +119,8 @@ class Method:
     """Whether the method draws contexts in rounds: asked of the class, before there is a method to ask."""
     passes: int = 0
     """Self-generated-token passes of the last step."""
+    scale: float = 1.0
+    """Factor on p, which the training loop lowers if the run runs away (`selfgen.runaway: lower`)."""
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         self.config = config

@@ -36,6 +36,7 @@ MIXTURE = SAMPLING | {
     "final_share",
     "final_probability",
     "clean_share",
+    "runaway",
     "position",
     "span_tokens",
     "passes",

@@ -22,7 +22,7 @@ class ScheduledSampling(Method):
     settings: ClassVar[frozenset[str]] = MIXTURE
 
     def replace_probability(self, step: int) -> float:
-        return schedule.replace_probability(self.config, step, self.plan.total_steps)
+        return self.scale * schedule.replace_probability(self.config, step, self.plan.total_steps)
 
     def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:
         c, seed, p = self.config, self.plan.seed, self.replace_probability(step)

@@ -1,0 +1,54 @@
+"""Notice a run that runs away: the model gets worse, so do its contexts, and these make the model worse still.
+
+This happens where the target does not follow from the context. Copying a string is an example: after a wrong letter of
+its own, the model is taught to go on as if the letter had been right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+_WINDOW = 10  # steps whose means are compared
+_RISE, _RATIO, _LOSS_RATIO = 0.2, 1.5, 1.2
+_STEP_OF_P = 1.25  # means are compared at a p that is at least as large, up to this factor
+
+
+class Runaway:
+    """Watches the share of differing tokens and the loss of a mixture.
+
+    Each mean over ten steps is compared with the lowest earlier one at a similar or larger p: a schedule that raises p
+    raises both, and is no runaway.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._lowest: dict[int, tuple[float, float]] = {}
+
+    def update(self, probability: float, differing: float, loss: float) -> str:
+        """Take in a step, and return what has happened if the run runs away; then the watch begins anew.
+
+        Args:
+            probability: p of the step. A step that draws nothing is not watched.
+            differing: Share of its drawn tokens that differ from the reference.
+            loss: Its loss.
+        """
+        if probability <= 0 or not math.isfinite(loss):
+            return ""
+        self._last.append((differing, loss))
+        if len(self._last) < _WINDOW:
+            return ""
+        now, now_loss = (sum(values) / _WINDOW for values in zip(*self._last, strict=True))
+        level = math.floor(math.log(probability) / math.log(_STEP_OF_P))
+        earlier = [lowest for other, lowest in self._lowest.items() if other >= level - 1]
+        if earlier:
+            before, before_loss = min(earlier)
+            if now > max(before + _RISE, _RATIO * before) and now_loss > _LOSS_RATIO * before_loss:
+                self._last.clear()
+                self._lowest.clear()
+                return (
+                    f"the run runs away: {now:.0%} of the drawn tokens differ from the reference, after {before:.0%}, "
+                    f"and the loss is {now_loss:.3g}, after {before_loss:.3g}"
+                )
+        self._lowest[level] = min(self._lowest.get(level, (now, now_loss)), (now, now_loss))
+        return ""

@@ -1,0 +1,51 @@
+"""A run that runs away is noticed; one whose schedule raises p, or that learns, is not."""
+
+from __future__ import annotations
+
+from selfgen_ds.methods.runaway import Runaway
+
+
+def _told(steps: list[tuple[float, float, float]]) -> list[int]:
+    """Return the numbers of the steps after which a runaway is named; a step is p, differing share and loss."""
+    watch = Runaway()
+    return [number for number, step in enumerate(steps) if watch.update(*step)]
+
+
+def test_contexts_and_loss_that_get_worse_together_are_named_with_their_figures() -> None:
+    watch, told = Runaway(), ""
+    for step in range(40):
+        grown = max(0, step - 10) / 30
+        told = told or watch.update(1.0, 0.06 + 0.64 * grown, 0.5 + 1.6 * grown)
+    assert told.startswith("the run runs away: ")
+    assert "of the drawn tokens differ from the reference, after 6%, and the loss is" in told
+    assert told.endswith("after 0.5")
+
+
+def test_a_run_that_learns_is_not_named() -> None:
+    assert not _told([(0.5, 0.9 - 0.8 * step / 200, 4.0 - 3.5 * step / 200) for step in range(200)])
+
+
+def test_noise_between_steps_is_not_named() -> None:
+    assert not _told([(0.5, 0.3 + 0.1 * (step % 3), 1.0 + 0.3 * (step % 2)) for step in range(200)])
+
+
+def test_a_schedule_that_raises_p_is_not_named() -> None:
+    """Twice the p gives twice the differing tokens and a higher loss."""
+    steps = [(0.01 + 0.5 * step / 200, 0.1 + 0.5 * step / 200, 1.0 + step / 200) for step in range(200)]
+    assert not _told(steps)
+
+
+def test_a_flat_p_after_a_schedule_is_watched() -> None:
+    rising = [(0.01 + 0.5 * step / 50, 0.1, 1.0) for step in range(50)]
+    flat = [(0.51, 0.1 + 0.6 * step / 50, 1.0 + step / 50) for step in range(50)]
+    assert _told([*rising, *flat])
+
+
+def test_steps_that_draw_nothing_are_not_watched() -> None:
+    assert not _told([(0.0, float(step > 20), 1.0 + step) for step in range(60)])
+
+
+def test_the_watch_begins_anew_after_it_has_spoken() -> None:
+    once = [(1.0, 0.05, 0.5)] * 15 + [(1.0, 0.6, 2.0)] * 30
+    assert len(_told(once)) == 1
+    assert len(_told([*once, *[(1.0, 0.95, 4.0)] * 15])) == 2
