@@ -376,6 +376,13 @@ class EvaluateOptions:
     embedding_model: str | None = None
     """Model of `sentence-transformers`, by folder or hub id, for `embedding_distance`. The package has to be
     installed."""
+    judge_url: str | None = None
+    """OpenAI-compatible endpoint of a judge, such as `http://localhost:8000/v1`, which compares the greedy answers with
+    others (`win_rate`). A key is read from the environment variable `OPENAI_API_KEY`."""
+    judge_model: str | None = None
+    """Name of the judge at the endpoint."""
+    judge_against: str = "reference"
+    """Answers to compare with: the references, or the folder of another evaluation of the same rows."""
     metric: str | None = None
     """Metric of your own: `module:function`, a function of the texts (prompt, answer, reference) that returns a
     number."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -25,6 +26,7 @@ from selfgen_ds.errors import Problems
 from selfgen_ds.evaluation.answers import EvaluationRequests
 from selfgen_ds.evaluation.curves import curves
 from selfgen_ds.evaluation.journal import Journal
+from selfgen_ds.evaluation.judge import Judge, length_controlled, other_answers
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metric, meaning
 from selfgen_ds.evaluation.perturbations import perturbed
 from selfgen_ds.evaluation.plots import plot_evaluation
@@ -36,6 +38,7 @@ from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.validation.inputs import check_rows
 from selfgen_ds.validation.options import (
     check_answered_length,
@@ -95,11 +98,13 @@ def run(options: EvaluateOptions) -> None:
         sharing=traits.sharing,
     )
     requests = _requests(options, text, asked, forced_errors(samples, tokenizer))
-    scores = _evaluate(policy, chosen, tokenizer, options, requests, samples)
-    if process_group.rank() == 0:
-        _write(scores, options, samples, source.dtype)
-    if dist.is_initialized():
-        dist.barrier()
+    scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, samples)
+    with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
+        if process_group.rank() == 0:
+            judged = _judge(scores, options)
+            _write(scores, options, samples, source.dtype, judged)
+    for journal in journals:
+        journal.remove()
 
 
 def _requests(
@@ -127,13 +132,14 @@ def _evaluate(
     options: EvaluateOptions,
     requests: EvaluationRequests,
     samples: list[Samples],
-) -> list[SampleScore]:
-    """Return the scores of all rows, with those of the perturbed weights among their statistics.
+) -> tuple[list[SampleScore], list[Journal]]:
+    """Return the scores of all rows, with those of the perturbed weights among their statistics, and the journals.
 
     Collective: every rank must call this. Scores that an earlier start with the same options has left are not computed
     again.
     """
-    key = asdict(options) | {"files": _files(options.model), "rows": [source.checksum for source in samples]}
+    settings = {k: v for k, v in asdict(options).items() if k != "output_dir" and not k.startswith("judge_")}
+    key = settings | {"files": _files(options.model), "rows": [source.checksum for source in samples]}
     scores: list[SampleScore] = []
     journals = []
     kinds = [*(f"noise_{share:g}" for share in options.weight_noise), *(f"int{bits}" for bits in options.weight_bits)]
@@ -150,9 +156,27 @@ def _evaluate(
             changed = evaluate(policy, chosen, tokenizer, options.batch_size, greedy, journal=journal)
         for score, other in zip(scores, changed, strict=True):
             score.statistics.update({f"{kind}_{name}": numbers for name, numbers in other.statistics.items()})
-    for journal in journals:
-        journal.remove()
-    return scores
+    return scores, journals
+
+
+def _judge(scores: list[SampleScore], options: EvaluateOptions) -> dict[str, Any]:
+    """Add the verdicts of a judge to the rows' statistics, and return what the evaluation says of them.
+
+    Returns:
+        Nothing without a judge.
+
+    Raises:
+        InputError: The judge does not answer, or there are no other answers to compare with.
+    """
+    if options.judge_url is None or options.judge_model is None:
+        return {}
+    others = other_answers(options.judge_against, scores)
+    journal = Path(options.output_dir) / "judge.jsonl"
+    wins = Judge(url=options.judge_url, model=options.judge_model, journal=journal).wins(scores, others)
+    for score, win in zip(scores, wins, strict=True):
+        score.statistics["win_rate"] = [win, 1.0]
+    controlled = length_controlled(wins, [score.answer for score in scores], others)
+    return {"judge": options.judge_model, "against": options.judge_against, "length_controlled_win_rate": controlled}
 
 
 def _files(model: str) -> list[list[Any]]:
@@ -218,7 +242,9 @@ def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, len
     return samples
 
 
-def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples], dtype: str) -> None:
+def _write(
+    scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples], dtype: str, judged: dict[str, Any]
+) -> None:
     """Write `evaluation.json`, `predictions.jsonl` and `evaluation.png` to the output folder, and print the metrics."""
     folder = Path(options.output_dir)
     lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
@@ -238,6 +264,7 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
         "settings": settings,
         "metrics": metrics,
         "curves": positions,
+        "judged": judged,
         "torch": torch.__version__,
     }
     if (folder / "evaluation.json").exists():
@@ -246,6 +273,12 @@ def _write(scores: list[SampleScore], options: EvaluateOptions, samples: list[Sa
     title = f"{options.model} on {', '.join(s.name for s in samples)}, {len(scores)} rows, 95 % intervals"
     plot_evaluation(folder / "evaluation.png", title, scores, metrics)
     print(_table(metrics))
+    if judged:
+        rate = judged["length_controlled_win_rate"]
+        print(
+            f"win rate at equal length, by {judged['judge']} against {judged['against']}: "
+            f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+        )
     print(f"{len(scores)} rows; {truncated} responses truncated, {refused} rows left out")
     if unfinished:
         print(f"{unfinished} greedy answers were cut before the model ended them; --max_new_tokens allows longer ones")

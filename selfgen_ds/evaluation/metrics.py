@@ -90,6 +90,7 @@ METRICS = {
     "embedding_distance": Metric(
         meaning="1 - cosine of the sentence embeddings of answer and reference", better="lower"
     ),
+    "win_rate": Metric(meaning="share of pairs in which a judge prefers the answer to another one; a tie counts half"),
     "repetition": Metric(meaning="share of the answers' 4-grams of words that occurred before", better="lower"),
     "length_ratio": Metric(meaning="characters of the answers per character of the references", better="", scale=0),
     "calibration_error": Metric(

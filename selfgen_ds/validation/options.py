@@ -46,6 +46,10 @@ def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     for setting in ("sample_temperatures", "prefix_shares", "forced_error_shares", "weight_noise", "weight_bits"):
         values = getattr(options, setting)
         problems.expect(len(set(values)) == len(values), f"--{setting}", "every value once", values)
+    if (options.judge_url is None) != (options.judge_model is None):
+        problems.add("--judge_model: expected with --judge_url, and only then")
+    if options.judge_against != "reference" and options.judge_url is None:
+        problems.add("--judge_against: expected --judge_url as well")
     check_model_folder(problems, "--model", options.model)
     check_texts(problems, "--", options.prompt_template, options.date)
     share = options.max_refused_share

@@ -1,0 +1,90 @@
+"""Null check of `selfgen-ds compare`: how often it finds a difference between runs that differ in the seed alone.
+
+    python experiments/null_check.py --output_dir runs/null
+
+Trains sft on `builtin:pointer_chase` with many seeds, in one process each, evaluates all runs, and compares groups of
+two seeds with each other, 20 times. Of the uncorrected differences about one in twenty may be called significant; a
+report may give a metric a word (corrected for the number of metrics) in one of twenty comparisons. Runs that are
+finished are not repeated. Writes `null.json`, and prints the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from selfgen_ds.comparison.runs import Group, grouped, load_run
+from selfgen_ds.comparison.verdicts import compared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/null")
+    parser.add_argument("--runs", type=int, default=40, help="number of seeds")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--comparisons", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of runs at the same time")
+    options = parser.parse_args()
+    folders = [Path(options.output_dir) / f"sft-{seed}" for seed in range(options.runs)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(lambda seed: run_seed(folders[seed], seed, options.steps), range(options.runs)):
+            pass
+    found = [count(pair) for pair in pairs(folders, options.comparisons)]
+    tested, uncorrected = (sum(one[name] for one in found) for name in ("tested", "uncorrected"))
+    with_word = sum(one["corrected"] > 0 for one in found)
+    result = {"comparisons": found, "tested": tested, "uncorrected": uncorrected, "with_word": with_word}
+    (Path(options.output_dir) / "null.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(f"{uncorrected} of {tested} differences have p below 5 % before the correction ({uncorrected / tested:.1%})")
+    print(f"{with_word} of {len(found)} comparisons find a difference in some metric")
+
+
+def run_seed(folder: Path, seed: int, steps: int) -> None:
+    """Train and evaluate one run, unless it is there."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments: str) -> None:
+        command = [sys.executable, "-m", "selfgen_ds", *arguments]
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    if not (folder / "model").exists():
+        shape = ("--train.micro_batch_size", "32", "--train.max_steps", str(steps), "--eval.every", str(steps))
+        recipe = ("--config", "recipes/demo.yaml", "--selfgen.method", "sft", "--seed", str(seed))
+        call("train", *recipe, *shape, "--resume", "auto", "--output_dir", str(folder))
+    if not (folder / "evaluation.json").exists():
+        data = ("--data", "builtin:pointer_chase", "--max_samples", "200", "--sample_temperatures", "[1]")
+        call("evaluate", "--model", str(folder / "model"), *data, "--output_dir", str(folder))
+
+
+def pairs(folders: list[Path], number: int) -> list[list[Path]]:
+    """Return random groups of four runs, two against two; every run is in one before any is in another."""
+    shuffled: list[Path] = []
+    rng = random.Random(0)
+    while len(shuffled) < 4 * number:
+        shuffled += rng.sample(folders, len(folders) - len(folders) % 4)
+    return [shuffled[i : i + 4] for i in range(0, 4 * number, 4)]
+
+
+def count(four: list[Path]) -> dict[str, int]:
+    """Compare the first two runs with the other two, and count the differences that are found."""
+    groups: list[Group] = []
+    for pair in (four[:2], four[2:]):
+        (group,) = grouped([load_run(folder) for folder in pair])
+        groups.append(replace(group, name=str(pair[0])))
+    metrics = [name for name in groups[0].metrics if name in groups[1].metrics]
+    rows = [row for row in compared(groups, metrics) if row["p"] is not None and row["p"] < 1]
+    return {
+        "tested": len(rows),
+        "uncorrected": sum(row["p"] < 0.05 for row in rows),
+        "corrected": sum(row["p_corrected"] < 0.05 for row in rows),
+    }
+
+
+if __name__ == "__main__":
+    main()

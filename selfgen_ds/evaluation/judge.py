@@ -1,0 +1,185 @@
+"""A judge: a model behind an OpenAI-compatible endpoint that says which of two answers to a prompt is better."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfgen_ds.errors import InputError
+from selfgen_ds.evaluation.metrics import SampleScore
+from selfgen_ds.files import naming
+from selfgen_ds.progress import bar
+
+log = logging.getLogger("selfgen_ds")
+
+_AT_ONCE = 8  # requests
+_TRIES, _PAUSE, _TIMEOUT = 4, 2.0, 120.0  # requests, and seconds
+_RESAMPLES = 1000
+_QUESTION = """Which of two answers to a prompt is better? Judge whether they are right, and do what the prompt asks.
+Say "A", "B" or "tie", and nothing else.
+
+<prompt>
+{prompt}
+</prompt>
+
+<answer A>
+{first}
+</answer A>
+
+<answer B>
+{second}
+</answer B>"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A judge that compares a model's answers with other answers to the same prompts."""
+
+    url: str
+    """The endpoint, such as `http://localhost:8000/v1`."""
+    model: str
+    """The name by which the endpoint knows the judge."""
+    journal: Path
+    """File of the verdicts so far: a later start asks only for the others."""
+
+    def wins(self, scores: Sequence[SampleScore], others: Sequence[str]) -> list[float]:
+        """Return, per row, how far the greedy answer beats the other one: 1, 0.5 for a tie, or 0.
+
+        Every pair is shown in both orders, and the two verdicts are averaged, because judges prefer a place.
+
+        Raises:
+            InputError: The judge does not answer, or answers otherwise than it is asked to.
+        """
+        known = self._read()
+        asked = [
+            (score, other, swapped)
+            for score, other in zip(scores, others, strict=True)
+            for swapped in (False, True)
+            if _key(score, other, swapped) not in known
+        ]
+        if asked and len(asked) < 2 * len(scores):
+            log.info("%d of %d verdicts have been given before", 2 * len(scores) - len(asked), 2 * len(scores))
+        with (
+            naming(self.journal),
+            open(self.journal, "a", encoding="utf-8") as file,
+            ThreadPoolExecutor(_AT_ONCE) as pool,
+            bar("judge", "verdict", total=len(asked)) as shown,
+        ):
+            verdicts = pool.map(lambda pair: self._verdict(*pair), asked)
+            for pair, verdict in zip(asked, verdicts, strict=True):
+                known[_key(*pair)] = verdict
+                file.write(json.dumps([_key(*pair), verdict]) + "\n")
+                file.flush()
+                shown.update()
+        pairs = zip(scores, others, strict=True)
+        return [sum(known[_key(score, other, swapped)] for swapped in (False, True)) / 2 for score, other in pairs]
+
+    def _read(self) -> dict[str, float]:
+        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []
+        known = {}
+        for line in lines:
+            with suppress(ValueError):  # the line that was being written when the process ended
+                key, verdict = json.loads(line)
+                known[key] = verdict
+        return known
+
+    def _verdict(self, score: SampleScore, other: str, swapped: bool) -> float:
+        first, second = (other, score.answer) if swapped else (score.answer, other)
+        question = _QUESTION.format(prompt=score.prompt, first=first, second=second)
+        said = self._ask(question).strip().strip('."*').casefold()
+        if said not in ("a", "b", "tie"):
+            raise InputError(f"--judge_url: expected the verdict A, B or tie of {self.model!r}, got {said[:80]!r}")
+        return 0.5 if said == "tie" else float((said == "a") != swapped)
+
+    def _ask(self, question: str) -> str:
+        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        problem = ""
+        for number in range(_TRIES):
+            time.sleep(_PAUSE * number)
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+                    return str(json.load(response)["choices"][0]["message"]["content"])
+            except urllib.error.HTTPError as error:
+                problem = f"{error.code} {error.reason}"
+                if error.code < 500 and error.code != 429:  # another try would get the same answer
+                    break
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"--judge_url: {url} gives no verdict: {problem}; the verdicts so far are kept")
+
+
+def _key(score: SampleScore, other: str, swapped: bool) -> str:
+    return json.dumps([score.sample_id, score.answer, other, swapped])
+
+
+def length_controlled(wins: Sequence[float], answers: Sequence[str], others: Sequence[str]) -> dict[str, float]:
+    """Return the win rate that the judge would give to answers as long as the others, with its 95 % interval.
+
+    This is the length-controlled win rate of Dubois et al. 2024 (arXiv 2404.04475) without its terms for the difficulty
+    of single prompts: a logistic regression of the wins on tanh(d / s), where d is the difference of the lengths in
+    characters and s the standard deviation of these differences, read off at d = 0. The interval is that of a bootstrap
+    over rows.
+    """
+    d = np.array([len(a) - len(b) for a, b in zip(answers, others, strict=True)], dtype=float)
+    x = np.tanh(d / d.std()) if d.std() else np.zeros_like(d)
+    y, rng = np.array(wins, dtype=float), np.random.default_rng(0)
+    drawn = [_at_equal_length(x[rows], y[rows]) for rows in rng.integers(len(y), size=(_RESAMPLES, len(y)))]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"value": _at_equal_length(x, y), "low": float(low), "high": float(high)}
+
+
+def _at_equal_length(x: np.ndarray, y: np.ndarray) -> float:
+    """Fit `y = sigmoid(theta + phi x)` by Newton's method, and return sigmoid(theta).
+
+    A weak ridge keeps the fit finite where all rows are won.
+    """
+    design, ridge, fit = np.stack([np.ones_like(x), x], axis=1), 1e-2 * np.eye(2), np.zeros(2)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-design @ fit))
+        gradient = design.T @ (y - p) - ridge @ fit
+        step = np.linalg.solve((design * (p * (1 - p))[:, None]).T @ design + ridge, gradient)
+        fit = fit + np.clip(step, -2, 2)
+    return float(1 / (1 + np.exp(-fit[0])))
+
+
+def other_answers(against: str, scores: Sequence[SampleScore]) -> list[str]:
+    """Return the answers that the model's are compared with.
+
+    Args:
+        against: `reference`, or a folder with the `predictions.jsonl` of another evaluation of the same rows.
+
+    Raises:
+        InputError: The folder has no predictions, or those of other rows.
+    """
+    if against == "reference":
+        return [score.reference for score in scores]
+    path = Path(against) / "predictions.jsonl"
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        answers = {(row["sample_id"], row["reference"]): str(row["answer"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--judge_against: {path}: no predictions of an evaluation: {error}") from error
+    keys = [(score.sample_id, score.reference) for score in scores]
+    if missing := [key[0] for key in keys if key not in answers]:
+        raise InputError(
+            f"--judge_against: {path} lacks {len(missing)} of {len(keys)} rows, the first is row {missing[0]}; "
+            "evaluate both on the same rows"
+        )
+    return [answers[key] for key in keys]

@@ -1,0 +1,160 @@
+"""The judge, against a real local server: verdicts, order of the answers, resuming, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfgen_ds.errors import InputError
+from selfgen_ds.evaluation import judge
+from selfgen_ds.evaluation.judge import Judge, length_controlled, other_answers
+from selfgen_ds.evaluation.metrics import SampleScore
+
+
+class Server(ThreadingHTTPServer):
+    """Prefers the answer with more letters `g`; of as many, the first one."""
+
+    requests: list[dict[str, Any]]
+    failures: int = 0
+    """Requests that get status 503 before any is answered."""
+    says: str | None = None
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
+        if self.server.failures or body["model"] != "referee":
+            self.send_error(503 if self.server.failures else 404)
+            self.server.failures = max(0, self.server.failures - 1)
+            return
+        question = body["messages"][0]["content"]
+        first, second = (question.split(f"<answer {x}>")[1].split("</answer")[0].count("g") for x in "AB")
+        verdict = self.server.says or ("A" if first >= second else "B")
+        answer = json.dumps({"choices": [{"message": {"content": f" {verdict}."}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing on the terminal."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(judge, "_PAUSE", 0.01)
+    running = Server(("127.0.0.1", 0), Handler)
+    running.requests = []
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def _score(sample_id: int, answer: str) -> SampleScore:
+    return SampleScore(
+        sample_id=sample_id,
+        prompt="a prompt",
+        reference="gg",
+        answer=answer,
+        teacher_forced=[],
+        free_running=[],
+        log_likelihoods=[],
+        own_log_likelihoods=[],
+        statistics={},
+    )
+
+
+def _judge(server: Server, tmp_path: Path, model: str = "referee") -> Judge:
+    host, port = server.server_address[:2]
+    return Judge(url=f"http://{host!s}:{port}/v1/", model=model, journal=tmp_path / "judge.jsonl")
+
+
+SCORES = [_score(0, "ggg"), _score(1, "g"), _score(2, "gg")]
+
+
+def test_a_win_counts_in_both_orders_and_a_preference_for_a_place_is_half_a_win(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [1.0, 0.0, 0.5]
+    assert len(server.requests) == 6
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    assert {request["key"] for request in server.requests} == {"Bearer secret"}
+    assert all("a prompt" in request["messages"][0]["content"] for request in server.requests)
+
+
+def test_verdicts_that_were_given_are_not_asked_for_again(server: Server, tmp_path: Path) -> None:
+    _judge(server, tmp_path).wins(SCORES[:2], ["gg"] * 2)
+    with open(tmp_path / "judge.jsonl", "a") as file:
+        file.write('["cut')
+    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [1.0, 0.0, 0.5]
+    assert len(server.requests) == 6
+
+
+def test_a_judge_that_is_busy_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.failures = 2
+    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [1.0, 0.0, 0.5]
+
+
+def test_a_tie_is_half_a_win(server: Server, tmp_path: Path) -> None:
+    server.says = "tie"
+    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [0.5] * 3
+
+
+def test_a_judge_that_says_something_else_is_refused(server: Server, tmp_path: Path) -> None:
+    server.says = "I think that"
+    with pytest.raises(
+        InputError, match="--judge_url: expected the verdict A, B or tie of 'referee', got 'i think that'"
+    ):
+        _judge(server, tmp_path).wins(SCORES, ["gg"] * 3)
+
+
+def test_a_judge_that_is_not_there_is_one_line(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="chat/completions gives no verdict: 404 Not Found"):
+        _judge(server, tmp_path, model="nobody").wins(SCORES, ["gg"] * 3)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InputError, match=r"gives no verdict: URLError: .*; the verdicts so far are kept"):
+        _judge(server, tmp_path).wins(SCORES, ["gg"] * 3)
+
+
+def test_answers_are_compared_with_references_or_with_another_evaluation(tmp_path: Path) -> None:
+    assert other_answers("reference", SCORES) == ["gg"] * 3
+    rows = [{"sample_id": i, "reference": "gg", "answer": f"other {i}"} for i in (2, 1, 0)]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert other_answers(str(tmp_path), SCORES) == ["other 0", "other 1", "other 2"]
+    with pytest.raises(InputError, match="lacks 1 of 4 rows, the first is row 7"):
+        other_answers(str(tmp_path), [*SCORES, _score(7, "g")])
+    with pytest.raises(InputError, match="no predictions of an evaluation"):
+        other_answers(str(tmp_path / "missing"), SCORES)
+
+
+def test_the_length_controlled_rate_takes_out_a_preference_for_length() -> None:
+    """Wins are drawn from the model that is fitted: the answers win with 0.3 at equal length, and more if longer."""
+    rng = np.random.default_rng(0)
+    differences = rng.integers(-20, 81, size=4000)  # most answers are longer than the others
+    answers, others = ["x" * (100 + d) for d in differences], ["x" * 100] * 4000
+    logits = math.log(0.3 / 0.7) + 2.0 * np.tanh(differences / differences.std())
+    wins = (rng.random(4000) < 1 / (1 + np.exp(-logits))).astype(float).tolist()
+    found = length_controlled(wins, answers, others)
+    assert np.mean(wins) > 0.5
+    assert found["low"] < 0.3 < found["high"]
+    assert found["value"] == pytest.approx(0.3, abs=0.05)
+
+
+def test_answers_of_one_length_have_the_plain_win_rate() -> None:
+    found = length_controlled([1.0, 0.0, 1.0, 1.0], ["abc"] * 4, ["xyz"] * 4)
+    assert found["value"] == pytest.approx(0.75, abs=0.005)
