@@ -35,7 +35,7 @@ demo: install
 	@echo "Both models follow the pointers. After one wrong token (recovery_*) the sft model is lost: it restates"
 	@echo "what was written. The one trained on its own tokens looks the right value up again. The price: its"
 	@echo "distribution is flatter, so that answers sampled at temperature 2 (sampled_*) are worse than sft's."
-	@echo "Models: runs/demo/sft/model, runs/demo/scheduled_sampling/model. Plot: runs/demo/comparison.png"
+	@echo "Models: runs/demo/sft/model, runs/demo/scheduled_sampling/model. Report: runs/demo/comparison.html"
 
 lint: install
 	$(BIN)/ruff check --quiet .

@@ -376,6 +376,8 @@ class EvaluateOptions:
     embedding_model: str | None = None
     """Model of `sentence-transformers`, by folder or hub id, for `embedding_distance`. The package has to be
     installed."""
+    oracle: str | None = None
+    """Folder or hub id of a better model with the same tokenizer, for `excess_error`."""
     judge_url: str | None = None
     """OpenAI-compatible endpoint of a judge, such as `http://localhost:8000/v1`, which compares the greedy answers with
     others (`win_rate`). A key is read from the environment variable `OPENAI_API_KEY`."""

@@ -22,7 +22,7 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
-from selfgen_ds.errors import Problems
+from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.answers import EvaluationRequests
 from selfgen_ds.evaluation.curves import curves
 from selfgen_ds.evaluation.journal import Journal
@@ -97,7 +97,8 @@ def run(options: EvaluateOptions) -> None:
         generation_batch_size=options.batch_size,
         sharing=traits.sharing,
     )
-    requests = _requests(options, text, asked, forced_errors(samples, tokenizer))
+    oracle = None if options.oracle is None else _oracle(options.oracle, options, tokenizer)
+    requests = _requests(options, text, asked, forced_errors(samples, tokenizer), oracle)
     scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, samples)
     with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
         if process_group.rank() == 0:
@@ -107,8 +108,34 @@ def run(options: EvaluateOptions) -> None:
         journal.remove()
 
 
+def _oracle(name: str, options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase) -> EnginePolicy:
+    """Load the oracle.
+
+    Raises:
+        InputError: It cannot be loaded, or has other tokens than the model.
+    """
+    source = ModelConfig(
+        name_or_path=name, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
+    )
+    try:
+        own = load_tokenizer(source)
+        config = model_config(source, own)
+        source.dtype = _dtype(options, config)
+        traits = probe.check(source, config, packing=False, training=False)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"model.name_or_path: {name!r} has other tokens than the model")
+        model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
+    except InputError as error:
+        raise InputError(str(error).replace("model.name_or_path", "--oracle")) from error
+    return EnginePolicy(model, end_tokens=[], sharing=traits.sharing)
+
+
 def _requests(
-    options: EvaluateOptions, text: TextMetrics, asked: Correction | None, errors: dict[int, ForcedError]
+    options: EvaluateOptions,
+    text: TextMetrics,
+    asked: Correction | None,
+    errors: dict[int, ForcedError],
+    oracle: EnginePolicy | None,
 ) -> EvaluationRequests:
     """Return what the options request of the model."""
     return EvaluationRequests(
@@ -119,6 +146,7 @@ def _requests(
         sample_temperatures=tuple(options.sample_temperatures),
         answers_per_prompt=options.answers_per_prompt,
         prefix_shares=tuple(options.prefix_shares),
+        oracle=oracle,
         seed=options.seed,
         correction=asked,
         correction_rounds=options.correction_rounds,

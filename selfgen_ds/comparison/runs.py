@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,17 @@ import yaml
 
 from selfgen_ds.comparison.costs import Cost, cost_of
 from selfgen_ds.comparison.intervals import Sample
+from selfgen_ds.config import EvaluateOptions
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.metrics import metric_of
 
 _OF_ONE_RUN = {"seed", "output_dir", "resume", "run_name"}
 """Settings in which runs of one group may differ, besides the starting model and the date."""
-_COMPARABLE = {
-    **dict.fromkeys(("data", "prompt_column", "completion_column", "max_length", "cue", "as_chat", "max_new_tokens")),
-    **{"messages_column": "messages", "prompt_template": "{prompt}", "chat_template": None, "max_refused_share": 0.0},
-    **{"sample_temperatures": [], "answers_per_prompt": 1, "correction_rounds": 0, "forced_error_shares": [0.5]},
-    **{"prefix_shares": [], "weight_noise": [], "weight_bits": [], "embedding_model": None, "metric": None},
+_OF_ONE_EVALUATION = {
+    *("model", "output_dir", "dtype", "attn_implementation", "trust_remote_code", "batch_size", "seed"),
+    *("date", "max_samples", "judge_url", "judge_model", "judge_against"),
 }
-"""Settings of an evaluation that must be the same, and what they are if an evaluation has not recorded them."""
+"""Options of `evaluate` in which comparable evaluations may differ; their rows are compared themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,4 +168,11 @@ def _as_group(runs: list[dict[str, Any]]) -> Group:
 
 def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that two evaluations must share to be comparable."""
-    return {name: evaluation["settings"].get(name, default) for name, default in _COMPARABLE.items()}
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(EvaluateOptions)
+    }
+    return {
+        name: evaluation["settings"].get(name, default)
+        for name, default in defaults.items()
+        if name not in _OF_ONE_EVALUATION
+    }

@@ -16,6 +16,7 @@ from selfgen_ds import hashing
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.evaluation.excess_error import divergences
 from selfgen_ds.evaluation.recovery import ForcedError, content_length, second_choice
 from selfgen_ds.evaluation.text_metrics import TextMetrics
 from selfgen_ds.model.head import Prediction
@@ -41,6 +42,8 @@ class EvaluationRequests:
     """Answers that are sampled at each temperature."""
     prefix_shares: tuple[float, ...] = ()
     """Shares of the reference that the model is given, and continues."""
+    oracle: EnginePolicy | None = None
+    """A better model of the same tokens, for the excess error (`selfgen_ds.evaluation.excess_error`)."""
     seed: int = 0
     """Seed of the sampled answers."""
     correction: Correction | None = None
@@ -70,6 +73,9 @@ class RowAnswers:
     """Share of the reference that was given -> its tokens, and the greedy continuation."""
     corrected: list[list[int]]
     """The answers after 1, 2, ... corrections of `answer`."""
+    divergences: tuple[list[float], list[float]] | None = None
+    """The divergences from the oracle at the reference's positions, after the model's own tokens and after the
+    reference's; None without an oracle."""
 
 
 def ask(
@@ -87,6 +93,7 @@ def ask(
     sampled = {t: _sample(policy, samples, longest, t, requests) for t in requests.sample_temperatures}
     continued = {share: _continue(policy, samples, share, longest) for share in requests.prefix_shares}
     corrected = _correct(policy, samples, answers, longest, requests)
+    diverging = _diverge(policy, samples, longest, requests)
     return [
         RowAnswers(
             sample=sample,
@@ -97,6 +104,7 @@ def ask(
             sampled={t: rows[i] for t, rows in sampled.items()},
             continued={share: rows[i] for share, rows in continued.items()},
             corrected=[rows[i] for rows in corrected],
+            divergences=diverging[i],
         )
         for i, sample in enumerate(samples)
     ]
@@ -174,6 +182,19 @@ def _sample(
 
         drawn.append(policy.complete(prompts, longest, noise, Sampling(temperature=temperature)))
     return [[answers[i] for answers in drawn] for i in range(len(samples))]
+
+
+def _diverge(
+    policy: EnginePolicy, samples: list[TrainingRow], longest: int, requests: EvaluationRequests
+) -> list[tuple[list[float], list[float]] | None]:
+    """Return, per row, the divergences from the oracle after answers sampled at temperature 1, and after references."""
+    if requests.oracle is None:
+        return [None] * len(samples)
+    sampled = _sample(policy, samples, longest, 1.0, replace(requests, answers_per_prompt=1))
+    own = [_after(sample, answers[0]) for sample, answers in zip(samples, sampled, strict=True)]
+    given = [_after(sample, sample.response_ids.tolist()) for sample in samples]
+    both = (divergences(policy, requests.oracle, rows) for rows in (own, given))
+    return list(zip(*both, strict=True))
 
 
 def _continue(

@@ -101,6 +101,12 @@ METRICS = {
     "entropy": Metric(
         meaning="mean entropy of the next token in nats, given the reference before it", better="", scale=0
     ),
+    "excess_error": Metric(
+        meaning="divergence from an oracle after own tokens, beyond that after the reference's (ExAccErr, percent)",
+        better="lower",
+        scale=0,
+        of_sums=lambda s: 100 * (_ratio(s) - 1),
+    ),
     "recovery_1": Metric(meaning="after a forced wrong token: the next greedy token is right"),
     "recovery_4": Metric(meaning="after a forced wrong token: share of the next 4 tokens that are right"),
     "recovery_last": Metric(meaning="after a forced wrong token: the last token of the answer is right"),

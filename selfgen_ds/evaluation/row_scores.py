@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.evaluation.answers import RowAnswers
+from selfgen_ds.evaluation.excess_error import excess_statistics
 from selfgen_ds.evaluation.final_answers import final_answer, same_final_answer
 from selfgen_ds.evaluation.metrics import CALIBRATION_BINS, SampleScore
 from selfgen_ds.evaluation.recovery import content_length, recovery_statistics, slip_statistics
@@ -57,6 +58,8 @@ def score_rows(
         for before, after in pairwise([greedy[i], *corrections]):
             _add(statistics[i], after.kind, _change(before.answers[0], after.answers[0], after.reference))
         _add(statistics[i], "", _recovery(row, tokenizer, greedy[i].reference))
+        if row.divergences is not None:
+            statistics[i]["excess_error"] = excess_statistics(*row.divergences)
     return [
         SampleScore(
             sample_id=row.sample.sample_id,

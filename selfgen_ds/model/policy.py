@@ -180,6 +180,22 @@ class EnginePolicy(GatherableModel, Policy):
         return head.Prediction(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
+    def hidden_states(self, batch: TokenBatch) -> tuple[Tensor, head.Projection]:
+        """Return the hidden states that predict the targets, `[targets, H]`, and what makes logits of them.
+
+        Only for weights that are whole on this rank: sharded ones leave the head's weight after the forward.
+        """
+        seen: list[tuple[Tensor, head.Projection]] = []
+
+        def reduction(hidden: Tensor, project: head.Projection) -> Tensor:
+            seen.append((hidden, project))
+            return hidden
+
+        with evaluating(self.forward):
+            self._module(batch.context_ids, positions=batch.loss_mask, reduction=reduction, position_ids=None)
+        return seen[0]
+
+    @torch.no_grad()
     def complete(
         self,
         prompts: list[list[int]],

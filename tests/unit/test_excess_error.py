@@ -1,0 +1,51 @@
+"""The excess error: its divergences against plain transformers, and its value in cases that are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.evaluation.answers import EvaluationRequests
+from selfgen_ds.evaluation.excess_error import divergences, excess_statistics
+from selfgen_ds.evaluation.metrics import aggregate, values
+from selfgen_ds.evaluation.scores import evaluate
+from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.reductions import add_reductions
+from tests.batches import sample
+
+
+def _policy(seed: int) -> EnginePolicy:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=258, max_position_embeddings=64, initializer_range=0.3, **sizes)
+    return EnginePolicy(add_reductions(LlamaForCausalLM(config).eval()), end_tokens=[257])
+
+
+ROWS = [sample([1, 2, 3], [4, 5, 6, 257], 0), sample([7], [8, 9, 257], 1)]
+
+
+def test_the_divergences_are_those_of_the_whole_distributions() -> None:
+    policy, oracle = _policy(0), _policy(1)
+    found = divergences(policy, oracle, ROWS)
+    for row, ours in zip(ROWS, found, strict=True):
+        ids = torch.tensor(row.context_ids)[None]
+        with torch.no_grad():
+            p, o = (one.model(ids).logits[0].double().log_softmax(-1) for one in (policy, oracle))
+        expected = (o.exp() * (o - p)).sum(-1)[len(row.prompt_ids) - 1 : -1]
+        assert ours == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_errors_that_do_not_feed_on_each_other_are_no_excess() -> None:
+    assert values([{"excess_error": excess_statistics([1.0, 2.0, 3.0], [2.0, 1.0, 3.0])}])["excess_error"] == 0.0
+    doubled = [{"excess_error": excess_statistics([2.0, 4.0], [1.0, 2.0, 9.0])}]
+    assert values(doubled)["excess_error"] == pytest.approx(100.0)
+
+
+def test_a_model_that_is_its_own_oracle_has_no_excess_error() -> None:
+    policy = _policy(0)
+    scores = evaluate(policy, ROWS, byte_tokenizer(), 2, EvaluationRequests(oracle=policy))
+    assert "excess_error" not in aggregate(scores), "nothing to divide by"
+    other = aggregate(evaluate(policy, ROWS, byte_tokenizer(), 2, EvaluationRequests(oracle=_policy(1))))
+    assert other["excess_error"] > -100
