@@ -110,7 +110,7 @@ def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
 def _told(row: dict[str, Any]) -> str:
     return (
         f"{row['metric']} ({row['paired_difference']:+z.3f} [{row['paired_low']:+z.3f}, {row['paired_high']:+z.3f}], "
-        f"p {row['p_corrected']:.2g})"
+        f"p {'< 0.001' if row['p_corrected'] < 0.001 else format(row['p_corrected'], '.2g')})"
     )
 
 

@@ -29,8 +29,9 @@ def plot_evaluation(path: Path, title: str, scores: list[SampleScore], metrics: 
     panels: list[Callable[[Axes], None]] = [
         lambda axes: _plot_accuracies(axes, scores),
         lambda axes: _plot_log_likelihoods(axes, scores),
-        lambda axes: _plot_errors(axes, scores),
     ]
+    if not all(all(score.free_running) for score in scores):
+        panels.append(lambda axes: _plot_errors(axes, scores))
     if any(name.startswith("sampled_") for name in metrics):
         panels.append(lambda axes: _plot_temperatures(axes, metrics))
     if rounds:
@@ -73,7 +74,7 @@ def _plot_accuracies(axes: Axes, scores: list[SampleScore]) -> None:
 def _plot_log_likelihoods(axes: Axes, scores: list[SampleScore]) -> None:
     for name, rows in log_likelihoods(scores).items():
         plot_curve(axes, binned(rows), name.removesuffix("_log_likelihood").replace("_", " "))
-    axes.set(xlabel="position in the answer", ylabel="log-likelihood of the reference's token, nats")
+    axes.set(xlabel="position in the answer", ylabel="log-likelihood of the reference, nats")
 
 
 def _plot_errors(axes: Axes, scores: list[SampleScore]) -> None:
