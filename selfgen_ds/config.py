@@ -357,7 +357,7 @@ class EvaluateOptions:
     """Longest row in tokens; longer responses are cut, and rows whose prompt leaves no room are left out. Both are
     counted. Default: the model's positions."""
     max_new_tokens: int | None = None
-    """Tokens of the longest answer. Default: those of the longest reference in the batch."""
+    """Tokens of the longest answer. Default: those of the longest reference."""
     batch_size: int = 64
     """Rows that a rank evaluates at once."""
     sample_temperatures: list[float] = field(default_factory=list)

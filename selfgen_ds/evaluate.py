@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -10,10 +9,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from selfgen_ds import __version__
 from selfgen_ds.chat.template import asks_for_date
 from selfgen_ds.config import EvaluateOptions, ModelConfig
 from selfgen_ds.data.correction import Correction, correction
@@ -23,17 +22,16 @@ from selfgen_ds.data.row_checks import Columns
 from selfgen_ds.data.samples import Samples, end_tokens, first_rows, load
 from selfgen_ds.data.tokenizer import generation_ends, load_tokenizer
 from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.evaluation import results
 from selfgen_ds.evaluation.answers import EvaluationRequests
-from selfgen_ds.evaluation.curves import curves
 from selfgen_ds.evaluation.journal import Journal
 from selfgen_ds.evaluation.judge import Judge, length_controlled, other_answers
-from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metric, meaning
+from selfgen_ds.evaluation.metrics import SampleScore, is_taken
 from selfgen_ds.evaluation.perturbations import perturbed
-from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.evaluation.scores import answered_length, corrected_length, evaluate
 from selfgen_ds.evaluation.text_metrics import TextMetrics, load_embedder, load_metric
-from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.files import make_folder
 from selfgen_ds.model import probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.policy import EnginePolicy
@@ -102,8 +100,12 @@ def run(options: EvaluateOptions) -> None:
     scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, samples)
     with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
         if process_group.rank() == 0:
-            judged = _judge(scores, options)
-            _write(scores, options, samples, source.dtype, judged)
+            if (Path(options.output_dir) / "evaluation.json").exists():
+                log.info("replacing the evaluation that %s holds", options.output_dir)
+            results.write(scores, options, samples, source.dtype, {})  # a judge may not answer
+            if judged := _judge(scores, options):
+                results.write(scores, options, samples, source.dtype, judged)
+            print(results.summary(scores, options.output_dir, samples, judged))
     for journal in journals:
         journal.remove()
 
@@ -167,7 +169,13 @@ def _evaluate(
     again.
     """
     settings = {k: v for k, v in asdict(options).items() if k != "output_dir" and not k.startswith("judge_")}
-    key = settings | {"files": _files(options.model), "rows": [source.checksum for source in samples]}
+    paths = [options.model, options.oracle, options.embedding_model, options.chat_template]
+    key = settings | {
+        "files": [_files(path) for path in paths if path is not None],
+        "metric": requests.text.source,
+        "rows": [source.checksum for source in samples],
+        "version": __version__,
+    }
     scores: list[SampleScore] = []
     journals = []
     kinds = [*(f"noise_{share:g}" for share in options.weight_noise), *(f"int{bits}" for bits in options.weight_bits)]
@@ -207,9 +215,9 @@ def _judge(scores: list[SampleScore], options: EvaluateOptions) -> dict[str, Any
     return {"judge": options.judge_model, "against": options.judge_against, "length_controlled_win_rate": controlled}
 
 
-def _files(model: str) -> list[list[Any]]:
-    """Return names, sizes and times of a model folder's files, so that a changed model is evaluated anew."""
-    files = sorted(Path(model).glob("*")) if Path(model).is_dir() else []
+def _files(path: str) -> list[list[Any]]:
+    """Return names, sizes and times of a file, or of a folder's files, so that a changed model is evaluated anew."""
+    files = sorted(Path(path).glob("*")) if Path(path).is_dir() else [Path(path)] if Path(path).is_file() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
 
 
@@ -226,7 +234,10 @@ def _text_metrics(options: EvaluateOptions) -> TextMetrics:
         InputError: The embedding model cannot be loaded, or there is no such function.
     """
     embedder = None if options.embedding_model is None else load_embedder(options.embedding_model)
-    return TextMetrics(embedder=embedder, own=None if options.metric is None else load_metric(options.metric))
+    own = None if options.metric is None else load_metric(options.metric)
+    if own is not None and is_taken(own[0]):
+        raise InputError(f"--metric: {own[0]!r} is the name of a metric; give the function another name")
+    return TextMetrics(embedder=embedder, own=own)
 
 
 def _check_answers(
@@ -268,60 +279,3 @@ def _load_rows(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, len
     check_rows(problems, samples, options.max_refused_share)
     problems.raise_all()
     return samples
-
-
-def _write(
-    scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples], dtype: str, judged: dict[str, Any]
-) -> None:
-    """Write `evaluation.json`, `predictions.jsonl` and `evaluation.png` to the output folder, and print the metrics."""
-    folder = Path(options.output_dir)
-    lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
-    write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    metrics, positions = aggregate(scores), curves(scores)
-    settings = asdict(options)
-    truncated, refused = sum(s.truncated for s in samples), sum(s.refused for s in samples)
-    unfinished = sum(score.unfinished for score in scores)
-    result = {
-        "model": options.model,
-        "data": settings["data"],
-        "n": len(scores),
-        "truncated": truncated,
-        "refused": refused,
-        "unfinished": unfinished,
-        "dtype": dtype,
-        "settings": settings,
-        "metrics": metrics,
-        "curves": positions,
-        "judged": judged,
-        "torch": torch.__version__,
-    }
-    if (folder / "evaluation.json").exists():
-        log.info("replacing the evaluation that %s holds", folder)
-    write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
-    title = f"{options.model} on {', '.join(s.name for s in samples)}, {len(scores)} rows, 95 % intervals"
-    plot_evaluation(folder / "evaluation.png", title, scores, metrics)
-    print(_table(metrics))
-    if judged:
-        rate = judged["length_controlled_win_rate"]
-        print(
-            f"win rate at equal length, by {judged['judge']} against {judged['against']}: "
-            f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-        )
-    print(f"{len(scores)} rows; {truncated} responses truncated, {refused} rows left out")
-    if unfinished:
-        print(f"{unfinished} greedy answers were cut before the model ended them; --max_new_tokens allows longer ones")
-    print(f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png")
-
-
-def _table(metrics: dict[str, float]) -> str:
-    """Return the metrics as text: those of the greedy answers with their meaning, then a column per other kind."""
-    kinds = dict.fromkeys(kind for kind, _ in map(kind_and_metric, metrics) if kind)
-    width = max(map(len, metrics)) + 1
-    lines = [f"{n:{width}}{value:8.3f}  {meaning(n)}" for n, value in metrics.items() if not kind_and_metric(n)[0]]
-    names = dict.fromkeys(metric for kind, metric in map(kind_and_metric, metrics) if kind)
-    if kinds:
-        lines += ["", " " * width + "  ".join(f"{kind:>14}" for kind in kinds)]
-    for name in names:
-        cells = [metrics.get(f"{kind}_{name}") for kind in kinds]
-        lines.append(f"{name:{width}}" + "  ".join(" " * 14 if cell is None else f"{cell:14.3f}" for cell in cells))
-    return "\n".join(lines)

@@ -266,7 +266,9 @@ class BetweenSteps:
         """Return what has happened if the run runs away after a step, as its line of `metrics.jsonl` says."""
         drawn, loss = metrics["drawn_tokens"], metrics["loss"]
         probability = (metrics["replace_probability"] or 0.0) if drawn else 0.0
-        return self._runaway.update(probability, metrics["differing_share"] or 0.0, math.nan if loss is None else loss)
+        loss = math.nan if loss is None else loss
+        watched = None if self._recipe.optim.loss == "dft" else loss  # that of DFT falls as targets get improbable
+        return self._runaway.update(probability, metrics["differing_share"] or 0.0, watched)
 
     def _lower(self) -> None:
         if self._recipe.selfgen.runaway == "lower":

@@ -14,10 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
 
+LEAST_ROWS = 10
+"""Rows that a metric has to count before a difference of it may be more than chance."""
 _RESAMPLES = 1000
 _AT_ONCE = 100  # resamples that exist at the same time: `[resamples, rows]` counts
 
@@ -50,6 +53,11 @@ class Sample:
         """The value of every seed: `[seeds]`."""
         return self.of_sums(self.statistics.sum(axis=1))
 
+    @property
+    def counted(self) -> np.ndarray:
+        """Whether the metric counts a row in some run: `[rows]` bool."""
+        return np.asarray(self.statistics.any(axis=(0, 2)))
+
     def resampled(self, counts: np.ndarray) -> np.ndarray:
         """Return the mean over seeds for drawn rows.
 
@@ -66,7 +74,7 @@ def mean(sample: Sample, seed: int = 0) -> Estimate:
         seed: Seed of the drawn rows.
     """
     drawn = np.concatenate([sample.resampled(counts) for counts in _draws(sample.statistics.shape[1], seed)])
-    return _estimate(float(sample.values.mean()), drawn, [_of_seeds(sample.values)], sample.statistics.shape[1])
+    return _estimate(float(sample.values.mean()), drawn, [_of_seeds(sample.values)], int(sample.counted.sum()))
 
 
 def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0) -> Estimate:
@@ -77,8 +85,9 @@ def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0
     Args:
         same_seeds: Whether the runs of both have the same seeds in the same order, and are so paired by seed.
     """
-    rows = sample.statistics.shape[1]
-    drawn = np.concatenate([sample.resampled(counts) - baseline.resampled(counts) for counts in _draws(rows, seed)])
+    rows = min(int(sample.counted.sum()), int(baseline.counted.sum()))
+    draws = _draws(sample.statistics.shape[1], seed)
+    drawn = np.concatenate([sample.resampled(counts) - baseline.resampled(counts) for counts in draws])
     value = float(sample.values.mean() - baseline.values.mean())
     if same_seeds:
         return _estimate(value, drawn, [_of_seeds(sample.values - baseline.values)], rows)
@@ -103,11 +112,12 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+@lru_cache(maxsize=1)  # all metrics and groups share the draws of their rows
 def _draws(rows: int, seed: int) -> list[np.ndarray]:
-    """Return how often each row is drawn in every resample, in parts: `[resamples, rows]`."""
+    """Return how often each row is drawn in every resample, in parts: `[resamples, rows]` float32."""
     rng = np.random.default_rng([20260101, seed])
     shares = np.full(rows, 1.0 / rows)
-    return [rng.multinomial(rows, shares, size=_AT_ONCE).astype(float) for _ in range(_RESAMPLES // _AT_ONCE)]
+    return [rng.multinomial(rows, shares, size=_AT_ONCE).astype(np.float32) for _ in range(_RESAMPLES // _AT_ONCE)]
 
 
 def _of_seeds(values: np.ndarray) -> tuple[float, int]:
@@ -118,13 +128,24 @@ def _of_seeds(values: np.ndarray) -> tuple[float, int]:
 
 
 def _estimate(value: float, drawn: np.ndarray, of_seeds: list[tuple[float, int]], rows: int) -> Estimate:
+    """Return an estimate.
+
+    Args:
+        drawn: The value in every resample of the rows.
+        of_seeds: Variances over seeds, with their degrees of freedom.
+        rows: Rows that the metric counts.
+    """
     of_rows = (float(np.nanvar(drawn, ddof=1)), rows - 1)
     parts = [(variance, degrees) for variance, degrees in [of_rows, *of_seeds] if variance > 0 and degrees > 0]
     known = all(degrees > 0 for _, degrees in of_seeds)
     variance = sum(part for part, _ in parts)
     if not parts:
-        return Estimate(value=value, low=value, high=value, p=float(value == 0), seeds_known=known)
-    degrees_of_freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    half = float(stats.t.ppf(0.975, degrees_of_freedom)) * math.sqrt(variance)
-    p = 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), degrees_of_freedom))
+        # All rows agree. If the truth were 0, their signs would be alike by chance alone.
+        p = 1.0 if value == 0 else 2.0 ** (1 - max(1, rows))
+        half = 0.0
+    else:
+        degrees_of_freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+        half = float(stats.t.ppf(0.975, degrees_of_freedom)) * math.sqrt(variance)
+        p = 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), degrees_of_freedom))
+    p = 1.0 if rows < LEAST_ROWS else p
     return Estimate(value=value, low=value - half, high=value + half, p=p, seeds_known=known)

@@ -26,7 +26,7 @@ from selfgen_ds.files import naming
 Row = dict[str, Any]
 _COLUMNS = 3
 _QUALITY = ("final_answer", "exact_match", "rouge_l", "chrf", "free_running_accuracy")
-"""Metrics of which the first that tells answers apart stands for their quality."""
+"""Metrics of which the first that is not 0 for all groups stands for the quality of answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def figures(groups: list[Group], rows: list[Row]) -> list[Figure]:
 
 
 def main_metric(rows: Sequence[Row]) -> str:
-    """Return the metric that stands for the quality of greedy answers: the first that is not the same everywhere."""
+    """Return the metric that stands for the quality of greedy answers: the first that is not 0 everywhere."""
     for name in _QUALITY:
         values = {row["mean"] for row in rows if row["metric"] == name}
         if values and values != {0.0}:

@@ -146,9 +146,9 @@ def check_comparable(groups: list[Group]) -> None:
 def _as_group(runs: list[dict[str, Any]]) -> Group:
     runs = sorted(runs, key=lambda entry: entry["recipe"]["seed"]) if runs[0]["recipe"] else runs
     first = runs[0]
-    sample_ids = [prediction["sample_id"] for prediction in first["predictions"]]
+    rows = [(prediction["sample_id"], prediction["reference"]) for prediction in first["predictions"]]
     for other in runs[1:]:
-        if [prediction["sample_id"] for prediction in other["predictions"]] != sample_ids:
+        if [(prediction["sample_id"], prediction["reference"]) for prediction in other["predictions"]] != rows:
             raise InputError(f"{other['folder']} and {first['folder']} were evaluated on different rows")
     recipes = [entry["recipe"] for entry in runs if entry["recipe"] is not None]
     unfinished = [entry["evaluation"].get("unfinished") for entry in runs]

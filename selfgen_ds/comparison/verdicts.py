@@ -31,7 +31,7 @@ def compared(groups: list[Group], metrics: list[str]) -> list[dict[str, Any]]:
 def _row(group: Group, baseline: Group, metric: str) -> dict[str, Any]:
     sample = group.sample(metric)
     estimate = mean(sample)
-    low, high = _within_range(metric, estimate, sample.statistics.shape[1])
+    low, high = _within_range(metric, estimate, int(sample.counted.sum()))
     row: dict[str, Any] = {
         "run": group.name,
         "label": group.label,
@@ -103,7 +103,7 @@ def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
         if undecided := [row["metric"] for row in of_group if row["verdict"] == "no difference shown"]:
             told.append(f"{subject}: no difference shown in {', '.join(undecided)}.")
         if not all(row["seeds_known"] for row in of_group):
-            told.append(f"{subject}: of one there is a single seed, so that this says nothing of other seeds.")
+            told.append(f"{subject}: one side has a single seed, so this says nothing about other seeds.")
     return told
 
 

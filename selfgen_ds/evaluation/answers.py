@@ -35,7 +35,7 @@ class EvaluationRequests:
     """Without `forced_errors`: the places of the reference, as shares of its length, where the model's own second
     choice is forced."""
     max_new_tokens: int | None = None
-    """Most tokens of an answer; None for the length of the longest reference of the batch."""
+    """Most tokens of an answer; None for the length of the longest reference of all rows."""
     sample_temperatures: tuple[float, ...] = ()
     """Temperatures at which answers are sampled and scored as well."""
     answers_per_prompt: int = 1
@@ -47,8 +47,7 @@ class EvaluationRequests:
     seed: int = 0
     """Seed of the sampled answers."""
     correction: Correction | None = None
-    """How the model is asked to correct its answers. Answers are then cut at the length of the longest reference of all
-    rows, so that the text to correct does not depend on the batch."""
+    """How the model is asked to correct its answers."""
     correction_rounds: int = 0
 
 
@@ -88,7 +87,7 @@ def ask(
     """
     predictions = _predict(policy, samples)
     answers = policy.complete([sample.prompt_ids.tolist() for sample in samples], longest)
-    after_own = _predict(policy, [_after(sample, answer) for sample, answer in zip(samples, answers, strict=True)])
+    after_own = _predict(policy, [_after(policy, *pair) for pair in zip(samples, answers, strict=True)])
     forced = _force(policy, samples, predictions, longest, requests)
     sampled = {t: _sample(policy, samples, longest, t, requests) for t in requests.sample_temperatures}
     continued = {share: _continue(policy, samples, share, longest) for share in requests.prefix_shares}
@@ -119,16 +118,17 @@ def _predict(policy: EnginePolicy, rows: list[TrainingRow]) -> list[Prediction]:
     return [Prediction(*(part[i] for part in parts)) for i in range(len(rows))]
 
 
-def _after(sample: TrainingRow, answer: list[int]) -> TrainingRow:
+def _after(policy: EnginePolicy, sample: TrainingRow, answer: list[int]) -> TrainingRow:
     """Return a row whose context has an answer in place of the last response, which stays the target.
 
-    Only targets after tokens of the answer are left: the first one, and one after each token.
+    Only targets after tokens of the answer are left: the first one, and one after each token but the end token.
     """
+    ended = bool(answer) and answer[-1] in policy.end_tokens
     start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
     context, loss_mask = sample.context_ids.copy(), np.zeros_like(sample.loss_mask)
     given = answer[: end - start]
     context[start : start + len(given)] = given
-    loss_mask[start : min(end, start + len(answer) + 1)] = True
+    loss_mask[start : min(end, start + len(answer) + 1 - ended)] = True
     return replace(sample, context_ids=context, loss_mask=loss_mask)
 
 
@@ -191,8 +191,8 @@ def _diverge(
     if requests.oracle is None:
         return [None] * len(samples)
     sampled = _sample(policy, samples, longest, 1.0, replace(requests, answers_per_prompt=1))
-    own = [_after(sample, answers[0]) for sample, answers in zip(samples, sampled, strict=True)]
-    given = [_after(sample, sample.response_ids.tolist()) for sample in samples]
+    own = [_after(policy, sample, answers[0]) for sample, answers in zip(samples, sampled, strict=True)]
+    given = [_row(sample.prompt_ids.tolist(), sample.response_ids.tolist()) for sample in samples]
     both = (divergences(policy, requests.oracle, rows) for rows in (own, given))
     return list(zip(*both, strict=True))
 

@@ -63,7 +63,8 @@ def accuracy_by_errors(scores: list[SampleScore]) -> list[dict[str, float]]:
     counts: dict[tuple[int, int], list[int]] = {}
     for score in scores:
         wrong = 0
-        for position, right in enumerate(score.free_running):
+        reached = len(score.own_log_likelihoods) - score.unfinished  # what the answer does not have is no error in it
+        for position, right in enumerate(score.free_running[:reached]):
             share = wrong / position if position else 0.0
             group = next(i for i, most in enumerate(ERROR_SHARES) if share <= most)
             count = counts.setdefault((position * _PARTS // longest, group), [0, 0])

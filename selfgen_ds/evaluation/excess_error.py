@@ -42,9 +42,13 @@ def divergences(policy: EnginePolicy, oracle: EnginePolicy, rows: list[TrainingR
 
 
 def _kl(hidden: Tensor, oracle_hidden: Tensor, project: Projection, oracle_project: Projection) -> Tensor:
-    """Return KL(oracle || model) at some positions: `[N]` float32."""
-    ours = project.logits(hidden).float().log_softmax(dim=-1)
-    theirs = oracle_project.logits(oracle_hidden).float().log_softmax(dim=-1)
+    """Return KL(oracle || model) at some positions: `[N]` float32.
+
+    The heads of two sizes of a model may be padded to other widths; what is beyond the smaller one is no token.
+    """
+    logits, oracle_logits = project.logits(hidden).float(), oracle_project.logits(oracle_hidden).float()
+    size = min(logits.shape[-1], oracle_logits.shape[-1])
+    ours, theirs = logits[:, :size].log_softmax(dim=-1), oracle_logits[:, :size].log_softmax(dim=-1)
     return (theirs.exp() * (theirs - ours)).sum(dim=-1)
 
 

@@ -8,6 +8,7 @@ import string
 
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _NUMBER = re.compile(r"\s*[$€£]?\s*[-+]?\d[\d,]*(?:\.\d+)?\s*%?\s*\.?\s*")
+_DATE = re.compile(r"\d+[-./]\d+[-./]\d+")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -15,9 +16,11 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalized(text: str) -> str:
     """Return a text in lower case, without punctuation, English articles and repeated white space.
 
-    This is the normalization of SQuAD's exact match (Rajpurkar et al. 2016, arXiv 1606.05250).
+    This is the normalization of SQuAD's exact match (Rajpurkar et al. 2016, arXiv 1606.05250). A text that has nothing
+    else, such as `A`, stays as it is, in lower case.
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    without = " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    return without or " ".join(text.lower().split())
 
 
 def final_answer(reference: str) -> str | None:
@@ -73,7 +76,8 @@ def _parsed(final: str) -> list:
     """Read a final answer as a number or an expression; an empty list if it is neither."""
     if _NUMBER.fullmatch(final):
         return _parse(final)
-    return _parse(f"\\boxed{{{final}}}") if re.search(r"[\d\\^=+*/]", final) else []
+    is_expression = re.search(r"[\d\\^=+*/]", final) and not _DATE.search(final)
+    return _parse(f"\\boxed{{{final}}}") if is_expression else []
 
 
 def _parse(text: str) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.evaluation.metrics import SampleScore
 from selfgen_ds.files import naming, write_atomically
 from selfgen_ds.ranks import process_group
+
+log = logging.getLogger("selfgen_ds")
 
 
 class Journal:
@@ -34,10 +37,15 @@ class Journal:
 
     def _read(self) -> dict[int, SampleScore]:
         """Read the file, and write it anew without a line that an earlier process did not finish."""
-        key, *lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else [""]
+        key, *lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
         scores = {}
-        for line in lines if key == self._key else []:
-            with suppress(ValueError):
+        if key and key != self._key.encode():
+            log.warning(
+                "%s is of other options, files or another version; it is kept as %s.old", self._path, self._path
+            )
+            self._path.rename(f"{self._path}.old")
+        for line in lines if key == self._key.encode() else []:
+            with suppress(ValueError, TypeError):
                 score = SampleScore(**json.loads(line))
                 scores[score.sample_id] = score
         write_atomically(self._path, "".join(f"{line}\n" for line in [self._key, *map(_line, scores.values())]))

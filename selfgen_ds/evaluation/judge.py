@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +29,7 @@ log = logging.getLogger("selfgen_ds")
 _AT_ONCE = 8  # requests
 _TRIES, _PAUSE, _TIMEOUT = 4, 2.0, 120.0  # requests, and seconds
 _RESAMPLES = 1000
+_VERDICT = re.compile(r"\b(A|B|[Tt]ie)\b")
 _QUESTION = """Which of two answers to a prompt is better? Judge whether they are right, and do what the prompt asks.
 Say "A", "B" or "tie", and nothing else.
 
@@ -60,14 +63,14 @@ class Judge:
         Every pair is shown in both orders, and the two verdicts are averaged, because judges prefer a place.
 
         Raises:
-            InputError: The judge does not answer, or answers otherwise than it is asked to.
+            InputError: The judge does not answer.
         """
         known = self._read()
         asked = [
             (score, other, swapped)
             for score, other in zip(scores, others, strict=True)
             for swapped in (False, True)
-            if _key(score, other, swapped) not in known
+            if self._key(score, other, swapped) not in known
         ]
         if asked and len(asked) < 2 * len(scores):
             log.info("%d of %d verdicts have been given before", 2 * len(scores) - len(asked), 2 * len(scores))
@@ -79,29 +82,35 @@ class Judge:
         ):
             verdicts = pool.map(lambda pair: self._verdict(*pair), asked)
             for pair, verdict in zip(asked, verdicts, strict=True):
-                known[_key(*pair)] = verdict
-                file.write(json.dumps([_key(*pair), verdict]) + "\n")
+                known[self._key(*pair)] = verdict
+                file.write(json.dumps([self._key(*pair), verdict]) + "\n")
                 file.flush()
                 shown.update()
-        pairs = zip(scores, others, strict=True)
-        return [sum(known[_key(score, other, swapped)] for swapped in (False, True)) / 2 for score, other in pairs]
+        pairs = list(zip(scores, others, strict=True))
+        said = [[known[self._key(score, other, swapped)] for swapped in (False, True)] for score, other in pairs]
+        if unclear := sum(verdict is None for both in said for verdict in both):
+            log.warning("%d of %d verdicts were none of A, B and tie; they count as ties", unclear, 2 * len(said))
+        return [sum(0.5 if verdict is None else verdict for verdict in both) / 2 for both in said]
 
-    def _read(self) -> dict[str, float]:
-        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []
-        known = {}
+    def _read(self) -> dict[str, float | None]:
+        lines = self.journal.read_bytes().split(b"\n") if self.journal.exists() else []
+        known: dict[str, float | None] = {}
         for line in lines:
             with suppress(ValueError):  # the line that was being written when the process ended
                 key, verdict = json.loads(line)
                 known[key] = verdict
         return known
 
-    def _verdict(self, score: SampleScore, other: str, swapped: bool) -> float:
-        first, second = (other, score.answer) if swapped else (score.answer, other)
-        question = _QUESTION.format(prompt=score.prompt, first=first, second=second)
-        said = self._ask(question).strip().strip('."*').casefold()
-        if said not in ("a", "b", "tie"):
-            raise InputError(f"--judge_url: expected the verdict A, B or tie of {self.model!r}, got {said[:80]!r}")
-        return 0.5 if said == "tie" else float((said == "a") != swapped)
+    def _key(self, score: SampleScore, other: str, swapped: bool) -> str:
+        """Return what a verdict depends on: the judge and the question, in which equal answers have an order too."""
+        return hashlib.sha256(f"{self.model}\0{swapped}\0{_question(score, other, swapped)}".encode()).hexdigest()
+
+    def _verdict(self, score: SampleScore, other: str, swapped: bool) -> float | None:
+        """Ask for a verdict. None if the last word that might be one is missing, as in a refusal."""
+        said = _VERDICT.findall(self._ask(_question(score, other, swapped)))
+        if not said:
+            return None
+        return 0.5 if said[-1].casefold() == "tie" else float((said[-1] == "A") != swapped)
 
     def _ask(self, question: str) -> str:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
@@ -125,8 +134,9 @@ class Judge:
         raise InputError(f"--judge_url: {url} gives no verdict: {problem}; the verdicts so far are kept")
 
 
-def _key(score: SampleScore, other: str, swapped: bool) -> str:
-    return json.dumps([score.sample_id, score.answer, other, swapped])
+def _question(score: SampleScore, other: str, swapped: bool) -> str:
+    first, second = (other, score.answer) if swapped else (score.answer, other)
+    return _QUESTION.format(prompt=score.prompt, first=first, second=second)
 
 
 def length_controlled(wins: Sequence[float], answers: Sequence[str], others: Sequence[str]) -> dict[str, float]:
@@ -172,7 +182,7 @@ def other_answers(against: str, scores: Sequence[SampleScore]) -> list[str]:
         return [score.reference for score in scores]
     path = Path(against) / "predictions.jsonl"
     try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_bytes().splitlines()]
         answers = {(row["sample_id"], row["reference"]): str(row["answer"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--judge_against: {path}: no predictions of an evaluation: {error}") from error

@@ -88,7 +88,7 @@ METRICS = {
         of_sums=lambda s: 100 * _ratio(s),
     ),
     "embedding_distance": Metric(
-        meaning="1 - cosine of the sentence embeddings of answer and reference", better="lower"
+        meaning="1 - cosine of the sentence embeddings of answer and reference", better="lower", scale=2
     ),
     "win_rate": Metric(meaning="share of pairs in which a judge prefers the answer to another one; a tie counts half"),
     "repetition": Metric(meaning="share of the answers' 4-grams of words that occurred before", better="lower"),
@@ -158,6 +158,12 @@ def metric_of(name: str) -> Metric:
     return METRICS.get(base) or Metric(meaning="the metric of your own", scale=0)
 
 
+def is_taken(name: str) -> bool:
+    """Return whether a name is that of a metric, with or without a prefix."""
+    _, base = kind_and_metric(name)
+    return base in METRICS or _PASS.fullmatch(base) is not None
+
+
 def meaning(name: str) -> str:
     """Return what a metric means, and of which answers it is."""
     kind, _ = kind_and_metric(name)
@@ -176,8 +182,7 @@ def values(rows: Iterable[Statistics]) -> dict[str, float]:
     for row in rows:
         for name, numbers in row.items():
             sums[name] = sums.get(name, 0.0) + np.array(numbers)
-    found = {name: float(value(name, numbers)) for name, numbers in sums.items()}
-    return {name: number for name, number in found.items() if not np.isnan(number)}
+    return {name: float(value(name, numbers)) for name, numbers in sums.items() if numbers.any()}
 
 
 @dataclass(frozen=True, kw_only=True)

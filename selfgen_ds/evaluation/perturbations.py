@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 _GROUP = 128  # weights that share a scale when they are rounded to 4 bits
 
@@ -25,19 +26,26 @@ def perturbed(model: PreTrainedModel, kind: str, seed: int) -> Iterator[None]:
             of Frantar et al. 2022, arXiv 2210.17323).
         seed: Seed of the noise.
     """
-    kept = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    kept = {id(m.weight) for m in [*model.modules(), model.get_output_embeddings()] if _is_kept(m, model)}
+    turned = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}  # GPT-2's matrices are `[in, out]`
     changed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in kept]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         before = [p.detach().to("cpu", copy=True) for p in changed]
         for parameter in changed:
-            parameter.copy_(_changed(parameter, kind, generator))
+            is_turned = id(parameter) in turned
+            values = _changed(parameter.T if is_turned else parameter, kind, generator)
+            parameter.copy_(values.T if is_turned else values)
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, values in zip(changed, before, strict=True):
                 parameter.copy_(values)
+
+
+def _is_kept(module: nn.Module, model: PreTrainedModel) -> bool:
+    return isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
 
 
 def _changed(weight: Tensor, kind: str, generator: torch.Generator) -> Tensor:

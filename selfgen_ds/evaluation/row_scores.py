@@ -149,6 +149,8 @@ def _token_statistics(row: RowAnswers) -> Statistics:
 def calibration_counts(prediction: Prediction, targets: list[int]) -> list[float]:
     """Return, per bin of confidence: tokens, their summed confidence, and how many of them are right."""
     confidence = prediction.confidence.double().numpy()
+    if np.isnan(confidence).any():
+        return [math.nan] * (3 * CALIBRATION_BINS)
     right = np.array(prediction.best.tolist()) == np.array(targets)
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     counts = [np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, right.astype(float))]

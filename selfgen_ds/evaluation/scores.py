@@ -46,9 +46,7 @@ def evaluate(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     requests = requests or EvaluationRequests()
     errors, correction = requests.forced_errors, requests.correction
-    answer_length = requests.max_new_tokens
-    if correction is not None:
-        answer_length = answer_length or _longest_response(samples)
+    answer_length = requests.max_new_tokens or _longest_response(samples)  # whatever the batch or the ranks
     positions = most_positions(policy.model.config)
     batches = list(_batches(samples, batch_size, world_size, positions, errors, answer_length))
     longest = max(_longest([s for share in shares for s in share], errors, answer_length) for shares in batches)
@@ -61,8 +59,7 @@ def evaluate(
         for shares in bar("evaluate", "batch", iterable=batches, total=len(batches), leave=False, disable=rank != 0):
             kept = None if journal is None else journal.kept(shares)
             if kept is None:
-                longest_answer = answer_length or _longest_response([s for share in shares for s in share])
-                rows = ask(policy, shares[rank], longest_answer, requests)
+                rows = ask(policy, shares[rank], answer_length, requests)
                 own = score_rows(rows, tokenizer, requests.text, policy.end_tokens)
                 of_ranks = process_group.all_gather_object(own) if dist.is_initialized() else [own]
                 kept = [score for of_rank in of_ranks for score in of_rank]

@@ -7,6 +7,9 @@ sums over drawn rows, without a look at the texts.
 
 from __future__ import annotations
 
+import inspect
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +25,9 @@ OwnMetric = Callable[[str, str, str], float]
 """`(prompt, answer, reference) -> value`: a metric of the user's own."""
 
 _ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
+_LATIN = re.compile("[A-Za-z0-9]")
 _REPEATED = 4  # words of the n-grams that `repetition` counts
 
 
@@ -35,6 +41,11 @@ class TextMetrics:
     """A `sentence_transformers.SentenceTransformer`, or None for no `embedding_distance`."""
     own: tuple[str, OwnMetric] | None = None
     """The name and the function of a metric of the user's own."""
+
+    @property
+    def source(self) -> str:
+        """The code of the module of the user's metric, which may be changed between two starts."""
+        return "" if self.own is None else inspect.getsource(inspect.getmodule(self.own[1]) or self.own[1])
 
     def statistics(self, prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[Statistics]:
         """Return the statistics of every answer.
@@ -62,24 +73,38 @@ class TextMetrics:
             "repetition": repetition(answer),
             "length_ratio": [float(len(answer)), float(len(reference))],
         }
+        if reference.strip():
+            row["chrf"] = _counts("chrf", answer, reference)
         if not is_counted("rouge_1", reference):
             return row
-        rouge = _rouge().score(reference, answer)
+        rouge = _rouge(not _LATIN.search(reference)).score(reference, answer)
         row |= {name: [rouge[library].fmeasure, 1.0] for name, library in _ROUGE.items()}
-        for name in ("bleu", "chrf", "ter") if self.with_ter else ("bleu", "chrf"):
-            counts = corpus_score(name)._extract_corpus_statistics([answer], [[reference]])[0]
-            row[name] = [float(number) for number in counts]
+        for name in ("bleu", "ter") if self.with_ter else ("bleu",):
+            row[name] = _counts(name, spaced(answer), spaced(reference))
         return row
+
+
+def _counts(name: str, answer: str, reference: str) -> list[float]:
+    counts = corpus_score(name)._extract_corpus_statistics([answer], [[reference]])[0]
+    return [float(number) for number in counts]
+
+
+def spaced(text: str) -> str:
+    """Return a text with spaces around the characters of scripts that are written without spaces, each a word then."""
+    return _UNSPACED.sub(r" \g<0> ", text)
 
 
 def is_counted(metric: str, reference: str) -> bool:
     """Return whether a metric says something of answers to a row with this reference.
 
     Metrics of words and their n-grams say nothing of a single word, and `final_answer` nothing of a text without one.
+    chrF counts characters, and needs one.
     """
     if metric == "final_answer":
         return final_answer(reference) is not None
-    return len(reference.split()) >= 2 or metric not in (*_ROUGE, "bleu", "chrf", "ter")
+    if metric == "chrf":
+        return bool(reference.strip())
+    return len(spaced(reference).split()) >= 2 or metric not in (*_ROUGE, "bleu", "ter")
 
 
 @cache
@@ -90,11 +115,19 @@ def corpus_score(name: str) -> Any:
     return {"bleu": metrics.BLEU, "chrf": metrics.CHRF, "ter": metrics.TER}[name]()
 
 
+class _Words:
+    """Tokenizes texts without Latin letters, of which `rouge-score` itself sees nothing."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", spaced(text.lower()))
+
+
 @cache
-def _rouge() -> Any:
+def _rouge(other_script: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # not needed by every command
 
-    return RougeScorer(list(_ROUGE.values()), use_stemmer=True)
+    tokenizer = _Words() if other_script else None
+    return RougeScorer(list(_ROUGE.values()), use_stemmer=True, tokenizer=tokenizer)
 
 
 def repetition(text: str) -> list[float]:
@@ -160,7 +193,10 @@ def load_metric(given: str) -> tuple[str, OwnMetric]:
 
 def _own_value(name: str, function: OwnMetric, prompt: str, answer: str, reference: str) -> float:
     try:
-        return float(function(prompt, answer, reference))
+        value = float(function(prompt, answer, reference))
+        if not math.isfinite(value):
+            raise ValueError(f"expected a finite number, got {value}")
+        return value
     except Exception as error:  # a user's function can raise anything
         raise InputError(
             f"--metric: {name} raised {type(error).__name__}: {error}; the answer was {answer!r}"

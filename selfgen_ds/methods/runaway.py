@@ -25,17 +25,17 @@ class Runaway:
         self._last: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._lowest: dict[int, tuple[float, float]] = {}
 
-    def update(self, probability: float, differing: float, loss: float) -> str:
+    def update(self, probability: float, differing: float, loss: float | None) -> str:
         """Take in a step, and return what has happened if the run runs away; then the watch begins anew.
 
         Args:
             probability: p of the step. A step that draws nothing is not watched.
             differing: Share of its drawn tokens that differ from the reference.
-            loss: Its loss.
+            loss: Its loss; None if it is no cross entropy, and the differing tokens alone are watched.
         """
-        if probability <= 0 or not math.isfinite(loss):
+        if probability <= 0 or not math.isfinite(loss or 0.0):
             return ""
-        self._last.append((differing, loss))
+        self._last.append((differing, loss or 0.0))
         if len(self._last) < _WINDOW:
             return ""
         now, now_loss = (sum(values) / _WINDOW for values in zip(*self._last, strict=True))
@@ -43,12 +43,12 @@ class Runaway:
         earlier = [lowest for other, lowest in self._lowest.items() if other >= level - 1]
         if earlier:
             before, before_loss = min(earlier)
-            if now > max(before + _RISE, _RATIO * before) and now_loss > _LOSS_RATIO * before_loss:
+            worse = loss is None or now_loss > _LOSS_RATIO * before_loss
+            if worse and now > max(before + _RISE, _RATIO * before):
                 self._last.clear()
                 self._lowest.clear()
-                return (
-                    f"the run runs away: {now:.0%} of the drawn tokens differ from the reference, after {before:.0%}, "
-                    f"and the loss is {now_loss:.3g}, after {before_loss:.3g}"
-                )
+                told = f"{now:.0%} of the drawn tokens differ from the reference, after {before:.0%}"
+                lost = "" if loss is None else f", and the loss is {now_loss:.3g}, after {before_loss:.3g}"
+                return f"the run runs away: {told}{lost}"
         self._lowest[level] = min(self._lowest.get(level, (now, now_loss)), (now, now_loss))
         return ""

@@ -39,7 +39,7 @@ def replace_probability(config: SelfgenConfig, number: int, total: int, done: in
         total: Optimizer steps, or rounds, of the whole run.
         done: Steps or rounds that count as done in the schedule; by default those before this one.
     """
-    if config.final_share and number >= (1.0 - config.final_share) * total - 1e-9:
+    if config.final_share and total > 1 and number >= min((1.0 - config.final_share) * total, total - 1) - 1e-9:
         return config.final_probability
     done = number if done is None else done
     return config.replace_probability * _SHAPES[config.schedule](done / (config.schedule_share * total))

@@ -69,7 +69,7 @@ from selfgen_ds.versions import versions
 log = logging.getLogger("selfgen_ds")
 
 # Settings of a method that do not change what a round draws.
-_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", "max_equal_share"}
+_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", "max_equal_share", "runaway"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,12 +350,12 @@ def test_what_follows_is_said_in_words_with_the_limits_of_one_seed(tmp_path: Pat
     better, undecided, seeds = sentences
     assert f"bash ({b}, seed 0), compared with sft ({a}, seed 0): better in exact_match (+0.9" in better
     assert undecided.endswith("no difference shown in loss.")
-    assert "says nothing of other seeds" in seeds
+    assert "says nothing about other seeds" in seeds
 
 
 def test_a_metric_of_which_less_is_better_is_worse_if_it_grows(tmp_path: Path) -> None:
-    a = _run_folder(tmp_path / "a", BASELINE, losses=[(1.0, 2)] * 4)
-    b = _run_folder(tmp_path / "b", BASELINE, method="bash", losses=[(1.5, 2)] * 4)
+    a = _run_folder(tmp_path / "a", BASELINE * 5, losses=[(1.0, 2)] * 20)
+    b = _run_folder(tmp_path / "b", BASELINE * 5, method="bash", losses=[(1.5, 2)] * 20)
     compare.run(CompareOptions(runs=[a, b], output_dir=str(tmp_path / "out"), metrics=["loss"]))
     (_, row) = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert (row["metric"], row["verdict"]) == ("loss", "worse")

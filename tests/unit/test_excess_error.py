@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.evaluation.answers import EvaluationRequests
+from selfgen_ds.evaluation.answers import EvaluationRequests, _after
 from selfgen_ds.evaluation.excess_error import divergences, excess_statistics
 from selfgen_ds.evaluation.metrics import aggregate, values
 from selfgen_ds.evaluation.scores import evaluate
@@ -49,3 +49,19 @@ def test_a_model_that_is_its_own_oracle_has_no_excess_error() -> None:
     assert "excess_error" not in aggregate(scores), "nothing to divide by"
     other = aggregate(evaluate(policy, ROWS, byte_tokenizer(), 2, EvaluationRequests(oracle=_policy(1))))
     assert other["excess_error"] > -100
+
+
+def test_an_oracle_whose_head_is_padded_further_is_compared_over_the_tokens_that_both_have() -> None:
+    policy, oracle, padded = _policy(0), _policy(1), _policy(1)
+    head = padded.model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.cat([head.weight, torch.randn(6, 32)]))
+    for ours, theirs in zip(*(divergences(policy, one, ROWS) for one in (oracle, padded)), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_context_after_an_answers_end_token_is_not_read() -> None:
+    policy = _policy(0)
+    row = _after(policy, ROWS[0], [4, 257])
+    assert row.loss_mask.tolist() == [False] * 3 + [True, True, False, False]
+    cut = _after(policy, ROWS[0], [4, 5])
+    assert cut.loss_mask.tolist() == [False] * 3 + [True, True, True, False]

@@ -40,6 +40,11 @@ def test_a_reference_comes_to_what_it_marks_or_to_itself_if_it_is_a_number(
         ("#### 5", "-5", False),
         ("#### 15", "1.5", False),
         ("", "4", False),
+        ("", "A", False),
+        ("The", "A", False),
+        ("#### a", "A", True),
+        ("#### 2014", "2020-01-05", False),
+        ("#### 2020-01-05", "2020-01-05", True),
     ],
 )
 def test_two_final_answers_are_the_same_by_value_or_by_normalized_text(answer: str, expected: str, same: bool) -> None:

@@ -84,3 +84,24 @@ def test_a_share_of_no_row_has_wilsons_interval() -> None:
     low, high = wilson(0.0, 200)
     assert low == pytest.approx(0.0, abs=1e-12)
     assert high == pytest.approx(1.96**2 / (200 + 1.96**2))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_a_few_rows_show_nothing_however_they_agree(rows: int) -> None:
+    found = difference(_sample(np.ones((2, rows))), _sample(np.zeros((2, rows))), same_seeds=True)
+    assert found.p == 1.0
+
+
+def test_rows_that_a_metric_does_not_count_are_no_evidence() -> None:
+    """Three rows of a thousand are counted."""
+    values, weights = np.zeros((1, 1000)), np.zeros((1, 1000))
+    weights[:, :3] = 1
+    groups = [
+        Sample(
+            statistics=np.stack([value * weights, weights], axis=-1),
+            of_sums=lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1e-9),
+        )
+        for value in (values, values + 1)
+    ]
+    assert difference(groups[1], groups[0], same_seeds=False).p == 1.0
+    assert groups[1].counted.sum() == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from selfgen_ds.evaluation.journal import Journal
@@ -42,6 +43,7 @@ def test_scores_of_other_options_are_not_taken(tmp_path: Path) -> None:
     _journal(tmp_path).keep([_score(0)])
     assert _journal(tmp_path, key=2).scores == {}
     assert _journal(tmp_path, key=1).scores == {}, "the file is written anew"
+    assert (tmp_path / "evaluation.journal.old").exists()
 
 
 def test_a_line_that_was_cut_is_left_out_and_does_not_spoil_the_next_one(tmp_path: Path) -> None:
@@ -52,6 +54,14 @@ def test_a_line_that_was_cut_is_left_out_and_does_not_spoil_the_next_one(tmp_pat
     assert list(journal.scores) == [0]
     journal.keep([_score(1)])
     assert list(_journal(tmp_path).scores) == [0, 1]
+
+
+def test_a_line_that_was_cut_within_a_letter_and_unusual_line_ends_do_no_harm(tmp_path: Path) -> None:
+    score = replace(_score(0), answer="a\u2028b\u0085c")
+    _journal(tmp_path).keep([score, _score(1)])
+    path = tmp_path / "evaluation.journal"
+    path.write_bytes(path.read_bytes().split("é".encode())[0] + "é".encode()[:1])
+    assert _journal(tmp_path).scores == {0: score}
 
 
 def test_it_is_gone_when_the_evaluation_is_done(tmp_path: Path) -> None:

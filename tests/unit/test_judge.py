@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
-        if self.server.failures or body["model"] != "referee":
+        if self.server.failures or not body["model"].startswith("referee"):
             self.send_error(503 if self.server.failures else 404)
             self.server.failures = max(0, self.server.failures - 1)
             return
@@ -114,12 +115,18 @@ def test_a_tie_is_half_a_win(server: Server, tmp_path: Path) -> None:
     assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [0.5] * 3
 
 
-def test_a_judge_that_says_something_else_is_refused(server: Server, tmp_path: Path) -> None:
-    server.says = "I think that"
-    with pytest.raises(
-        InputError, match="--judge_url: expected the verdict A, B or tie of 'referee', got 'i think that'"
-    ):
-        _judge(server, tmp_path).wins(SCORES, ["gg"] * 3)
+def test_the_last_word_that_may_be_a_verdict_counts_and_none_is_a_tie(server: Server, tmp_path: Path) -> None:
+    server.says = "<think>B is short</think> I say: Answer A"
+    assert _judge(server, tmp_path).wins(SCORES[:1], ["gg"]) == [0.5], "the same place in both orders"
+    server.says = "I cannot judge this"
+    assert _judge(server, tmp_path).wins(SCORES[1:2], ["gg"]) == [0.5]
+
+
+def test_another_judge_is_asked_anew(server: Server, tmp_path: Path) -> None:
+    _judge(server, tmp_path).wins(SCORES, ["gg"] * 3)
+    server.says = "tie"
+    other = replace(_judge(server, tmp_path), model="referee 2")
+    assert other.wins(SCORES, ["gg"] * 3) == [0.5] * 3
 
 
 def test_a_judge_that_is_not_there_is_one_line(server: Server, tmp_path: Path) -> None:

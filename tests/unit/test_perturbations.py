@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from selfgen_ds.evaluation.perturbations import perturbed, rounded
 from selfgen_ds.model.reductions import add_reductions
@@ -55,3 +55,14 @@ def test_four_bits_have_fifteen_levels_in_every_group() -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     with perturbed(model, "int4", 0):
         assert max(len(group.unique()) for group in weight.reshape(-1, 128)) <= 15
+
+
+def test_embeddings_of_positions_stay_and_transposed_matrices_are_rounded_by_output() -> None:
+    torch.manual_seed(0)
+    model = add_reductions(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with perturbed(model, "int8", 0):
+        assert torch.equal(model.transformer.wpe.weight, before["transformer.wpe.weight"])
+        name = "transformer.h.0.attn.c_attn.weight"  # `[in, out]`
+        found = dict(model.named_parameters())[name]
+        torch.testing.assert_close(found.T, rounded(before[name].T, levels=127, group=None))

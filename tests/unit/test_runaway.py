@@ -49,3 +49,10 @@ def test_the_watch_begins_anew_after_it_has_spoken() -> None:
     once = [(1.0, 0.05, 0.5)] * 15 + [(1.0, 0.6, 2.0)] * 30
     assert len(_told(once)) == 1
     assert len(_told([*once, *[(1.0, 0.95, 4.0)] * 15])) == 2
+
+
+def test_without_a_cross_entropy_the_differing_tokens_alone_are_watched() -> None:
+    watch, told = Runaway(), ""
+    for step in range(40):
+        told = told or watch.update(1.0, 0.06 + 0.64 * max(0, step - 10) / 30, None)
+    assert told.endswith("of the drawn tokens differ from the reference, after 6%")

@@ -93,6 +93,12 @@ def test_the_last_share_of_steps_and_of_rounds_has_a_probability_of_its_own() ->
     assert [replace_probability(config, number, 4, number + 1) for number in range(4)] == [0.4] * 3 + [0.1]
 
 
+@pytest.mark.parametrize(("total", "expected"), [(3, [0.4, 0.4, 0.1]), (1, [0.4])])
+def test_a_small_last_share_is_one_round_at_least_unless_there_is_no_other(total: int, expected: list[float]) -> None:
+    config = SelfgenConfig(replace_probability=0.4, final_share=0.2, final_probability=0.1)
+    assert [replace_probability(config, number, total, number + 1) for number in range(total)] == expected
+
+
 def test_a_run_may_end_as_sft() -> None:
     config = SelfgenConfig(schedule="linear", final_share=0.5)
     values = [replace_probability(config, step, 10) for step in range(10)]

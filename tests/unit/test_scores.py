@@ -146,7 +146,8 @@ def test_curves_are_means_over_the_rows_that_reach_a_position() -> None:
 
 def test_the_accuracy_by_errors_keeps_places_and_shares_of_errors_apart() -> None:
     flags = [[True, True, True, True], [False, True, False, False]]
-    scores = [replace(_score(REFERENCE), free_running=row) for row in flags]
+    whole = replace(_score(REFERENCE), own_log_likelihoods=[0.0] * 4)
+    scores = [replace(whole, free_running=row) for row in flags]
     groups = {(g["from_position"], g["most_errors"]): (g["tokens"], g["accuracy"]) for g in accuracy_by_errors(scores)}
     assert groups == {
         (1, 0.0): (2, 0.5),
@@ -193,6 +194,32 @@ def test_the_longest_prompt_and_the_longest_answer_of_a_batch_fit_the_models_pos
 def test_batches_are_full_if_the_model_sets_no_limit() -> None:
     batches = _batches(_uneven(10), 2, 2, None, {}, None)
     assert [[len(share) for share in shares] for shares in batches] == [[2, 2], [2, 2], [1, 1]]
+
+
+def test_what_the_answer_does_not_reach_is_no_error_in_it() -> None:
+    score = replace(_score([1, 4]), own_log_likelihoods=[0.0] * 2, free_running=[True, False, False, False])
+    assert [(g["from_position"], g["tokens"]) for g in accuracy_by_errors([score])] == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch(batch_size: int) -> None:
+    torch.manual_seed(0)
+    model = add_reductions(GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)))
+    policy = EnginePolicy(model.eval(), end_tokens=[BYTES.eos_token_id])
+    rows = [sample([5, 6], [7] * 3, 0), sample([8], [9] * 30, 1)]
+    scores = evaluate(policy, rows, BYTES, batch_size)
+    alone = [evaluate(policy, rows, BYTES, 1)[i].answer for i in range(2)]
+    assert [score.answer for score in scores] == alone
+
+
+def test_a_model_whose_logits_are_not_finite_has_scores_that_say_so() -> None:
+    nan = PREDICTION._replace(
+        log_probability=torch.full((4,), torch.nan),
+        confidence=torch.full((4,), torch.nan),
+        entropy=torch.full((4,), torch.nan),
+    )
+    metrics = _score([1, 4], prediction=nan, after_own=Prediction(*(part[:2] for part in nan))).metrics()
+    assert all(np.isnan(metrics[name]) for name in ("loss", "entropy", "calibration_error", "free_running_loss"))
 
 
 def test_a_model_with_learned_positions_is_evaluated_on_rows_that_just_fit() -> None:

@@ -51,8 +51,22 @@ def test_final_answers_are_a_share_of_the_rows_that_have_one() -> None:
     assert "final_answer" not in values(TextMetrics().statistics(["p"], ["words"], ["no number here"]))
 
 
-def test_metrics_of_words_are_left_out_for_a_single_word() -> None:
-    assert not {"rouge_1", "bleu", "ter"} & values(TextMetrics().statistics(["p"], ["abc"], ["abd"])).keys()
+def test_metrics_of_words_are_left_out_for_a_single_word_and_chrf_is_not() -> None:
+    found = values(TextMetrics().statistics(["p"], ["abc"], ["abd"]))
+    assert not {"rouge_1", "bleu", "ter"} & found.keys()
+    assert found["chrf"] == pytest.approx(corpus_chrf(["abc"], [["abd"]]).score)
+
+
+def test_texts_without_spaces_or_latin_letters_have_words_too() -> None:
+    answer, reference = "猫坐在垫子上。", "猫躺在垫子上。"
+    found = values(TextMetrics().statistics(["p"], [answer], [reference]))
+    assert found["bleu"] == pytest.approx(corpus_bleu([" ".join(answer)], [[" ".join(reference)]]).score)
+    assert found["rouge_1"] == pytest.approx(5 / 6)
+    assert values(TextMetrics().statistics(["p"], ["мама мыла"], ["мама мыла раму"]))["rouge_1"] == pytest.approx(0.8)
+
+
+def test_a_metric_that_is_nan_on_a_row_is_nan_and_does_not_vanish() -> None:
+    assert math.isnan(values([{"loss": [1.0, 1.0]}, {"loss": [math.nan, 1.0]}])["loss"])
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,9 @@ def test_a_metric_of_the_users_own_is_a_mean(tmp_path: Path, monkeypatch: pytest
     own = TextMetrics(own=load_metric("my_metrics:same_start"))
     assert values(own.statistics(["p"] * 2, ["ab", "b"], ["ac", "c"]))["same_start"] == 0.5
     failing = TextMetrics(own=load_metric("my_metrics:fails"))
+    endless = TextMetrics(own=("endless", lambda *_: math.inf))
+    with pytest.raises(InputError, match="endless raised ValueError: expected a finite number, got inf"):
+        endless.statistics(["p"], ["a"], ["b"])
     with pytest.raises(InputError, match=r"--metric: fails raised ZeroDivisionError: .*; the answer was 'abc'"):
         failing.statistics(["p"], ["abc"], ["abc"])
 

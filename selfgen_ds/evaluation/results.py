@@ -1,0 +1,83 @@
+"""The results of an evaluation: its three files, and what the terminal shows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfgen_ds.config import EvaluateOptions
+from selfgen_ds.data.samples import Samples
+from selfgen_ds.evaluation.curves import curves
+from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metric, meaning
+from selfgen_ds.evaluation.plots import plot_evaluation
+from selfgen_ds.files import write_atomically
+
+
+def write(
+    scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples], dtype: str, judged: dict[str, Any]
+) -> None:
+    """Write the files of an evaluation to the output folder.
+
+    Args:
+        samples: The sources of the rows.
+        dtype: Type of the model's weights.
+        judged: What a judge has said, if one was asked.
+    """
+    folder = Path(options.output_dir)
+    lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
+    write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    metrics, settings = aggregate(scores), asdict(options)
+    result = {
+        "model": options.model,
+        "data": settings["data"],
+        "n": len(scores),
+        "truncated": sum(source.truncated for source in samples),
+        "refused": sum(source.refused for source in samples),
+        "unfinished": sum(score.unfinished for score in scores),
+        "dtype": dtype,
+        "settings": settings,
+        "metrics": metrics,
+        "curves": curves(scores),
+        "judged": judged,
+        "torch": torch.__version__,
+    }
+    write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
+    title = f"{options.model} on {', '.join(s.name for s in samples)}, {len(scores)} rows, 95 % intervals"
+    plot_evaluation(folder / "evaluation.png", title, scores, metrics)
+
+
+def summary(scores: list[SampleScore], folder: str, samples: list[Samples], judged: dict[str, Any]) -> str:
+    """Return what the terminal shows of an evaluation.
+
+    Args:
+        folder: Where the files are.
+    """
+    lines = [_table(aggregate(scores))]
+    if judged:
+        rate = judged["length_controlled_win_rate"]
+        interval = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+        lines.append(f"win rate at equal length, by {judged['judge']} against {judged['against']}: {interval}")
+    truncated, refused = sum(s.truncated for s in samples), sum(s.refused for s in samples)
+    lines.append(f"{len(scores)} rows; {truncated} responses truncated, {refused} rows left out")
+    if unfinished := sum(score.unfinished for score in scores):
+        advice = "--max_new_tokens allows longer ones"
+        lines.append(f"{unfinished} greedy answers were cut before the model ended them; {advice}")
+    return "\n".join([*lines, f"written to {folder}/evaluation.json, predictions.jsonl and evaluation.png"])
+
+
+def _table(metrics: dict[str, float]) -> str:
+    """Return the metrics as text: those of the greedy answers with their meaning, then a column per other kind."""
+    kinds = dict.fromkeys(kind for kind, _ in map(kind_and_metric, metrics) if kind)
+    width = max(map(len, metrics)) + 1
+    lines = [f"{n:{width}}{value:8.3f}  {meaning(n)}" for n, value in metrics.items() if not kind_and_metric(n)[0]]
+    names = dict.fromkeys(metric for kind, metric in map(kind_and_metric, metrics) if kind)
+    if kinds:
+        lines += ["", " " * width + "  ".join(f"{kind:>14}" for kind in kinds)]
+    for name in names:
+        cells = [metrics.get(f"{kind}_{name}") for kind in kinds]
+        lines.append(f"{name:{width}}" + "  ".join(" " * 14 if cell is None else f"{cell:14.3f}" for cell in cells))
+    return "\n".join(lines)
