@@ -243,9 +243,9 @@ def test_wrong_options_of_compare_are_named(arguments: list[str], expected: list
 
 def test_options_without_a_value_are_no_problem_beside_one() -> None:
     problems = Problems()
-    given = ["--config", "demo", "--output_dir", "x", "--optim.lrr", "3", "--print_config"]
+    given = ["--config", "demo", "--output_dir", "x", "--optim.learnrate", "3", "--print_config"]
     check_command_line(problems, given, (Recipe,))
-    assert problems.lines == ["--optim.lrr: no such setting; did you mean --optim.learning_rate?"]
+    assert problems.lines == ["--optim.learnrate: no such setting; did you mean --optim.learning_rate?"]
 
 
 def test_the_help_shows_the_settings_of_a_section_that_a_recipe_may_leave_out(
