@@ -345,10 +345,15 @@ def test_a_monitor_whose_package_is_missing_is_named(recipe: Recipe, monkeypatch
     assert "the package wandb is not installed" in _problem(recipe, config)
 
 
-def test_a_project_of_the_recipe_turns_weights_and_biases_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def wandb_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back the variables that a recipe with a project sets: later ranks of this process would inherit them."""
     for name in ("WANDB_NAME", "WANDB_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+def test_a_project_of_the_recipe_turns_weights_and_biases_on(recipe: Recipe) -> None:
     recipe.wandb_project, recipe.run_name = "mine", "first"
     filled = ds_config.resolve(recipe, {"zero_optimization": {"stage": 3}}, WORLD_SIZE, HIDDEN_SIZE).config
     assert filled["wandb"] == {"enabled": True, "project": "mine"}
