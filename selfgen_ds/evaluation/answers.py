@@ -92,7 +92,7 @@ def ask(
     sampled = {t: _sample(policy, samples, longest, t, requests) for t in requests.sample_temperatures}
     continued = {share: _continue(policy, samples, share, longest) for share in requests.prefix_shares}
     corrected = _correct(policy, samples, answers, longest, requests)
-    diverging = _diverge(policy, samples, longest, requests)
+    diverging = _diverge(policy, samples, longest, requests, sampled.get(1.0))
     return [
         RowAnswers(
             sample=sample,
@@ -185,12 +185,20 @@ def _sample(
 
 
 def _diverge(
-    policy: EnginePolicy, samples: list[TrainingRow], longest: int, requests: EvaluationRequests
+    policy: EnginePolicy,
+    samples: list[TrainingRow],
+    longest: int,
+    requests: EvaluationRequests,
+    sampled: list[list[list[int]]] | None,
 ) -> list[tuple[list[float], list[float]] | None]:
-    """Return, per row, the divergences from the oracle after answers sampled at temperature 1, and after references."""
+    """Return, per row, the divergences from the oracle after answers sampled at temperature 1, and after references.
+
+    Args:
+        sampled: The answers of that temperature, if they have been drawn already.
+    """
     if requests.oracle is None:
         return [None] * len(samples)
-    sampled = _sample(policy, samples, longest, 1.0, replace(requests, answers_per_prompt=1))
+    sampled = sampled or _sample(policy, samples, longest, 1.0, replace(requests, answers_per_prompt=1))
     own = [_after(policy, sample, answers[0]) for sample, answers in zip(samples, sampled, strict=True)]
     given = [_row(sample.prompt_ids.tolist(), sample.response_ids.tolist()) for sample in samples]
     both = (divergences(policy, requests.oracle, rows) for rows in (own, given))

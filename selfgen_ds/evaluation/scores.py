@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from selfgen_ds.model.loading import most_positions
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
+from selfgen_ds.ranks.agreement import raise_on_all_ranks
 
 
 def evaluate(
@@ -48,7 +50,7 @@ def evaluate(
     errors, correction = requests.forced_errors, requests.correction
     answer_length = requests.max_new_tokens or _longest_response(samples)  # whatever the batch or the ranks
     positions = most_positions(policy.model.config)
-    batches = list(_batches(samples, batch_size, world_size, positions, errors, answer_length))
+    batches = list(_batches(samples, batch_size, world_size, positions, errors, requests.max_new_tokens))
     longest = max(_longest([s for share in shares for s in share], errors, answer_length) for shares in batches)
     if requests.forced_error_shares or requests.prefix_shares:
         longest += _longest_response(samples)  # a part of a reference stands before the answer
@@ -60,7 +62,8 @@ def evaluate(
             kept = None if journal is None else journal.kept(shares)
             if kept is None:
                 rows = ask(policy, shares[rank], answer_length, requests)
-                own = score_rows(rows, tokenizer, requests.text, policy.end_tokens)
+                with raise_on_all_ranks() if dist.is_initialized() else nullcontext():  # a user's metric may raise
+                    own = score_rows(rows, tokenizer, requests.text, policy.end_tokens)
                 of_ranks = process_group.all_gather_object(own) if dist.is_initialized() else [own]
                 kept = [score for of_rank in of_ranks for score in of_rank]
                 if journal is not None:

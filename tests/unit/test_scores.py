@@ -212,6 +212,22 @@ def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch(batch_size: in
     assert [score.answer for score in scores] == alone
 
 
+def test_one_long_reference_does_not_leave_the_other_rows_alone_in_their_batches() -> None:
+    class Counting(EnginePolicy):
+        rows: list[int]
+
+        def complete(self, prompts: list[list[int]], *args: object, **options: object) -> list[list[int]]:
+            self.rows.append(len(prompts))
+            return [[BYTES.eos_token_id] for _ in prompts]
+
+    model = add_reductions(GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)))
+    policy = Counting(model.eval(), end_tokens=[BYTES.eos_token_id])
+    policy.rows = []
+    rows = [*(sample([5] * 10, [6] * 3, i) for i in range(8)), sample([5] * 4, [6] * 60, 8)]
+    evaluate(policy, rows, BYTES, 4)
+    assert policy.rows == [4, 4, 1]
+
+
 def test_a_model_whose_logits_are_not_finite_has_scores_that_say_so() -> None:
     nan = PREDICTION._replace(
         log_probability=torch.full((4,), torch.nan),
