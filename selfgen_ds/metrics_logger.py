@@ -55,15 +55,14 @@ class MetricsLogger:
         self.watched: dict[int, float] = {}
         """Step -> value of the watched metric, from the run's first step on; on rank 0."""
         self._watched_name = watched
-        self.history: list[dict[str, float | None]] = []
-        """The lines of earlier starts; on rank 0."""
+        self._history: list[dict[str, float | None]] = []  # the lines of earlier starts, on rank 0
         if self._writes:
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             lines = before.splitlines(keepends=True)
             kept = [line for line in lines if _step(line) <= step]
             write_atomically(path, "".join(kept))
-            self.history = [json.loads(line) for line in kept]
-            self._watch(*self.history)
+            self._history = [json.loads(line) for line in kept]
+            self._watch(*self._history)
             if step and monitor.tb_monitor is not None and monitor.tb_monitor.enabled:
                 _purge_after(step, monitor.tb_monitor.summary_writer)
 
@@ -94,6 +93,11 @@ class MetricsLogger:
             log.info("step %d: %s", step, ", ".join(scores))
         self._watch(metrics)
         self._check_draws(step, metrics)
+
+    def take_history(self, names: tuple[str, ...]) -> list[dict[str, float | None]]:
+        """Return some metrics of the steps of earlier starts, on rank 0, and forget them."""
+        history, self._history = self._history, []
+        return [{name: line[name] for name in names} for line in history]
 
     def warn(self, step: int, text: str) -> None:
         """Log a warning about the training, and write it to TensorBoard as text."""

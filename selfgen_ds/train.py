@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from selfgen_ds.checkpoint import manifest, resuming, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
-from selfgen_ds.engine.flops import flops
+from selfgen_ds.engine.flops import step_flops
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
@@ -45,6 +45,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
     with Watch(recipe.train.stall_seconds) as watch:
         run = prepare(recipe, overrides, watch.poll)
         between_steps = BetweenSteps(run, recipe, watch)
+        flops = step_flops(recipe, run.engine.module)
         watch.begin(run.engine.module)
         gc.disable()
         between_steps.catch_up()
@@ -65,7 +66,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             dft = recipe.optim.loss == "dft"
             result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read, dft)
             metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
-            metrics["flops"] = flops(recipe, run.engine.module, result)
+            metrics["flops"] = flops(result)
             ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
@@ -130,6 +131,10 @@ def _metrics(
     }
 
 
+_WATCHED = ("drawn_tokens", "replace_probability", "differing_share", "loss")
+"""Metrics of a step that show whether the run runs away."""
+
+
 class BetweenSteps:
     """The work between two steps: evaluate, log, save, and check for a stop signal.
 
@@ -145,9 +150,10 @@ class BetweenSteps:
         self._checkpoints = run.folder.path / "checkpoints"
         self._dropped_in_a_row = 0
         self._runaway = Runaway()
-        for line in process_group.from_rank_0(lambda: self.metrics_logger.history):
-            if self._runs_away(line):
-                self._lower()
+        if "runaway" in run.method.settings:
+            for line in process_group.from_rank_0(lambda: self.metrics_logger.take_history(_WATCHED)):
+                if self._runs_away(line):
+                    self._lower()
 
     def after(self, step: int, metrics: dict[str, float], result: StepResult, forwards: int) -> bool:
         """Run the work that is due after a step, and return whether the run ends early.
@@ -202,6 +208,7 @@ class BetweenSteps:
             return
         scores = self._evaluate(resumed.step)
         self._log(resumed.unevaluated, scores)
+        self._check_runaway(resumed.step, resumed.unevaluated, scores)
         saving.record_evaluation(resumed, scores, self._run.folder.storage)
         if not self._is_last(resumed.step):
             self._watch.poll()
@@ -264,11 +271,10 @@ class BetweenSteps:
 
     def _runs_away(self, metrics: Mapping[str, float | None]) -> str:
         """Return what has happened if the run runs away after a step, as its line of `metrics.jsonl` says."""
-        drawn, loss = metrics["drawn_tokens"], metrics["loss"]
-        probability = (metrics["replace_probability"] or 0.0) if drawn else 0.0
+        drawn, probability, differing, loss = (metrics[name] for name in _WATCHED)
         loss = math.nan if loss is None else loss
         watched = None if self._recipe.optim.loss == "dft" else loss  # that of DFT falls as targets get improbable
-        return self._runaway.update(probability, metrics["differing_share"] or 0.0, watched)
+        return self._runaway.update((probability or 0.0) if drawn else 0.0, differing or 0.0, watched)
 
     def _lower(self) -> None:
         if self._recipe.selfgen.runaway == "lower":
