@@ -1,11 +1,12 @@
-"""Null check of `selfgen-ds compare`: how often it finds a difference between runs that differ in the seed alone.
+"""Check `selfgen-ds compare`: how often it finds a difference where there is none, and whether it finds a known one.
 
     python experiments/null_check.py --output_dir runs/null
 
 Trains sft on `builtin:pointer_chase` with many seeds, in one process each, evaluates all runs, and compares groups of
 two seeds with each other, 20 times. Of the uncorrected differences about one in twenty may be called significant; a
-report may give a metric a word (corrected for the number of metrics) in one of twenty comparisons. Runs that are
-finished are not repeated. Writes `null.json`, and prints the counts.
+report may give a metric a word (corrected for the number of metrics) in one of twenty comparisons. The known
+difference is that of five runs with half of the steps. Runs that are finished are not repeated. Writes `null.json`, and
+prints the counts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from selfgen_ds.comparison.runs import Group, grouped, load_run
 from selfgen_ds.comparison.verdicts import compared
 
+_KNOWN = 5  # runs on each side of the known difference
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,16 +36,27 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of runs at the same time")
     options = parser.parse_args()
     folders = [Path(options.output_dir) / f"sft-{seed}" for seed in range(options.runs)]
+    shorter = [Path(options.output_dir) / f"half-{seed}" for seed in range(_KNOWN)]
+    runs = [(folder, seed, options.steps) for seed, folder in enumerate(folders)]
+    runs += [(folder, seed, options.steps // 2) for seed, folder in enumerate(shorter)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for _ in pool.map(lambda seed: run_seed(folders[seed], seed, options.steps), range(options.runs)):
+        for _ in pool.map(lambda run: run_seed(*run), runs):
             pass
-    found = [count(pair) for pair in pairs(folders, options.comparisons)]
+    found = [count(four[:2], four[2:]) for four in pairs(folders, options.comparisons)]
     tested, uncorrected = (sum(one[name] for one in found) for name in ("tested", "uncorrected"))
     with_word = sum(one["corrected"] > 0 for one in found)
-    result = {"comparisons": found, "tested": tested, "uncorrected": uncorrected, "with_word": with_word}
+    known = count(folders[:_KNOWN], shorter)
+    result = {
+        "comparisons": found,
+        "tested": tested,
+        "uncorrected": uncorrected,
+        "with_word": with_word,
+        "known": known,
+    }
     (Path(options.output_dir) / "null.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(f"{uncorrected} of {tested} differences have p below 5 % before the correction ({uncorrected / tested:.1%})")
     print(f"{with_word} of {len(found)} comparisons find a difference in some metric")
+    print(f"half of the steps: {known['corrected']} of {known['tested']} differences are found")
 
 
 def run_seed(folder: Path, seed: int, steps: int) -> None:
@@ -71,12 +85,12 @@ def pairs(folders: list[Path], number: int) -> list[list[Path]]:
     return [shuffled[i : i + 4] for i in range(0, 4 * number, 4)]
 
 
-def count(four: list[Path]) -> dict[str, int]:
-    """Compare the first two runs with the other two, and count the differences that are found."""
+def count(*folders: list[Path]) -> dict[str, int]:
+    """Compare the runs of two groups, and count the differences that are found."""
     groups: list[Group] = []
-    for pair in (four[:2], four[2:]):
-        (group,) = grouped([load_run(folder) for folder in pair])
-        groups.append(replace(group, name=str(pair[0])))
+    for of_group in folders:
+        (group,) = grouped([load_run(folder) for folder in of_group])
+        groups.append(replace(group, name=str(of_group[0])))
     metrics = [name for name in groups[0].metrics if name in groups[1].metrics]
     rows = [row for row in compared(groups, metrics) if row["p"] is not None and row["p"] < 1]
     return {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selfgen_ds.comparison import plots, report
 from selfgen_ds.comparison.runs import Group, check_comparable, grouped, load_run
-from selfgen_ds.comparison.verdicts import compared
+from selfgen_ds.comparison.verdicts import compared, other_judges
 from selfgen_ds.config import CompareOptions
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.files import make_folder, write_atomically
@@ -59,6 +59,11 @@ def _metrics(groups: list[Group], asked: list[str]) -> list[str]:
         InputError: A metric that was asked for is missing.
     """
     common = [name for name in groups[0].metrics if all(name in group.metrics for group in groups)]
+    if other_judges(groups):
+        common = [name for name in common if name != "win_rate"]
     if missing := [name for name in asked if name not in common]:
-        raise InputError(f"--metrics: not in every evaluation: {', '.join(missing)}; there are {', '.join(common)}")
+        raise InputError(
+            f"--metrics: not in every evaluation, or not comparable: {', '.join(missing)}; "
+            f"there are {', '.join(common)}"
+        )
     return asked or common

@@ -163,7 +163,8 @@ def _evaluate(
     requests: EvaluationRequests,
     samples: list[Samples],
 ) -> tuple[list[SampleScore], list[Journal]]:
-    """Return the scores of all rows, with those of the perturbed weights among their statistics, and the journals.
+    """Return the scores of all rows on rank 0, with those of the perturbed weights among their statistics, and the
+    journals.
 
     Collective: every rank must call this. Scores that an earlier start with the same options has left are not computed
     again.
@@ -183,13 +184,14 @@ def _evaluate(
         journal = Journal(Path(options.output_dir) / f"evaluation{kind and '-'}{kind}.journal", key)
         journals.append(journal)
         if not kind:
-            if journal.scores:
-                log.info("%d of %d rows have been evaluated before", len(journal.scores), len(chosen))
+            if journal.done:
+                log.info("%d of %d rows have been evaluated before", len(journal.done), len(chosen))
             scores = evaluate(policy, chosen, tokenizer, options.batch_size, requests, journal=journal)
             continue
         greedy = EvaluationRequests(text=requests.text, max_new_tokens=requests.max_new_tokens)
         with perturbed(policy.model, kind, options.seed):
-            changed = evaluate(policy, chosen, tokenizer, options.batch_size, greedy, journal=journal)
+            told = f"evaluate {kind.replace('_', ' ')}"
+            changed = evaluate(policy, chosen, tokenizer, options.batch_size, greedy, journal=journal, told=told)
         for score, other in zip(scores, changed, strict=True):
             score.statistics.update({f"{kind}_{name}": numbers for name, numbers in other.statistics.items()})
     return scores, journals

@@ -28,7 +28,8 @@ _LEAST_DIFFERING = 0.01  # share of the drawn tokens
 
 _GROUPS = {
     "speed": {"tokens_per_second", "step_time_s", "pass_time_s", "round_time_s", "peak_memory_bytes"},
-    "selfgen": {"replace_probability", "drawn_tokens", "differing_share", "passes", "groups", "round"},
+    "selfgen": {"replace_probability", "drawn_tokens", "differing_share", "passes", "groups", "round"}
+    | {"round_differing_share"},
 }
 """Group of metrics in TensorBoard -> its metrics. All others are in the group `train`."""
 
@@ -97,7 +98,7 @@ class MetricsLogger:
     def take_history(self, names: tuple[str, ...]) -> list[dict[str, float | None]]:
         """Return some metrics of the steps of earlier starts, on rank 0, and forget them."""
         history, self._history = self._history, []
-        return [{name: line[name] for name in names} for line in history]
+        return [{name: line.get(name) for name in names} for line in history]
 
     def warn(self, step: int, text: str) -> None:
         """Log a warning about the training, and write it to TensorBoard as text."""

@@ -24,6 +24,7 @@ from selfgen_ds.methods.runaway import Runaway
 from selfgen_ds.metrics_logger import MetricsLogger
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.watch import Watch
+from selfgen_ds.rounds.rounds import RoundFacts
 from selfgen_ds.setup.prepare import Run, prepare
 
 log = logging.getLogger("selfgen_ds")
@@ -53,9 +54,9 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         for step in range(run.folder.first_step, run.total_steps):
             if ends_early:
                 break
-            round_started, read_before = time.perf_counter(), run.policy.read_tokens
             step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
-            started, forwards = time.perf_counter(), watch.forwards
+            facts = None if run.rounds is None else run.rounds.facts(step)
+            started, forwards, read_before = time.perf_counter(), watch.forwards, run.policy.read_tokens
             get_accelerator().reset_peak_memory_stats()
             batches = [batch.to(run.engine.device) for batch in step_batches.at(step)]
             pass_started = time.perf_counter()
@@ -63,9 +64,11 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             get_accelerator().synchronize()
             pass_time = time.perf_counter() - pass_started
             read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
+            if facts is not None and process_group.rank() == 0:  # the step adds up what the ranks have read
+                read += facts.read_tokens
             dft = recipe.optim.loss == "dft"
             result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read, dft)
-            metrics = _metrics(run, step, result, started - round_started, pass_time, time.perf_counter() - started)
+            metrics = _metrics(run, step, result, facts, pass_time, time.perf_counter() - started)
             metrics["flops"] = flops(result)
             ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
@@ -96,18 +99,22 @@ def _generate_command(run: Run, recipe: Recipe, folder: Path) -> str:
 
 
 def _metrics(
-    run: Run, step: int, result: StepResult, round_time: float, pass_time: float, step_time: float
+    run: Run, step: int, result: StepResult, facts: RoundFacts | None, pass_time: float, step_time: float
 ) -> dict[str, float]:
     """Return one line of `metrics.jsonl`.
 
-    `step_time_s` does not include the time of drawing a round. `peak_memory_bytes` is that of rank 0; on a CPU, where
-    no allocator counts, it is the resident set of rank 0's process, sampled here.
+    `step_time_s` does not include the time of drawing a round, `round_time_s`. `peak_memory_bytes` is that of rank 0;
+    on a CPU, where no allocator counts, it is the resident set of rank 0's process, sampled here.
     """
     router_loss = {} if result.router_loss is None else {"router_loss": result.router_loss}
     probability, round_metrics = run.method.replace_probability(step), {}
-    if run.rounds is not None:
-        probability = run.rounds.replace_probability
-        round_metrics = {"round": run.rounds.number + 1, "round_time_s": round_time}
+    if facts is not None:
+        probability = facts.replace_probability
+        round_metrics = {
+            "round": facts.number + 1,
+            "round_time_s": facts.seconds,
+            "round_differing_share": facts.differing_share,
+        }
     return {
         "step": step + 1,
         "epoch": run.step_batches.epoch(step + 1),
@@ -131,8 +138,8 @@ def _metrics(
     }
 
 
-_WATCHED = ("drawn_tokens", "replace_probability", "differing_share", "loss")
-"""Metrics of a step that show whether the run runs away."""
+_WATCHED = ("drawn_tokens", "replace_probability", "differing_share", "loss", "round", "round_differing_share")
+"""Metrics of a step that show whether the run runs away; the last two are those of methods with rounds."""
 
 
 class BetweenSteps:
@@ -250,7 +257,7 @@ class BetweenSteps:
         size, requests = self._recipe.eval.batch_size, EvaluationRequests(forced_errors=run.forced_errors)
         scores = evaluate(run.policy, run.eval_samples, run.tokenizer, size, requests, self._watch.poll)
         self.metrics_logger.show_answers(step, scores[: self._recipe.eval.shown_answers])
-        return aggregate(scores)
+        return process_group.from_rank_0(lambda: aggregate(scores))
 
     def _log(self, metrics: dict[str, float], scores: dict[str, float]) -> None:
         self.metrics_logger.write(metrics | {f"eval_{name}": value for name, value in scores.items()})
@@ -271,10 +278,12 @@ class BetweenSteps:
 
     def _runs_away(self, metrics: Mapping[str, float | None]) -> str:
         """Return what has happened if the run runs away after a step, as its line of `metrics.jsonl` says."""
-        drawn, probability, differing, loss = (metrics[name] for name in _WATCHED)
+        drawn, probability, differing, loss, number, of_round = (metrics.get(name) for name in _WATCHED)
         loss = math.nan if loss is None else loss
         watched = None if self._recipe.optim.loss == "dft" else loss  # that of DFT falls as targets get improbable
-        return self._runaway.update((probability or 0.0) if drawn else 0.0, differing or 0.0, watched)
+        probability = (probability or 0.0) if drawn else 0.0
+        told = "" if number is None else self._runaway.update_round(int(number), probability, of_round or 0.0)
+        return told or self._runaway.update(probability, differing or 0.0, watched)
 
     def _lower(self) -> None:
         if self._recipe.selfgen.runaway == "lower":

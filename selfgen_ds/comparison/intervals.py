@@ -12,6 +12,7 @@ narrow. Without a second seed nothing is known of their variance, and the interv
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +65,9 @@ class Sample:
         Args:
             counts: `[resamples, rows]`, how often each row is drawn.
         """
-        return np.nanmean(self.of_sums(np.einsum("cr,srk->csk", counts, self.statistics)), axis=1)
+        values = self.of_sums(np.stack([counts @ of_seed for of_seed in self.statistics], axis=1))
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # no drawn row may count the metric
+            return np.nanmean(values, axis=1)
 
 
 def mean(sample: Sample, seed: int = 0) -> Estimate:

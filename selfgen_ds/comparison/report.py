@@ -18,7 +18,6 @@ from selfgen_ds.config import flat
 from selfgen_ds.evaluation.metrics import ANSWER_KINDS, kind_and_metric
 
 Row = dict[str, Any]
-_EXAMPLES = 3
 _COSTS = {"steps": "steps", "tokens": "tokens", "no_grad_tokens": "tokens without gradients", "flops": "FLOPs"}
 _COSTS |= {"seconds": "seconds"}
 
@@ -28,7 +27,7 @@ def title_of(groups: list[Group]) -> str:
     data = groups[0].settings["data"]
     sources = data if isinstance(data, list) else [data]
     paths = ", ".join(source if isinstance(source, str) else source["path"] for source in sources)
-    return f"{len(groups)} model{'s' * (len(groups) > 1)} on {len(groups[0].sample_ids)} rows of {paths}"
+    return f"{len(groups)} model{'s' * (len(groups) > 1)} on {groups[0].rows} rows of {paths}"
 
 
 def html(groups: list[Group], rows: list[Row], figures: list[Figure]) -> str:
@@ -47,14 +46,16 @@ def html(groups: list[Group], rows: list[Row], figures: list[Figure]) -> str:
             cut=_cut(groups),
             cost_names=list(_COSTS.values()),
             runs=[
-                {"label": g.label, "cost": _cost(g.cost), "settings": text} for g, text in _differing(groups).values()
+                {"label": g.label, "cost": _cost(g.cost), "dtype": g.dtype, "settings": text}
+                for g, text in _differing(groups).values()
             ],
+            judges=", ".join(dict.fromkeys(judge for group in groups for judge in group.judges if judge)),
             labels=[group.label for group in groups],
             sections=_sections(groups, rows, metrics),
             figures=[{"title": f.title, "caption": f.caption, "url": as_data_url(f)} for f in figures],
             examples=_examples(groups),
             meanings=explained(metrics),
-            settings=yaml.safe_dump({**groups[0].settings, "dtype": groups[0].dtype}, sort_keys=False),
+            settings=yaml.safe_dump(groups[0].settings, sort_keys=False),
         )
     )
 
@@ -80,7 +81,7 @@ def markdown(groups: list[Group], rows: list[Row]) -> str:
 
 def _cut(groups: list[Group]) -> str:
     known = [group for group in groups if group.unfinished is not None]
-    answers = {group.name: sum(map(len, group.predictions)) for group in groups}
+    answers = {group.name: sum(map(len, group.runs)) for group in groups}
     return ", ".join(f"{group.unfinished} of {answers[group.name]} ({group.name})" for group in known) or "not known"
 
 
@@ -135,12 +136,12 @@ def _examples(groups: list[Group]) -> list[dict[str, Any]]:
     """Return the first rows with the answers of every group's first run."""
     return [
         {
-            "sample_id": first["sample_id"],
+            "sample_id": first.sample_id,
             "texts": [
-                ("prompt", first["prompt"]),
-                ("reference", first["reference"]),
-                *((group.label, group.predictions[0][i]["answer"]) for group in groups),
+                ("prompt", first.prompt),
+                ("reference", first.reference),
+                *((group.label, group.runs[0].examples[i].answer) for group in groups),
             ],
         }
-        for i, first in enumerate(groups[0].predictions[0][:_EXAMPLES])
+        for i, first in enumerate(groups[0].runs[0].examples)
     ]

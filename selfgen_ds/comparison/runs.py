@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import yaml
 
 from selfgen_ds.comparison.costs import Cost, cost_of
 from selfgen_ds.comparison.intervals import Sample
+from selfgen_ds.comparison.run_scores import RunScores, read_scores
 from selfgen_ds.config import EvaluateOptions
 from selfgen_ds.errors import InputError
+from selfgen_ds.evaluation import predictions
+from selfgen_ds.evaluation.curves import Curves
 from selfgen_ds.evaluation.metrics import metric_of
 
 _OF_ONE_RUN = {"seed", "output_dir", "resume", "run_name"}
@@ -39,8 +43,9 @@ class Group:
     """Settings of the evaluation, which must equal the baseline's."""
     dtype: str
     """Type of the weights in the evaluation."""
-    predictions: list[list[dict[str, Any]]]
-    """Per run, the lines of `predictions.jsonl`."""
+    judges: list[str]
+    """Per run, the judge of its answers and what they were compared with; empty without a judge."""
+    runs: list[RunScores]
     cost: Cost | None
     """The mean cost of the runs; None if a run has no `metrics.jsonl`."""
     unfinished: int | None
@@ -53,25 +58,28 @@ class Group:
         return f"{self.method} ({self.name}{seeds})" if self.method else self.name
 
     @property
-    def sample_ids(self) -> list[int]:
-        """The rows that were evaluated."""
-        return [prediction["sample_id"] for prediction in self.predictions[0]]
+    def rows(self) -> int:
+        """The number of rows that were evaluated."""
+        return len(self.runs[0])
 
     @property
     def metrics(self) -> list[str]:
         """The metrics that some row of every run counts, in the order in which the evaluation gives them."""
-        counted = [
-            {name: None for p in run for name, numbers in p["statistics"].items() if any(numbers)}
-            for run in self.predictions
+        return [
+            name
+            for name in self.runs[0].statistics
+            if all(name in run.statistics and run.statistics[name].any() for run in self.runs)
         ]
-        return [name for name in counted[0] if all(name in of_run for of_run in counted)]
+
+    @property
+    def curves(self) -> Curves:
+        """What the rows of all runs say by position."""
+        return reduce(Curves.__add__, [run.curves for run in self.runs])
 
     def sample(self, metric: str) -> Sample:
         """Return the statistics of a metric; a row that does not count it has zeros."""
-        rows = [[p["statistics"].get(metric) for p in run] for run in self.predictions]
-        size = next(len(numbers) for run in rows for numbers in run if numbers is not None)
-        filled = [[numbers or [0.0] * size for numbers in run] for run in rows]
-        return Sample(statistics=np.array(filled, dtype=np.float64), of_sums=metric_of(metric).of_sums)
+        statistics = np.stack([run.statistics[metric] for run in self.runs])
+        return Sample(statistics=statistics, of_sums=metric_of(metric).of_sums)
 
 
 def load_run(folder: Path) -> dict[str, Any]:
@@ -84,19 +92,16 @@ def load_run(folder: Path) -> dict[str, Any]:
         written = folder / "config.yaml"
         recipe = yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else None
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        with open(folder / "predictions.jsonl", encoding="utf-8") as file:
-            predictions = [json.loads(line) for line in file]
+        scores = read_scores(folder / predictions.FILE)
         steps = folder / "metrics.jsonl"
         cost = cost_of(steps) if steps.exists() else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{error.filename}: missing; evaluate the run's model with --output_dir {folder}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{folder}: {' '.join(str(error).split())}") from error
-    if not predictions:
-        raise InputError(f"{folder}/predictions.jsonl: no rows")
-    if any("statistics" not in prediction for prediction in predictions):
-        raise InputError(f"{folder}/predictions.jsonl: of an older version; evaluate the model again")
-    return {"folder": folder, "recipe": recipe, "evaluation": evaluation, "predictions": predictions, "cost": cost}
+    if not len(scores):
+        raise InputError(f"{folder / predictions.FILE}: no rows")
+    return {"folder": folder, "recipe": recipe, "evaluation": evaluation, "scores": scores, "cost": cost}
 
 
 def grouped(runs: list[dict[str, Any]]) -> list[Group]:
@@ -127,16 +132,15 @@ def check_comparable(groups: list[Group]) -> None:
         InputError: The rows or a setting of the evaluation differ.
     """
     baseline = groups[0]
-    references = [prediction["reference"] for prediction in baseline.predictions[0]]
     for group in groups:
         differing = [
             f"with {name} {value!r} and {baseline.settings[name]!r}"
             for name, value in group.settings.items()
             if value != baseline.settings[name]
         ]
-        if not differing and group.sample_ids != baseline.sample_ids:
+        if not differing and not np.array_equal(group.runs[0].sample_ids, baseline.runs[0].sample_ids):
             differing = ["on different rows"]
-        if not differing and [prediction["reference"] for prediction in group.predictions[0]] != references:
+        if not differing and group.runs[0].references != baseline.runs[0].references:
             differing = ["on rows with other references, by a changed file or another tokenizer"]
         if differing:
             how = ", ".join(differing)
@@ -146,9 +150,9 @@ def check_comparable(groups: list[Group]) -> None:
 def _as_group(runs: list[dict[str, Any]]) -> Group:
     runs = sorted(runs, key=lambda entry: entry["recipe"]["seed"]) if runs[0]["recipe"] else runs
     first = runs[0]
-    rows = [(prediction["sample_id"], prediction["reference"]) for prediction in first["predictions"]]
     for other in runs[1:]:
-        if [(prediction["sample_id"], prediction["reference"]) for prediction in other["predictions"]] != rows:
+        same_rows = np.array_equal(other["scores"].sample_ids, first["scores"].sample_ids)
+        if not (same_rows and other["scores"].references == first["scores"].references):
             raise InputError(f"{other['folder']} and {first['folder']} were evaluated on different rows")
     recipes = [entry["recipe"] for entry in runs if entry["recipe"] is not None]
     unfinished = [entry["evaluation"].get("unfinished") for entry in runs]
@@ -160,10 +164,16 @@ def _as_group(runs: list[dict[str, Any]]) -> Group:
         recipe=recipes[0] if recipes else None,
         settings=_settings(first["evaluation"]),
         dtype=first["evaluation"].get("dtype", ""),
-        predictions=[entry["predictions"] for entry in runs],
+        judges=[_judge(entry["evaluation"]) for entry in runs],
+        runs=[entry["scores"] for entry in runs],
         cost=None if None in costs else Cost.mean(costs),
         unfinished=None if None in unfinished else sum(unfinished),
     )
+
+
+def _judge(evaluation: dict[str, Any]) -> str:
+    judged = evaluation.get("judged")
+    return f"{judged['judge']} against {judged['against']}" if judged else ""
 
 
 def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal
 
 from selfgen_ds.comparison.intervals import Estimate, difference, holm, mean, wilson
 from selfgen_ds.comparison.runs import Group
-from selfgen_ds.evaluation.metrics import meaning, metric_of
+from selfgen_ds.evaluation.metrics import kind_and_metric, meaning, metric_of
 
 Verdict = Literal["better", "worse", "differs", "no difference shown"]
 _LEVEL = 0.05
+_TELLING = (
+    *("win_rate", "final_answer", "exact_match", "rouge_l", "embedding_distance", "recovery_1", "recovery_last"),
+    *("after_slip_4", "loss", "free_running_accuracy", "calibration_error"),
+)
+"""Metrics that are named first."""
+_MOST = 8
+"""Most metrics that a sentence names; the tables have all."""
 _BUDGET = 0.02
 """Largest relative difference of two budgets that count as equal."""
 
@@ -91,6 +100,15 @@ def budgets(groups: list[Group]) -> str:
     return " ".join(told)
 
 
+def other_judges(groups: list[Group]) -> str:
+    """Return a sentence on win rates that cannot be compared; empty if there are none, or one judge gave them all."""
+    judges = dict.fromkeys(judge for group in groups for judge in group.judges)
+    if len(judges) < 2:
+        return ""
+    told = ", ".join(judge or "none" for judge in judges)
+    return f"win_rate is left out, because the judges or what they compared with differ: {told}."
+
+
 def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
     """Return what follows: a sentence per group and verdict, as far as the intervals allow a word."""
     baseline, told = groups[0], []
@@ -99,12 +117,26 @@ def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
         subject = f"{group.label}, compared with {baseline.label}"
         for verdict in ("better", "worse", "differs"):
             if found := [row for row in of_group if row["verdict"] == verdict]:
-                told.append(f"{subject}: {verdict} in {', '.join(_told(row) for row in found)}.")
-        if undecided := [row["metric"] for row in of_group if row["verdict"] == "no difference shown"]:
-            told.append(f"{subject}: no difference shown in {', '.join(undecided)}.")
+                told.append(f"{subject}: {verdict} in {_listed(found, _told)}.")
+        if undecided := [row for row in of_group if row["verdict"] == "no difference shown"]:
+            told.append(f"{subject}: no difference shown in {_listed(undecided, lambda row: str(row['metric']))}.")
         if not all(row["seeds_known"] for row in of_group):
             told.append(f"{subject}: one side has a single seed, so this says nothing about other seeds.")
-    return told
+    return [*told, *filter(None, [other_judges(groups)])]
+
+
+def _listed(rows: list[dict[str, Any]], told: Callable[[dict[str, Any]], str]) -> str:
+    """Return the metrics of some rows, the telling ones first, as far as a reader takes them in."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for row in rows:
+        _, base = kind_and_metric(row["metric"])
+        place = _TELLING.index(base) if base in _TELLING else len(_TELLING)
+        ranked.append((place == len(_TELLING), seen[base], place, row))  # one of each metric first
+        seen[base] += 1
+    ranked.sort(key=lambda entry: entry[:3])
+    rest = f", and {len(rows) - _MOST} more metrics" if len(rows) > _MOST else ""
+    return ", ".join(told(row) for *_, row in ranked[:_MOST]) + rest
 
 
 def _told(row: dict[str, Any]) -> str:

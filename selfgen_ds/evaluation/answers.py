@@ -72,9 +72,9 @@ class RowAnswers:
     """Share of the reference that was given -> its tokens, and the greedy continuation."""
     corrected: list[list[int]]
     """The answers after 1, 2, ... corrections of `answer`."""
-    divergences: tuple[list[float], list[float]] | None = None
-    """The divergences from the oracle at the reference's positions, after the model's own tokens and after the
-    reference's; None without an oracle."""
+    divergences: list[list[float]]
+    """The divergences from the oracle by position, after the model's own tokens and after the reference's, as far as
+    both go; empty without an oracle."""
 
 
 def ask(
@@ -190,19 +190,19 @@ def _diverge(
     longest: int,
     requests: EvaluationRequests,
     sampled: list[list[list[int]]] | None,
-) -> list[tuple[list[float], list[float]] | None]:
+) -> list[list[list[float]]]:
     """Return, per row, the divergences from the oracle after answers sampled at temperature 1, and after references.
 
     Args:
         sampled: The answers of that temperature, if they have been drawn already.
     """
     if requests.oracle is None:
-        return [None] * len(samples)
+        return [[] for _ in samples]
     sampled = sampled or _sample(policy, samples, longest, 1.0, replace(requests, answers_per_prompt=1))
     own = [_after(policy, sample, answers[0]) for sample, answers in zip(samples, sampled, strict=True)]
     given = [_row(sample.prompt_ids.tolist(), sample.response_ids.tolist()) for sample in samples]
     both = (divergences(policy, requests.oracle, rows) for rows in (own, given))
-    return list(zip(*both, strict=True))
+    return [[after[: min(map(len, pair))] for after in pair] for pair in zip(*both, strict=True)]
 
 
 def _continue(

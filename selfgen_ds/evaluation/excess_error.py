@@ -50,9 +50,3 @@ def _kl(hidden: Tensor, oracle_hidden: Tensor, project: Projection, oracle_proje
     size = min(logits.shape[-1], oracle_logits.shape[-1])
     ours, theirs = logits[:, :size].log_softmax(dim=-1), oracle_logits[:, :size].log_softmax(dim=-1)
     return (theirs.exp() * (theirs - ours)).sum(dim=-1)
-
-
-def excess_statistics(own: list[float], reference: list[float]) -> list[float]:
-    """Return the sums whose ratio is `R(l) / (l eps(l))`, over the positions that both contexts have."""
-    both = min(len(own), len(reference))
-    return [sum(own[:both]), sum(reference[:both])]

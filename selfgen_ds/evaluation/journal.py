@@ -31,14 +31,15 @@ class Journal:
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self._path, self._key = path, json.dumps(key, sort_keys=True)
-        read = process_group.from_rank_0(self._read) if dist.is_initialized() else self._read()
-        self.scores: dict[int, SampleScore] = read
-        """Sample id -> scores that an earlier start has left."""
+        self.scores: dict[int, SampleScore] = {}
+        """Sample id -> scores that an earlier start has left; on rank 0."""
+        done = process_group.from_rank_0(self._read) if dist.is_initialized() else self._read()
+        self.done: set[int] = done
+        """Sample ids of these scores."""
 
-    def _read(self) -> dict[int, SampleScore]:
+    def _read(self) -> set[int]:
         """Read the file, and write it anew without a line that an earlier process did not finish."""
         key, *lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        scores = {}
         if key and key != self._key.encode():
             log.warning(
                 "%s is of other options, files or another version; it is kept as %s.old", self._path, self._path
@@ -47,14 +48,18 @@ class Journal:
         for line in lines if key == self._key.encode() else []:
             with suppress(ValueError, TypeError):
                 score = SampleScore(**json.loads(line))
-                scores[score.sample_id] = score
-        write_atomically(self._path, "".join(f"{line}\n" for line in [self._key, *map(_line, scores.values())]))
-        return scores
+                self.scores[score.sample_id] = score
+        write_atomically(self._path, "".join(f"{line}\n" for line in [self._key, *map(_line, self.scores.values())]))
+        return set(self.scores)
 
     def kept(self, shares: list[list[TrainingRow]]) -> list[SampleScore] | None:
-        """Return the scores of a batch, given as the rows of every rank, if all of them are here."""
+        """Return the scores of a batch, given as the rows of every rank, if all of them are here.
+
+        Returns:
+            None if they are not; nothing on other ranks than rank 0.
+        """
         ids = [sample.sample_id for share in shares for sample in share]
-        return [self.scores[i] for i in ids] if all(i in self.scores for i in ids) else None
+        return [self.scores[i] for i in ids if i in self.scores] if self.done.issuperset(ids) else None
 
     def keep(self, scores: list[SampleScore]) -> None:
         """Write the scores of a batch."""

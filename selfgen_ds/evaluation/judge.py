@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from selfgen_ds.errors import InputError
+from selfgen_ds.evaluation import predictions
 from selfgen_ds.evaluation.metrics import SampleScore
 from selfgen_ds.files import naming
 from selfgen_ds.progress import bar
@@ -180,12 +180,13 @@ def other_answers(against: str, scores: Sequence[SampleScore]) -> list[str]:
     """
     if against == "reference":
         return [score.reference for score in scores]
-    path = Path(against) / "predictions.jsonl"
+    path = Path(against) / predictions.FILE
     try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_bytes().splitlines()]
-        answers = {(row["sample_id"], row["reference"]): str(row["answer"]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        answers = {(row.sample_id, row.reference): row.answer for row in predictions.read(path)}
+    except OSError as error:
         raise InputError(f"--judge_against: {path}: no predictions of an evaluation: {error}") from error
+    except InputError as error:
+        raise InputError(f"--judge_against: {error}") from error
     keys = [(score.sample_id, score.reference) for score in scores]
     if missing := [key[0] for key in keys if key not in answers]:
         raise InputError(

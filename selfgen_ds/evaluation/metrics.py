@@ -71,6 +71,7 @@ METRICS = {
     "teacher_forced_accuracy": Metric(meaning="most probable token is right, given the reference before it"),
     "free_running_accuracy": Metric(meaning="token of the answer equals the reference's token at the same position"),
     "accuracy": Metric(meaning="token of the answer equals the reference's token at the same position"),
+    "last_token": Metric(meaning="the reference's last token stands in the answer at the same position"),
     "free_running_loss": Metric(
         meaning="mean negative log-likelihood of the reference's tokens, given the model's own answer before them",
         better="lower",
@@ -212,6 +213,9 @@ class SampleScore:
     recovery: list[list[bool]] = field(default_factory=list)
     """Per forced error, one entry per token that is right after it and does not close the answer: whether the greedy
     continuation has that token there."""
+    divergences: list[list[float]] = field(default_factory=list)
+    """With an oracle, its divergence from the model by position in nats: after the model's own tokens, and after the
+    reference's, as far as both go."""
     other_answers: dict[str, list[str]] = field(default_factory=dict)
     """Kind of answers (`ANSWER_KINDS`) -> the answers."""
 

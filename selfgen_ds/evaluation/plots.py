@@ -12,7 +12,15 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfgen_ds.evaluation.curves import ERROR_SHARES, Curve, accuracies, accuracy_by_errors, binned, log_likelihoods
+from selfgen_ds.evaluation.curves import (
+    ACCURACIES,
+    ERROR_SHARES,
+    LOG_LIKELIHOODS,
+    Curve,
+    Curves,
+    PositionSums,
+    accuracy_by_errors,
+)
 from selfgen_ds.evaluation.metrics import SampleScore, kind_and_metric
 from selfgen_ds.files import naming
 
@@ -25,13 +33,16 @@ def plot_evaluation(path: Path, title: str, scores: list[SampleScore], metrics: 
     Args:
         metrics: Name -> value over all rows.
     """
+    curves = Curves(scores)
     rounds = [name for name in metrics if name.startswith("corrected_") and name.endswith("_exact_match")]
     panels: list[Callable[[Axes], None]] = [
-        lambda axes: _plot_accuracies(axes, scores),
-        lambda axes: _plot_log_likelihoods(axes, scores),
+        lambda axes: _plot_accuracies(axes, curves.by_name),
+        lambda axes: _plot_log_likelihoods(axes, curves.by_name),
     ]
     if not all(all(score.free_running) for score in scores):
         panels.append(lambda axes: _plot_errors(axes, scores))
+    if excess := curves.excess_error():
+        panels.append(lambda axes: plot_excess_error(axes, excess, ""))
     if any(name.startswith("sampled_") for name in metrics):
         panels.append(lambda axes: _plot_temperatures(axes, metrics))
     if rounds:
@@ -63,17 +74,24 @@ def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def _plot_accuracies(axes: Axes, scores: list[SampleScore]) -> None:
-    curves = accuracies(scores)
-    for name, rows in curves.items():
-        plot_curve(axes, binned(rows), name.replace("_", " "))
+def plot_excess_error(axes: Axes, excess: list[float], label: str) -> None:
+    """Draw ExAccErr up to every position; empty without an oracle."""
+    axes.plot(range(1, len(excess) + 1), excess, label=label)
+    axes.axhline(0.0, color="0.7", linewidth=0.8)
+    axes.set(xlabel="length of the answer", ylabel="excess accumulated error (ExAccErr), %")
+
+
+def _plot_accuracies(axes: Axes, curves: dict[str, PositionSums]) -> None:
+    for name in ACCURACIES:
+        if name in curves:
+            plot_curve(axes, curves[name].binned(), name.replace("_", " "))
     recovers = "\n(recovery: after the forced error)" if "recovery" in curves else ""
     axes.set(xlabel=f"position in the answer{recovers}", ylabel="accuracy", ylim=(-0.02, 1.02))
 
 
-def _plot_log_likelihoods(axes: Axes, scores: list[SampleScore]) -> None:
-    for name, rows in log_likelihoods(scores).items():
-        plot_curve(axes, binned(rows), name.removesuffix("_log_likelihood").replace("_", " "))
+def _plot_log_likelihoods(axes: Axes, curves: dict[str, PositionSums]) -> None:
+    for name in LOG_LIKELIHOODS:
+        plot_curve(axes, curves[name].binned(), name.removesuffix("_log_likelihood").replace("_", " "))
     axes.set(xlabel="position in the answer", ylabel="log-likelihood of the reference, nats")
 
 
@@ -90,7 +108,7 @@ def _plot_errors(axes: Axes, scores: list[SampleScore]) -> None:
 
 def _plot_temperatures(axes: Axes, metrics: dict[str, float]) -> None:
     """Draw the sampled quality by temperature; the greedy answers stand at 0."""
-    for base in ("exact_match", "final_answer", "accuracy"):
+    for base in ("exact_match", "final_answer", "last_token", "accuracy"):
         points = [(float(kind.removeprefix("sampled_")), metrics[f"{kind}_{base}"]) for kind in _sampled(metrics, base)]
         greedy = metrics.get("free_running_accuracy" if base == "accuracy" else base)
         points += [] if greedy is None or not points else [(0.0, greedy)]

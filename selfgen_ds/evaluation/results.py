@@ -11,7 +11,8 @@ import torch
 
 from selfgen_ds.config import EvaluateOptions
 from selfgen_ds.data.samples import Samples
-from selfgen_ds.evaluation.curves import curves
+from selfgen_ds.evaluation import predictions
+from selfgen_ds.evaluation.curves import Curves, accuracy_by_errors
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metric, meaning
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.files import write_atomically
@@ -28,8 +29,7 @@ def write(
         judged: What a judge has said, if one was asked.
     """
     folder = Path(options.output_dir)
-    lines = [json.dumps(asdict(s) | {"metrics": s.metrics()}, ensure_ascii=False) for s in scores]
-    write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    predictions.write(folder / predictions.FILE, scores)
     metrics, settings = aggregate(scores), asdict(options)
     result = {
         "model": options.model,
@@ -41,7 +41,7 @@ def write(
         "dtype": dtype,
         "settings": settings,
         "metrics": metrics,
-        "curves": curves(scores),
+        "curves": {**Curves(scores).to_json(), "accuracy_by_errors": accuracy_by_errors(scores)},
         "judged": judged,
         "torch": torch.__version__,
     }

@@ -11,7 +11,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from selfgen_ds.evaluation.answers import RowAnswers
-from selfgen_ds.evaluation.excess_error import excess_statistics
 from selfgen_ds.evaluation.final_answers import final_answer, same_final_answer
 from selfgen_ds.evaluation.metrics import CALIBRATION_BINS, SampleScore
 from selfgen_ds.evaluation.recovery import content_length, recovery_statistics, slip_statistics
@@ -58,8 +57,8 @@ def score_rows(
         for before, after in pairwise([greedy[i], *corrections]):
             _add(statistics[i], after.kind, _change(before.answers[0], after.answers[0], after.reference))
         _add(statistics[i], "", _recovery(row, tokenizer, greedy[i].reference))
-        if row.divergences is not None:
-            statistics[i]["excess_error"] = excess_statistics(*row.divergences)
+        if row.divergences:
+            statistics[i]["excess_error"] = [sum(values) for values in row.divergences]
     return [
         SampleScore(
             sample_id=row.sample.sample_id,
@@ -76,6 +75,7 @@ def score_rows(
                 right_tokens(answer, error.rest_ids[: len(error.rest_ids) - error.closing])
                 for error, answer, _ in row.forced
             ],
+            divergences=row.divergences,
             other_answers={told.kind: told.answers for told in texts if told.row == i and told.kind},
         )
         for i, row in enumerate(rows)
@@ -136,10 +136,12 @@ def _token_statistics(row: RowAnswers) -> Statistics:
     log_probability, own = row.prediction.log_probability, row.after_own.log_probability
     targets = row.sample.target_ids[row.sample.loss_mask].tolist()
     free = right_tokens(row.answer, row.sample.response_ids.tolist())
+    last = content_length(row.sample) - 1
     return {
         "loss": [-float(log_probability.sum()), float(len(log_probability))],
         "teacher_forced_accuracy": [float(np.mean(_teacher_forced(row))), 1.0],
         "free_running_accuracy": [float(np.mean(free)), 1.0],
+        "last_token": [0.0, 0.0] if last < 0 else [float(free[last]), 1.0],
         "free_running_loss": [-float(own.sum()), float(len(own))],
         "entropy": [float(row.prediction.entropy.sum()), float(len(log_probability))],
         "calibration_error": calibration_counts(row.prediction, targets),
@@ -167,8 +169,9 @@ def _sampled_statistics(row: RowAnswers, told: _Texts) -> Statistics:
     right = sum(is_right(text, told.reference) for text in told.answers)
     n = len(answers)
     passes = {f"pass_{k}": [pass_at_k(n, right, k), 1.0] for k in sorted({n, *(2**i for i in range(n.bit_length()))})}
-    accuracy = {"accuracy": [float(np.mean(flags)) * n, float(n)]}
-    return accuracy | (passes if n > 1 else {}) | slip_statistics([one[:length] for one in flags], finals)
+    tokens = {"accuracy": [float(np.mean(flags)) * n, float(n)]}
+    tokens["last_token"] = [float(sum(one[length - 1] for one in flags)), float(n)] if length else [0.0, 0.0]
+    return tokens | (passes if n > 1 else {}) | slip_statistics([one[:length] for one in flags], finals)
 
 
 def _change(before: str, after: str, reference: str) -> Statistics:

@@ -30,6 +30,7 @@ def evaluate(
     requests: EvaluationRequests | None = None,
     poll: Callable[[], None] | None = None,
     journal: Journal | None = None,
+    told: str = "evaluate",
 ) -> list[SampleScore]:
     """Score every row.
 
@@ -41,9 +42,11 @@ def evaluate(
         requests: Requests in addition to greedy answers; None for no other request.
         poll: Called after every batch, on all ranks.
         journal: Keeps the scores of every batch, so that an evaluation that was cut short goes on where it was.
+        told: Name of the progress bar.
 
     Returns:
-        The scores of all rows on every rank, in the order of their sample ids.
+        On rank 0, the scores of all rows in the order of their sample ids; nothing on other ranks, whose hosts would
+        hold them several times.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     requests = requests or EvaluationRequests()
@@ -58,13 +61,13 @@ def evaluate(
         longest = max(longest, corrected_length(samples, correction, requests.max_new_tokens))
     scores: list[SampleScore] = []
     with policy.gathered(longest):
-        for shares in bar("evaluate", "batch", iterable=batches, total=len(batches), leave=False, disable=rank != 0):
+        for shares in bar(told, "batch", iterable=batches, total=len(batches), leave=False, disable=rank != 0):
             kept = None if journal is None else journal.kept(shares)
             if kept is None:
                 rows = ask(policy, shares[rank], answer_length, requests)
                 with raise_on_all_ranks() if dist.is_initialized() else nullcontext():  # a user's metric may raise
                     own = score_rows(rows, tokenizer, requests.text, policy.end_tokens)
-                of_ranks = process_group.all_gather_object(own) if dist.is_initialized() else [own]
+                of_ranks = process_group.gather_object(own) if dist.is_initialized() else [own]
                 kept = [score for of_rank in of_ranks for score in of_rank]
                 if journal is not None:
                     journal.keep(kept)

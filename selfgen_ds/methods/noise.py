@@ -23,6 +23,8 @@ from selfgen_ds.methods.method import Plan, Policy
 from selfgen_ds.methods.mixture import MIXTURE
 from selfgen_ds.methods.scheduled_sampling import ScheduledSampling
 
+_ROWS_AT_ONCE = 1000  # whose tokens are counted together: a count is as long as the vocabulary
+
 
 class Noise(ScheduledSampling):
     """Mixes noise into the contexts of every step; the target stays the reference."""
@@ -37,8 +39,9 @@ class Noise(ScheduledSampling):
     def check(self, samples: list[Samples]) -> None:
         counts = np.zeros(len(self.plan.tokenizer))
         for source in samples:
-            for i in range(len(source)):
-                counts += np.bincount(source[i].response_ids, minlength=len(counts))
+            for first in range(0, len(source), _ROWS_AT_ONCE):
+                rows = range(first, min(first + _ROWS_AT_ONCE, len(source)))
+                counts += np.bincount(np.concatenate([source[i].response_ids for i in rows]), minlength=len(counts))
         self.frequencies = torch.from_numpy((counts > 0).astype(float) if self.config.noise == "uniform" else counts)
 
     def contexts(self, batches: list[TokenBatch], policy: Policy, step: int) -> list[TokenBatch]:

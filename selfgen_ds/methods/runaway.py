@@ -12,18 +12,36 @@ from collections import deque
 _WINDOW = 10  # steps whose means are compared
 _RISE, _RATIO, _LOSS_RATIO = 0.2, 1.5, 1.2
 _STEP_OF_P = 1.25  # means are compared at a p that is at least as large, up to this factor
+_ROUND_RISE, _ROUND_RATIO = 0.05, 1.2  # smaller: a round counts the tokens of the whole data set
 
 
 class Runaway:
     """Watches the share of differing tokens and the loss of a mixture.
 
     Each mean over ten steps is compared with the lowest earlier one at a similar or larger p: a schedule that raises p
-    raises both, and is no runaway.
+    raises both, and is no runaway. A round is compared with the one before in the same way.
     """
 
     def __init__(self) -> None:
         self._last: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._lowest: dict[int, tuple[float, float]] = {}
+        self._round: tuple[int, float, float] | None = None  # number, p, and share of differing tokens
+
+    def update_round(self, number: int, probability: float, differing: float) -> str:
+        """Take in the round of a step, and return what has happened if the round is worse than the one before.
+
+        Args:
+            number: The round, from 1.
+            probability: p that it was drawn with. A round that draws nothing is not watched.
+            differing: Share of the drawn tokens of the whole round that differ from the reference.
+        """
+        before, self._round = self._round, (number, probability, differing)
+        if before is None or before[0] == number or not 0 < probability <= _STEP_OF_P * before[1]:
+            return ""
+        if differing <= max(before[2] + _ROUND_RISE, _ROUND_RATIO * before[2]):
+            return ""
+        told = f"{differing:.0%} of its drawn tokens differ from the reference, after {before[2]:.0%}"
+        return f"round {number} is worse than the one before: {told}"
 
     def update(self, probability: float, differing: float, loss: float | None) -> str:
         """Take in a step, and return what has happened if the run runs away; then the watch begins anew.

@@ -213,6 +213,17 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def gather_object(value: T) -> list[T]:
+    """Return the values of all ranks on rank 0, by rank, and nothing elsewhere. Collective: every rank must call this.
+
+    Args:
+        value: This rank's value, which can be pickled.
+    """
+    values = [value] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(value, values)
+    return values or []
+
+
 def max_over_ranks(values: list[Number]) -> list[Number]:
     """Return the largest of the ranks' values, position by position. Collective: every rank must call this."""
     result = torch.from_numpy(np.array(values)).to(device())

@@ -48,6 +48,22 @@ _FEW_CHUNKS = 4
 """Fewest chunks per rank if smaller chunks had fewer rows than can be generated at once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundFacts:
+    """What the metrics of a step say of its round."""
+
+    number: int
+    """The round, from 0."""
+    replace_probability: float
+    """p that it was drawn with."""
+    differing_share: float
+    """Share of its drawn tokens that differ from the reference."""
+    read_tokens: int
+    """Tokens that the model read on all ranks to draw it; 0 but at the step that counts them."""
+    seconds: float
+    """Time of drawing it; 0 but at the step that counts it."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Rounds:
     """Gives the step batches of each round, and draws the rounds that are not drawn yet."""
@@ -78,8 +94,8 @@ class Rounds:
         self._shared_folders: list[Path] = []
         self.number = -1
         """Number of the current round, from 0; -1 before the first."""
-        self.replace_probability = 0.0
-        """p that the current round was drawn with."""
+        self._audit_of_round: dict[str, Any] = {}
+        self._counted_at = -1
 
     def open(self) -> Rounds:
         """Check the complete rounds that the run still needs, its own and the other run's; return the object itself.
@@ -135,13 +151,31 @@ class Rounds:
         """
         number = self.method.round_of(step)
         if self.number != number:
-            folder = self._find(number, step) or self._draw(number, step)
+            found = self._find(number, step)
+            folder = found or self._draw(number, step)
             steps = range(self.method.first_step(number), self.method.first_step(number + 1))
             with raise_on_all_ranks():
-                table, probability = load_table(folder), read_audit(folder)["replace_probability"]
+                table, self._audit_of_round = load_table(folder), read_audit(folder)
             self._step_batches = self.plain.with_rows(self._rows(table, number), steps)
-            self.number, self.replace_probability = number, probability
+            self.number = number
+            if found is None or step == steps.start:
+                self._counted_at = step
         return self._step_batches
+
+    def facts(self, step: int) -> RoundFacts:
+        """Return what the metrics of a step say of its round, which `step_batches` has opened.
+
+        The cost of drawing it belongs to its first step, whichever process or run has drawn it.
+        """
+        audit, counted = self._audit_of_round, step == self._counted_at
+        counts = audit["counts"]
+        return RoundFacts(
+            number=self.number,
+            replace_probability=audit["replace_probability"],
+            differing_share=counts["differing_tokens"] / max(1, counts["drawn_tokens"]),
+            read_tokens=counts.get("no_grad_tokens", 0) if counted else 0,
+            seconds=audit.get("seconds", 0.0) if counted else 0.0,
+        )
 
     def _find(self, number: int, step: int) -> Path | None:
         """Return the folder of a complete round, of this run or of the other run, or None if there is none.
@@ -174,15 +208,13 @@ class Rounds:
         if self.shared is not None:
             log.warning("%s holds no %s; drawing it here", self.shared, _name(number))
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self.method.rounds, len(missing), chunks)
-        began = time.perf_counter()
         self._draw_chunks(number, missing, audit["chunk_size"], writer)
         dist.barrier()
         if dist.get_rank() == 0:
-            seconds = time.perf_counter() - began
-            audit = writer.finish(chunks, audit | {"seconds_of_last_start": round(seconds, 3)})
+            audit = writer.finish(chunks, audit)
             counts = audit["counts"] | {"passes": audit["passes"]}
             told = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
-            log.info("round %d: %s, in %.1f s", number + 1, told, seconds)
+            log.info("round %d: %s, in %.1f s", number + 1, told, audit["seconds"])
         dist.barrier()
         return writer.folder
 
@@ -195,6 +227,7 @@ class Rounds:
             RuntimeError: The method's rows do not fit the samples on some rank.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        began = time.perf_counter()
         with (
             self.policy.gathered(self.method.longest),
             bar(f"round {number + 1}", "chunk", total=len(missing), leave=False, disable=rank != 0) as progress,
@@ -202,14 +235,17 @@ class Rounds:
             for first in range(0, len(missing), world_size):
                 own = missing[first + rank : first + rank + 1]
                 samples = [sample for chunk in own for sample in self._chunk(chunk, chunk_size)]
+                read_before = self.policy.read_tokens
                 rows, counts = self.method.rows(samples, self.policy, number)
+                counts = counts | {"no_grad_tokens": self.policy.read_tokens - read_before}
                 # Every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
                 # other must stay below the timeout of the process group.
                 problems = process_group.all_gather_object(rows_problem(self.method, samples, rows))
                 if told := "; ".join(f"rank {drawer}: {line}" for drawer, line in enumerate(problems) if line):
                     raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {told}")
+                began, before = time.perf_counter(), began
                 for chunk in own:
-                    writer.write(chunk, rows, counts)
+                    writer.write(chunk, rows, counts, (began - before) / world_size)
                 progress.update(min(world_size, len(missing) - first))
                 self.poll()
 

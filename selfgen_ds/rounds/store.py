@@ -145,8 +145,13 @@ class Writer:
         """Return the chunks that are still to be drawn."""
         return [chunk for chunk in range(chunks) if not self._is_written(chunk)]
 
-    def write(self, chunk: int, rows: Sequence[TrainingRow], counts: dict[str, int]) -> None:
-        """Write one chunk. It is on the disk when this returns."""
+    def write(self, chunk: int, rows: Sequence[TrainingRow], counts: dict[str, int], seconds: float) -> None:
+        """Write one chunk. It is on the disk when this returns.
+
+        Args:
+            counts: For the record of the round.
+            seconds: The chunk's share of the time in which all ranks drew theirs.
+        """
         path = self.partial / _file(chunk)
         with naming(path), ArrowWriter(features=_FEATURES, path=str(path), writer_batch_size=1000) as writer:
             for row in rows:
@@ -161,23 +166,26 @@ class Writer:
             "rows_with_drawn_tokens": sum(bool(mask.any()) for mask in drawn),
             "equal_answers": sum(row.answer_equal for row in rows),
         }
-        write_atomically(self._counts(chunk), json.dumps({"file": sync_and_sum(path), "counts": summed | counts}))
+        record = {"file": sync_and_sum(path), "counts": summed | counts, "seconds": seconds}
+        write_atomically(self._counts(chunk), json.dumps(record))
 
     def finish(self, chunks: int, audit: dict[str, Any]) -> dict[str, Any]:
         """Complete the round when all chunks are written. Only one rank may call this.
 
         Returns:
-            The audit with the counts of all chunks added up, except for `passes`, whose largest value counts.
+            The audit with the counts and seconds of all chunks added up, whichever process drew them, except for
+            `passes`, whose largest value counts.
         """
         counts: Counter[str] = Counter()
-        passes = 0
+        passes, seconds = 0, 0.0
         files = {}
         for chunk in range(chunks):
             written = json.loads(self._counts(chunk).read_text(encoding="utf-8"))
             files[_file(chunk)] = written["file"]
             passes = max(passes, written["counts"].pop("passes", 0))
             counts.update(written["counts"])
-        audit = audit | {"passes": passes, "counts": dict(counts), "files": files}
+            seconds += written["seconds"]
+        audit = audit | {"passes": passes, "counts": dict(counts), "seconds": round(seconds, 3), "files": files}
         write_atomically(self.partial / AUDIT, json.dumps(audit, indent=1))
         with naming(self.partial):
             datasets.DatasetInfo(features=_FEATURES).write_to_directory(str(self.partial))

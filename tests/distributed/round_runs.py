@@ -27,4 +27,4 @@ def drawn(settings: Recipe, name: str) -> list[dict[str, Any]]:
 def audit(settings: Recipe, name: str) -> dict[str, Any]:
     """Return the record of what drew a round, without times."""
     found = read_audit(Path(settings.output_dir) / "rollouts" / name)
-    return {key: value for key, value in found.items() if key not in ("started", "seconds_of_last_start")}
+    return {key: value for key, value in found.items() if key not in ("started", "seconds")}

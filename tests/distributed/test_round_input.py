@@ -76,7 +76,12 @@ def test_rounds_from_another_model_tokenizer_data_set_or_method_are_refused(fold
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     probabilities = [row["replace_probability"] for row in metrics]
     assert probabilities == [0.5] * 4 + [0.9]  # the round that is read keeps its own probability
-    assert metrics[4]["round_time_s"] > 10 * metrics[3]["round_time_s"] > 0
+    read = json.loads((store / "round-01" / "round.json").read_text())
+    drawn = json.loads((folder / "run" / "rollouts" / "round-02" / "round.json").read_text())
+    costs = [(read["counts"]["no_grad_tokens"], read["seconds"]), *[(0, 0.0)] * 3]
+    costs.append((drawn["counts"]["no_grad_tokens"], drawn["seconds"]))
+    assert [(row["no_grad_tokens"], row["round_time_s"]) for row in metrics] == costs  # whichever run has drawn it
+    assert costs[0] > (0, 0.0) < costs[4]
 
     shutil.rmtree(store)
     resume = ("--resume", "auto", "--output_dir", str(folder / "first"), "--train.max_steps", "3")

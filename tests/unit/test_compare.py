@@ -30,7 +30,8 @@ def _prediction(sample_id: int, exact_match: float, loss: float, tokens: int) ->
     statistics = {"exact_match": [exact_match, 1.0], "loss": [loss * tokens, float(tokens)]}
     texts = {"prompt": "p", "reference": "r", "answer": "a"}
     flags = {"teacher_forced": [True], "free_running": [False], "recovery": [[True]]}
-    return {"sample_id": sample_id, **texts, **flags, "statistics": statistics}
+    likelihoods = {"log_likelihoods": [-0.1], "own_log_likelihoods": [-0.2]}
+    return {"sample_id": sample_id, **texts, **flags, **likelihoods, "statistics": statistics}
 
 
 def _run_folder(
@@ -363,7 +364,9 @@ def test_a_metric_of_which_less_is_better_is_worse_if_it_grows(tmp_path: Path) -
 
 def test_a_metric_that_an_evaluation_lacks_is_refused(tmp_path: Path) -> None:
     run = _run_folder(tmp_path / "a", BASELINE)
-    with pytest.raises(InputError, match="--metrics: not in every evaluation: rouge_l; there are exact_match, loss"):
+    with pytest.raises(
+        InputError, match="--metrics: not in every evaluation, or not comparable: rouge_l; there are exact_match, loss"
+    ):
         compare.run(CompareOptions(runs=[run], output_dir=str(tmp_path / "out"), metrics=["rouge_l"]))
 
 
@@ -389,5 +392,5 @@ def test_other_references_are_refused(tmp_path: Path) -> None:
 def test_predictions_of_an_older_version_are_refused(tmp_path: Path) -> None:
     run = _run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / "predictions.jsonl").write_text('{"sample_id": 0, "metrics": {"exact_match": 1.0}}\n')
-    with pytest.raises(InputError, match="of an older version; evaluate the model again"):
+    with pytest.raises(InputError, match="line 1 is not as this version of evaluate writes it; evaluate"):
         _compare(tmp_path, run)

@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.evaluation.answers import EvaluationRequests, _after
-from selfgen_ds.evaluation.excess_error import divergences, excess_statistics
+from selfgen_ds.evaluation.curves import Curves
+from selfgen_ds.evaluation.excess_error import divergences
 from selfgen_ds.evaluation.metrics import aggregate, values
 from selfgen_ds.evaluation.scores import evaluate
 from selfgen_ds.model.policy import EnginePolicy
@@ -38,17 +39,29 @@ def test_the_divergences_are_those_of_the_whole_distributions() -> None:
 
 
 def test_errors_that_do_not_feed_on_each_other_are_no_excess() -> None:
-    assert values([{"excess_error": excess_statistics([1.0, 2.0, 3.0], [2.0, 1.0, 3.0])}])["excess_error"] == 0.0
-    doubled = [{"excess_error": excess_statistics([2.0, 4.0], [1.0, 2.0, 9.0])}]
-    assert values(doubled)["excess_error"] == pytest.approx(100.0)
+    assert values([{"excess_error": [6.0, 6.0]}])["excess_error"] == 0.0
+    assert values([{"excess_error": [6.0, 3.0]}])["excess_error"] == pytest.approx(100.0)
 
 
 def test_a_model_that_is_its_own_oracle_has_no_excess_error() -> None:
     policy = _policy(0)
     scores = evaluate(policy, ROWS, byte_tokenizer(), 2, EvaluationRequests(oracle=policy))
     assert "excess_error" not in aggregate(scores), "nothing to divide by"
-    other = aggregate(evaluate(policy, ROWS, byte_tokenizer(), 2, EvaluationRequests(oracle=_policy(1))))
-    assert other["excess_error"] > -100
+    assert not Curves(scores).excess_error()
+
+
+def test_the_excess_error_of_a_row_sums_the_positions_that_both_contexts_have() -> None:
+    policy, oracle = _policy(0), _policy(1)
+    scores = evaluate(policy, ROWS, byte_tokenizer(), 2, EvaluationRequests(oracle=oracle, sample_temperatures=(1.0,)))
+    given = divergences(policy, oracle, ROWS)
+    for score, of_reference in zip(scores, given, strict=True):
+        own, reference = score.divergences
+        assert len(own) == len(reference) >= 1
+        assert reference == pytest.approx(of_reference[: len(reference)], rel=1e-5)
+        assert own[0] == pytest.approx(reference[0], rel=1e-5), "nothing of its own stands before the first token"
+        assert score.statistics["excess_error"] == [sum(own), sum(reference)]
+    total = [sum(score.statistics["excess_error"][i] for score in scores) for i in range(2)]
+    assert aggregate(scores)["excess_error"] == pytest.approx(100 * (total[0] / total[1] - 1))
 
 
 def test_an_oracle_whose_head_is_padded_further_is_compared_over_the_tokens_that_both_have() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from selfgen_ds.errors import InputError
-from selfgen_ds.evaluation import judge
+from selfgen_ds.evaluation import judge, predictions
 from selfgen_ds.evaluation.judge import Judge, length_controlled, other_answers
 from selfgen_ds.evaluation.metrics import SampleScore
 
@@ -140,8 +140,7 @@ def test_a_judge_that_is_not_there_is_one_line(server: Server, tmp_path: Path) -
 
 def test_answers_are_compared_with_references_or_with_another_evaluation(tmp_path: Path) -> None:
     assert other_answers("reference", SCORES) == ["gg"] * 3
-    rows = [{"sample_id": i, "reference": "gg", "answer": f"other {i}"} for i in (2, 1, 0)]
-    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    predictions.write(tmp_path / "predictions.jsonl", [_score(i, f"other {i}") for i in (2, 1, 0)])
     assert other_answers(str(tmp_path), SCORES) == ["other 0", "other 1", "other 2"]
     with pytest.raises(InputError, match="lacks 1 of 4 rows, the first is row 7"):
         other_answers(str(tmp_path), [*SCORES, _score(7, "g")])

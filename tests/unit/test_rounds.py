@@ -39,7 +39,7 @@ def _drawn(
     audit = writer.start(
         {"method": method, "fingerprint": origin, "settings": settings or {}, "replace_probability": 0.25}
     )
-    writer.write(0, [row], {})
+    writer.write(0, [row], {}, 0.5)
     writer.finish(1, audit)
     return writer.folder
 

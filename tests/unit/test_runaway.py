@@ -56,3 +56,23 @@ def test_without_a_cross_entropy_the_differing_tokens_alone_are_watched() -> Non
     for step in range(40):
         told = told or watch.update(1.0, 0.06 + 0.64 * max(0, step - 10) / 30, None)
     assert told.endswith("of the drawn tokens differ from the reference, after 6%")
+
+
+def _told_of_rounds(rounds: list[tuple[float, float]]) -> list[str]:
+    """Return what is told of rounds of two steps each; a round is p and its share of differing tokens."""
+    watch = Runaway()
+    steps = [(number, *its) for number, its in enumerate(rounds, start=1) for _ in range(2)]
+    return [told for step in steps if (told := watch.update_round(*step))]
+
+
+def test_a_round_that_is_worse_than_the_one_before_is_named_once_with_its_figures() -> None:
+    (told,) = _told_of_rounds([(1.0, 0.30), (1.0, 0.54), (1.0, 0.5)])
+    expected = "54% of its drawn tokens differ from the reference, after 30%"
+    assert told == f"round 2 is worse than the one before: {expected}"
+    assert len(_told_of_rounds([(1.0, 0.2), (1.0, 0.3), (1.0, 0.4)])) == 2
+
+
+def test_rounds_that_get_better_or_that_draw_more_or_nothing_are_not_named() -> None:
+    assert not _told_of_rounds([(1.0, 0.5), (1.0, 0.4), (1.0, 0.43)])
+    assert not _told_of_rounds([(0.3, 0.1), (0.6, 0.3), (1.0, 0.5)])
+    assert not _told_of_rounds([(0.5, 0.1), (0.0, 0.0), (0.5, 0.4)])

@@ -14,7 +14,7 @@ from selfgen_ds.data.correction import Correction
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.evaluation.answers import EvaluationRequests, RowAnswers
-from selfgen_ds.evaluation.curves import accuracy_by_errors, curves
+from selfgen_ds.evaluation.curves import Curves, accuracy_by_errors
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate
 from selfgen_ds.evaluation.recovery import ForcedError
 from selfgen_ds.evaluation.row_scores import pass_at_k, right_tokens, score_rows
@@ -54,6 +54,7 @@ def _row(answer: list[int], sample_id: int = 0, **changes: Any) -> RowAnswers:
         "sampled": {},
         "continued": {},
         "corrected": [],
+        "divergences": [],
     }
     return RowAnswers(**(values | changes))
 
@@ -96,6 +97,7 @@ def test_sampled_answers_have_metrics_of_their_own() -> None:
     metrics = _score(REFERENCE, sampled={1.5: [[1, 2, 9, 4], REFERENCE]}).metrics()
     assert metrics["sampled_1.5_exact_match"] == 0.5
     assert metrics["sampled_1.5_accuracy"] == 0.875
+    assert metrics["sampled_1.5_last_token"] == 0.5
     assert (metrics["sampled_1.5_pass_1"], metrics["sampled_1.5_pass_2"]) == (0.5, 1.0)
 
 
@@ -138,7 +140,7 @@ def test_the_loss_is_a_mean_over_tokens_and_the_other_metrics_are_means_over_row
 def test_curves_are_means_over_the_rows_that_reach_a_position() -> None:
     short = _row([9], 1, sample=sample([7], [1], 1), prediction=Prediction(*(values[:1] for values in PREDICTION)))
     scores = score_rows([_row([1, 9, 9, 4]), short], Letters(), TextMetrics(), [4])
-    found = curves(scores)
+    found = Curves(scores).to_json()
     assert found["teacher_forced"] == [1.0, 1.0, 0.0, 1.0]
     assert found["free_running"] == [0.5, 0.0, 0.0, 1.0]
     assert found["teacher_forced_log_likelihood"] == [-0.5, -0.5, -0.75, -0.25]

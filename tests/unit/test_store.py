@@ -62,7 +62,7 @@ def _complete(folder: Path, chunks: int = 3, **audit: Any) -> list[TrainingRow]:
     begun = writer.start(_audit(**audit))
     rows = [_rows(chunk, first_id=5 * chunk) for chunk in range(chunks)]
     for chunk in reversed(range(chunks)):
-        writer.write(chunk, rows[chunk], {"passes": chunk + 1, "rejected_rows": chunk})
+        writer.write(chunk, rows[chunk], {"passes": chunk + 1, "rejected_rows": chunk}, 0.5)
     writer.finish(chunks, begun)
     return [row for some in rows for row in some]
 
@@ -93,7 +93,7 @@ def test_every_file_is_on_the_disk_before_it_counts(folder: Path, monkeypatch: p
     writer = Writer(folder)
     audit = writer.start(_audit())
     synced.clear()
-    writer.write(0, _rows(0), {})
+    writer.write(0, _rows(0), {}, 0.5)
     rows, counts, names = synced
     assert rows == f"{folder.name}.partial/rows-000000.arrow"
     assert counts.startswith(f"{folder.name}.partial/.rows-000000.json")
@@ -163,8 +163,8 @@ def test_the_record_says_what_drew_the_round_and_how_much_of_it(folder: Path) ->
 def test_a_chunk_may_come_to_nothing(folder: Path) -> None:
     writer = Writer(folder)
     audit = writer.start(_audit())
-    writer.write(0, [], {})
-    writer.write(1, _rows(1), {})
+    writer.write(0, [], {}, 0.5)
+    writer.write(1, _rows(1), {}, 0.5)
     assert writer.finish(2, audit)["counts"]["rows"] == 5
     assert len(load_table(folder)) == 5
 
@@ -180,8 +180,8 @@ def test_a_round_continues_at_the_missing_chunks(folder: Path, tmp_path: Path) -
     expected = _complete(tmp_path / "whole")
     killed = Writer(folder)
     killed.start(_audit())
-    killed.write(1, expected[5:10], {"passes": 2, "rejected_rows": 1})
-    killed.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
+    killed.write(1, expected[5:10], {"passes": 2, "rejected_rows": 1}, 0.5)
+    killed.write(2, expected[10:], {"passes": 3, "rejected_rows": 2}, 0.5)
     (killed.partial / "rows-000002.json").unlink()  # killed before its counts were written
     arrow = killed.partial / "rows-000002.arrow"
     arrow.write_bytes(arrow.read_bytes()[:100])
@@ -193,9 +193,9 @@ def test_a_round_continues_at_the_missing_chunks(folder: Path, tmp_path: Path) -
     audit = writer.start(_audit(chunk_size=7, started="later"))
     assert audit == _audit()
     assert writer.missing(3) == [0, 2]
-    writer.write(0, expected[:5], {"passes": 1, "rejected_rows": 0})
+    writer.write(0, expected[:5], {"passes": 1, "rejected_rows": 0}, 0.5)
     assert writer.missing(3) == [2]
-    writer.write(2, expected[10:], {"passes": 3, "rejected_rows": 2})
+    writer.write(2, expected[10:], {"passes": 3, "rejected_rows": 2}, 0.5)
     writer.finish(3, audit)
     assert all(_equal(_rows_of(load_table(folder))[i], row) for i, row in enumerate(expected))
     assert read_audit(folder) == read_audit(tmp_path / "whole")
@@ -213,7 +213,7 @@ def test_a_chunk_that_is_not_as_it_was_written_is_drawn_again(folder: Path) -> N
     writer = Writer(folder)
     writer.start(_audit())
     for chunk in range(3):
-        writer.write(chunk, _rows(chunk), {})
+        writer.write(chunk, _rows(chunk), {}, 0.5)
     _flip(writer.partial / "rows-000001.arrow")
     assert Writer(folder).missing(3) == [1]
 
@@ -258,7 +258,7 @@ def test_chunks_of_other_weights_or_settings_are_drawn_anew(
 ) -> None:
     before = Writer(folder)
     before.start(_audit())
-    before.write(0, _rows(0), {})
+    before.write(0, _rows(0), {}, 0.5)
     writer = Writer(folder)
     assert writer.start(_audit(**changed)) == _audit(**changed)
     assert "was begun by other weights or settings" in caplog.text
@@ -297,7 +297,7 @@ def _several(folder: Path) -> None:
 def _others(folder: Path) -> None:
     other = Writer(folder.with_name("other"))
     other.start(_audit())
-    other.write(0, _rows(9, 2), {})
+    other.write(0, _rows(9, 2), {}, 0.5)
     shutil.copy(other.partial / "rows-000000.arrow", folder / "rows-000001.arrow")
 
 

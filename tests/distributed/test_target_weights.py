@@ -1,4 +1,4 @@
-"""Check `selfgen.drawn_context_weight`, the weight of targets that follow a drawn token."""
+"""Check the weights of targets in the loss: `selfgen.drawn_context_weight` and `optim.loss: dft`."""
 
 from __future__ import annotations
 
@@ -53,16 +53,20 @@ def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
     for step in range(STEPS):
         batches = run.method.contexts(run.step_batches.at(step), run.policy, step)
         read.append(batches)
-        results.append(train_step(run.engine, batches, SMOOTHING, weight))
+        dft = recipe.optim.loss == "dft"
+        results.append(train_step(run.engine, batches, recipe.optim.label_smoothing, weight, dft=dft))
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
     return {"batches": read, "results": results, "parameters": parameters}
 
 
-def plain_steps(path: Path, steps: list[list[TokenBatch]], weight: float) -> tuple[list[float], dict[str, Any]]:
+def plain_steps(
+    path: Path, steps: list[list[TokenBatch]], weight: float, dft: bool = False
+) -> tuple[list[float], dict[str, Any]]:
     """Run the same steps in float64 with full logits, target by target; return losses and parameters.
 
     Args:
         steps: The micro-batches of all ranks for each step.
+        dft: Whether each loss, without label smoothing, is multiplied by the target's probability, a constant.
     """
     model = AutoModelForCausalLM.from_pretrained(path).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -78,7 +82,8 @@ def plain_steps(path: Path, steps: list[list[TokenBatch]], weight: float) -> tup
                 for t in range(1, len(target)):
                     if loss_mask[t]:
                         target_weight = weight if drawn[t - 1] else 1.0
-                        loss = F.cross_entropy(logits[t - 1], target[t], label_smoothing=SMOOTHING)
+                        loss = F.cross_entropy(logits[t - 1], target[t], label_smoothing=0.0 if dft else SMOOTHING)
+                        loss = loss * (-loss).exp().detach() if dft else loss
                         total = total + target_weight * loss
                         weights += target_weight
         (total / weights).backward()
@@ -88,31 +93,40 @@ def plain_steps(path: Path, steps: list[list[TokenBatch]], weight: float) -> tup
     return losses, dict(model.named_parameters())
 
 
-@matrix(("packing", "weight"), [(False, 3.0), (True, 0.0)], ids=["padded", "packed"])
+@matrix(
+    ("packing", "weight", "dft"),
+    [(False, 3.0, False), (True, 0.0, False), (False, 3.0, True)],
+    ids=["padded", "packed", "dft"],
+)
 def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
-    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path, packing: bool, weight: float
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path, packing: bool, weight: float, dft: bool
 ) -> None:
     data = DataConfig(train=str(tmp_path / "rows.jsonl"), max_length=128, packing=packing)
     recipe = settings(tmp_path, data=data)
+    if dft:
+        recipe.optim = replace(recipe.optim, loss="dft", label_smoothing=0.0)
     ranks = two_ranks.run(weighted_steps, recipe, weight)
     steps = [[*one, *two] for one, two in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True)]
     assert any(batch.replaced_mask.any() for batch in steps[0])
-    losses, parameters = plain_steps(tmp_path / "model", steps, weight)
+    losses, parameters = plain_steps(tmp_path / "model", steps, weight, dft)
     unweighted, _ = plain_steps(tmp_path / "model", steps[:1], 1.0)
     assert abs(losses[0] - unweighted[0]) > 1e-3, "the test could not see the weight"
 
     wide = replace(recipe.train, micro_batch_size=4)  # one rank reads the rows that two read
-    alone = one_rank.run(weighted_steps, settings(tmp_path, data=data, train=wide), weight)[0]
+    alone = one_rank.run(weighted_steps, settings(tmp_path, data=data, train=wide, optim=recipe.optim), weight)[0]
     for run in (*ranks, alone):
         assert [result.loss for result in run["results"]] == pytest.approx(losses, rel=1e-5)
         for name, parameter in run["parameters"].items():
             assert torch.allclose(parameter.double(), parameters[name], rtol=1e-4, atol=2e-4), name
 
 
-def test_a_run_trains_with_the_recipes_weight(two_ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dft", [False, True], ids=["cross_entropy", "dft"])
+def test_a_run_trains_with_the_recipes_weights(two_ranks: Ranks, tmp_path: Path, dft: bool) -> None:
     selfgen = SelfgenConfig(replace_probability=0.5, temperature=2.0, drawn_context_weight=3.0)
     (tmp_path / "start").mkdir()
     recipe = settings(tmp_path / "start", selfgen=selfgen, output_dir=str(tmp_path / "run"))
+    if dft:
+        recipe.optim = replace(recipe.optim, loss="dft", label_smoothing=0.0)
     two_ranks.run(runs.run_training, recipe)
     steps = two_ranks.run(weighted_steps, replace(recipe, output_dir=str(tmp_path / "steps")), 3.0)
     assert [row["loss"] for row in runs.metrics(recipe)] == [result.loss for result in steps[0]["results"]]
