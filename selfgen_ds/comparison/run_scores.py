@@ -47,7 +47,7 @@ def read_scores(path: Path) -> RunScores:
     for score in predictions.read(path):
         columns.add(len(ids), score.statistics)
         ids.append(score.sample_id)
-        references.update(f"{len(score.reference)} {score.reference}".encode("utf-8", "surrogatepass"))
+        references.update(f"{len(score.reference)} {score.reference}".encode())
         curves.add(score)
         if len(examples) < _EXAMPLES:
             examples.append(score)

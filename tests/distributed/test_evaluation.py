@@ -26,6 +26,7 @@ from selfgen_ds.config import (
     TrainConfig,
 )
 from selfgen_ds.data.tasks import generate
+from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.distributed import runs
 from tests.distributed.test_lora import with_stage
 from tests.forked import Run
@@ -133,6 +134,64 @@ def test_embeddings_and_the_models_own_type_of_weights(one_rank: Ranks, tmp_path
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert evaluation["dtype"] == "bfloat16"
     assert 0 < evaluation["metrics"]["embedding_distance"] < 2
+
+
+def of_an_oracle(model: str, oracle: str, data: str, out: str) -> dict[str, float]:
+    """Evaluate with an oracle by the sub-command, and return the metrics."""
+    options = EvaluateOptions(model=model, data=data, output_dir=out, oracle=oracle, max_length=96, batch_size=4)
+    evaluate.run(options)
+    return json.loads((Path(out) / "evaluation.json").read_text())["metrics"]
+
+
+def test_the_excess_error_by_a_larger_oracle_is_the_same_on_any_number_of_ranks(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
+) -> None:
+    """The oracle has other sizes, and a head that is padded further."""
+    runs.write_rows(tmp_path, 10)
+    data = str(tmp_path / "rows.jsonl")
+    (tmp_path / "large").mkdir()
+    model = runs.write_model(tmp_path, initializer_range=0.5)
+    oracle = runs.write_model(tmp_path / "large", initializer_range=0.3, hidden_size=64, vocab_size=264)
+    one = one_rank.run(of_an_oracle, model, oracle, data, str(tmp_path / "one"))[0]
+    two = two_ranks.run(of_an_oracle, model, oracle, data, str(tmp_path / "two"))[0]
+    assert abs(one["excess_error"]) > 0.1
+    assert two["excess_error"] == pytest.approx(one["excess_error"], rel=1e-3)
+    curve = json.loads((tmp_path / "one" / "evaluation.json").read_text())["curves"]["excess_error"]
+    assert curve[0] == pytest.approx(0.0, abs=1e-3), "nothing of its own stands before the first token"
+
+    other = byte_tokenizer()
+    other.add_tokens(["one more"])
+    other.save_pretrained(tmp_path / "large" / "model")
+    with pytest.raises(AssertionError, match=r"--oracle: '.*' has other tokens than the model"):
+        one_rank.run(of_an_oracle, model, oracle, data, str(tmp_path / "three"))
+
+
+def refuses_a_row(prompt: str, answer: str, reference: str) -> float:
+    """Raise at the row that is longest, which one of two ranks holds."""
+    if prompt == "row 10: ":
+        raise ValueError("no such row")
+    return 0.5
+
+
+def test_a_metric_of_the_users_own_that_raises_on_one_rank_ends_all_ranks_with_its_row(tmp_path: Path) -> None:
+    runs.write_rows(tmp_path, 16)
+    (tmp_path / "logs").mkdir()
+    command = ["evaluate", "--model", runs.write_model(tmp_path), "--data", f"{tmp_path}/rows.jsonl"]
+    command += [
+        "--batch_size",
+        "2",
+        "--max_length",
+        "64",
+        "--metric",
+        "tests.distributed.test_evaluation:refuses_a_row",
+    ]
+    run = Run([*command, "--output_dir", f"{tmp_path}/out"], tmp_path / "logs")
+    assert run.wait() == [2, 2], run.output(0)[-3000:]
+    told = run.output(0) + run.output(1)
+    assert "--metric" in told
+    assert "no such row" in told
+    assert "Traceback" not in told
+    assert list((tmp_path / "out").glob("*.journal")), "what was evaluated before is kept"
 
 
 def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path: Path) -> None:
