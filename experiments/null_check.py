@@ -3,7 +3,7 @@
     python experiments/null_check.py --output_dir runs/null
 
 Trains sft on `builtin:pointer_chase` with many seeds, in one process each, evaluates all runs, and compares groups of
-two seeds with each other, 20 times. Of the uncorrected differences about one in twenty may be called significant; a
+a few seeds with each other, 20 times. Of the uncorrected differences about one in twenty may be called significant; a
 report may give a metric a word (corrected for the number of metrics) in one of twenty comparisons. The known
 difference is that of five runs with half of the steps. Runs that are finished are not repeated. Writes `null.json`, and
 prints the counts.
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40, help="number of seeds")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--comparisons", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=2, help="number of runs in a group")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of runs at the same time")
     options = parser.parse_args()
     folders = [Path(options.output_dir) / f"sft-{seed}" for seed in range(options.runs)]
@@ -42,7 +43,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(lambda run: run_seed(*run), runs):
             pass
-    found = [count(four[:2], four[2:]) for four in pairs(folders, options.comparisons)]
+    found = [count(*pair) for pair in pairs(folders, options.comparisons, options.seeds)]
     tested, uncorrected = (sum(one[name] for one in found) for name in ("tested", "uncorrected"))
     with_word = sum(one["corrected"] > 0 for one in found)
     known = count(folders[:_KNOWN], shorter)
@@ -76,13 +77,14 @@ def run_seed(folder: Path, seed: int, steps: int) -> None:
         call("evaluate", "--model", str(folder / "model"), *data, "--output_dir", str(folder))
 
 
-def pairs(folders: list[Path], number: int) -> list[list[Path]]:
-    """Return random groups of four runs, two against two; every run is in one before any is in another."""
+def pairs(folders: list[Path], number: int, size: int) -> list[tuple[list[Path], list[Path]]]:
+    """Return random pairs of groups of runs; every run is in one pair before any is in another."""
     shuffled: list[Path] = []
     rng = random.Random(0)
-    while len(shuffled) < 4 * number:
-        shuffled += rng.sample(folders, len(folders) - len(folders) % 4)
-    return [shuffled[i : i + 4] for i in range(0, 4 * number, 4)]
+    while len(shuffled) < 2 * size * number:
+        shuffled += rng.sample(folders, len(folders) - len(folders) % (2 * size))
+    starts = range(0, 2 * size * number, 2 * size)
+    return [(shuffled[i : i + size], shuffled[i + size : i + 2 * size]) for i in starts]
 
 
 def count(*folders: list[Path]) -> dict[str, int]:

@@ -5,8 +5,10 @@ Two sources of chance are kept apart: the rows, which are drawn again with repla
 
     mean +- t * sqrt(variance of the rows + variance of the seeds)
 
-with the degrees of freedom of Welch and Satterthwaite. A percentile bootstrap over two or three seeds would be far too
-narrow. Without a second seed nothing is known of their variance, and the interval covers the rows alone.
+with the degrees of freedom of Welch and Satterthwaite. These are too many where a few seeds happen to lie close
+together, so an interval is never narrower than that of the seeds alone. A percentile bootstrap over two or three seeds
+would be far too narrow. Without a second seed nothing is known of their variance, and the interval covers the rows
+alone.
 """
 
 from __future__ import annotations
@@ -139,16 +141,25 @@ def _estimate(value: float, drawn: np.ndarray, of_seeds: list[tuple[float, int]]
         rows: Rows that the metric counts.
     """
     of_rows = (float(np.nanvar(drawn, ddof=1)), rows - 1)
-    parts = [(variance, degrees) for variance, degrees in [of_rows, *of_seeds] if variance > 0 and degrees > 0]
     known = all(degrees > 0 for _, degrees in of_seeds)
-    variance = sum(part for part, _ in parts)
-    if not parts:
-        # All rows agree. If the truth were 0, their signs would be alike by chance alone.
-        p = 1.0 if value == 0 else 2.0 ** (1 - max(1, rows))
-        half = 0.0
-    else:
-        degrees_of_freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-        half = float(stats.t.ppf(0.975, degrees_of_freedom)) * math.sqrt(variance)
-        p = 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), degrees_of_freedom))
+    tests = [_student(value, parts) for parts in ([of_rows, *of_seeds], of_seeds)]
+    half, p = (max(found) for found in zip(*tests, strict=True))
+    if half == 0 and value != 0:
+        p = 2.0 ** (1 - max(1, rows))  # all rows agree; if the truth were 0, their signs would by chance alone
     p = 1.0 if rows < LEAST_ROWS else p
     return Estimate(value=value, low=value - half, high=value + half, p=p, seeds_known=known)
+
+
+def _student(value: float, variances: list[tuple[float, int]]) -> tuple[float, float]:
+    """Return half the width of the 95 % interval of a value, and its p, by Student's t.
+
+    Args:
+        variances: Variances that add up, with their degrees of freedom.
+    """
+    parts = [(variance, degrees) for variance, degrees in variances if variance > 0 and degrees > 0]
+    if not parts:
+        return 0.0, float(value == 0)
+    variance = sum(part for part, _ in parts)
+    degrees_of_freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(stats.t.ppf(0.975, degrees_of_freedom)) * math.sqrt(variance)
+    return half, 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), degrees_of_freedom))

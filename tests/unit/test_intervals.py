@@ -67,6 +67,18 @@ def test_two_groups_of_the_same_method_rarely_differ(seeds: int, same_seeds: boo
     assert found <= stats.binom.ppf(0.99, trials, 0.05)
 
 
+@pytest.mark.parametrize("same_seeds", [True, False])
+def test_two_seeds_that_happen_to_lie_close_together_show_no_more_than_students_t(same_seeds: bool) -> None:
+    """The correction for many metrics asks for a small p, which must be as rare as it says."""
+    rng = np.random.default_rng(7)
+    found, trials, rows = 0, 600, 20
+    for _ in range(trials):
+        of_rows = rng.normal(size=(1, rows))
+        groups = [of_rows + rng.normal(size=(2, 1)) + rng.normal(scale=0.5, size=(2, rows)) for _ in range(2)]
+        found += difference(_sample(groups[0]), _sample(groups[1]), same_seeds).p < 0.003
+    assert found <= stats.binom.ppf(0.99, trials, 0.003)
+
+
 def test_a_known_difference_is_found() -> None:
     rng = np.random.default_rng(0)
     groups = [rng.normal(loc=loc, scale=0.1, size=(3, 1)) + rng.normal(size=(3, 200)) for loc in (0.0, 1.0)]
