@@ -162,8 +162,8 @@ class SelfgenConfig:
     max_differing_tokens: int | None = None
     """Most tokens of a row that may differ from the reference in its context, in the same way."""
     runaway: Literal["warn", "stop", "lower"] = "warn"
-    """What to do when more and more drawn tokens differ from the reference while the loss rises: say so, stop after a
-    save, or halve p."""
+    """What to do when more and more drawn tokens differ from the reference while the loss rises, or in a round after
+    the one before: say so, stop after a save, or halve p."""
     drawn_context_weight: float = 1.0
     """Weight in the loss of a target that directly follows a drawn token."""
     epochs_per_round: int = 1

@@ -122,6 +122,8 @@ def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
             told.append(f"{subject}: no difference shown in {_listed(undecided, lambda row: str(row['metric']))}.")
         if not all(row["seeds_known"] for row in of_group):
             told.append(f"{subject}: one side has a single seed, so this says nothing about other seeds.")
+        elif min(len(group.seeds), len(baseline.seeds)) == 2:
+            told.append(f"{subject}: two seeds make hardly any difference sure; a third one would.")
     return [*told, *filter(None, [other_judges(groups)])]
 
 
