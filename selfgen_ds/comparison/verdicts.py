@@ -9,6 +9,7 @@ from typing import Any, Literal
 from selfgen_ds.comparison.intervals import Estimate, difference, holm, mean, wilson
 from selfgen_ds.comparison.runs import Group
 from selfgen_ds.evaluation.metrics import kind_and_metric, meaning, metric_of
+from selfgen_ds.progress import bar
 
 Verdict = Literal["better", "worse", "differs", "no difference shown"]
 _LEVEL = 0.05
@@ -29,7 +30,9 @@ def compared(groups: list[Group], metrics: list[str]) -> list[dict[str, Any]]:
     The p-values of all differences in the table are corrected together, for their number.
     """
     baseline = groups[0]
-    rows = [_row(group, baseline, metric) for group in groups for metric in metrics]
+    pairs = [(group, metric) for group in groups for metric in metrics]
+    told = bar("compare", "metric", iterable=pairs, total=len(pairs), leave=False)
+    rows = [_row(group, baseline, metric) for group, metric in told]
     tested = [row for row in rows if row["p"] is not None]
     for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_corrected"] = corrected
