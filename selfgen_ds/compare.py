@@ -6,15 +6,14 @@ column of the table.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from selfgen_ds.comparison import plots, report
 from selfgen_ds.comparison.runs import Group, check_comparable, grouped, load_run
-from selfgen_ds.comparison.verdicts import compared, other_judges
+from selfgen_ds.comparison.verdicts import budgets, compared, other_judges
 from selfgen_ds.config import CompareOptions
 from selfgen_ds.errors import InputError, Problems
-from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.files import as_json, make_folder, write_atomically
 from selfgen_ds.progress import bar
 from selfgen_ds.validation.options import check_compare
 
@@ -44,7 +43,8 @@ def run(options: CompareOptions) -> None:
     folder_out = Path(options.output_dir)
     make_folder(folder_out, "--output_dir")
     figures = plots.figures(groups, rows)
-    write_atomically(folder_out / "comparison.json", json.dumps({"baseline": groups[0].name, "rows": rows}, indent=1))
+    document = {"baseline": groups[0].name, "budgets": budgets(groups), "runs": report.runs_table(groups), "rows": rows}
+    write_atomically(folder_out / "comparison.json", as_json(document))
     table = report.markdown(groups, rows)
     write_atomically(folder_out / "comparison.md", table)
     write_atomically(folder_out / "comparison.html", report.html(groups, rows, figures))

@@ -149,7 +149,8 @@ class SelfgenConfig:
     """Tokens of the run with `position: span`. It starts anywhere in the row's answers, and ends with its answer."""
     passes: int | Literal["exact"] | None = None
     """Parallel passes of a draw: 1 is two-pass scheduled sampling, k is parallel scheduled sampling, `exact` repeats
-    the pass until no token changes, which gives the sequential process. Default: 1 online, `exact` in rounds."""
+    the pass until no token changes, which gives the sequential process. Default: 1 online, `exact` in rounds and for
+    spans."""
     temperature: float = 1.0
     """Softmax temperature of the draws."""
     top_p: float = 1.0
@@ -162,8 +163,8 @@ class SelfgenConfig:
     max_differing_tokens: int | None = None
     """Most tokens of a row that may differ from the reference in its context, in the same way."""
     runaway: Literal["warn", "stop", "lower"] = "warn"
-    """What to do when more and more drawn tokens differ from the reference while the loss rises, or in a round after
-    the one before: say so, stop after a save, or halve p."""
+    """What to do when more and more drawn tokens differ from the reference while the loss rises, or when more tokens of
+    a round differ than of the round before: say so, stop after a save, or halve p."""
     drawn_context_weight: float = 1.0
     """Weight in the loss of a target that directly follows a drawn token."""
     epochs_per_round: int = 1

@@ -169,7 +169,8 @@ def _evaluate(
     Collective: every rank must call this. Scores that an earlier start with the same options has left are not computed
     again.
     """
-    settings = {k: v for k, v in asdict(options).items() if k != "output_dir" and not k.startswith("judge_")}
+    aside = {"output_dir", "batch_size"}  # the scores depend on neither
+    settings = {k: v for k, v in asdict(options).items() if k not in aside and not k.startswith("judge_")}
     paths = [options.model, options.oracle, options.embedding_model, options.chat_template]
     key = settings | {
         "files": [_files(path) for path in paths if path is not None],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
+import math
 import os
 import re
 import socket
@@ -12,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from selfgen_ds.errors import InputError
 
@@ -119,6 +121,19 @@ def lock(folder: Path, setting: str) -> IO[str]:
     except OSError:
         log.warning("%s is on a file system without locks: make sure that no second run writes to it", folder)
     return file
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON, indented. A number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_finite(value), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

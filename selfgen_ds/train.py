@@ -281,9 +281,10 @@ class BetweenSteps:
         drawn, probability, differing, loss, number, of_round = (metrics.get(name) for name in _WATCHED)
         loss = math.nan if loss is None else loss
         watched = None if self._recipe.optim.loss == "dft" else loss  # that of DFT falls as targets get improbable
-        probability = (probability or 0.0) if drawn else 0.0
-        told = "" if number is None else self._runaway.update_round(int(number), probability, of_round or 0.0)
-        return told or self._runaway.update(probability, differing or 0.0, watched)
+        probability, told = probability or 0.0, ""
+        if number is not None and of_round is not None:
+            told = self._runaway.update_round(int(number), probability, of_round)
+        return told or self._runaway.update(probability if drawn else 0.0, differing or 0.0, watched)
 
     def _lower(self) -> None:
         if self._recipe.selfgen.runaway == "lower":

@@ -40,7 +40,8 @@ def cost_of(path: Path) -> Cost | None:
     Raises:
         ValueError: A line is no JSON.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, "rb") as file:  # a killed run may not have finished its last line
+        lines = [json.loads(line) for line in file if line.endswith(b"\n")]
     if not lines or any("flops" not in line for line in lines):
         return None
     return Cost(

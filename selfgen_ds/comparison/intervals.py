@@ -7,8 +7,8 @@ Two sources of chance are kept apart: the rows, which are drawn again with repla
 
 with the degrees of freedom of Welch and Satterthwaite. These are too many where a few seeds happen to lie close
 together, so an interval is never narrower than that of the seeds alone. A percentile bootstrap over two or three seeds
-would be far too narrow. Without a second seed nothing is known of their variance, and the interval covers the rows
-alone.
+would be far too narrow. If one side of a difference has a single seed, the variance of the other side stands for both;
+if both have, nothing is known of the seeds, and the interval covers the rows alone.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Sample:
     """`[seeds, rows, numbers]` float64."""
     of_sums: Callable[[np.ndarray], np.ndarray]
     """`[..., numbers]` sums over rows to `[...]` values."""
+    fixed: bool = False
+    """Whether there is one model and no seed, as with a base model."""
 
     @property
     def values(self) -> np.ndarray:
@@ -72,6 +74,7 @@ class Sample:
             return np.nanmean(values, axis=1)
 
 
+@np.errstate(invalid="ignore")  # a diverged model has values that are not finite
 def mean(sample: Sample, seed: int = 0) -> Estimate:
     """Return the mean of a metric over the seeds.
 
@@ -79,9 +82,10 @@ def mean(sample: Sample, seed: int = 0) -> Estimate:
         seed: Seed of the drawn rows.
     """
     drawn = np.concatenate([sample.resampled(counts) for counts in _draws(sample.statistics.shape[1], seed)])
-    return _estimate(float(sample.values.mean()), drawn, [_of_seeds(sample.values)], int(sample.counted.sum()))
+    return _estimate(float(sample.values.mean()), drawn, _of_seeds(sample), int(sample.counted.sum()))
 
 
+@np.errstate(invalid="ignore")
 def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0) -> Estimate:
     """Return the mean of a sample minus that of a baseline of the same rows.
 
@@ -95,8 +99,8 @@ def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0
     drawn = np.concatenate([sample.resampled(counts) - baseline.resampled(counts) for counts in draws])
     value = float(sample.values.mean() - baseline.values.mean())
     if same_seeds:
-        return _estimate(value, drawn, [_of_seeds(sample.values - baseline.values)], rows)
-    return _estimate(value, drawn, [_of_seeds(sample.values), _of_seeds(baseline.values)], rows)
+        return _estimate(value, drawn, _of_values(sample.values - baseline.values), rows)
+    return _estimate(value, drawn, _of_two(sample, baseline), rows)
 
 
 def holm(values: list[float]) -> list[float]:
@@ -125,37 +129,53 @@ def _draws(rows: int, seed: int) -> list[np.ndarray]:
     return [rng.multinomial(rows, shares, size=_AT_ONCE).astype(np.float32) for _ in range(_RESAMPLES // _AT_ONCE)]
 
 
-def _of_seeds(values: np.ndarray) -> tuple[float, int]:
-    """Return the variance of a mean over seeds, and its degrees of freedom: 0 without a second seed."""
-    if len(values) < 2:
-        return 0.0, 0
-    return float(values.var(ddof=1)) / len(values), len(values) - 1
+_Variances = list[tuple[float, int]]
+"""Variances that add up, with their degrees of freedom."""
 
 
-def _estimate(value: float, drawn: np.ndarray, of_seeds: list[tuple[float, int]], rows: int) -> Estimate:
+def _of_values(values: np.ndarray) -> _Variances | None:
+    """Return the variance of a mean over seeds; None without a second seed."""
+    return [(float(values.var(ddof=1)) / len(values), len(values) - 1)] if len(values) > 1 else None
+
+
+def _of_seeds(sample: Sample) -> _Variances | None:
+    """Return the variance of a sample's mean that its seeds cause; None if it is not known."""
+    return [] if sample.fixed else _of_values(sample.values)
+
+
+def _of_two(sample: Sample, baseline: Sample) -> _Variances | None:
+    """Return the variances of a difference that the seeds cause; None if they are not known.
+
+    A single seed is taken to vary as those of the other side do, so that their variance counts for both.
+    """
+    ours, theirs = _of_seeds(sample), _of_seeds(baseline)
+    if ours is not None and theirs is not None:
+        return ours + theirs
+    known = ours or theirs
+    return [(known[0][0] * (known[0][1] + 2), known[0][1])] if known else None
+
+
+def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows: int) -> Estimate:
     """Return an estimate.
 
     Args:
         drawn: The value in every resample of the rows.
-        of_seeds: Variances over seeds, with their degrees of freedom.
+        of_seeds: The variances that the seeds cause; None if they are not known.
         rows: Rows that the metric counts.
     """
+    if not math.isfinite(value):
+        return Estimate(value=value, low=math.nan, high=math.nan, p=1.0, seeds_known=of_seeds is not None)
     of_rows = (float(np.nanvar(drawn, ddof=1)), rows - 1)
-    known = all(degrees > 0 for _, degrees in of_seeds)
-    tests = [_student(value, parts) for parts in ([of_rows, *of_seeds], of_seeds)]
+    tests = [_student(value, parts) for parts in ([of_rows, *(of_seeds or [])], of_seeds or [])]
     half, p = (max(found) for found in zip(*tests, strict=True))
     if half == 0 and value != 0:
         p = 2.0 ** (1 - max(1, rows))  # all rows agree; if the truth were 0, their signs would by chance alone
     p = 1.0 if rows < LEAST_ROWS else p
-    return Estimate(value=value, low=value - half, high=value + half, p=p, seeds_known=known)
+    return Estimate(value=value, low=value - half, high=value + half, p=p, seeds_known=of_seeds is not None)
 
 
-def _student(value: float, variances: list[tuple[float, int]]) -> tuple[float, float]:
-    """Return half the width of the 95 % interval of a value, and its p, by Student's t.
-
-    Args:
-        variances: Variances that add up, with their degrees of freedom.
-    """
+def _student(value: float, variances: _Variances) -> tuple[float, float]:
+    """Return half the width of the 95 % interval of a value, and its p, by Student's t."""
     parts = [(variance, degrees) for variance, degrees in variances if variance > 0 and degrees > 0]
     if not parts:
         return 0.0, float(value == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields
 from importlib import resources
@@ -10,16 +11,16 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
-from selfgen_ds.comparison.costs import Cost
 from selfgen_ds.comparison.plots import Figure, as_data_url
 from selfgen_ds.comparison.runs import Group
-from selfgen_ds.comparison.verdicts import budgets, conclusions, explained
+from selfgen_ds.comparison.verdicts import budgets, conclusions, explained, other_judges
 from selfgen_ds.config import flat
 from selfgen_ds.evaluation.metrics import ANSWER_KINDS, kind_and_metric
 
 Row = dict[str, Any]
 _COSTS = {"steps": "steps", "tokens": "tokens", "no_grad_tokens": "tokens without gradients", "flops": "FLOPs"}
 _COSTS |= {"seconds": "seconds"}
+_COLUMNS = ("run", *_COSTS.values(), "weights", "judge", "settings")
 
 
 def title_of(groups: list[Group]) -> str:
@@ -41,15 +42,12 @@ def html(groups: list[Group], rows: list[Row], figures: list[Figure]) -> str:
             title=title_of(groups),
             budgets=budgets(groups),
             conclusions=conclusions(rows, groups),
+            other_judges=other_judges(groups),
             tests=sum(row["p"] is not None for row in rows),
             baseline=groups[0].label,
             cut=_cut(groups),
-            cost_names=list(_COSTS.values()),
-            runs=[
-                {"label": g.label, "cost": _cost(g.cost), "dtype": g.dtype, "settings": text}
-                for g, text in _differing(groups).values()
-            ],
-            judges=", ".join(dict.fromkeys(judge for group in groups for judge in group.judges if judge)),
+            columns=_COLUMNS,
+            runs=runs_table(groups),
             labels=[group.label for group in groups],
             sections=_sections(groups, rows, metrics),
             figures=[{"title": f.title, "caption": f.caption, "url": as_data_url(f)} for f in figures],
@@ -64,8 +62,12 @@ def markdown(groups: list[Group], rows: list[Row]) -> str:
     """Return the report's words and tables in Markdown."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     lines = [budgets(groups), ""] if budgets(groups) else []
-    lines += [f"- {sentence}" for sentence in conclusions(rows, groups)]
-    lines += [""] * bool(lines)
+    for conclusion in conclusions(rows, groups):
+        lines += [f"{conclusion.subject}:", "", *(f"- {sentence}" for sentence in conclusion.sentences), ""]
+    lines += [other_judges(groups), ""] if other_judges(groups) else []
+    lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    lines += [f"| {' | '.join(run[name] for name in _COLUMNS)} |" for run in runs_table(groups)]
+    lines.append("")
     for section in _sections(groups, rows, metrics):
         lines.append(f"| {section['title']} | " + " | ".join(group.label for group in groups) + " |")
         lines.append("|---|" + "---|" * len(groups))
@@ -85,11 +87,22 @@ def _cut(groups: list[Group]) -> str:
     return ", ".join(f"{group.unfinished} of {answers[group.name]} ({group.name})" for group in known) or "not known"
 
 
-def _cost(cost: Cost | None) -> list[str]:
-    if cost is None:
-        return ["?"] * len(_COSTS)
-    values = {f.name: getattr(cost, f.name) for f in fields(cost)}
-    return [f"{values[name]:.3g}" if name == "flops" else f"{values[name]:,.0f}" for name in _COSTS]
+def runs_table(groups: list[Group]) -> list[dict[str, str]]:
+    """Return what was run, and what it cost: the cells of a row per group, by column."""
+    table = []
+    for group, settings in _differing(groups).values():
+        cost = {} if group.cost is None else {f.name: getattr(group.cost, f.name) for f in fields(group.cost)}
+        forms = {name: ".3g" if name == "flops" else ",.0f" for name in _COSTS}
+        of_cost = {c: format(cost[name], forms[name]) if cost else "not known" for name, c in _COSTS.items()}
+        judges = ", ".join(map(_judged, filter(None, group.judged))) or "none"
+        table.append({"run": group.label, **of_cost, "weights": group.dtype, "judge": judges, "settings": settings})
+    return table
+
+
+def _judged(judged: dict[str, Any]) -> str:
+    rate = judged["length_controlled_win_rate"]
+    interval = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+    return f"{judged['judge']} against {judged['against']}: win rate at equal length {interval}"
 
 
 def _differing(groups: list[Group]) -> dict[str, tuple[Group, str]]:
@@ -125,10 +138,13 @@ def _of_kind(kind: str) -> str:
 
 
 def _cell(row: Row) -> dict[str, str]:
+    if not math.isfinite(row["mean"]):
+        return {"text": "not finite", "verdict": "worse"}
     text = f"{row['mean']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}]"
-    if row["paired_difference"] is not None:
+    if row["paired_difference"] is not None and math.isfinite(row["paired_difference"]):
         text += f" ({row['paired_difference']:+z.3f} [{row['paired_low']:+z.3f}, {row['paired_high']:+z.3f}])"
     verdict = row["verdict"] if row["verdict"] in ("better", "worse", "differs") else ""
+    verdict += " single" if verdict and not row["seeds_known"] else ""
     return {"text": text, "verdict": verdict}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -19,6 +21,7 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import predictions
 from selfgen_ds.evaluation.curves import Curves
 from selfgen_ds.evaluation.metrics import metric_of
+from selfgen_ds.files import refusal
 
 _OF_ONE_RUN = {"seed", "output_dir", "resume", "run_name"}
 """Settings in which runs of one group may differ, besides the starting model and the date."""
@@ -43,8 +46,8 @@ class Group:
     """Settings of the evaluation, which must equal the baseline's."""
     dtype: str
     """Type of the weights in the evaluation."""
-    judges: list[str]
-    """Per run, the judge of its answers and what they were compared with; empty without a judge."""
+    judged: list[dict[str, Any]]
+    """Per run, the judge of its answers, and the win rate at equal length; empty without a judge."""
     runs: list[RunScores]
     cost: Cost | None
     """The mean cost of the runs; None if a run has no `metrics.jsonl`."""
@@ -72,6 +75,11 @@ class Group:
         ]
 
     @property
+    def judges(self) -> list[str]:
+        """Per run, the judge of its answers and what they were compared with; empty without a judge."""
+        return [f"{judged['judge']} against {judged['against']}" if judged else "" for judged in self.judged]
+
+    @property
     def curves(self) -> Curves:
         """What the rows of all runs say by position."""
         return reduce(Curves.__add__, [run.curves for run in self.runs])
@@ -79,7 +87,7 @@ class Group:
     def sample(self, metric: str) -> Sample:
         """Return the statistics of a metric; a row that does not count it has zeros."""
         statistics = np.stack([run.statistics[metric] for run in self.runs])
-        return Sample(statistics=statistics, of_sums=metric_of(metric).of_sums)
+        return Sample(statistics=statistics, of_sums=metric_of(metric).of_sums, fixed=not self.seeds)
 
 
 def load_run(folder: Path) -> dict[str, Any]:
@@ -88,20 +96,37 @@ def load_run(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: A file is missing, damaged, or empty.
     """
-    try:
-        written = folder / "config.yaml"
-        recipe = yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else None
-        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        scores = read_scores(folder / predictions.FILE)
-        steps = folder / "metrics.jsonl"
-        cost = cost_of(steps) if steps.exists() else None
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{error.filename}: missing; evaluate the run's model with --output_dir {folder}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{folder}: {' '.join(str(error).split())}") from error
-    if not len(scores):
+    recipe, evaluation, steps = folder / "config.yaml", folder / "evaluation.json", folder / "metrics.jsonl"
+    run: dict[str, Any] = {"folder": folder, "recipe": None, "cost": None}
+    with _reading(recipe):
+        run["recipe"] = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+    with _reading(evaluation):
+        run["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
+    with _reading(folder / predictions.FILE):
+        run["scores"] = read_scores(folder / predictions.FILE)
+    with _reading(steps):
+        run["cost"] = cost_of(steps) if steps.exists() else None
+    if not len(run["scores"]):
         raise InputError(f"{folder / predictions.FILE}: no rows")
-    return {"folder": folder, "recipe": recipe, "evaluation": evaluation, "scores": scores, "cost": cost}
+    return run
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let the errors of a block that reads a file be one line that names the file.
+
+    Raises:
+        InputError: The file is missing, cannot be read, or is not as expected.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path}: missing; evaluate the run's model with --output_dir {path.parent}") from error
+    except OSError as error:
+        raise InputError(refusal(error) or f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, yaml.YAMLError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path}: damaged, or not as train and evaluate write it ({told})") from error
 
 
 def grouped(runs: list[dict[str, Any]]) -> list[Group]:
@@ -118,7 +143,8 @@ def grouped(runs: list[dict[str, Any]]) -> list[Group]:
         recipe = {k: v for k, v in entry["recipe"].items() if k not in _OF_ONE_RUN}
         recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "name_or_path"}
         recipe["data"] = {k: v for k, v in entry["recipe"]["data"].items() if k != "date"}
-        key = json.dumps([recipe, _settings(entry["evaluation"])], sort_keys=True)
+        evaluation = entry["evaluation"]
+        key = json.dumps([recipe, _settings(evaluation), evaluation.get("dtype")], sort_keys=True)
         while any(e["recipe"]["seed"] == entry["recipe"]["seed"] for e in by_recipe.get(key, [])):
             key += "'"  # the same seed from another starting model is a run of another group
         by_recipe.setdefault(key, []).append(entry)
@@ -164,16 +190,11 @@ def _as_group(runs: list[dict[str, Any]]) -> Group:
         recipe=recipes[0] if recipes else None,
         settings=_settings(first["evaluation"]),
         dtype=first["evaluation"].get("dtype", ""),
-        judges=[_judge(entry["evaluation"]) for entry in runs],
+        judged=[entry["evaluation"].get("judged") or {} for entry in runs],
         runs=[entry["scores"] for entry in runs],
         cost=None if None in costs else Cost.mean(costs),
         unfinished=None if None in unfinished else sum(unfinished),
     )
-
-
-def _judge(evaluation: dict[str, Any]) -> str:
-    judged = evaluation.get("judged")
-    return f"{judged['judge']} against {judged['against']}" if judged else ""
 
 
 def _settings(evaluation: dict[str, Any]) -> dict[str, Any]:

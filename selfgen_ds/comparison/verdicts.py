@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from selfgen_ds.comparison.intervals import Estimate, difference, holm, mean, wilson
@@ -11,10 +13,10 @@ from selfgen_ds.comparison.runs import Group
 from selfgen_ds.evaluation.metrics import kind_and_metric, meaning, metric_of
 from selfgen_ds.progress import bar
 
-Verdict = Literal["better", "worse", "differs", "no difference shown"]
+Verdict = Literal["better", "worse", "differs", "no difference shown", "not finite"]
 _LEVEL = 0.05
 _TELLING = (
-    *("win_rate", "final_answer", "exact_match", "rouge_l", "embedding_distance", "recovery_1", "recovery_last"),
+    *("final_answer", "exact_match", "rouge_l", "embedding_distance", "win_rate", "recovery_1", "recovery_last"),
     *("after_slip_4", "loss", "free_running_accuracy", "calibration_error"),
 )
 """Metrics that are named first."""
@@ -75,12 +77,16 @@ def _within_range(metric: str, estimate: Estimate, rows: int) -> tuple[float, fl
     A share that is 0 or 1 on every row says less than a width of 0: it gets Wilson's interval.
     """
     scale = metric_of(metric).scale
+    if not math.isfinite(estimate.value):
+        return estimate.low, estimate.high
     if scale == 1 and estimate.low == estimate.high and estimate.value in (0.0, 1.0):
         return wilson(estimate.value, rows)
     return (max(0.0, estimate.low), min(scale, estimate.high)) if scale == 1 else (estimate.low, estimate.high)
 
 
 def _verdict(metric: str, found: float, p: float) -> Verdict:
+    if not math.isfinite(found):
+        return "not finite"
     if p >= _LEVEL:
         return "no difference shown"
     better = metric_of(metric).better
@@ -112,22 +118,40 @@ def other_judges(groups: list[Group]) -> str:
     return f"win_rate is left out, because the judges or what they compared with differ: {told}."
 
 
-def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[str]:
-    """Return what follows: a sentence per group and verdict, as far as the intervals allow a word."""
-    baseline, told = groups[0], []
-    for group in groups[1:]:
-        of_group = [row for row in rows if row["run"] == group.name]
-        subject = f"{group.label}, compared with {baseline.label}"
-        for verdict in ("better", "worse", "differs"):
-            if found := [row for row in of_group if row["verdict"] == verdict]:
-                told.append(f"{subject}: {verdict} in {_listed(found, _told)}.")
-        if undecided := [row for row in of_group if row["verdict"] == "no difference shown"]:
-            told.append(f"{subject}: no difference shown in {_listed(undecided, lambda row: str(row['metric']))}.")
-        if not all(row["seeds_known"] for row in of_group):
-            told.append(f"{subject}: one side has a single seed, so this says nothing about other seeds.")
-        elif min(len(group.seeds), len(baseline.seeds)) == 2:
-            told.append(f"{subject}: two seeds make hardly any difference sure; a third one would.")
-    return [*told, *filter(None, [other_judges(groups)])]
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What follows for a group."""
+
+    subject: str
+    sentences: list[str]
+
+
+def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[Conclusion]:
+    """Return what follows for every group but the baseline, as far as the intervals allow a word."""
+    baseline = groups[0]
+    return [
+        Conclusion(
+            subject=f"{group.label}, compared with {baseline.label}",
+            sentences=_sentences([row for row in rows if row["run"] == group.name], group, baseline),
+        )
+        for group in groups[1:]
+    ]
+
+
+def _sentences(rows: list[dict[str, Any]], group: Group, baseline: Group) -> list[str]:
+    told, of_two_runs = [], not all(row["seeds_known"] for row in rows)
+    if of_two_runs:
+        told.append("There is one seed on each side: the words hold for these two runs, not for other seeds.")
+    elif min(len(group.seeds) or 3, len(baseline.seeds) or 3) < 3:
+        told.append("With fewer than three seeds on a side, hardly any difference can be sure.")
+    for verdict in ("better", "worse", "differs"):
+        if found := [row for row in rows if row["verdict"] == verdict]:
+            told.append(f"{verdict.capitalize()} in {_listed(found, _told)}.")
+    if undecided := [row for row in rows if row["verdict"] == "no difference shown"]:
+        told.append(f"No difference shown in {_listed(undecided, lambda row: str(row['metric']))}.")
+    if broken := [row["metric"] for row in rows if row["verdict"] == "not finite"]:
+        told.append(f"Not finite, here or in the baseline, in {', '.join(broken)}.")
+    return told
 
 
 def _listed(rows: list[dict[str, Any]], told: Callable[[dict[str, Any]], str]) -> str:

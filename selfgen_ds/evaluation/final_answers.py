@@ -8,6 +8,7 @@ import string
 
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _NUMBER = re.compile(r"\s*[$€£]?\s*[-+]?\d[\d,]*(?:\.\d+)?\s*%?\s*\.?\s*")
+_WITH_UNIT = re.compile(rf"({_NUMBER.pattern})(?:[^\W\d_]{{2}}|(?<=\s)[^\W\d_](?!\s*\d))")  # 5kg, 5 m, not 2x or 2 x 3
 _DATE = re.compile(r"\d+[-./]\d+[-./]\d+")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -38,7 +39,8 @@ def same_final_answer(answer: str, expected: str) -> bool:
 
     The final answer is marked as in `final_answer`; in an answer without marks, `math-verify` looks for a number or an
     expression. Numbers and expressions are the same if they are so mathematically (`math_verify.verify`: up to six
-    digits after the point, and up to simplification), other texts if their normalized texts are.
+    digits after the point, and up to simplification), other texts if their normalized texts are. A unit may follow a
+    marked number.
 
     Args:
         expected: What `final_answer` returns for the reference.
@@ -49,7 +51,10 @@ def same_final_answer(answer: str, expected: str) -> bool:
     from math_verify import verify  # slow to import
 
     if gold := _parsed(expected):
-        return verify(gold, _parse(answer) if given is None else _parsed(given))
+        if given is None:
+            return verify(gold, _parse(answer))
+        number = _WITH_UNIT.match(given) if _NUMBER.fullmatch(expected) else None
+        return verify(gold, _parsed(given)) or (number is not None and verify(gold, _parsed(number[1])))
     return normalized(answer if given is None else given) == normalized(expected)
 
 

@@ -29,7 +29,13 @@ log = logging.getLogger("selfgen_ds")
 _AT_ONCE = 8  # requests
 _TRIES, _PAUSE, _TIMEOUT = 4, 2.0, 120.0  # requests, and seconds
 _RESAMPLES = 1000
-_VERDICT = re.compile(r"\b(A|B|[Tt]ie)\b")
+_MARKS = r"[\s*_`\"'()\[\].!]*"
+_VERDICT = re.compile(
+    rf"(?:^|[:>\n]|\b(?:answer|response|verdict|winner|choose|prefer|is)\b){_MARKS}(A|B|(?:a )?tie)"
+    rf"(?: is (?:the )?(?:better|best)(?: one| answer)?)?{_MARKS}$",
+    re.IGNORECASE,
+)
+"""A verdict at the end of what a judge says: a letter in the middle of a reason is none."""
 _QUESTION = """Which of two answers to a prompt is better? Judge whether they are right, and do what the prompt asks.
 Say "A", "B" or "tie", and nothing else.
 
@@ -106,11 +112,9 @@ class Judge:
         return hashlib.sha256(f"{self.model}\0{swapped}\0{_question(score, other, swapped)}".encode()).hexdigest()
 
     def _verdict(self, score: SampleScore, other: str, swapped: bool) -> float | None:
-        """Ask for a verdict. None if the last word that might be one is missing, as in a refusal."""
-        said = _VERDICT.findall(self._ask(_question(score, other, swapped)))
-        if not said:
-            return None
-        return 0.5 if said[-1].casefold() == "tie" else float((said[-1] == "A") != swapped)
+        """Ask for a verdict. None if what the judge says ends with none, as in a refusal."""
+        said = verdict_in(self._ask(_question(score, other, swapped)))
+        return {"A": float(not swapped), "B": float(swapped), "TIE": 0.5, None: None}[said]
 
     def _ask(self, question: str) -> str:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
@@ -132,6 +136,12 @@ class Judge:
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"
         raise InputError(f"--judge_url: {url} gives no verdict: {problem}; the verdicts so far are kept")
+
+
+def verdict_in(text: str) -> str | None:
+    """Return the verdict with which a text ends: A, B or TIE; None if it ends with none."""
+    found = _VERDICT.search(text.strip())
+    return None if found is None else found[1].upper().removeprefix("A ")
 
 
 def _question(score: SampleScore, other: str, swapped: bool) -> str:

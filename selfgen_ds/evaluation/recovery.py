@@ -98,7 +98,7 @@ def recovery_statistics(
 def slip_statistics(right: Sequence[list[bool]], is_right: Sequence[bool | None]) -> Statistics:
     """Return the statistics of what follows the first token of an answer that is unlike the reference's.
 
-    Slips among the last four tokens are not counted, because little follows them.
+    Slips among the last four tokens are not counted, because little follows them; nor are rows without other tokens.
 
     Args:
         right: Per answer and token of the reference, without those that close it, whether the answer has it there.
@@ -109,7 +109,7 @@ def slip_statistics(right: Sequence[list[bool]], is_right: Sequence[bool | None]
     for flags, final in zip(right, is_right, strict=True):
         first = flags.index(False) if False in flags else len(flags)
         slipped = first < len(flags) - _NEXT
-        _count(row, {"slips": [slipped]})
+        _count(row, {"slips": [slipped] if len(flags) > _NEXT else []})
         if slipped:
             after = flags[first + 1 :]
             _count(row, {"after_slip_1": after[:1], "after_slip_4": after[:_NEXT], "after_slip_last": after[-1:]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from selfgen_ds.evaluation import predictions
 from selfgen_ds.evaluation.curves import Curves, accuracy_by_errors
 from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metric, meaning
 from selfgen_ds.evaluation.plots import plot_evaluation
-from selfgen_ds.files import write_atomically
+from selfgen_ds.files import as_json, write_atomically
 
 
 def write(
@@ -45,7 +44,7 @@ def write(
         "judged": judged,
         "torch": torch.__version__,
     }
-    write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
+    write_atomically(folder / "evaluation.json", as_json(result))
     title = f"{options.model} on {', '.join(s.name for s in samples)}, {len(scores)} rows, 95 % intervals"
     plot_evaluation(folder / "evaluation.png", title, scores, metrics)
 

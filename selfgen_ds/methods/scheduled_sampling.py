@@ -29,5 +29,6 @@ class ScheduledSampling(Method):
         masks = [mask_of(c, batch, p, (hashing.REPLACE, seed, step)) for batch in batches]
         keys = (hashing.DRAW, seed, step)
         limits = c.max_differing_share, c.max_differing_tokens
-        batches, self.passes = mix(batches, policy, masks, c.passes or 1, keys, *limits)
+        passes = c.passes or ("exact" if c.position == "span" else 1)  # a span is written as at inference
+        batches, self.passes = mix(batches, policy, masks, passes, keys, *limits)
         return batches

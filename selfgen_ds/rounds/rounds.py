@@ -245,7 +245,7 @@ class Rounds:
                     raise RuntimeError(f"{self.settings['method']}: the rows do not fit the samples: {told}")
                 began, before = time.perf_counter(), began
                 for chunk in own:
-                    writer.write(chunk, rows, counts, (began - before) / world_size)
+                    writer.write(chunk, rows, counts, (began - before) / min(world_size, len(missing) - first))
                 progress.update(min(world_size, len(missing) - first))
                 self.poll()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import CompareOptions, EvaluateOptions, GenerateOptions, Recipe
 from selfgen_ds.errors import InputError, Problems
+from selfgen_ds.evaluation import predictions
 from selfgen_ds.validation.recipe import check_model_folder, check_texts
 from selfgen_ds.validation.sources import check_sources
 
@@ -48,8 +49,14 @@ def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
         problems.expect(len(set(values)) == len(values), f"--{setting}", "every value once", values)
     if (options.judge_url is None) != (options.judge_model is None):
         problems.add("--judge_model: expected with --judge_url, and only then")
-    if options.judge_against != "reference" and options.judge_url is None:
+    url, against = options.judge_url, options.judge_against
+    problems.expect(
+        url is None or url.startswith(("http://", "https://")), "--judge_url", "http://... or https://...", url
+    )
+    if against != "reference" and url is None:
         problems.add("--judge_against: expected --judge_url as well")
+    elif against != "reference" and not (Path(against) / predictions.FILE).is_file():
+        problems.add(f"--judge_against: expected `reference` or a folder with {predictions.FILE}, got {against!r}")
     check_model_folder(problems, "--model", options.model)
     check_texts(problems, "--", options.prompt_template, options.date)
     share = options.max_refused_share

@@ -111,7 +111,7 @@ def test_table_json_and_plot_are_written(comparison: Comparison) -> None:
 
 def test_the_json_has_the_documented_keys(comparison: Comparison) -> None:
     document = json.loads((comparison.folder / "comparison.json").read_text())
-    assert document.keys() == {"baseline", "rows"}
+    assert document.keys() == {"baseline", "budgets", "runs", "rows"}
     assert document["baseline"] == comparison.baseline
     assert all(row.keys() >= KEYS for row in comparison.rows)
 
@@ -347,11 +347,124 @@ def test_what_follows_is_said_in_words_with_the_limits_of_one_seed(tmp_path: Pat
         losses=[(1.0 + (rows - i) / rows, 2) for i in range(rows)],
     )
     _compare(tmp_path, a, b)
-    sentences = [line for line in (tmp_path / "out" / "comparison.md").read_text().splitlines() if line[:2] == "- "]
-    better, undecided, seeds = sentences
-    assert f"bash ({b}, seed 0), compared with sft ({a}, seed 0): better in exact_match (+0.9" in better
-    assert undecided.endswith("no difference shown in loss.")
-    assert "says nothing about other seeds" in seeds
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    assert f"bash ({b}, seed 0), compared with sft ({a}, seed 0):" in lines
+    seeds, better, undecided = (line for line in lines if line[:2] == "- ")
+    assert better.startswith("- Better in exact_match (+0.9")
+    assert undecided == "- No difference shown in loss."
+    assert seeds == "- There is one seed on each side: the words hold for these two runs, not for other seeds."
+    assert 'class="better single"' in (tmp_path / "out" / "comparison.html").read_text().replace("number ", "")
+
+
+def test_what_was_run_and_what_it_cost_stands_in_every_form_of_the_report(tmp_path: Path) -> None:
+    runs = [_with_steps(_run_folder(tmp_path / "a", BASELINE), 1e9)]
+    runs.append(_run_folder(tmp_path / "b", BETTER, method="bash"))
+    _compare(tmp_path, *runs)
+    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    first, second = document["runs"]
+    assert (first["steps"], first["tokens"], first["FLOPs"], first["seconds"]) == ("2", "20", "2e+09", "2")
+    assert second["FLOPs"] == "not known"
+    assert "selfgen.method bash" in second["settings"]
+    assert document["budgets"].startswith("The budget is not known of bash")
+    for kind in ("md", "html"):
+        text = (tmp_path / "out" / f"comparison.{kind}").read_text()
+        assert "2e+09" in text
+        assert "selfgen.method bash" in text
+
+
+def test_a_step_that_a_killed_run_did_not_finish_writing_is_not_counted(tmp_path: Path) -> None:
+    run = _with_steps(_run_folder(tmp_path / "a", BASELINE), 1e9)
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tok')
+    _compare(tmp_path, run)
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"][0]["steps"] == "2"
+
+
+def test_a_value_that_is_not_finite_is_no_finding_and_null_in_the_json(tmp_path: Path) -> None:
+    """A model that has diverged has such a loss."""
+    a = _run_folder(tmp_path / "a", BASELINE * 5, losses=[(1.0, 2)] * 20)
+    b = _run_folder(tmp_path / "b", BASELINE * 5, method="bash", losses=[(float("nan"), 2)] * 20)
+    _compare(tmp_path, a, b)
+    text = (tmp_path / "out" / "comparison.json").read_text()
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"]
+    (_, row) = (row for row in rows if row["metric"] == "loss")
+    assert (row["mean"], row["paired_difference"], row["p"], row["verdict"]) == (None, None, 1.0, "not finite")
+    written = (tmp_path / "out" / "comparison.md").read_text()
+    assert "- Not finite, here or in the baseline, in loss." in written
+    assert "nan" not in written
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[("metrics.jsonl", text) for text in ("5\n", '{"flops": 1}\n', '{"flops": null, "tokens": 1}\n', "{\n")],
+        *[("config.yaml", text) for text in ("a: [", "- 1\n")],
+        *[("evaluation.json", text) for text in ("{", "[1]")],
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, text: str) -> None:
+    run = _run_folder(tmp_path / "a", BASELINE)
+    (tmp_path / "a" / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        _compare(tmp_path, run)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}/a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"statistics": None},
+        {"statistics": {"x": ["a"]}},
+        {"statistics": {"x": 1.0}},
+        {"recovery": [True]},
+        {"teacher_forced": None},
+        {"sample_id": "x"},
+        {"reference": None},
+    ],
+    ids=str,
+)
+def test_a_damaged_row_is_one_line_that_names_its_file(tmp_path: Path, change: dict[str, object]) -> None:
+    run = _run_folder(tmp_path / "a", BASELINE)
+    path = tmp_path / "a" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+    with pytest.raises(InputError, match=f"^{path}: damaged") as caught:
+        _compare(tmp_path, run)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def _judged(folder: str, judge: str, against: str = "reference") -> str:
+    """Write what a judge has said of a run, and return the folder."""
+    path = Path(folder) / "evaluation.json"
+    rate = {"value": 0.6, "low": 0.5, "high": 0.7}
+    judged = {"judge": judge, "against": against, "length_controlled_win_rate": rate}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judged": judged}))
+    rows = [json.loads(line) for line in (Path(folder) / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["statistics"]["win_rate"] = [0.5, 1.0]
+    (Path(folder) / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(("other", "compared"), [("one", True), ("two", False)])
+def test_win_rates_are_compared_if_one_judge_gave_them(tmp_path: Path, other: str, compared: bool) -> None:
+    runs = [_judged(_run_folder(tmp_path / "a", BASELINE), "one")]
+    runs.append(_judged(_run_folder(tmp_path / "b", BETTER, method="bash"), other))
+    metrics = {row["metric"] for row in _compare(tmp_path, *runs)}
+    assert ("win_rate" in metrics) is compared
+    written = (tmp_path / "out" / "comparison.md").read_text()
+    told = "win_rate is left out, because the judges or what they compared with differ: one against reference, two"
+    assert (told in written) is not compared
+    assert f"{other} against reference: win rate at equal length 0.600 [0.500, 0.700]" in written
+
+
+def test_seeds_that_were_evaluated_with_other_weights_are_groups_of_their_own(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / "a", BASELINE), _run_folder(tmp_path / "b", BASELINE, seed=1)]
+    for run, dtype in zip(runs, ("float32", "bfloat16"), strict=True):
+        path = Path(run) / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype}))
+    assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0], [1]]
 
 
 def test_a_metric_of_which_less_is_better_is_worse_if_it_grows(tmp_path: Path) -> None:

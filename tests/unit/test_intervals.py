@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,42 @@ def test_two_seeds_that_happen_to_lie_close_together_show_no_more_than_students_
         groups = [of_rows + rng.normal(size=(2, 1)) + rng.normal(scale=0.5, size=(2, rows)) for _ in range(2)]
         found += difference(_sample(groups[0]), _sample(groups[1]), same_seeds).p < 0.003
     assert found <= stats.binom.ppf(0.99, trials, 0.003)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 3), (3, 1)])
+def test_a_single_seed_is_taken_to_vary_as_those_of_the_other_side(ours: int, theirs: int) -> None:
+    rng = np.random.default_rng(11 + ours)
+    found, trials, rows = 0, 300, 40
+    for _ in range(trials):
+        of_rows = rng.normal(size=(1, rows))
+        one, other = (
+            of_rows + rng.normal(scale=0.3, size=(seeds, 1)) + rng.normal(scale=0.3, size=(seeds, rows))
+            for seeds in (ours, theirs)
+        )
+        estimate = difference(_sample(one), _sample(other), same_seeds=False)
+        assert estimate.seeds_known
+        found += estimate.p < 0.05
+    assert found <= stats.binom.ppf(0.99, trials, 0.05)
+
+
+def test_a_single_model_without_a_seed_does_not_vary() -> None:
+    values = np.random.default_rng(0).random((1, 100))
+    base = replace(_sample(values), fixed=True)
+    seeds = np.array([0.1, 0.2, 0.3])[:, None] + values
+    found = difference(_sample(seeds), base, same_seeds=False)
+    low, high = stats.t.interval(0.95, 2, loc=0.2, scale=0.1 / math.sqrt(3))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert mean(base).seeds_known
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_nothing(value: float) -> None:
+    values = np.random.default_rng(0).random((3, 100))
+    broken = values.copy()
+    broken[1, 7] = value
+    found = difference(_sample(broken), _sample(values), same_seeds=True)
+    assert found.p == 1.0
+    assert not math.isfinite(found.low)
 
 
 def test_a_known_difference_is_found() -> None:

@@ -115,11 +115,24 @@ def test_a_tie_is_half_a_win(server: Server, tmp_path: Path) -> None:
     assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [0.5] * 3
 
 
-def test_the_last_word_that_may_be_a_verdict_counts_and_none_is_a_tie(server: Server, tmp_path: Path) -> None:
-    server.says = "<think>B is short</think> I say: Answer A"
-    assert _judge(server, tmp_path).wins(SCORES[:1], ["gg"]) == [0.5], "the same place in both orders"
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *[(text, "A") for text in ("A", "**A**", "a.", '"A"', "[[A]]", "<think>B is short</think> I say: Answer A")],
+        *[(text, "B") for text in ("Answer: B", "My reasons are long.\n\nB", "B is better.", "The winner is **B**.")],
+        *[(text, "TIE") for text in ("tie", "TIE", "Tie.", "It is a tie.", "Verdict: tie")],
+        *[(text, None) for text in ("", "I cannot judge this", "B is better, because A has a wrong number.")],
+        *[(text, None) for text in ("I prefer B. A is wrong", "neither; it is a tie between A and B", "A or B", "Bad")],
+    ],
+)
+def test_a_verdict_stands_at_the_end(text: str, expected: str | None) -> None:
+    assert judge.verdict_in(text) == expected
+
+
+def test_what_is_no_verdict_is_a_tie(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server.says = "I cannot judge this"
-    assert _judge(server, tmp_path).wins(SCORES[1:2], ["gg"]) == [0.5]
+    assert _judge(server, tmp_path).wins(SCORES[:2], ["gg"] * 2) == [0.5, 0.5]
+    assert "4 of 4 verdicts were none of A, B and tie" in caplog.text
 
 
 def test_another_judge_is_asked_anew(server: Server, tmp_path: Path) -> None:

@@ -67,3 +67,8 @@ def test_what_follows_the_first_slip_is_counted_and_late_slips_are_not() -> None
     assert statistics["after_slip_4"] == [0.75, 1.0]
     assert statistics["after_slip_last"] == [1.0, 1.0]
     assert statistics["after_slip_final_answer"] == [1.0, 1.0]
+
+
+def test_rows_too_short_for_a_slip_do_not_count_as_rows_without_one() -> None:
+    assert slip_statistics([[False] * 4, [False]], [False, False])["slips"] == [0.0, 0.0]
+    assert slip_statistics([[False] * 4, [True] * 5, [False] * 5], [None] * 3)["slips"] == [1.0, 2.0]

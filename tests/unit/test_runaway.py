@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
+from selfgen_ds.config import DataConfig, Recipe
 from selfgen_ds.methods.runaway import Runaway
+from selfgen_ds.train import BetweenSteps
 
 
 def _told(steps: list[tuple[float, float, float]]) -> list[int]:
@@ -76,3 +81,25 @@ def test_rounds_that_get_better_or_that_draw_more_or_nothing_are_not_named() -> 
     assert not _told_of_rounds([(1.0, 0.5), (1.0, 0.4), (1.0, 0.43)])
     assert not _told_of_rounds([(0.3, 0.1), (0.6, 0.3), (1.0, 0.5)])
     assert not _told_of_rounds([(0.5, 0.1), (0.0, 0.0), (0.5, 0.4)])
+
+
+def _told_of_lines(*lines: dict[str, float | None]) -> list[str]:
+    """Return what the training loop says of lines of `metrics.jsonl`."""
+    loop = SimpleNamespace(
+        _recipe=Recipe(output_dir="o", deepspeed="d", data=DataConfig(train="t")), _runaway=Runaway()
+    )
+    return [told for line in lines if (told := BetweenSteps._runs_away(cast(BetweenSteps, loop), line))]
+
+
+def _line(number: int, of_round: float | None, drawn: int = 5) -> dict[str, float | None]:
+    step = {"drawn_tokens": drawn, "replace_probability": 0.5, "differing_share": 0.1, "loss": 1.0}
+    return step | {"round": number, "round_differing_share": of_round}
+
+
+def test_a_round_is_watched_though_its_first_step_draws_nothing() -> None:
+    (told,) = _told_of_lines(_line(1, 0.1), _line(2, 0.9, drawn=0), _line(2, 0.9), _line(3, 0.95))
+    assert told.startswith("round 2 is worse")
+
+
+def test_a_round_whose_share_was_not_recorded_is_not_compared() -> None:
+    assert not _told_of_lines(_line(1, None), _line(2, 0.9))
