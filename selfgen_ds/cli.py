@@ -127,7 +127,7 @@ def _parse(arguments: list[str]) -> Namespace:
         elif command == "compare":
             if not options or options[0].startswith("-"):
                 problems.add("runs: missing; give the folders of trained and evaluated runs")
-            check_options(problems, options, ["output_dir"])
+            check_options(problems, options, {"output_dir": str, "metrics": list[str]}, required=["output_dir"])
         problems.raise_all()
         raise InputError(refusal(error) or " ".join(str(error).split())) from error
 
@@ -235,10 +235,12 @@ def _parser() -> ArgumentParser:
     command("evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__)
     command("generate", "answer prompts with a model", GenerateOptions.__doc__)
     command("export", "write a checkpoint as a Hugging Face folder", ExportOptions.__doc__)
-    summary = "make a table and a plot of evaluated runs; the first run is the baseline"
+    summary = "report what evaluated runs show and cost; the first run is the baseline"
     compare = command("compare", summary, CompareOptions.__doc__)
     compare.add_argument("runs", nargs="+", help="folders of trained and evaluated runs")
-    compare.add_argument("--output_dir", required=True, help="where the table and the plot are written")
+    compare.add_argument("--output_dir", required=True, help="folder for the report and its figures")
+    names = 'metrics to compare, such as "[rouge_l, recovery_4]"; all by default'
+    compare.add_argument("--metrics", type=list[str], default=[], help=names)
     return parser
 
 

@@ -14,7 +14,7 @@ from selfgen_ds.comparison.verdicts import budgets, compared, other_judges
 from selfgen_ds.config import CompareOptions
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.files import as_json, make_folder, write_atomically
-from selfgen_ds.progress import bar
+from selfgen_ds.progress import SECONDS, bar
 from selfgen_ds.validation.options import check_compare
 
 
@@ -27,7 +27,7 @@ def run(options: CompareOptions) -> None:
     problems = Problems()
     check_compare(problems, options)
     runs = []
-    for folder in bar("read", "run", iterable=options.runs, total=len(options.runs), leave=False):
+    for folder in bar("read", "run", iterable=options.runs, total=len(options.runs), leave=False, delay=SECONDS):
         with problems.collect():
             runs.append(load_run(Path(folder)))
     problems.raise_all()

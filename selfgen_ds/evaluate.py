@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
@@ -87,27 +90,64 @@ def run(options: EvaluateOptions) -> None:
     _check_answers(options, chosen, asked, positions)
     if process_group.world_size() > 1:
         process_group.init_process_group()
-    with naming_the_options():
-        model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
-    policy = EnginePolicy(
-        model,
-        end_tokens=end_tokens(samples, tokenizer),
-        generation_batch_size=options.batch_size,
-        sharing=traits.sharing,
-    )
-    oracle = None if options.oracle is None else _oracle(options.oracle, options, tokenizer)
-    requests = _requests(options, text, asked, forced_errors(samples, tokenizer), oracle)
-    scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, samples)
+    with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
+        judge = _judge(options)
+    key = _key(options, text, samples)
+    journals: list[Journal] = []
+    if _from_rank_0(lambda: results.holds(options.output_dir, key)):
+        log.info("%s holds this evaluation; remove evaluation.json to repeat it", options.output_dir)
+        scores = results.read(options.output_dir) if process_group.rank() == 0 else []
+    else:
+        policy = _policy(source, config, traits, end_tokens(samples, tokenizer), options.batch_size)
+        oracle = None if options.oracle is None else _oracle(options.oracle, options, tokenizer)
+        requests = _requests(options, text, asked, forced_errors(samples, tokenizer), oracle)
+        scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, key)
     with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
         if process_group.rank() == 0:
-            if (Path(options.output_dir) / "evaluation.json").exists():
-                log.info("replacing the evaluation that %s holds", options.output_dir)
-            results.write(scores, options, samples, source.dtype, {})  # a judge may not answer
-            if judged := _judge(scores, options):
-                results.write(scores, options, samples, source.dtype, judged)
-            print(results.summary(scores, options.output_dir, samples, judged))
+            _write(scores, judge, options, results.About(samples=samples, dtype=source.dtype, key=key))
     for journal in journals:
         journal.remove()
+
+
+def _write(scores: list[SampleScore], judge: Judge | None, options: EvaluateOptions, about: results.About) -> None:
+    """Write the results, ask the judge, if there is one, and print the summary.
+
+    Raises:
+        InputError: The judge does not answer; the other results are written.
+    """
+    results.put_aside(options.output_dir, about.key)
+    results.write(scores, options, about, {})
+    if judged := _judged(judge, scores, options):
+        results.write(scores, options, about, judged)
+    print(results.summary(scores, options.output_dir, about.samples, judged))
+
+
+def _policy(
+    source: ModelConfig, config: PretrainedConfig, traits: probe.Traits, ends: list[int], batch_size: int
+) -> EnginePolicy:
+    """Load the model."""
+    with naming_the_options():
+        model = build_model(source, config, traits.logit_transform).to(process_group.device()).eval()
+    return EnginePolicy(model, end_tokens=ends, generation_batch_size=batch_size, sharing=traits.sharing)
+
+
+def _from_rank_0(compute: Callable[[], bool]) -> bool:
+    """Return what rank 0 computes. Collective under a launcher: every rank must call this."""
+    return process_group.from_rank_0(compute) if dist.is_initialized() else compute()
+
+
+def _key(options: EvaluateOptions, text: TextMetrics, samples: list[Samples]) -> str:
+    """Return a checksum of what the scores depend on."""
+    aside = {"output_dir", "batch_size"}  # the scores depend on neither
+    settings = {k: v for k, v in asdict(options).items() if k not in aside and not k.startswith("judge_")}
+    paths = [options.model, options.oracle, options.embedding_model, options.chat_template]
+    key = settings | {
+        "files": [_files(path) for path in paths if path is not None],
+        "metric": text.source,
+        "rows": [source.checksum for source in samples],
+        "version": __version__,
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _oracle(name: str, options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase) -> EnginePolicy:
@@ -161,7 +201,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     options: EvaluateOptions,
     requests: EvaluationRequests,
-    samples: list[Samples],
+    key: str,
 ) -> tuple[list[SampleScore], list[Journal]]:
     """Return the scores of all rows on rank 0, with those of the perturbed weights among their statistics, and the
     journals.
@@ -169,15 +209,6 @@ def _evaluate(
     Collective: every rank must call this. Scores that an earlier start with the same options has left are not computed
     again.
     """
-    aside = {"output_dir", "batch_size"}  # the scores depend on neither
-    settings = {k: v for k, v in asdict(options).items() if k not in aside and not k.startswith("judge_")}
-    paths = [options.model, options.oracle, options.embedding_model, options.chat_template]
-    key = settings | {
-        "files": [_files(path) for path in paths if path is not None],
-        "metric": requests.text.source,
-        "rows": [source.checksum for source in samples],
-        "version": __version__,
-    }
     scores: list[SampleScore] = []
     journals = []
     kinds = [*(f"noise_{share:g}" for share in options.weight_noise), *(f"int{bits}" for bits in options.weight_bits)]
@@ -198,7 +229,22 @@ def _evaluate(
     return scores, journals
 
 
-def _judge(scores: list[SampleScore], options: EvaluateOptions) -> dict[str, Any]:
+def _judge(options: EvaluateOptions) -> Judge | None:
+    """Return the judge, which has answered a first question; None if none is asked for.
+
+    Raises:
+        InputError: The judge does not answer.
+    """
+    if options.judge_url is None or options.judge_model is None:
+        return None
+    journal = Path(options.output_dir) / "judge.jsonl"
+    judge = Judge(url=options.judge_url, model=options.judge_model, journal=journal)
+    if process_group.rank() == 0:
+        judge.check()
+    return judge
+
+
+def _judged(judge: Judge | None, scores: list[SampleScore], options: EvaluateOptions) -> dict[str, Any]:
     """Add the verdicts of a judge to the rows' statistics, and return what the evaluation says of them.
 
     Returns:
@@ -207,15 +253,15 @@ def _judge(scores: list[SampleScore], options: EvaluateOptions) -> dict[str, Any
     Raises:
         InputError: The judge does not answer, or there are no other answers to compare with.
     """
-    if options.judge_url is None or options.judge_model is None:
+    if judge is None:
         return {}
     others = other_answers(options.judge_against, scores)
-    journal = Path(options.output_dir) / "judge.jsonl"
-    wins = Judge(url=options.judge_url, model=options.judge_model, journal=journal).wins(scores, others)
-    for score, win in zip(scores, wins, strict=True):
+    verdicts = judge.verdicts(scores, others)
+    for score, win in zip(scores, verdicts.wins, strict=True):
         score.statistics["win_rate"] = [win, 1.0]
-    controlled = length_controlled(wins, [score.answer for score in scores], others)
-    return {"judge": options.judge_model, "against": options.judge_against, "length_controlled_win_rate": controlled}
+    controlled = length_controlled(verdicts.wins, [score.answer for score in scores], others)
+    told = {"judge": options.judge_model, "against": options.judge_against, "length_controlled_win_rate": controlled}
+    return told | {"unclear": verdicts.unclear, "by_place": verdicts.by_place}
 
 
 def _files(path: str) -> list[list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import resources
 from typing import Any
 
@@ -13,8 +13,8 @@ from jinja2 import Environment
 
 from selfgen_ds.comparison.plots import Figure, as_data_url
 from selfgen_ds.comparison.runs import Group
-from selfgen_ds.comparison.verdicts import budgets, conclusions, explained, other_judges
-from selfgen_ds.config import flat
+from selfgen_ds.comparison.verdicts import budgets, conclusions, explained, other_judges, rule
+from selfgen_ds.config import DataConfig, Recipe, flat
 from selfgen_ds.evaluation.metrics import ANSWER_KINDS, kind_and_metric
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ def html(groups: list[Group], rows: list[Row], figures: list[Figure]) -> str:
             budgets=budgets(groups),
             conclusions=conclusions(rows, groups),
             other_judges=other_judges(groups),
-            tests=sum(row["p"] is not None for row in rows),
+            rule=rule(rows),
             baseline=groups[0].label,
             cut=_cut(groups),
             columns=_COLUMNS,
@@ -77,7 +77,10 @@ def markdown(groups: list[Group], rows: list[Row]) -> str:
     caption = f"{title_of(groups)}; mean [95 % interval over seeds and rows]"
     if len(groups) > 1:
         caption += f"; in parentheses the difference to {groups[0].name}, paired by row"
-    lines += [f"{caption}.", f"Greedy answers that were cut before the model ended them: {_cut(groups)}."]
+    lines += [
+        f"{caption}. {rule(rows)}" if len(groups) > 1 else f"{caption}.",
+        f"Greedy answers that were cut before the model ended them: {_cut(groups)}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -102,20 +105,23 @@ def runs_table(groups: list[Group]) -> list[dict[str, str]]:
 def _judged(judged: dict[str, Any]) -> str:
     rate = judged["length_controlled_win_rate"]
     interval = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-    return f"{judged['judge']} against {judged['against']}: win rate at equal length {interval}"
+    doubts = f"{judged['unclear']:.0%} of the verdicts unclear, {judged['by_place']:.0%} of the pairs decided by order"
+    return f"{judged['judge']} against {judged['against']}: win rate at equal length {interval}; {doubts}"
 
 
 def _differing(groups: list[Group]) -> dict[str, tuple[Group, str]]:
-    """Return, per group, the settings of its recipe that are not the same in all groups."""
+    """Return, per group, the settings of its recipe that are not the same in all groups, nor the default."""
     recipes = {group.name: flat(group.recipe) if group.recipe else {} for group in groups}
     own = {"seed", "output_dir", "resume", "run_name", "data.date"}
     names = dict.fromkeys(name for recipe in recipes.values() for name in recipe if name not in own)
     varied = [n for n in names if len({repr(recipe.get(n)) for recipe in recipes.values() if recipe}) > 1]
+    defaults = flat(asdict(Recipe(output_dir="", deepspeed="", data=DataConfig(train=""))))
     told = {}
     for group in groups:
         recipe = recipes[group.name]
-        text = ", ".join(f"{name} {recipe[name]}" for name in varied if recipe.get(name) is not None)
-        told[group.name] = (group, text or ("none" if recipe else "no recipe"))
+        given = [name for name in varied if recipe.get(name) is not None and recipe[name] != defaults.get(name)]
+        text = ", ".join(f"{name} {recipe[name]}" for name in given)
+        told[group.name] = (group, text or ("defaults" if recipe else "no recipe"))
     return told
 
 
@@ -141,7 +147,9 @@ def _cell(row: Row) -> dict[str, str]:
     if not math.isfinite(row["mean"]):
         return {"text": "not finite", "verdict": "worse"}
     text = f"{row['mean']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}]"
-    if row["paired_difference"] is not None and math.isfinite(row["paired_difference"]):
+    if row["paired_difference"] == row["paired_low"] == row["paired_high"] == 0:
+        text += " (equal on all rows)"
+    elif row["paired_difference"] is not None and math.isfinite(row["paired_difference"]):
         text += f" ({row['paired_difference']:+z.3f} [{row['paired_low']:+z.3f}, {row['paired_high']:+z.3f}])"
     verdict = row["verdict"] if row["verdict"] in ("better", "worse", "differs") else ""
     verdict += " single" if verdict and not row["seeds_known"] else ""

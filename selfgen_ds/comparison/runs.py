@@ -104,6 +104,8 @@ def load_run(folder: Path) -> dict[str, Any]:
         run["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
     with _reading(folder / predictions.FILE):
         run["scores"] = read_scores(folder / predictions.FILE)
+        if run["evaluation"].get("predictions") not in (None, predictions.checksum(folder / predictions.FILE)):
+            raise InputError(f"{folder / predictions.FILE}: not the rows of {evaluation}; evaluate the model again")
     with _reading(steps):
         run["cost"] = cost_of(steps) if steps.exists() else None
     if not len(run["scores"]):
@@ -165,12 +167,20 @@ def check_comparable(groups: list[Group]) -> None:
             if value != baseline.settings[name]
         ]
         if not differing and not np.array_equal(group.runs[0].sample_ids, baseline.runs[0].sample_ids):
-            differing = ["on different rows"]
+            differing = [f"on different rows ({_first_difference(group, baseline)})"]
         if not differing and group.runs[0].references != baseline.runs[0].references:
             differing = ["on rows with other references, by a changed file or another tokenizer"]
         if differing:
             how = ", ".join(differing)
             raise InputError(f"{group.name} and {baseline.name} were evaluated {how}; evaluate them alike")
+
+
+def _first_difference(group: Group, other: Group) -> str:
+    ids = [one.runs[0].sample_ids.tolist() for one in (group, other)]
+    if len(ids[0]) != len(ids[1]):
+        return f"{len(ids[0])} and {len(ids[1])} of them"
+    line = next(i for i, (a, b) in enumerate(zip(*ids, strict=True)) if a != b)
+    return f"the first is line {line + 1} of {predictions.FILE}: sample {ids[0][line]} and {ids[1][line]}"
 
 
 def _as_group(runs: list[dict[str, Any]]) -> Group:

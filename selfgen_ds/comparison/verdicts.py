@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from selfgen_ds.comparison.intervals import Estimate, difference, holm, mean, wilson
+from selfgen_ds.comparison.intervals import LEAST_ROWS, Estimate, difference, holm, mean, wilson
 from selfgen_ds.comparison.runs import Group
 from selfgen_ds.evaluation.metrics import kind_and_metric, meaning, metric_of
-from selfgen_ds.progress import bar
+from selfgen_ds.progress import SECONDS, bar
 
-Verdict = Literal["better", "worse", "differs", "no difference shown", "not finite"]
+Verdict = Literal["better", "worse", "differs", "not sure", "no difference shown", "not finite"]
+"""`not sure`: the interval excludes 0, but p is too large after the correction for the number of differences."""
 _LEVEL = 0.05
 _TELLING = (
     *("final_answer", "exact_match", "rouge_l", "embedding_distance", "win_rate", "recovery_1", "recovery_last"),
@@ -29,17 +30,25 @@ _BUDGET = 0.02
 def compared(groups: list[Group], metrics: list[str]) -> list[dict[str, Any]]:
     """Return the rows of `comparison.json`: one per group and metric. The baseline is the first group.
 
-    The p-values of all differences in the table are corrected together, for their number.
+    The p-values of the differences in the table are corrected together, for their number. Those that cannot show
+    anything, because all rows are equal or hardly any row counts, have p 1 and do not count in that number (Tarone
+    1990).
     """
     baseline = groups[0]
     pairs = [(group, metric) for group in groups for metric in metrics]
-    told = bar("compare", "metric", iterable=pairs, total=len(pairs), leave=False)
+    told = bar("compare", "metric", iterable=pairs, total=len(pairs), leave=False, delay=SECONDS)
     rows = [_row(group, baseline, metric) for group, metric in told]
-    tested = [row for row in rows if row["p"] is not None]
-    for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
-        row["p_corrected"] = corrected
-        row["verdict"] = _verdict(row["metric"], row["paired_difference"], corrected)
+    corrected = iter(holm([row["p"] for row in tested(rows)]))
+    for row in rows:
+        if row["p"] is not None:
+            row["p_corrected"] = next(corrected) if row["p"] < 1 else 1.0
+            row["verdict"] = _verdict(row)
     return rows
+
+
+def tested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows whose differences are tested, and count in the correction."""
+    return [row for row in rows if row["p"] is not None and row["p"] < 1]
 
 
 def _row(group: Group, baseline: Group, metric: str) -> dict[str, Any]:
@@ -81,18 +90,28 @@ def _within_range(metric: str, estimate: Estimate, rows: int) -> tuple[float, fl
         return estimate.low, estimate.high
     if scale == 1 and estimate.low == estimate.high and estimate.value in (0.0, 1.0):
         return wilson(estimate.value, rows)
-    return (max(0.0, estimate.low), min(scale, estimate.high)) if scale == 1 else (estimate.low, estimate.high)
+    least = metric_of(metric).least
+    low = estimate.low if least is None else max(least, estimate.low)
+    return (low, min(scale, estimate.high)) if scale == 1 else (low, estimate.high)
 
 
-def _verdict(metric: str, found: float, p: float) -> Verdict:
+def _verdict(row: dict[str, Any]) -> Verdict:
+    found, better = row["paired_difference"], metric_of(row["metric"]).better
     if not math.isfinite(found):
         return "not finite"
-    if p >= _LEVEL:
-        return "no difference shown"
-    better = metric_of(metric).better
+    if row["p_corrected"] >= _LEVEL:
+        return "not sure" if row["p"] < _LEVEL else "no difference shown"
     if not better:
         return "differs"
     return "better" if (found > 0) == (better == "higher") else "worse"
+
+
+def rule(rows: list[dict[str, Any]]) -> str:
+    """Return the rule by which a difference gets a word."""
+    return (
+        f"A difference is called better or worse if its p, corrected for the {len(tested(rows))} differences of this "
+        f"report (Holm), is below 5 %, and if at least {LEAST_ROWS} rows count in it."
+    )
 
 
 def budgets(groups: list[Group]) -> str:
@@ -147,6 +166,8 @@ def _sentences(rows: list[dict[str, Any]], group: Group, baseline: Group) -> lis
     for verdict in ("better", "worse", "differs"):
         if found := [row for row in rows if row["verdict"] == verdict]:
             told.append(f"{verdict.capitalize()} in {_listed(found, _told)}.")
+    if unsure := [row for row in rows if row["verdict"] == "not sure"]:
+        told.append(f"Not sure, after the correction for the number of differences, in {_listed(unsure, _told)}.")
     if undecided := [row for row in rows if row["verdict"] == "no difference shown"]:
         told.append(f"No difference shown in {_listed(undecided, lambda row: str(row['metric']))}.")
     if broken := [row["metric"] for row in rows if row["verdict"] == "not finite"]:

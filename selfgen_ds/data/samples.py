@@ -195,8 +195,8 @@ def load_samples(source: Opened, tokenizer: PreTrainedTokenizerBase, form: Forma
         log.warning("%s", note)
     if form.as_chat is None and tokenizer.chat_template and samples.conversations < len(samples):
         log.warning(
-            "%s: rows of two texts are learned without the tokenizer's chat template; data.as_chat: true puts them "
-            "into it, and data.as_chat: false leaves this line out",
+            "%s: rows of two texts are read without the tokenizer's chat template; as_chat: true puts them into it, "
+            "and as_chat: false leaves this line out",
             source.name,
         )
     return samples

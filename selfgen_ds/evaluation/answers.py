@@ -7,6 +7,7 @@ when its weights are sharded. So the order and the number of calls depend on the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -199,7 +200,10 @@ def _diverge(
     if requests.oracle is None:
         return [[] for _ in samples]
     sampled = sampled or _sample(policy, samples, longest, 1.0, replace(requests, answers_per_prompt=1))
-    own = [_after(policy, sample, answers[0]) for sample, answers in zip(samples, sampled, strict=True)]
+    known = requests.oracle.model.get_input_embeddings().num_embeddings
+    # A model whose head is padded further may draw what is no token.
+    firsts = [[*takewhile(lambda token: token < known, answers[0])] for answers in sampled]
+    own = [_after(policy, sample, answer) for sample, answer in zip(samples, firsts, strict=True)]
     given = [_row(sample.prompt_ids.tolist(), sample.response_ids.tolist()) for sample in samples]
     both = (divergences(policy, requests.oracle, rows) for rows in (own, given))
     return [[after[: min(map(len, pair))] for after in pair] for pair in zip(*both, strict=True)]

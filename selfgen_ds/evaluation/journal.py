@@ -8,7 +8,6 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -26,11 +25,11 @@ class Journal:
     Collective: every rank must make one, because rank 0 reads the file for all ranks.
 
     Args:
-        key: What the scores depend on. A file with another key is written anew.
+        key: Checksum of what the scores depend on. A file with another key is written anew.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any]) -> None:
-        self._path, self._key = path, json.dumps(key, sort_keys=True)
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
         self.scores: dict[int, SampleScore] = {}
         """Sample id -> scores that an earlier start has left; on rank 0."""
         done = process_group.from_rank_0(self._read) if dist.is_initialized() else self._read()

@@ -53,6 +53,18 @@ Say "A", "B" or "tie", and nothing else.
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """What a judge has said of some rows."""
+
+    wins: list[float]
+    """Per row, how far the greedy answer beats the other one: 1, 0.5 for a tie, or 0."""
+    unclear: float
+    """Share of the verdicts that were none of A, B and tie, and count as ties."""
+    by_place: float
+    """Share of the pairs whose two orders got opposite verdicts, which are ties."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """A judge that compares a model's answers with other answers to the same prompts."""
 
@@ -63,13 +75,21 @@ class Judge:
     journal: Path
     """File of the verdicts so far: a later start asks only for the others."""
 
-    def wins(self, scores: Sequence[SampleScore], others: Sequence[str]) -> list[float]:
-        """Return, per row, how far the greedy answer beats the other one: 1, 0.5 for a tie, or 0.
+    def check(self) -> None:
+        """Ask a question, so that an endpoint that does not answer is known before the model has.
+
+        Raises:
+            InputError: The judge does not answer.
+        """
+        self._ask(_QUESTION.format(prompt="1 + 1 =", first="2", second="3"), tries=1)
+
+    def verdicts(self, scores: Sequence[SampleScore], others: Sequence[str]) -> Verdicts:
+        """Return what the judge says of the greedy answers.
 
         Every pair is shown in both orders, and the two verdicts are averaged, because judges prefer a place.
 
         Raises:
-            InputError: The judge does not answer.
+            InputError: The judge does not answer, or gives no verdict on any row.
         """
         known = self._read()
         asked = [
@@ -78,8 +98,9 @@ class Judge:
             for swapped in (False, True)
             if self._key(score, other, swapped) not in known
         ]
-        if asked and len(asked) < 2 * len(scores):
-            log.info("%d of %d verdicts have been given before", 2 * len(scores) - len(asked), 2 * len(scores))
+        if len(asked) < 2 * len(scores):
+            given = 2 * len(scores) - len(asked)
+            log.info("%d of %d verdicts have been given before (%s)", given, 2 * len(scores), self.journal)
         with (
             naming(self.journal),
             open(self.journal, "a", encoding="utf-8") as file,
@@ -89,14 +110,24 @@ class Judge:
             verdicts = pool.map(lambda pair: self._verdict(*pair), asked)
             for pair, verdict in zip(asked, verdicts, strict=True):
                 known[self._key(*pair)] = verdict
-                file.write(json.dumps([self._key(*pair), verdict]) + "\n")
-                file.flush()
+                if verdict is not None:  # what is no verdict is asked for again in a later start
+                    file.write(json.dumps([self._key(*pair), verdict]) + "\n")
+                    file.flush()
                 shown.update()
         pairs = list(zip(scores, others, strict=True))
         said = [[known[self._key(score, other, swapped)] for swapped in (False, True)] for score, other in pairs]
-        if unclear := sum(verdict is None for both in said for verdict in both):
-            log.warning("%d of %d verdicts were none of A, B and tie; they count as ties", unclear, 2 * len(said))
-        return [sum(0.5 if verdict is None else verdict for verdict in both) / 2 for both in said]
+        wins = [sum(0.5 if verdict is None else verdict for verdict in both) / 2 for both in said]
+        unclear = sum(verdict is None for both in said for verdict in both)
+        by_place = sum(sorted(map(str, both)) == ["0.0", "1.0"] for both in said)
+        if unclear == 2 * len(said):
+            raise InputError(f"--judge_model: no verdict of {self.model} was one of A, B and tie")
+        for number, of, told in (
+            (unclear, 2 * len(said), "verdicts were none of A, B and tie, and"),
+            (by_place, len(said), "pairs were decided by the answers' order alone; they"),
+        ):
+            if number:
+                log.warning("%d of %d %s count as ties", number, of, told)
+        return Verdicts(wins=wins, unclear=unclear / (2 * len(said)), by_place=by_place / len(said))
 
     def _read(self) -> dict[str, float | None]:
         lines = self.journal.read_bytes().split(b"\n") if self.journal.exists() else []
@@ -116,7 +147,7 @@ class Judge:
         said = verdict_in(self._ask(_question(score, other, swapped)))
         return {"A": float(not swapped), "B": float(swapped), "TIE": 0.5, None: None}[said]
 
-    def _ask(self, question: str) -> str:
+    def _ask(self, question: str, tries: int = _TRIES) -> str:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
@@ -124,18 +155,29 @@ class Judge:
         url = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         problem = ""
-        for number in range(_TRIES):
+        for number in range(tries):
             time.sleep(_PAUSE * number)
+            said = b""
             try:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"])
+                    said = response.read()
+                return str(json.loads(said)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
-                problem = f"{error.code} {error.reason}"
+                problem = f"{error.code} {error.reason}: {_shown(error.read())}"
+                if error.code in (401, 403):
+                    problem += " (a key is read from OPENAI_API_KEY)"
                 if error.code < 500 and error.code != 429:  # another try would get the same answer
                     break
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (ValueError, KeyError, IndexError, TypeError):
+                problem = f"it answers {_shown(said)}"
+            except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
         raise InputError(f"--judge_url: {url} gives no verdict: {problem}; the verdicts so far are kept")
+
+
+def _shown(body: bytes) -> str:
+    """Return the start of what a server has answered, on one line."""
+    return repr(" ".join(body.decode("utf-8", "replace").split())[:200])
 
 
 def verdict_in(text: str) -> str | None:

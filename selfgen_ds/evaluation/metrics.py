@@ -53,6 +53,8 @@ class Metric:
     meaning: str
     better: Literal["higher", "lower", ""] = "higher"
     """Which values are better; empty if neither is."""
+    least: float | None = 0.0
+    """The smallest value; None if there is none."""
     scale: float = 1.0
     """The largest value that a plot has to show; 0 if there is none."""
     of_sums: Callable[[Sums], np.ndarray] = _ratio
@@ -105,6 +107,7 @@ METRICS = {
     "excess_error": Metric(
         meaning="divergence from an oracle after own tokens, beyond that after the reference's (ExAccErr, percent)",
         better="lower",
+        least=None,
         scale=0,
         of_sums=lambda s: 100 * (_ratio(s) - 1),
     ),
@@ -156,7 +159,7 @@ def metric_of(name: str) -> Metric:
     _, base = kind_and_metric(name)
     if passes := _PASS.fullmatch(base):
         return Metric(meaning=f"at least one of {passes[1]} sampled answers is right (pass@k, unbiased)")
-    return METRICS.get(base) or Metric(meaning="the metric of your own", scale=0)
+    return METRICS.get(base) or Metric(meaning="the metric of your own", least=None, scale=0)
 
 
 def is_taken(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -19,6 +20,12 @@ def write(path: Path, scores: list[SampleScore]) -> None:
     """Write the scores, each with the values of its metrics, which a reader of the file may want."""
     lines = [json.dumps(asdict(score) | {"metrics": score.metrics()}, ensure_ascii=False) for score in scores]
     write_atomically(path, "\n".join(lines) + "\n")
+
+
+def checksum(path: Path) -> str:
+    """Return a checksum of a file, by which an evaluation knows its rows."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: Path) -> Iterator[SampleScore]:

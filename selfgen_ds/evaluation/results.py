@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,66 @@ from selfgen_ds.evaluation.metrics import SampleScore, aggregate, kind_and_metri
 from selfgen_ds.evaluation.plots import plot_evaluation
 from selfgen_ds.files import as_json, write_atomically
 
+log = logging.getLogger("selfgen_ds")
 
-def write(
-    scores: list[SampleScore], options: EvaluateOptions, samples: list[Samples], dtype: str, judged: dict[str, Any]
-) -> None:
+_FILES = ("evaluation.json", predictions.FILE, "evaluation.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What was evaluated."""
+
+    samples: list[Samples]
+    """The sources of the rows."""
+    dtype: str
+    """Type of the model's weights."""
+    key: str
+    """Checksum of what the scores depend on."""
+
+
+def holds(folder: str, key: str) -> bool:
+    """Return whether a folder holds the whole evaluation with a key."""
+    return _read(folder).get("key") == key and _checksum(folder) == _read(folder).get("predictions")
+
+
+def read(folder: str) -> list[SampleScore]:
+    """Return the scores of an evaluation that was made before, without those of a judge."""
+    scores = list(predictions.read(Path(folder) / predictions.FILE))
+    for score in scores:
+        score.statistics.pop("win_rate", None)
+    return scores
+
+
+def put_aside(folder: str, key: str) -> None:
+    """Rename the files of another evaluation that a folder holds."""
+    if (Path(folder) / _FILES[0]).exists() and _read(folder).get("key") != key:
+        log.warning("%s holds another evaluation, which is kept as evaluation.json.old and so on", folder)
+        for path in (Path(folder) / name for name in _FILES):
+            if path.exists():
+                path.replace(f"{path}.old")
+
+
+def _read(folder: str) -> dict[str, Any]:
+    """Return what a folder says of its evaluation; nothing if it holds none."""
+    try:
+        evaluation = json.loads((Path(folder) / _FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return evaluation if isinstance(evaluation, dict) else {}
+
+
+def _checksum(folder: str) -> str | None:
+    path = Path(folder) / predictions.FILE
+    return predictions.checksum(path) if path.is_file() else None
+
+
+def write(scores: list[SampleScore], options: EvaluateOptions, about: About, judged: dict[str, Any]) -> None:
     """Write the files of an evaluation to the output folder.
 
     Args:
-        samples: The sources of the rows.
-        dtype: Type of the model's weights.
         judged: What a judge has said, if one was asked.
     """
-    folder = Path(options.output_dir)
+    folder, samples = Path(options.output_dir), about.samples
     predictions.write(folder / predictions.FILE, scores)
     metrics, settings = aggregate(scores), asdict(options)
     result = {
@@ -37,11 +87,13 @@ def write(
         "truncated": sum(source.truncated for source in samples),
         "refused": sum(source.refused for source in samples),
         "unfinished": sum(score.unfinished for score in scores),
-        "dtype": dtype,
+        "dtype": about.dtype,
         "settings": settings,
         "metrics": metrics,
         "curves": {**Curves(scores).to_json(), "accuracy_by_errors": accuracy_by_errors(scores)},
         "judged": judged,
+        "predictions": predictions.checksum(folder / predictions.FILE),
+        "key": about.key,
         "torch": torch.__version__,
     }
     write_atomically(folder / "evaluation.json", as_json(result))
@@ -60,6 +112,8 @@ def summary(scores: list[SampleScore], folder: str, samples: list[Samples], judg
         rate = judged["length_controlled_win_rate"]
         interval = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
         lines.append(f"win rate at equal length, by {judged['judge']} against {judged['against']}: {interval}")
+        doubts = f"{judged['unclear']:.1%} of the verdicts were unclear"
+        lines.append(f"{doubts}, {judged['by_place']:.1%} of the pairs were decided by the answers' order alone")
     truncated, refused = sum(s.truncated for s in samples), sum(s.refused for s in samples)
     lines.append(f"{len(scores)} rows; {truncated} responses truncated, {refused} rows left out")
     if unfinished := sum(score.unfinished for score in scores):

@@ -194,10 +194,10 @@ def load_metric(given: str) -> tuple[str, OwnMetric]:
 def _own_value(name: str, function: OwnMetric, prompt: str, answer: str, reference: str) -> float:
     try:
         value = float(function(prompt, answer, reference))
-        if not math.isfinite(value):
-            raise ValueError(f"expected a finite number, got {value}")
-        return value
     except Exception as error:  # a user's function can raise anything
         raise InputError(
             f"--metric: {name} raised {type(error).__name__}: {error}; the answer was {answer!r}"
         ) from error
+    if not math.isfinite(value):
+        raise InputError(f"--metric: {name} returned {value}, expected a finite number; the answer was {answer!r}")
+    return value

@@ -208,6 +208,11 @@ class Rounds:
         if self.shared is not None:
             log.warning("%s holds no %s; drawing it here", self.shared, _name(number))
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self.method.rounds, len(missing), chunks)
+        plan = self.method.plan
+        last = min(self.method.first_step(number + 1), plan.total_steps)
+        if (read := (last - self.method.first_step(number)) * plan.step_size) < plan.epoch_size:
+            told = "round %d is drawn for all %d rows of an epoch, of which the run reads %d before it ends"
+            log.warning(told, number + 1, plan.epoch_size, read)
         self._draw_chunks(number, missing, audit["chunk_size"], writer)
         dist.barrier()
         if dist.get_rank() == 0:

@@ -60,16 +60,18 @@ def check_command_line(problems: Problems, arguments: list[str], settings: tuple
         problems.add(*(f"{setting}: missing; give it{where} as --{setting}" for setting in missing))
 
 
-def check_options(problems: Problems, arguments: list[str], required: list[str]) -> None:
-    """Check the options of a sub-command that has only required ones, which all take a text.
+def check_options(problems: Problems, arguments: list[str], known: dict[str, Any], required: list[str]) -> None:
+    """Check the options of a sub-command that takes other arguments beside them.
 
     Args:
         arguments: The command line after the sub-command.
+        known: Option -> its type.
+        required: Options that must be given.
     """
     options, _ = _options(arguments)
-    problems.add(*_wrong([(name, text or "") for name, text in options.items()], dict.fromkeys(required, str), "--"))
+    problems.add(*_wrong([(n, text) for n, text in options.items() if text is not None or n not in known], known, "--"))
     problems.add(*(f"--{name}: missing" for name in required if name not in options))
-    problems.add(*(f"--{name}: expected a value" for name in required if options.get(name, "") is None))
+    problems.add(*(f"--{name}: expected a value" for name in known if options.get(name, "") is None))
 
 
 def _options(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -223,7 +225,9 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) in (list, tuple):
-        return "a list"
+        (form,) = get_args(hint)[:1]
+        words = {str: " of texts", int: " of whole numbers", float: " of numbers"}
+        return "a list" + (f" of {_describe(form)}" if get_origin(form) is Literal else words.get(form, ""))
     if get_args(hint) and get_origin(hint) is not dict:
         return " or ".join(_describe(form) for form in get_args(hint) if form is not type(None))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -58,6 +58,16 @@ def check_evaluate(problems: Problems, options: EvaluateOptions) -> None:
     elif against != "reference" and not (Path(against) / predictions.FILE).is_file():
         problems.add(f"--judge_against: expected `reference` or a folder with {predictions.FILE}, got {against!r}")
     check_model_folder(problems, "--model", options.model)
+    if options.oracle is not None:
+        check_model_folder(problems, "--oracle", options.oracle)
+        same = Path(options.oracle).resolve() == Path(options.model).resolve()
+        problems.expect(not same, "--oracle", "another model than --model", options.oracle)
+    problems.expect(
+        options.metric is None or bool(re.fullmatch(r"[\w.]+:\w+", options.metric)),
+        "--metric",
+        "module:function",
+        options.metric,
+    )
     check_texts(problems, "--", options.prompt_template, options.date)
     share = options.max_refused_share
     problems.expect(0 <= share < 1, "--max_refused_share", "0 to less than 1", share)

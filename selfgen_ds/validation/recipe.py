@@ -107,7 +107,8 @@ def _check_model(problems: Problems, recipe: Recipe) -> None:
 def check_model_folder(problems: Problems, setting: str, name: str) -> None:
     """Check the name of a model that is meant to be a folder; any other name may be a hub id."""
     parent = Path(name).parent
-    if name.startswith((".", "/", "~")) or (parent != Path() and parent.is_dir()):
+    # A hub id has one slash at most.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (parent != Path() and parent.is_dir()):
         problems.expect(Path(name).is_dir(), setting, "an existing folder", name)
     if (Path(name) / MARKER).is_file():
         problems.add(f"{setting}: {name!r} is a checkpoint; `selfgen-ds export` makes a model of it")

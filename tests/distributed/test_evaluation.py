@@ -118,9 +118,16 @@ def test_an_evaluation_that_was_killed_goes_on_after_its_last_batch(tmp_path: Pa
     assert "16 of 40 rows have been evaluated before" in again.output(0)
     whole = Run([*command, f"{tmp_path}/whole"], tmp_path / "logs-3")
     assert whole.wait() == [0, 0], whole.output(0)[-3000:]
-    for name in ("predictions.jsonl",):
-        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    rows = (tmp_path / "whole" / "predictions.jsonl").read_text()
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == rows
     assert not list((tmp_path / "out").glob("*.journal"))
+    (tmp_path / "logs-4").mkdir()
+    once_more = Run([*command, f"{tmp_path}/out"], tmp_path / "logs-4")
+    assert once_more.wait() == [0, 0], once_more.output(0)[-3000:]
+    assert "holds this evaluation; remove evaluation.json to repeat it" in once_more.output(0)
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == (
+        tmp_path / "whole" / "predictions.jsonl"
+    ).read_text()
     metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
     assert {"sampled_1_exact_match", "int8_loss", "recovery_4", "free_running_loss"} <= metrics.keys()
 
@@ -161,6 +168,10 @@ def test_the_excess_error_by_a_larger_oracle_is_the_same_on_any_number_of_ranks(
 
     other = byte_tokenizer()
     other.add_tokens(["one more"])
+    evaluated = (tmp_path / "two" / "predictions.jsonl").read_text()
+    one_rank.run(of_an_oracle, oracle, model, data, str(tmp_path / "two"))
+    assert (tmp_path / "two" / "predictions.jsonl.old").read_text() == evaluated, "another evaluation is put aside"
+
     other.save_pretrained(tmp_path / "large" / "model")
     with pytest.raises(AssertionError, match=r"--oracle: '.*' has other tokens than the model"):
         one_rank.run(of_an_oracle, model, oracle, data, str(tmp_path / "three"))

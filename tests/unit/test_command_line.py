@@ -54,7 +54,7 @@ def test_all_problems_of_file_and_options_come_at_once(file: Path) -> None:
         ("model: {dtype: float16}", "model.dtype: expected float32 or bfloat16, got 'float16'"),
         ("model: {preset: 5}", "model.preset: expected settings by name, got 5"),
         ("train: {activation_checkpointing: 7}", "train.activation_checkpointing: expected true or false, got 7"),
-        ("optim: {betas: 0.9}", "optim.betas: expected a list, got 0.9"),
+        ("optim: {betas: 0.9}", "optim.betas: expected a list of numbers, got 0.9"),
         ("selfgen: {passes: few}", "selfgen.passes: expected a whole number or exact, got 'few'"),
         ("train: {max_steps: true}", "train.max_steps: expected a whole number, got True"),
         ("seed: 1.0", "seed: expected a whole number, got 1.0"),
@@ -233,12 +233,27 @@ def test_an_option_without_its_value_is_refused() -> None:
             ["--output_di: no such setting; did you mean --output_dir?", "--output_dir: missing"],
         ),
         (["a", "--output_dir"], ["--output_dir: expected a value"]),
+        (["a", "--output_dir", "x", "--metrics"], ["--metrics: expected a value"]),
+        (
+            ["a", "--output_dir", "x", "--metrics", "{a: 1}"],
+            ["--metrics: expected a list of texts, got '{a: 1}'"],
+        ),
     ],
 )
 def test_wrong_options_of_compare_are_named(arguments: list[str], expected: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         cli._parse(["compare", *arguments])
     assert str(caught.value).splitlines() == expected
+
+
+def test_compare_takes_metrics() -> None:
+    parsed = cli._parse(["compare", "a", "b", "--output_dir", "x", "--metrics", "[loss, recovery_4]"])
+    assert parsed.compare.metrics == ["loss", "recovery_4"]
+
+
+def test_a_list_of_a_few_values_is_described_by_them() -> None:
+    with pytest.raises(InputError, match=r"^--weight_bits: expected a list of 8 or 4, got "):
+        cli._parse(["evaluate", "--model", "m", "--data", "d", "--output_dir", "o", "--weight_bits", "[3]"])
 
 
 def test_options_without_a_value_are_no_problem_beside_one() -> None:

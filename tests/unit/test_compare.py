@@ -434,11 +434,19 @@ def test_a_damaged_row_is_one_line_that_names_its_file(tmp_path: Path, change: d
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_predictions_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+    run = _run_folder(tmp_path / "a", BASELINE)
+    path = tmp_path / "a" / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"predictions": "0" * 64}))
+    with pytest.raises(InputError, match=rf"predictions.jsonl: not the rows of {path}; evaluate the model again"):
+        _compare(tmp_path, run)
+
+
 def _judged(folder: str, judge: str, against: str = "reference") -> str:
     """Write what a judge has said of a run, and return the folder."""
     path = Path(folder) / "evaluation.json"
     rate = {"value": 0.6, "low": 0.5, "high": 0.7}
-    judged = {"judge": judge, "against": against, "length_controlled_win_rate": rate}
+    judged = {"judge": judge, "against": against, "length_controlled_win_rate": rate, "unclear": 0.25, "by_place": 0.5}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"judged": judged}))
     rows = [json.loads(line) for line in (Path(folder) / "predictions.jsonl").read_text().splitlines()]
     for row in rows:
@@ -456,7 +464,7 @@ def test_win_rates_are_compared_if_one_judge_gave_them(tmp_path: Path, other: st
     written = (tmp_path / "out" / "comparison.md").read_text()
     told = "win_rate is left out, because the judges or what they compared with differ: one against reference, two"
     assert (told in written) is not compared
-    assert f"{other} against reference: win rate at equal length 0.600 [0.500, 0.700]" in written
+    assert f"{other} against reference: win rate at equal length 0.600 [0.500, 0.700]; 25% of the verdicts" in written
 
 
 def test_seeds_that_were_evaluated_with_other_weights_are_groups_of_their_own(tmp_path: Path) -> None:

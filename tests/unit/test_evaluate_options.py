@@ -40,6 +40,8 @@ def test_the_defaults_are_fine(tmp_path: Path) -> None:
             {"judge_url": "localhost:8000", "judge_model": "m"},
             "--judge_url: expected http://... or https://..., got 'localhost:8000'",
         ),
+        ({"metric": "mm"}, "--metric: expected module:function, got 'mm'"),
+        ({"oracle": "runs/no/oracle"}, "--oracle: expected an existing folder, got 'runs/no/oracle'"),
         ({"judge_against": "runs/other"}, "--judge_against: expected --judge_url as well"),
         (
             {"judge_url": "http://localhost/v1", "judge_model": "m", "judge_against": "nowhere"},
@@ -49,3 +51,8 @@ def test_the_defaults_are_fine(tmp_path: Path) -> None:
 )
 def test_a_wrong_option_is_one_line(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
     assert _problems(tmp_path, **changes) == [line]
+
+
+def test_an_oracle_that_is_the_model_is_refused_by_whatever_path(tmp_path: Path) -> None:
+    oracle = str(tmp_path / ".." / tmp_path.name)
+    assert _problems(tmp_path, oracle=oracle) == [f"--oracle: expected another model than --model, got {oracle!r}"]

@@ -24,8 +24,8 @@ def _score(sample_id: int) -> SampleScore:
     )
 
 
-def _journal(tmp_path: Path, key: int = 1) -> Journal:
-    return Journal(tmp_path / "evaluation.journal", {"key": key})
+def _journal(tmp_path: Path, key: str = "one") -> Journal:
+    return Journal(tmp_path / "evaluation.journal", key)
 
 
 def test_scores_come_back_as_they_were(tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_a_batch_with_a_row_that_is_missing_is_computed_again(tmp_path: Path) ->
 
 def test_scores_of_other_options_are_not_taken(tmp_path: Path) -> None:
     _journal(tmp_path).keep([_score(0)])
-    assert _journal(tmp_path, key=2).scores == {}
-    assert _journal(tmp_path, key=1).scores == {}, "the file is written anew"
+    assert _journal(tmp_path, key="two").scores == {}
+    assert _journal(tmp_path, key="one").scores == {}, "the file is written anew"
     assert (tmp_path / "evaluation.journal.old").exists()
 
 

@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
     failures: int = 0
     """Requests that get status 503 before any is answered."""
     says: str | None = None
+    sends: bytes | None = None
+    """Body of every answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -42,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         question = body["messages"][0]["content"]
         first, second = (question.split(f"<answer {x}>")[1].split("</answer")[0].count("g") for x in "AB")
         verdict = self.server.says or ("A" if first >= second else "B")
-        answer = json.dumps({"choices": [{"message": {"content": f" {verdict}."}}]}).encode()
+        answer = self.server.sends or json.dumps({"choices": [{"message": {"content": f" {verdict}."}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -90,7 +92,7 @@ def test_a_win_counts_in_both_orders_and_a_preference_for_a_place_is_half_a_win(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [1.0, 0.0, 0.5]
+    assert _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3).wins == [1.0, 0.0, 0.5]
     assert len(server.requests) == 6
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
     assert {request["key"] for request in server.requests} == {"Bearer secret"}
@@ -98,21 +100,21 @@ def test_a_win_counts_in_both_orders_and_a_preference_for_a_place_is_half_a_win(
 
 
 def test_verdicts_that_were_given_are_not_asked_for_again(server: Server, tmp_path: Path) -> None:
-    _judge(server, tmp_path).wins(SCORES[:2], ["gg"] * 2)
+    _judge(server, tmp_path).verdicts(SCORES[:2], ["gg"] * 2)
     with open(tmp_path / "judge.jsonl", "a") as file:
         file.write('["cut')
-    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [1.0, 0.0, 0.5]
+    assert _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3).wins == [1.0, 0.0, 0.5]
     assert len(server.requests) == 6
 
 
 def test_a_judge_that_is_busy_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.failures = 2
-    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [1.0, 0.0, 0.5]
+    assert _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3).wins == [1.0, 0.0, 0.5]
 
 
 def test_a_tie_is_half_a_win(server: Server, tmp_path: Path) -> None:
     server.says = "tie"
-    assert _judge(server, tmp_path).wins(SCORES, ["gg"] * 3) == [0.5] * 3
+    assert _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3).wins == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -129,26 +131,55 @@ def test_a_verdict_stands_at_the_end(text: str, expected: str | None) -> None:
     assert judge.verdict_in(text) == expected
 
 
-def test_what_is_no_verdict_is_a_tie(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_verdict_is_a_tie_and_is_asked_for_again(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _judge(server, tmp_path).verdicts(SCORES[:1], ["gg"])
     server.says = "I cannot judge this"
-    assert _judge(server, tmp_path).wins(SCORES[:2], ["gg"] * 2) == [0.5, 0.5]
-    assert "4 of 4 verdicts were none of A, B and tie" in caplog.text
+    found = _judge(server, tmp_path).verdicts(SCORES[:2], ["gg"] * 2)
+    assert (found.wins, found.unclear) == ([1.0, 0.5], 0.5)
+    assert "2 of 4 verdicts were none of A, B and tie, and count as ties" in caplog.text
+    server.says = None
+    assert _judge(server, tmp_path).verdicts(SCORES[:2], ["gg"] * 2).wins == [1.0, 0.0]
+
+
+def test_a_judge_without_any_verdict_is_refused(server: Server, tmp_path: Path) -> None:
+    server.says = "I think they are both nice"
+    with pytest.raises(InputError, match="--judge_model: no verdict of referee was one of A, B and tie"):
+        _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3)
+
+
+def test_pairs_that_are_decided_by_the_order_alone_are_counted(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.says = "A"
+    found = _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3)
+    assert (found.wins, found.by_place) == ([0.5] * 3, 1.0)
+    assert "3 of 3 pairs were decided by the answers' order alone; they count as ties" in caplog.text
+
+
+@pytest.mark.parametrize("sent", [b'{"error": {"message": "model not found"}}', b"<html>model not found</html>"])
+def test_what_a_server_says_instead_of_a_verdict_is_shown(server: Server, tmp_path: Path, sent: bytes) -> None:
+    server.sends = sent
+    with pytest.raises(InputError, match=r"gives no verdict: it answers .*model not found"):
+        _judge(server, tmp_path).check()
+    assert len(server.requests) == 1, "the first question is asked once"
 
 
 def test_another_judge_is_asked_anew(server: Server, tmp_path: Path) -> None:
-    _judge(server, tmp_path).wins(SCORES, ["gg"] * 3)
+    _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3)
     server.says = "tie"
     other = replace(_judge(server, tmp_path), model="referee 2")
-    assert other.wins(SCORES, ["gg"] * 3) == [0.5] * 3
+    assert other.verdicts(SCORES, ["gg"] * 3).wins == [0.5] * 3
 
 
 def test_a_judge_that_is_not_there_is_one_line(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="chat/completions gives no verdict: 404 Not Found"):
-        _judge(server, tmp_path, model="nobody").wins(SCORES, ["gg"] * 3)
+    with pytest.raises(InputError, match="chat/completions gives no verdict: 404 Not Found: '"):
+        _judge(server, tmp_path, model="nobody").verdicts(SCORES, ["gg"] * 3)
     server.shutdown()
     server.server_close()
     with pytest.raises(InputError, match=r"gives no verdict: URLError: .*; the verdicts so far are kept"):
-        _judge(server, tmp_path).wins(SCORES, ["gg"] * 3)
+        _judge(server, tmp_path).verdicts(SCORES, ["gg"] * 3)
 
 
 def test_answers_are_compared_with_references_or_with_another_evaluation(tmp_path: Path) -> None:

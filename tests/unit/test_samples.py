@@ -663,7 +663,7 @@ def test_texts_without_the_chat_template_are_said(
     for _ in range(2):  # tokenized, and from the cache
         caplog.clear()
         load_samples(_opened([pair]), tokenizer("chatml"), Format(max_length=99, as_chat=as_chat))
-        assert ("learned without the tokenizer's chat template; data.as_chat: true" in caplog.text) == said
+        assert ("read without the tokenizer's chat template; as_chat: true" in caplog.text) == said
     caplog.clear()
     load_samples(_opened([pair]), TOKENIZER, Format(max_length=99))
     assert not caplog.text

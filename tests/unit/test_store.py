@@ -231,7 +231,7 @@ def test_a_round_that_was_stopped_at_its_end_is_finished(folder: Path, done: str
     files, counts = read_audit(folder)["files"], {"rows": 5, "passes": 1}
     folder.rename(folder.with_name("round-01.partial"))
     for chunk in range(3):
-        written = {"file": files[f"rows-{chunk:06d}.arrow"], "counts": counts}
+        written = {"file": files[f"rows-{chunk:06d}.arrow"], "counts": counts, "seconds": 0.5}
         (Writer(folder).partial / f"rows-{chunk:06d}.json").write_text(json.dumps(written))
     for name in {"chunks": ["state.json", "dataset_info.json"], "info": ["state.json"], "state": []}[done]:
         (Writer(folder).partial / name).unlink()
