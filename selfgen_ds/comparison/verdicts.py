@@ -160,7 +160,7 @@ def conclusions(rows: list[dict[str, Any]], groups: list[Group]) -> list[Conclus
 def _sentences(rows: list[dict[str, Any]], group: Group, baseline: Group) -> list[str]:
     told, of_two_runs = [], not all(row["seeds_known"] for row in rows)
     if of_two_runs:
-        told.append("There is one seed on each side: the words hold for these two runs, not for other seeds.")
+        told.append("Neither side has a second seed: the words hold for these two models, not for other seeds.")
     elif min(len(group.seeds) or 3, len(baseline.seeds) or 3) < 3:
         told.append("With fewer than three seeds on a side, hardly any difference can be sure.")
     for verdict in ("better", "worse", "differs"):

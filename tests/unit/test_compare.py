@@ -352,7 +352,7 @@ def test_what_follows_is_said_in_words_with_the_limits_of_one_seed(tmp_path: Pat
     seeds, better, undecided = (line for line in lines if line[:2] == "- ")
     assert better.startswith("- Better in exact_match (+0.9")
     assert undecided == "- No difference shown in loss."
-    assert seeds == "- There is one seed on each side: the words hold for these two runs, not for other seeds."
+    assert seeds == "- Neither side has a second seed: the words hold for these two models, not for other seeds."
     assert 'class="better single"' in (tmp_path / "out" / "comparison.html").read_text().replace("number ", "")
 
 
