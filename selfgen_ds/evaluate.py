@@ -94,7 +94,8 @@ def run(options: EvaluateOptions) -> None:
         judge = _judge(options)
     key = _key(options, text, samples)
     journals: list[Journal] = []
-    if _from_rank_0(lambda: results.holds(options.output_dir, key)):
+    held = _from_rank_0(lambda: results.holds(options.output_dir, key))
+    if held:
         log.info("%s holds this evaluation; remove evaluation.json to repeat it", options.output_dir)
         scores = results.read(options.output_dir) if process_group.rank() == 0 else []
     else:
@@ -104,22 +105,28 @@ def run(options: EvaluateOptions) -> None:
         scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, key)
     with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
         if process_group.rank() == 0:
-            _write(scores, judge, options, results.About(samples=samples, dtype=source.dtype, key=key))
+            _write(scores, judge, options, results.About(samples=samples, dtype=source.dtype, key=key), held)
     for journal in journals:
         journal.remove()
 
 
-def _write(scores: list[SampleScore], judge: Judge | None, options: EvaluateOptions, about: results.About) -> None:
+def _write(
+    scores: list[SampleScore], judge: Judge | None, options: EvaluateOptions, about: results.About, held: bool
+) -> None:
     """Write the results, ask the judge, if there is one, and print the summary.
+
+    Args:
+        held: Whether the folder holds these scores already.
 
     Raises:
         InputError: The judge does not answer; the other results are written.
     """
-    results.put_aside(options.output_dir, about.key)
-    results.write(scores, options, about, {})
+    if not held:
+        results.put_aside(options.output_dir)
+        results.write(scores, options, about, {})
     if judged := _judged(judge, scores, options):
         results.write(scores, options, about, judged)
-    print(results.summary(scores, options.output_dir, about.samples, judged))
+    print(results.summary(scores, options.output_dir, about.samples))
 
 
 def _policy(

@@ -41,16 +41,13 @@ def holds(folder: str, key: str) -> bool:
 
 
 def read(folder: str) -> list[SampleScore]:
-    """Return the scores of an evaluation that was made before, without those of a judge."""
-    scores = list(predictions.read(Path(folder) / predictions.FILE))
-    for score in scores:
-        score.statistics.pop("win_rate", None)
-    return scores
+    """Return the scores of an evaluation that was made before."""
+    return list(predictions.read(Path(folder) / predictions.FILE))
 
 
-def put_aside(folder: str, key: str) -> None:
-    """Rename the files of another evaluation that a folder holds."""
-    if (Path(folder) / _FILES[0]).exists() and _read(folder).get("key") != key:
+def put_aside(folder: str) -> None:
+    """Rename the files of the evaluation that a folder holds."""
+    if (Path(folder) / _FILES[0]).exists():
         log.warning("%s holds another evaluation, which is kept as evaluation.json.old and so on", folder)
         for path in (Path(folder) / name for name in _FILES):
             if path.exists():
@@ -101,14 +98,14 @@ def write(scores: list[SampleScore], options: EvaluateOptions, about: About, jud
     plot_evaluation(folder / "evaluation.png", title, scores, metrics)
 
 
-def summary(scores: list[SampleScore], folder: str, samples: list[Samples], judged: dict[str, Any]) -> str:
+def summary(scores: list[SampleScore], folder: str, samples: list[Samples]) -> str:
     """Return what the terminal shows of an evaluation.
 
     Args:
         folder: Where the files are.
     """
     lines = [_table(aggregate(scores))]
-    if judged:
+    if judged := _read(folder).get("judged"):
         rate = judged["length_controlled_win_rate"]
         interval = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
         lines.append(f"win rate at equal length, by {judged['judge']} against {judged['against']}: {interval}")

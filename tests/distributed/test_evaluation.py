@@ -30,6 +30,7 @@ from selfgen_ds.data.tokenizer import byte_tokenizer
 from tests.distributed import runs
 from tests.distributed.test_lora import with_stage
 from tests.forked import Run
+from tests.judge_server import serving
 from tests.points import Point
 from tests.ranks import Ranks
 
@@ -203,6 +204,31 @@ def test_a_metric_of_the_users_own_that_raises_on_one_rank_ends_all_ranks_with_i
     assert "no such row" in told
     assert "Traceback" not in told
     assert list((tmp_path / "out").glob("*.journal")), "what was evaluated before is kept"
+
+
+def test_a_judge_is_asked_of_an_evaluation_that_is_there_and_what_it_said_is_kept(
+    one_rank: Ranks, tmp_path: Path
+) -> None:
+    runs.write_rows(tmp_path, 6)
+    out = tmp_path / "out"
+    plain = EvaluateOptions(
+        model=runs.write_model(tmp_path), data=str(tmp_path / "rows.jsonl"), output_dir=str(out), max_length=64
+    )
+    one_rank.run(evaluate.run, plain)
+    before = (out / "predictions.jsonl").stat()
+    one_rank.run(evaluate.run, plain)
+    assert (out / "predictions.jsonl").stat().st_mtime_ns == before.st_mtime_ns, "nothing is made again"
+    with serving() as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        one_rank.run(evaluate.run, replace(plain, judge_url=url, judge_model="referee"))
+    found = json.loads((out / "evaluation.json").read_text())
+    assert 0 <= found["metrics"]["win_rate"] <= 1
+    assert found["judged"]["judge"] == "referee"
+    assert len(server.requests) == 1 + 2 * 6, "a first question, and both orders of every row"
+    one_rank.run(evaluate.run, plain)
+    assert json.loads((out / "evaluation.json").read_text()) == found
+    compare.run(CompareOptions(runs=[str(out)], output_dir=str(tmp_path)))
+    assert "referee against reference: win rate at equal length" in (tmp_path / "comparison.md").read_text()
 
 
 def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path: Path) -> None:

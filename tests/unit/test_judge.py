@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,52 +14,14 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import judge, predictions
 from selfgen_ds.evaluation.judge import Judge, length_controlled, other_answers
 from selfgen_ds.evaluation.metrics import SampleScore
-
-
-class Server(ThreadingHTTPServer):
-    """Prefers the answer with more letters `g`; of as many, the first one."""
-
-    requests: list[dict[str, Any]]
-    failures: int = 0
-    """Requests that get status 503 before any is answered."""
-    says: str | None = None
-    sends: bytes | None = None
-    """Body of every answer."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
-        if self.server.failures or not body["model"].startswith("referee"):
-            self.send_error(503 if self.server.failures else 404)
-            self.server.failures = max(0, self.server.failures - 1)
-            return
-        question = body["messages"][0]["content"]
-        first, second = (question.split(f"<answer {x}>")[1].split("</answer")[0].count("g") for x in "AB")
-        verdict = self.server.says or ("A" if first >= second else "B")
-        answer = self.server.sends or json.dumps({"choices": [{"message": {"content": f" {verdict}."}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing on the terminal."""
+from tests.judge_server import Server, serving
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(judge, "_PAUSE", 0.01)
-    running = Server(("127.0.0.1", 0), Handler)
-    running.requests = []
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with serving() as running:
+        yield running
 
 
 def _score(sample_id: int, answer: str) -> SampleScore:
