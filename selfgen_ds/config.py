@@ -63,8 +63,8 @@ class Source:
     """One source of rows."""
 
     path: str
-    """A JSONL, JSON, CSV, Parquet, or Arrow file, a folder of such files, a hub id, or `builtin:pointer_chase`,
-    `builtin:running_sum`."""
+    """A JSONL, JSON, CSV, Parquet, or Arrow file, a folder of such files, a hub id, or a generated task:
+    `builtin:pointer_chase`, `builtin:sort`, `builtin:running_sum`, `builtin:random_start`, also `builtin:sort/dev`."""
     subset: str | None = None
     """Subset (configuration) of a hub data set or of a folder that names its subsets."""
     split: str | None = None

@@ -46,6 +46,7 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
     """
     path = Path(source.path)
     if (task := tasks.task_of(source.path)) is not None:
+        split = tasks.split_of(source.path, split)
         fingerprint = [source.path, split, inspect.getsource(tasks)]
         pairs = (TextPair(prompt=prompt, completion=completion) for prompt, completion in tasks.generate(task, split))
         return Opened(name=source.path, fingerprint=fingerprint, rows=pairs)

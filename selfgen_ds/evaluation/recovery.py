@@ -34,7 +34,7 @@ class ForcedError:
 
 
 def forced_errors(samples: Sequence[Samples], tokenizer: PreTrainedTokenizerBase) -> dict[int, ForcedError]:
-    """Return a forced error for every sample id of the test sets of built-in tasks.
+    """Return a forced error for every sample id of built-in tasks.
 
     Returns:
         An empty dictionary if any of the sources is no built-in task.
@@ -43,7 +43,7 @@ def forced_errors(samples: Sequence[Samples], tokenizer: PreTrainedTokenizerBase
     for source in samples:
         if (task := tasks.task_of(source.name)) is None:
             return {}
-        texts = tasks.forced_error_texts(task)
+        texts = tasks.forced_error_texts(task, tasks.split_of(source.name, "test"))
         starts = tokenize_plain([error.start for error in texts], tokenizer)
         rests = tokenize_plain([error.rest for error in texts], tokenizer)
         for number, (start, rest) in enumerate(zip(starts, rests, strict=True), start=source.first_id):

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from selfgen_ds.config import Source, Sources, sources
-from selfgen_ds.data.tasks import BUILTIN, TASKS, task_of
+from selfgen_ds.data.tasks import BUILTIN, SPLITS, TASKS, split_of, task_of
 from selfgen_ds.errors import Problems
 
 _HUB_ID = re.compile(r"(?!.*\.(jsonl|json|csv|parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -41,6 +41,8 @@ def _check_source(problems: Problems, setting: str, source: Source) -> None:
     elif is_task and task not in TASKS:
         tasks = ", ".join(BUILTIN + known for known in TASKS)
         problems.add(f"{setting}: unknown task {task!r}; the built-in tasks are {tasks}")
+    elif is_task and (split := split_of(name, "train")) not in SPLITS:
+        problems.add(f"{setting}: unknown split {split!r} of a built-in task; there are {', '.join(SPLITS)}")
     elif not exists and not is_task and not _HUB_ID.fullmatch(name):
         several = f"; several are [{name}]" if "," in name else ""
         expected = "expected an existing file or folder, a hub id, or builtin:<task>"

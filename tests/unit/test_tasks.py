@@ -5,9 +5,9 @@ from itertools import islice
 import pytest
 
 from selfgen_ds.data.row_checks import TextPair
-from selfgen_ds.data.tasks import TASKS, ForcedErrorText, forced_error_texts, generate
+from selfgen_ds.data.tasks import TASKS, ForcedErrorText, forced_error_texts, generate, split_of, task_of
 
-BOTH_TASKS = pytest.mark.parametrize("task", ["pointer_chase", "running_sum"])
+EVERY_TASK = pytest.mark.parametrize("task", [*TASKS])
 
 
 @cache
@@ -56,9 +56,35 @@ def test_running_sum_answers_are_the_sums_modulo_ten() -> None:
         assert len(answer) == 16
 
 
+def test_sorted_letters_are_those_of_the_prompt_in_order() -> None:
+    for row in _rows("sort"):
+        assert list(row.completion) == sorted(row.prompt.removesuffix("="))
+        assert len(row.completion) == 24
+
+
+def test_the_first_key_of_random_start_is_any_and_the_rest_follows_the_pointers() -> None:
+    starts = set()
+    for row in _rows("random_start"):
+        pairs, key = row.prompt.removesuffix("="), row.completion[0]
+        following = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        answer = key
+        for _ in range(6):
+            value = following[key]
+            key = value.upper()
+            answer += value + key
+        assert row.completion == answer
+        starts.add(row.completion[0])
+    assert starts == set("ABCDEFGH")
+
+
 @pytest.mark.parametrize(
     ("task", "length", "alphabet"),
-    [("pointer_chase", 5, "abcdefgh"), ("running_sum", 3, "0123456789")],
+    [
+        ("pointer_chase", 5, "abcdefgh"),
+        ("running_sum", 3, "0123456789"),
+        ("sort", 3, "abcdefghijklmnopqrstuvwxyz"),
+        ("random_start", 6, "abcdefgh"),
+    ],
 )
 def test_the_forced_error_is_the_third_result_and_nothing_else(task: str, length: int, alphabet: str) -> None:
     for pair, error in zip(_test_set(task), _errors(task), strict=True):
@@ -68,25 +94,25 @@ def test_the_forced_error_is_the_third_result_and_nothing_else(task: str, length
         assert error.start[-1] in alphabet
 
 
-@BOTH_TASKS
+@EVERY_TASK
 def test_the_rest_follows_the_forced_error(task: str) -> None:
     for pair, error in zip(_test_set(task), _errors(task), strict=True):
         assert error.rest == pair.completion[len(error.start) :]
 
 
-@BOTH_TASKS
+@EVERY_TASK
 def test_the_forced_error_takes_every_wrong_value(task: str) -> None:
     errors = {error.start[-1] for error in _errors(task)}
-    assert len(errors) == (8 if task == "pointer_chase" else 10)
+    assert len(errors) == {"running_sum": 10, "sort": 26}.get(task, 8)
 
 
-@BOTH_TASKS
+@EVERY_TASK
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_set_has_the_same_rows_in_every_generation(task: str, split: str) -> None:
     assert _rows(task, split) == _rows(task, split)
 
 
-@BOTH_TASKS
+@EVERY_TASK
 def test_the_test_set_has_512_rows(task: str) -> None:
     assert len(_test_set(task)) == 512
 
@@ -112,7 +138,24 @@ def test_train_and_test_set_do_not_overlap(tiny_task: str) -> None:
     assert {row.prompt for row in train}.isdisjoint(row.prompt for row in test)
 
 
-@BOTH_TASKS
+@EVERY_TASK
 def test_train_and_test_set_of_a_built_in_task_do_not_overlap(task: str) -> None:
     train, test = _rows(task, "train", 600), _test_set(task)
     assert {row.prompt for row in train}.isdisjoint(row.prompt for row in test)
+
+
+@EVERY_TASK
+def test_the_dev_set_has_rows_and_errors_of_its_own(task: str) -> None:
+    dev, test = _rows(task, "dev", 600), _test_set(task)
+    assert len(dev) == 512
+    prompts = {row.prompt for row in dev}
+    assert prompts.isdisjoint(row.prompt for row in test)
+    assert prompts.isdisjoint(row.prompt for row in _rows(task, "train", 600))
+    for row, error in zip(dev, forced_error_texts(task, "dev"), strict=True):
+        assert row.completion == error.start[:-1] + row.completion[len(error.start) - 1] + error.rest
+
+
+def test_a_path_names_a_task_and_may_name_a_split() -> None:
+    paths = ("builtin:sort", "builtin:sort/dev", "sort/dev")
+    assert [task_of(path) for path in paths] == ["sort", "sort", None]
+    assert [split_of(path, "train") for path in paths[:2]] == ["train", "dev"]
