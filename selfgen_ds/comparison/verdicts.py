@@ -185,7 +185,8 @@ def _listed(rows: list[dict[str, Any]], told: Callable[[dict[str, Any]], str]) -
         ranked.append((place == len(_TELLING), seen[base], place, row))  # one of each metric first
         seen[base] += 1
     ranked.sort(key=lambda entry: entry[:3])
-    rest = f", and {len(rows) - _MOST} more metrics" if len(rows) > _MOST else ""
+    more = len(rows) - _MOST
+    rest = f", and {more} more metric{'s' * (more > 1)}" if more > 0 else ""
     return ", ".join(told(row) for *_, row in ranked[:_MOST]) + rest
 
 
