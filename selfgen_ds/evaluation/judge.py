@@ -81,7 +81,7 @@ class Judge:
         Raises:
             InputError: The judge does not answer.
         """
-        self._ask(_QUESTION.format(prompt="1 + 1 =", first="2", second="3"), tries=1)
+        self._ask(_QUESTION.format(prompt="1 + 1 =", first="2", second="3"), tries=2)
 
     def verdicts(self, scores: Sequence[SampleScore], others: Sequence[str]) -> Verdicts:
         """Return what the judge says of the greedy answers.

@@ -116,12 +116,18 @@ def test_pairs_that_are_decided_by_the_order_alone_are_counted(
     assert "3 of 3 pairs were decided by the answers' order alone; they count as ties" in caplog.text
 
 
+def test_a_server_that_is_just_starting_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.failures = 1
+    _judge(server, tmp_path).check()
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize("sent", [b'{"error": {"message": "model not found"}}', b"<html>model not found</html>"])
 def test_what_a_server_says_instead_of_a_verdict_is_shown(server: Server, tmp_path: Path, sent: bytes) -> None:
     server.sends = sent
     with pytest.raises(InputError, match=r"gives no verdict: it answers .*model not found"):
         _judge(server, tmp_path).check()
-    assert len(server.requests) == 1, "the first question is asked once"
+    assert len(server.requests) == 2, "a server that is there answers soon"
 
 
 def test_another_judge_is_asked_anew(server: Server, tmp_path: Path) -> None:
