@@ -31,15 +31,10 @@ def run(options: CompareOptions) -> None:
         with problems.collect():
             runs.append(load_run(Path(folder)))
     problems.raise_all()
-    try:
-        groups = grouped(runs)
-        check_comparable(groups)
-        metrics = _metrics(groups, options.metrics)
-        rows = compared(groups, metrics)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{', '.join(options.runs)}: not as train and evaluate write them ({error!r}); evaluate them again"
-        ) from error
+    groups = grouped(runs)
+    check_comparable(groups)
+    metrics = _metrics(groups, options.metrics)
+    rows = compared(groups, metrics)
     folder_out = Path(options.output_dir)
     make_folder(folder_out, "--output_dir")
     figures = plots.figures(groups, rows)

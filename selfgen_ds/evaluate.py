@@ -93,7 +93,6 @@ def run(options: EvaluateOptions) -> None:
     with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
         judge = _judge(options)
     key = _key(options, text, samples)
-    journals: list[Journal] = []
     held = _from_rank_0(lambda: results.holds(options.output_dir, key))
     if held:
         log.info("%s holds this evaluation; remove evaluation.json to repeat it", options.output_dir)
@@ -102,12 +101,10 @@ def run(options: EvaluateOptions) -> None:
         policy = _policy(source, config, traits, end_tokens(samples, tokenizer), options.batch_size)
         oracle = None if options.oracle is None else _oracle(options.oracle, options, tokenizer)
         requests = _requests(options, text, asked, forced_errors(samples, tokenizer), oracle)
-        scores, journals = _evaluate(policy, chosen, tokenizer, options, requests, key)
+        scores = _evaluate(policy, chosen, tokenizer, options, requests, key)
     with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
         if process_group.rank() == 0:
             _write(scores, judge, options, results.About(samples=samples, dtype=source.dtype, key=key), held)
-    for journal in journals:
-        journal.remove()
 
 
 def _write(
@@ -124,6 +121,8 @@ def _write(
     if not held:
         results.put_aside(options.output_dir)
         results.write(scores, options, about, {})
+    for journal in Path(options.output_dir).glob("evaluation*.journal"):
+        journal.unlink()
     if judged := _judged(judge, scores, options):
         results.write(scores, options, about, judged)
     print(results.summary(scores, options.output_dir, about.samples))
@@ -209,19 +208,16 @@ def _evaluate(
     options: EvaluateOptions,
     requests: EvaluationRequests,
     key: str,
-) -> tuple[list[SampleScore], list[Journal]]:
-    """Return the scores of all rows on rank 0, with those of the perturbed weights among their statistics, and the
-    journals.
+) -> list[SampleScore]:
+    """Return the scores of all rows on rank 0, with those of the perturbed weights among their statistics.
 
     Collective: every rank must call this. Scores that an earlier start with the same options has left are not computed
     again.
     """
     scores: list[SampleScore] = []
-    journals = []
     kinds = [*(f"noise_{share:g}" for share in options.weight_noise), *(f"int{bits}" for bits in options.weight_bits)]
     for kind in ["", *kinds]:
         journal = Journal(Path(options.output_dir) / f"evaluation{kind and '-'}{kind}.journal", key)
-        journals.append(journal)
         if not kind:
             if journal.done:
                 log.info("%d of %d rows have been evaluated before", len(journal.done), len(chosen))
@@ -233,7 +229,7 @@ def _evaluate(
             changed = evaluate(policy, chosen, tokenizer, options.batch_size, greedy, journal=journal, told=told)
         for score, other in zip(scores, changed, strict=True):
             score.statistics.update({f"{kind}_{name}": numbers for name, numbers in other.statistics.items()})
-    return scores, journals
+    return scores
 
 
 def _judge(options: EvaluateOptions) -> Judge | None:

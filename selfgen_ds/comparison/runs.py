@@ -100,8 +100,11 @@ def load_run(folder: Path) -> dict[str, Any]:
     run: dict[str, Any] = {"folder": folder, "recipe": None, "cost": None}
     with _reading(recipe):
         run["recipe"] = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+        if run["recipe"] is not None:
+            run["recipe"]["seed"], run["recipe"]["selfgen"]["method"], run["recipe"]["model"], run["recipe"]["data"]
     with _reading(evaluation):
         run["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
+        run["evaluation"]["settings"]["data"]
     with _reading(folder / predictions.FILE):
         run["scores"] = read_scores(folder / predictions.FILE)
         if run["evaluation"].get("predictions") not in (None, predictions.checksum(folder / predictions.FILE)):

@@ -31,8 +31,8 @@ def compared(groups: list[Group], metrics: list[str]) -> list[dict[str, Any]]:
     """Return the rows of `comparison.json`: one per group and metric. The baseline is the first group.
 
     The p-values of the differences in the table are corrected together, for their number. Those that cannot show
-    anything, because all rows are equal or hardly any row counts, have p 1 and do not count in that number (Tarone
-    1990).
+    anything, because the difference is 0 or hardly any row counts, have p 1 and do not count in that number (after
+    Tarone 1990).
     """
     baseline = groups[0]
     pairs = [(group, metric) for group in groups for metric in metrics]

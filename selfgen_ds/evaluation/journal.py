@@ -69,11 +69,6 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def remove(self) -> None:
-        """Remove the file, once the results of the whole evaluation are written."""
-        if process_group.rank() == 0:
-            self._path.unlink(missing_ok=True)
-
 
 def _line(score: SampleScore) -> str:
     return json.dumps(asdict(score), ensure_ascii=False)

@@ -37,7 +37,8 @@ class About:
 
 def holds(folder: str, key: str) -> bool:
     """Return whether a folder holds the whole evaluation with a key."""
-    return _read(folder).get("key") == key and _checksum(folder) == _read(folder).get("predictions")
+    evaluation = _read(folder)
+    return evaluation.get("key") == key and _checksum(folder) == evaluation.get("predictions")
 
 
 def read(folder: str) -> list[SampleScore]:

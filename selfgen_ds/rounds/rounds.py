@@ -208,11 +208,9 @@ class Rounds:
         if self.shared is not None:
             log.warning("%s holds no %s; drawing it here", self.shared, _name(number))
         log.info("round %d of %d: drawing %d of %d chunks", number + 1, self.method.rounds, len(missing), chunks)
-        plan = self.method.plan
-        last = min(self.method.first_step(number + 1), plan.total_steps)
-        if (read := (last - self.method.first_step(number)) * plan.step_size) < plan.epoch_size:
-            told = "round %d is drawn for all %d rows of an epoch, of which the run reads %d before it ends"
-            log.warning(told, number + 1, plan.epoch_size, read)
+        if unread := _unread(self.method, number):
+            told = "round %d is drawn for all %d rows of an epoch, and the run ends before it reads %d of them"
+            log.warning(told, number + 1, self.method.plan.epoch_size, unread)
         self._draw_chunks(number, missing, audit["chunk_size"], writer)
         dist.barrier()
         if dist.get_rank() == 0:
@@ -298,6 +296,13 @@ class Rounds:
                 chosen = numbers
             rows.append(StoredRows(table, chosen))
         return rows
+
+
+def _unread(method: RoundMethod, number: int) -> int:
+    """Return the rows of a round that the run ends before it reads, a last step that is not full left aside."""
+    plan, first, end = method.plan, method.first_step(number), method.first_step(number + 1)
+    read = (plan.total_steps - first) * plan.step_size
+    return max(0, plan.epoch_size - read) if end - plan.total_steps > 1 else 0
 
 
 def _chunk_size(samples: int, rows_at_once: int) -> int:

@@ -216,11 +216,15 @@ def test_a_judge_is_asked_of_an_evaluation_that_is_there_and_what_it_said_is_kep
     )
     one_rank.run(evaluate.run, plain)
     before = (out / "predictions.jsonl").stat()
+    (out / "evaluation-int8.journal").touch()  # as a start leaves it that was killed when all was written
     one_rank.run(evaluate.run, plain)
     assert (out / "predictions.jsonl").stat().st_mtime_ns == before.st_mtime_ns, "nothing is made again"
+    assert not list(out.glob("*.journal"))
     with serving() as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         one_rank.run(evaluate.run, replace(plain, judge_url=url, judge_model="referee"))
+    with pytest.raises(AssertionError, match=r"--judge_url: .* gives no verdict"):
+        one_rank.run(evaluate.run, replace(plain, judge_url=url, judge_model="referee"))  # it is gone
     found = json.loads((out / "evaluation.json").read_text())
     assert 0 <= found["metrics"]["win_rate"] <= 1
     assert found["judged"]["judge"] == "referee"

@@ -398,8 +398,8 @@ def test_a_value_that_is_not_finite_is_no_finding_and_null_in_the_json(tmp_path:
     ("name", "text"),
     [
         *[("metrics.jsonl", text) for text in ("5\n", '{"flops": 1}\n', '{"flops": null, "tokens": 1}\n', "{\n")],
-        *[("config.yaml", text) for text in ("a: [", "- 1\n")],
-        *[("evaluation.json", text) for text in ("{", "[1]")],
+        *[("config.yaml", text) for text in ("a: [", "- 1\n", "seed: 0\n")],
+        *[("evaluation.json", text) for text in ("{", "[1]", "{}", '{"settings": 1}')],
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, text: str) -> None:
@@ -408,7 +408,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, tex
     with pytest.raises(InputError) as caught:
         _compare(tmp_path, run)
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"{tmp_path}/a")
+    assert line.startswith(f"{tmp_path}/a/{name}: ")
 
 
 @pytest.mark.parametrize(

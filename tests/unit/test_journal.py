@@ -62,9 +62,3 @@ def test_a_line_that_was_cut_within_a_letter_and_unusual_line_ends_do_no_harm(tm
     path = tmp_path / "evaluation.journal"
     path.write_bytes(path.read_bytes().split("é".encode())[0] + "é".encode()[:1])
     assert _journal(tmp_path).scores == {0: score}
-
-
-def test_it_is_gone_when_the_evaluation_is_done(tmp_path: Path) -> None:
-    journal = _journal(tmp_path)
-    journal.remove()
-    assert not list(tmp_path.iterdir())

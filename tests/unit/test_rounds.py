@@ -15,7 +15,7 @@ from selfgen_ds.methods.bash import Bash
 from selfgen_ds.methods.method import RoundMethod
 from selfgen_ds.methods.rac import Rac
 from selfgen_ds.rounds.checks import rows_problem
-from selfgen_ds.rounds.rounds import Rounds, _chunk_size
+from selfgen_ds.rounds.rounds import Rounds, _chunk_size, _unread
 from selfgen_ds.rounds.store import Writer
 from tests.batches import sample
 from tests.plans import plan
@@ -219,3 +219,21 @@ def test_rows_that_fit_their_samples_are_taken() -> None:
 )
 def test_rows_that_do_not_fit_are_named(method: type[RoundMethod], rows: list[TrainingRow], expected: str) -> None:
     assert re.search(expected, rows_problem(_method(method), SAMPLES, rows) or "")
+
+
+@pytest.mark.parametrize(
+    ("epoch_size", "step_size", "total_steps", "unread"),
+    [
+        (8, 4, 4, [0, 0]),
+        (40, 16, 5, [0, 0]),  # a step with rows of both rounds
+        (43, 16, 2, [0]),  # the last step would not be full
+        (64, 4, 3, [52]),
+        (64, 4, 17, [0, 60]),
+    ],
+)
+def test_rows_of_a_round_that_the_run_ends_before_are_counted(
+    epoch_size: int, step_size: int, total_steps: int, unread: list[int]
+) -> None:
+    sizes = {"epoch_size": epoch_size, "step_size": step_size, "total_steps": total_steps}
+    method = Bash(SelfgenConfig(method="bash"), plan(**sizes))
+    assert [_unread(method, number) for number in range(method.rounds)] == unread
