@@ -6,7 +6,9 @@ The tokenized data set gives such rows, a round writes and reads them, and a bat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import datasets
 import numpy as np
 
 ARRAYS = ("context_ids", "target_ids", "loss_mask", "replaceable_mask", "replaced_mask")
@@ -80,3 +82,20 @@ class TrainingRow:
         edges = np.flatnonzero(np.diff(self.loss_mask, prepend=False, append=False))
         start = edges[-2] if self.response_start is None else self.response_start
         return slice(int(start), int(edges[-1]))
+
+
+def stored_row(table: datasets.Dataset, index: int) -> dict[str, Any]:
+    """Return the columns of one row of a table: lists as int64 or bool arrays, other values as Python's.
+
+    `table[index]` gives the same, but takes six times as long to format a row, which is a tenth of a small step.
+    """
+    row = table.data.slice(index, 1)
+    values = {}
+    for name, feature in table.features.items():
+        column = row.column(name).chunk(0)
+        if isinstance(feature, datasets.List):
+            array = column.flatten().to_numpy(zero_copy_only=False)
+            values[name] = array if array.dtype == bool else array.astype(np.int64)
+        else:
+            values[name] = column[0].as_py()
+    return values

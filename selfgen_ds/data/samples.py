@@ -31,7 +31,7 @@ from selfgen_ds.config import Sources, sources
 from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, Format, chunks, in_form
 from selfgen_ds.data.message_checks import KNOWN_FIELDS
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import TrainingRow, stored_row
 from selfgen_ds.data.row_checks import Columns, Refused, Row, TextPair
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tokenizer import tokenizer_hash
@@ -104,7 +104,7 @@ class Samples:
         return len(self.table)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        row = self.table[index]
+        row = stored_row(self.table, index)
         sample_id, turns = self.first_id + int(row["sample_id"]), row["turns"].reshape(-1, 3)
         return TrainingRow.reference(sample_id, row["input_ids"], turns)
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import TrainingRow, stored_row
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import damaged, intact, naming, refusal, sync_and_sum, sync_folder, write_atomically
 
@@ -58,7 +58,7 @@ class StoredRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        columns = self._table[int(self._rows[index])]
+        columns = stored_row(self._table, int(self._rows[index]))
         # Nothing of a round's row is replaceable any more.
         return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
 
