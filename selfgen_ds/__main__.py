@@ -30,7 +30,9 @@ def main() -> None:
         os._exit(code)
 
     atexit.register(skip_interpreter_end)  # handlers run in reverse order: the first one registered runs last
-    if "train" in sys.argv[1:3]:  # the `deepspeed` launcher may put --local_rank before the sub-command
+    if {"train", "pilot", "probe"} & set(
+        sys.argv[1:3]
+    ):  # the `deepspeed` launcher may put --local_rank before the sub-command
         signals.stop_at_once()
     from selfgen_ds import cli  # imports torch and DeepSpeed, which takes seconds
 

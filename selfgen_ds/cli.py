@@ -1,4 +1,4 @@
-"""The sub-commands: train, inspect, evaluate, generate, compare, export, bench.
+"""The sub-commands: train, inspect, probe, pilot, evaluate, generate, compare, export, bench.
 
 Exit codes: 0 done; 2 bad input or configuration; 3 stopped by a signal after saving; 1 anything else.
 """
@@ -31,9 +31,11 @@ from selfgen_ds.config import (
     InspectedRecipe,
     InspectOptions,
     LoraConfig,
+    PilotOptions,
+    ProbeOptions,
     Recipe,
 )
-from selfgen_ds.errors import InputError, Problems, Stopped
+from selfgen_ds.errors import InputError, Problems, RunFailed, Stopped
 from selfgen_ds.files import refusal
 from selfgen_ds.progress import line_is_open
 from selfgen_ds.ranks import signals
@@ -43,6 +45,8 @@ log = logging.getLogger("selfgen_ds")
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "train": (Recipe,),
     "inspect": (InspectedRecipe, InspectOptions),
+    "probe": (Recipe, ProbeOptions),
+    "pilot": (Recipe, PilotOptions),
     "bench": (Recipe, BenchOptions),
     "evaluate": (EvaluateOptions,),
     "generate": (GenerateOptions,),
@@ -86,10 +90,13 @@ def main() -> None:
     except Stopped:
         signals.ignore()
         process_group.leave_process_group()
-        resumes = any(argument.split("=")[0] == "--resume" for argument in arguments)
+        resumes = arguments[0] != "train" or any(argument.split("=")[0] == "--resume" for argument in arguments)
         again = shlex.join([*arguments, *([] if resumes else ["--resume", "auto"])])
         log.warning("stopped by a signal; everything is saved; start it again by the same launcher, with `%s`", again)
         sys.exit(signals.STOPPED)
+    except RunFailed as error:
+        _tell(str(error))
+        sys.exit(1)
     except Exception as error:
         if process_group.heartbeat is not None:
             signals.ignore()
@@ -230,6 +237,10 @@ def _parser() -> ArgumentParser:
     launchers = "under deepspeed, torchrun or mpirun, or in one process"
     command_with_recipe("train", f"train a recipe; {launchers}", "Train a recipe.")
     command_with_recipe("inspect", "show what a recipe's rows become, in one process", InspectOptions.__doc__)
+    pilot = "try methods on a part of your data, with a verdict"
+    command_with_recipe("pilot", pilot, PilotOptions.__doc__)
+    steps = f"take a few steps, save nothing, and print what they cost; {launchers}"
+    command_with_recipe("probe", steps, ProbeOptions.__doc__)
     cost = f"measure what training on the model's own tokens costs; {launchers}"
     command_with_recipe("bench", cost, BenchOptions.__doc__)
     command("evaluate", "measure a model on its own prefixes and on the reference's", EvaluateOptions.__doc__)
@@ -255,6 +266,15 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         from selfgen_ds.inspection import inspect
 
         inspect(_recipe(options, overrides), overrides, options.rows, options.draw)
+    elif parsed.command == "pilot":
+        from selfgen_ds.pilot.pilot import pilot
+
+        recipe = _recipe(options, overrides)
+        pilot(recipe, PilotOptions(**{f.name: getattr(options, f.name) for f in fields(PilotOptions)}))
+    elif parsed.command == "probe":
+        from selfgen_ds.pilot.probe import probe
+
+        probe(_recipe(options, overrides), overrides, options.steps)
     elif parsed.command == "bench":
         from selfgen_ds.scaling.bench import bench
 
@@ -284,15 +304,15 @@ def _run(parsed: Namespace, overrides: set[str]) -> None:
         print(f"written to {options.output_dir}")
 
 
-def recipe_of(arguments: list[str]) -> tuple[Recipe, set[str]]:
-    """Return the recipe that the options of `train` describe, and the settings that the options give, for scripts.
+def recipe_of(arguments: list[str], command: str = "train") -> tuple[Recipe, set[str]]:
+    """Return the recipe that the options of a command describe, and the settings that the options give, for scripts.
 
     Raises:
         InputError: One line for every unknown, missing, or mistyped setting.
     """
     given = [a for a in arguments if not a.startswith("--local_rank=")]
     overrides = _overrides(given)
-    return _recipe(_parse(["train", *given]).train, overrides), overrides
+    return _recipe(_parse([command, *given])[command], overrides), overrides
 
 
 def _overrides(arguments: list[str]) -> set[str]:
@@ -301,7 +321,7 @@ def _overrides(arguments: list[str]) -> set[str]:
 
 
 def _recipe(options: Namespace, overrides: set[str]) -> Recipe:
-    """Return the recipe of `train`, `inspect`, or `bench`; an option replaces settings of the recipe that it excludes.
+    """Return the recipe of a command that has one; an option replaces settings of the recipe that it excludes.
 
     `--model.name_or_path` replaces the recipe's preset and the preset's tokenizer. `--train.max_steps` replaces
     `train.epochs`, and the reverse.

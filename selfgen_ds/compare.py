@@ -33,10 +33,20 @@ def run(options: CompareOptions) -> None:
     problems.raise_all()
     groups = grouped(runs)
     check_comparable(groups)
-    metrics = _metrics(groups, options.metrics)
-    rows = compared(groups, metrics)
+    metrics = metrics_of(groups, options.metrics)
     folder_out = Path(options.output_dir)
     make_folder(folder_out, "--output_dir")
+    print(write(groups, metrics, folder_out))
+    print(f"written to {folder_out}/comparison.html, comparison.md, comparison.json and comparison.png")
+
+
+def write(groups: list[Group], metrics: list[str], folder_out: Path) -> str:
+    """Write the report of groups of runs; the first is the baseline.
+
+    Returns:
+        The report in Markdown.
+    """
+    rows = compared(groups, metrics)
     figures = plots.figures(groups, rows)
     document = {"baseline": groups[0].name, "budgets": budgets(groups), "runs": report.runs_table(groups), "rows": rows}
     write_atomically(folder_out / "comparison.json", as_json(document))
@@ -44,11 +54,10 @@ def run(options: CompareOptions) -> None:
     write_atomically(folder_out / "comparison.md", table)
     write_atomically(folder_out / "comparison.html", report.html(groups, rows, figures))
     plots.write_all(folder_out / "comparison.png", f"{report.title_of(groups)}, 95 % intervals", figures)
-    print(table)
-    print(f"written to {folder_out}/comparison.html, comparison.md, comparison.json and comparison.png")
+    return table
 
 
-def _metrics(groups: list[Group], asked: list[str]) -> list[str]:
+def metrics_of(groups: list[Group], asked: list[str]) -> list[str]:
     """Return the metrics to compare: those that were asked for, or all that every group has.
 
     Raises:

@@ -258,6 +258,8 @@ class EvalConfig:
     """Rows to evaluate: the first rows of `data.eval`, as many from each source."""
     batch_size: int = 64
     """Rows that a rank evaluates at once."""
+    sample_temperatures: list[float] = field(default_factory=list)
+    """Temperatures above 0 at which further answers are sampled and scored (`eval_sampled_1.5_*`), such as `[1]`."""
     best: str = "loss"
     """Metric whose best checkpoint is kept: `loss` (the lowest), or another evaluation metric (the highest)."""
     patience: int | None = None
@@ -324,6 +326,45 @@ class BenchOptions:
     """Cost to measure: that of a pass, of rounds, or both with more variants."""
     steps: int = 7
     """Timed steps of every variant; rounds have three timed turns."""
+
+
+@dataclass(kw_only=True)
+class ProbeOptions:
+    """Take a few steps of a recipe, save nothing, and print as JSON what they cost: floating-point operations, time and
+    memory."""
+
+    steps: int = 4
+    """Optimizer steps; with 0, everything is loaded and checked, and no step is taken."""
+
+
+@dataclass(kw_only=True)
+class PilotOptions:
+    """Try methods on a part of your data before you pay for all of it: sft and every method are trained on a few seeds,
+    at the budget of sft in floating-point operations, and evaluated on held-out rows. The report has a verdict per
+    metric. A pilot that was stopped goes on when it is started again."""
+
+    rows: int
+    """Training rows, drawn at random from `data.train`."""
+    held_out: int = 200
+    """Rows to evaluate on, drawn from `data.eval` if the recipe has it, and otherwise from the other training rows."""
+    methods: list[str | dict[str, Any]] = field(default_factory=list)
+    """Methods to compare with sft: names, `[bash, rac]`, or settings of `selfgen`, `[{method: bash, temperature: 2}]`.
+    Default: that of the recipe, or `scheduled_sampling` if it is sft."""
+    seeds: int = 3
+    """Runs of every method, with seeds from the recipe's on."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of the verdicts. The fewer there are, the smaller a difference can be shown. Default: the quality of
+    greedy and sampled answers, the tokens after a forced error, and the loss."""
+    evaluation: dict[str, Any] = field(default_factory=lambda: {"sample_temperatures": [1.0]})
+    """Options of `selfgen-ds evaluate`, such as `{sample_temperatures: [1], weight_bits: [4]}`."""
+    group_by: str | None = None
+    """Field of the rows whose values divide the held-out rows into kinds, for a verdict on each kind."""
+    ranks: int = 1
+    """Processes of a run, all on one host: one per accelerator."""
+    jobs: int = 1
+    """Runs at the same time on this host."""
+    keep_models: bool = False
+    """Keep checkpoints, rounds and models of the runs after their evaluation."""
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,10 @@ class Stopped(Exception):
     """A signal asked for the run to end. Every rank raises this at the same point; the command exits with code 3."""
 
 
+class RunFailed(Exception):
+    """A run that was started by another command failed: one line that names its log, and exit code 1."""
+
+
 class Problems:
     """Problems of the user's input, one line each, collected so that one `InputError` reports all of them."""
 

@@ -71,7 +71,7 @@ def run(options: EvaluateOptions) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     with problems.collect():
-        text = _text_metrics(options)
+        text = text_metrics(options)
     problems.raise_all()
     with naming_the_options():
         tokenizer = load_tokenizer(source)
@@ -279,7 +279,7 @@ def _dtype(options: EvaluateOptions, config: PretrainedConfig) -> Any:
     return options.dtype if options.dtype != "auto" else named if named in ("bfloat16", "float16") else "float32"
 
 
-def _text_metrics(options: EvaluateOptions) -> TextMetrics:
+def text_metrics(options: EvaluateOptions) -> TextMetrics:
     """Return the metrics of texts that are asked for.
 
     Raises:

@@ -15,7 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from selfgen_ds.checkpoint import manifest, resuming, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import Recipe
-from selfgen_ds.engine.flops import step_flops
+from selfgen_ds.data.batches import StepBatches
+from selfgen_ds.engine.flops import StepFlops, step_flops
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
 from selfgen_ds.evaluation.metrics import aggregate
@@ -54,22 +55,9 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         for step in range(run.folder.first_step, run.total_steps):
             if ends_early:
                 break
-            step_batches = run.step_batches if run.rounds is None else run.rounds.step_batches(step)
-            facts = None if run.rounds is None else run.rounds.facts(step)
-            started, forwards, read_before = time.perf_counter(), watch.forwards, run.policy.read_tokens
-            get_accelerator().reset_peak_memory_stats()
-            batches = [batch.to(run.engine.device) for batch in step_batches.at(step)]
-            pass_started = time.perf_counter()
-            batches = run.method.contexts(batches, run.policy, step)
-            get_accelerator().synchronize()
-            pass_time = time.perf_counter() - pass_started
-            read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
-            if facts is not None and process_group.rank() == 0:  # the step adds up what the ranks have read
-                read += facts.read_tokens
-            dft = recipe.optim.loss == "dft"
-            result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read, dft)
-            metrics = _metrics(run, step, result, facts, pass_time, time.perf_counter() - started)
-            metrics["flops"] = flops(result)
+            step_batches = batches_of(run, step)
+            forwards = watch.forwards
+            metrics, result = take_step(run, recipe, step, step_batches, flops)
             ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
@@ -82,6 +70,40 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         export_engine(run.engine, folder, run.tokenizer, run.config, run.source)
         log.info("training is done; the model is in %s; to ask it: %s", folder, _generate_command(run, recipe, folder))
         between_steps.metrics_logger.finish()
+
+
+def batches_of(run: Run, step: int) -> StepBatches:
+    """Return the batches that a step is among; a new round is drawn first. Collective: every rank must call this."""
+    return run.step_batches if run.rounds is None else run.rounds.step_batches(step)
+
+
+def take_step(
+    run: Run, recipe: Recipe, step: int, step_batches: StepBatches, flops: StepFlops
+) -> tuple[dict[str, float], StepResult]:
+    """Take one optimizer step, and return its line of `metrics.jsonl` and its result.
+
+    Collective: every rank must call this.
+
+    Args:
+        step: Optimizer steps done before.
+        step_batches: The batches of `batches_of`.
+        flops: Counts the operations of a step.
+    """
+    facts = None if run.rounds is None else run.rounds.facts(step)
+    started, read_before = time.perf_counter(), run.policy.read_tokens
+    get_accelerator().reset_peak_memory_stats()
+    batches = [batch.to(run.engine.device) for batch in step_batches.at(step)]
+    pass_started = time.perf_counter()
+    batches = run.method.contexts(batches, run.policy, step)
+    get_accelerator().synchronize()
+    pass_time = time.perf_counter() - pass_started
+    read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
+    if facts is not None and process_group.rank() == 0:  # the step adds up what the ranks have read
+        read += facts.read_tokens
+    dft = recipe.optim.loss == "dft"
+    result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read, dft)
+    metrics = _metrics(run, step, result, facts, pass_time, time.perf_counter() - started)
+    return metrics | {"flops": flops(result)}, result
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -254,7 +276,10 @@ class BetweenSteps:
         run = self._run
         if not run.eval_samples or not (self._is_last(step) or _due(step, self._recipe.eval.every)):
             return {}
-        size, requests = self._recipe.eval.batch_size, EvaluationRequests(forced_errors=run.forced_errors)
+        size, temperatures = self._recipe.eval.batch_size, tuple(self._recipe.eval.sample_temperatures)
+        requests = EvaluationRequests(
+            forced_errors=run.forced_errors, sample_temperatures=temperatures, seed=self._recipe.seed
+        )
         scores = evaluate(run.policy, run.eval_samples, run.tokenizer, size, requests, self._watch.poll)
         self.metrics_logger.show_answers(step, scores[: self._recipe.eval.shown_answers])
         return process_group.from_rank_0(lambda: aggregate(scores))

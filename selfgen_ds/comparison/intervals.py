@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +25,15 @@ from scipy import stats
 LEAST_ROWS = 10
 """Rows that a metric has to count before a difference of it may be more than chance."""
 _RESAMPLES = 1000
+_FACTORS = [1.1**power for power in range(80)]  # up to 1900 times as many rows
+_MOST_SEEDS = 100
 _AT_ONCE = 100  # resamples that exist at the same time: `[resamples, rows]` counts
+
+
+_Variance = tuple[float, int]
+"""A variance, and its degrees of freedom."""
+_Variances = list[_Variance]
+"""Variances that add up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,10 @@ class Estimate:
     """Probability of a value at least as far from 0 if the true value is 0 (two-sided)."""
     seeds_known: bool
     """Whether the interval covers other seeds as well as other rows."""
+    of_rows: _Variance = (0.0, 0)
+    """The part of the variance that the rows cause."""
+    of_seeds: _Variances = field(default_factory=list)
+    """The parts that the seeds cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +115,47 @@ def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0
     return _estimate(value, drawn, _of_two(sample, baseline), rows)
 
 
+def rows_needed(found: Estimate, rows: int, counted: int, level: float) -> int | None:
+    """Return about how many rows would show a difference as large as the one that was found, with the same seeds.
+
+    Args:
+        rows: Rows that the difference was found with.
+        counted: Those of them that the metric counts.
+        level: Largest p that shows it.
+
+    Returns:
+        A number with two digits that count; None if the seeds differ too much for any number of rows, or are not known.
+    """
+    variance, degrees = found.of_rows
+    for factor in _FACTORS if found.of_seeds else ():
+        more = variance / factor, round((degrees + 1) * factor) - 1
+        if counted * factor >= LEAST_ROWS and _surest(found.value, more, found.of_seeds)[1] <= level:
+            return _two_digits(rows * factor)
+    return None
+
+
+def seeds_needed(found: Estimate, seeds: int, level: float) -> int | None:
+    """Return about how many seeds would show a difference as large as the one that was found, with the same rows.
+
+    Args:
+        seeds: Seeds that the difference was found with, paired.
+        level: Largest p that shows it.
+
+    Returns:
+        None if the rows are too few for any number of seeds, or the seeds are not known.
+    """
+    for count in range(seeds, _MOST_SEEDS + 1) if found.of_seeds else ():
+        more = [(variance * seeds / count, count - 1) for variance, _ in found.of_seeds]
+        if _surest(found.value, found.of_rows, more)[1] <= level:
+            return count
+    return None
+
+
+def _two_digits(value: float) -> int:
+    size = 10 ** max(0, math.floor(math.log10(value)) - 1)
+    return math.ceil(value / size) * size
+
+
 def holm(values: list[float]) -> list[float]:
     """Return p-values that are corrected for their number (Holm 1979): at most 5 % chance of any false finding."""
     order = np.argsort(values)
@@ -127,10 +180,6 @@ def _draws(rows: int, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng([20260101, seed])
     shares = np.full(rows, 1.0 / rows)
     return [rng.multinomial(rows, shares, size=_AT_ONCE).astype(np.float32) for _ in range(_RESAMPLES // _AT_ONCE)]
-
-
-_Variances = list[tuple[float, int]]
-"""Variances that add up, with their degrees of freedom."""
 
 
 def _of_values(values: np.ndarray) -> _Variances | None:
@@ -166,12 +215,25 @@ def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows
     if not math.isfinite(value):
         return Estimate(value=value, low=math.nan, high=math.nan, p=1.0, seeds_known=of_seeds is not None)
     of_rows = (float(np.nanvar(drawn, ddof=1)), rows - 1)
-    tests = [_student(value, parts) for parts in ([of_rows, *(of_seeds or [])], of_seeds or [])]
-    half, p = (max(found) for found in zip(*tests, strict=True))
+    half, p = _surest(value, of_rows, of_seeds or [])
     if half == 0 and value != 0:
         p = 2.0 ** (1 - max(1, rows))  # all rows agree; if the truth were 0, their signs would by chance alone
     p = 1.0 if rows < LEAST_ROWS else p
-    return Estimate(value=value, low=value - half, high=value + half, p=p, seeds_known=of_seeds is not None)
+    return Estimate(
+        value=value,
+        low=value - half,
+        high=value + half,
+        p=p,
+        seeds_known=of_seeds is not None,
+        of_rows=of_rows,
+        of_seeds=of_seeds or [],
+    )
+
+
+def _surest(value: float, of_rows: _Variance, of_seeds: _Variances) -> tuple[float, float]:
+    """Return half the width of the 95 % interval of a value, and its p: of rows and seeds, or of the seeds alone."""
+    tests = [_student(value, parts) for parts in ([of_rows, *of_seeds], of_seeds)]
+    return max(half for half, _ in tests), max(p for _, p in tests)
 
 
 def _student(value: float, variances: _Variances) -> tuple[float, float]:

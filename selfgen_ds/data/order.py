@@ -72,7 +72,7 @@ class Stream:
         """Positions of an epoch."""
         self._sizes = sizes
         self._seed = seed
-        self._quotas = list(sizes) if weights is None else _apportion(self.size, weights)
+        self._quotas = list(sizes) if weights is None else apportion(self.size, weights)
         if weights is not None and min(self._quotas) < least:
             raise InputError(
                 f"data.train: weights {weights} give a source less than one of the {self.size} rows per epoch; "
@@ -108,7 +108,7 @@ class Stream:
         return rows
 
 
-def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Divide `total` into whole shares by weight, with the method of largest remainders."""
     exact = np.array(weights) / sum(weights) * total
     shares = np.floor(exact).astype(int)

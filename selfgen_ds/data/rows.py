@@ -57,11 +57,30 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
     return _open_hub(source, split, columns)
 
 
+def raw_rows(source: Source, split: str) -> Iterator[RawRow]:
+    """Yield the rows of a source as they are, with all of their fields.
+
+    Args:
+        split: As for `open_source`.
+
+    Raises:
+        InputError: The source does not exist or cannot be read.
+    """
+    path = Path(source.path)
+    if (task := tasks.task_of(source.path)) is not None:
+        pairs = tasks.generate(task, tasks.split_of(source.path, split))
+        for number, (prompt, completion) in enumerate(pairs, start=1):
+            yield f"row {number}", {"prompt": prompt, "completion": completion}
+    elif path.exists():
+        for file in _known([path] if path.is_file() else _folder_files(path, source, split)):
+            yield from read_file(file)
+    else:
+        yield from _read_hub(source.path, _load_hub(source, split)[1])
+
+
 def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
-    if unknown := [file for file in files if suffix(file) not in READERS]:
-        raise InputError(f"{unknown[0]}: expected a file that ends in {', '.join(READERS)}")
     fingerprint = []
-    for file in files:
+    for file in _known(files):
         try:
             fingerprint.append(content_hash(file))
         except OSError as error:
@@ -77,6 +96,17 @@ def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:
                 raise InputError(f"{file}: expected rows, got none")
 
     return Opened(name=name, fingerprint=fingerprint, rows=rows())
+
+
+def _known(files: list[Path]) -> list[Path]:
+    """Return files whose formats are all known.
+
+    Raises:
+        InputError: One is of another format.
+    """
+    if unknown := [file for file in files if suffix(file) not in READERS]:
+        raise InputError(f"{unknown[0]}: expected a file that ends in {', '.join(READERS)}")
+    return files
 
 
 def _folder_files(folder: Path, source: Source, split: str) -> list[Path]:
@@ -131,8 +161,19 @@ def _choose_split(name: str, source: Source, split: str, available: list[str]) -
 
 
 def _open_hub(source: Source, split: str, columns: Columns) -> Opened:
-    use_cache_without_network()
     name = ", ".join(filter(None, (source.path, source.subset, source.split)))
+    chosen, rows, fingerprint = _load_hub(source, split)
+    validated_rows = validated(name, _read_hub(name, rows), columns)
+    return Opened(name=name, fingerprint=[name, chosen, fingerprint], rows=validated_rows)
+
+
+def _load_hub(source: Source, split: str) -> tuple[str, Iterable[dict[str, Any]], str]:
+    """Return the chosen split of a hub data set, its rows, and a string that changes whenever they do.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    use_cache_without_network()
     try:
         splits = datasets.get_dataset_split_names(source.path, source.subset)
         chosen = _choose_split(source.path, source, split, splits)
@@ -143,8 +184,7 @@ def _open_hub(source: Source, split: str, columns: Columns) -> Opened:
     except Exception as error:  # the type depends on the cause: no network, no such id, no such subset, no access
         expected = "expected a file, a folder or a data set on the hub"
         raise InputError(f"{source.path}: {expected}: {first_line(error)}") from error
-    validated_rows = validated(name, _read_hub(name, rows), columns)
-    return Opened(name=name, fingerprint=[name, chosen, fingerprint], rows=validated_rows)
+    return chosen, rows, fingerprint
 
 
 def _read_hub(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[RawRow]:

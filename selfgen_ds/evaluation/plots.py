@@ -68,7 +68,9 @@ def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
     handles = {
         label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    widest = max(map(len, handles), default=1) + 8  # the handle beside a label takes the room of some characters
+    if not handles:
+        return
+    widest = max(map(len, handles)) + 8  # the handle beside a label takes the room of some characters
     fitting = int(figure.get_figwidth() * _CHARACTERS_PER_INCH / widest)
     columns = max(1, min(4, fitting, len(handles)))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)

@@ -125,12 +125,17 @@ def _check_data(problems: Problems, recipe: Recipe) -> None:
         problems.add("data.group_by_length: expected false with data.packing, whose rows are all full")
     if recipe.wandb_project is not None and find_spec("wandb") is None:
         problems.add("wandb_project: the package wandb is not installed (pip install 'selfgen-ds[wandb]')")
+    temperatures = recipe.eval.sample_temperatures
+    problems.expect(all(t > 0 for t in temperatures), "eval.sample_temperatures", "numbers above 0", temperatures)
+    problems.expect(
+        len(set(temperatures)) == len(temperatures), "eval.sample_temperatures", "every value once", temperatures
+    )
     if recipe.eval.patience is not None and recipe.eval.every is None:
         problems.add("eval.patience: expected eval.every as well")
     if data.eval is None:
         for field in fields(EvalConfig):
-            value = getattr(recipe.eval, field.name)
-            problems.expect(value == field.default, f"eval.{field.name}", "data.eval to be given as well", value)
+            value, default = (getattr(config, field.name) for config in (recipe.eval, EvalConfig()))
+            problems.expect(value == default, f"eval.{field.name}", "data.eval to be given as well", value)
 
 
 def check_texts(problems: Problems, section: str, prompt_template: str, day: str | None) -> None:

@@ -24,7 +24,7 @@ def _recipe(folder: Path, learning_rate: float = 1e-2, steps: int = 9) -> Recipe
         optim=OptimConfig(learning_rate=learning_rate, warmup_ratio=0.0, schedule="constant"),
         train=TrainConfig(max_steps=steps, micro_batch_size=2),
         checkpoint=CheckpointConfig(every=100, keep=1),
-        eval=EvalConfig(every=1, max_samples=4),
+        eval=EvalConfig(every=1, max_samples=4, sample_temperatures=[1.5]),
     )
 
 
@@ -37,6 +37,7 @@ def test_a_run_that_no_longer_gets_better_ends_and_exports_its_best_checkpoint(
     settings.eval.patience = 2
     two_ranks.run(runs.run_training, settings)
     losses = [row["eval_loss"] for row in runs.metrics(settings)]
+    assert all("eval_sampled_1.5_accuracy" in row for row in runs.metrics(settings))
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 9
     checkpoints = Path(settings.output_dir) / "checkpoints"

@@ -276,5 +276,5 @@ def test_the_help_shows_the_settings_of_a_section_that_a_recipe_may_leave_out(
 def test_an_unknown_command_is_answered_with_the_known_ones(arguments: list[str], got: str) -> None:
     with pytest.raises(InputError) as caught:
         cli._parse(arguments)
-    expected = "expected a command (train, inspect, bench, evaluate, generate, export, compare)"
+    expected = "expected a command (train, inspect, probe, pilot, bench, evaluate, generate, export, compare)"
     assert str(caught.value) == f"{expected}, got {got}; `selfgen-ds --help` describes them"

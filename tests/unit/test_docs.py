@@ -100,8 +100,9 @@ def test_commands_are_understood(
             arguments = words[starts[0] + 1 :]
         elif scripts := [number for number, word in enumerate(words) if word.startswith("launch/")]:
             script = scripts[0]
-            options = [word for word in words[script + 1 :] if word != "--dry-run"]
-            arguments = ["train", "--config", *options["slurm" not in words[script] :]]
+            options = [word for word in words[script + 1 :] if word not in ("--dry-run", "--pilot")]
+            command = "pilot" if "--pilot" in words or "pilot" in words[script] else "train"
+            arguments = [command, "--config", *options[not words[script].endswith(".sbatch") :]]
         else:
             continue
         if arguments[0] == "bench" and "--config" not in arguments:

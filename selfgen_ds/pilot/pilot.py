@@ -1,0 +1,288 @@
+"""`selfgen-ds pilot`: rows -> the price of each method -> runs -> verdicts -> the report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from jsonargparse import ArgumentParser
+
+from selfgen_ds import packaged
+from selfgen_ds.comparison.intervals import LEAST_ROWS
+from selfgen_ds.comparison.runs import Group, grouped, load_run
+from selfgen_ds.config import EvalConfig, EvaluateOptions, PilotOptions, Recipe, SelfgenConfig, by_name, to_yaml
+from selfgen_ds.errors import InputError, Problems, RunFailed
+from selfgen_ds.evaluate import text_metrics
+from selfgen_ds.evaluation.metrics import is_taken, metric_of
+from selfgen_ds.files import make_folder, write_atomically
+from selfgen_ds.pilot import launching, report, workers
+from selfgen_ds.pilot.launching import Place
+from selfgen_ds.pilot.planning import RECIPE, Plan, Probes, as_setting, begin_anew, check_evaluation, plan_of
+from selfgen_ds.pilot.rows import PilotRows, draw, kinds
+from selfgen_ds.pilot.runs import Arm, StudyRun
+from selfgen_ds.validation.options import check_evaluate
+from selfgen_ds.validation.recipe import check_recipe
+
+log = logging.getLogger("selfgen_ds")
+
+_RECORD, _LOCK = "pilot.yaml", ".pilot.lock"
+_NOT_RECORDED = {"methods", "seeds", "metrics", "group_by", "jobs", "keep_models"}
+"""Options that may change when a pilot goes on."""
+_OF_DATA = ("prompt_column", "completion_column", "messages_column", "as_chat", "prompt_template", "max_refused_share")
+_OF_MODEL = ("chat_template", "attn_implementation", "trust_remote_code")
+"""Options of `evaluate` that the recipe's sections `data` and `model` give."""
+_OWN = {"model", "data", "output_dir", "date", "max_length", "max_samples", *_OF_DATA, *_OF_MODEL}
+"""Options of `evaluate` that the pilot gives."""
+
+
+def pilot(recipe: Recipe, options: PilotOptions) -> None:
+    """Carry out a pilot, or what is left of it, and write the report when all runs are done.
+
+    Several processes may call this for the same folder, on several hosts, and share the runs.
+
+    Raises:
+        InputError: The options, the recipe or the data are not as expected, or the folder holds something else.
+        RunFailed: A run failed; the other methods are done and reported.
+        Stopped: A signal came; the runs that were under way are saved.
+    """
+    if "LOCAL_RANK" in os.environ:
+        raise InputError("pilot: start one process on each host, without a launcher; --ranks and --jobs start others")
+    problems = Problems()
+    arms = arms_of(problems, recipe, options)
+    _check(problems, arms, recipe, options)
+    problems.raise_all()
+    folder = Path(recipe.output_dir).resolve()
+    recipe = replace(recipe, output_dir=str(folder))
+    make_folder(folder, "output_dir")
+    places = launching.places(options.jobs, options.ranks, launching.devices())
+    with _alone(folder):
+        rows, plan, evaluation = _prepare(arms, recipe, options, places[0])
+    runs = _runs(arms, plan, recipe, options, evaluation)
+    _log_plan(plan, rows, runs, len(places))
+    after = (lambda run: None) if options.keep_models else StudyRun.remove_models
+    failures = workers.carry_out(runs, places, after, "pilot")
+    of_others = [run for run in runs if not run.evaluated and run.arm.name not in failures]
+    complete = [arm for arm in arms if all(run.evaluated for run in runs if run.arm == arm)]
+    if of_others:
+        log.info(
+            "%d of %d runs are left to other processes, whose last one writes the report", len(of_others), len(runs)
+        )
+    elif arms[0] in complete:
+        report.write([_group(arm, runs) for arm in complete], plan, rows, recipe, options)
+    if failures:
+        lines = "\n".join(f"{name}: {error}" for name, error in failures.items())
+        raise RunFailed(f"{lines}\nthe other methods are done; the same command repeats the runs that failed")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process make the plan of the pilot while in the context."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.info("another process makes the plan of this pilot: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(
+    arms: list[Arm], recipe: Recipe, options: PilotOptions, place: Place
+) -> tuple[PilotRows, Plan, dict[str, Any]]:
+    """Return the rows of a pilot, its plan, and the options of `evaluate`; make them if they are not there.
+
+    Only one process may call this at a time.
+    """
+    folder = Path(recipe.output_dir)
+    recorded = _recorded(recipe, options)
+    if not (begun := _is_begun(folder, recorded)):
+        begin_anew(folder)
+    rows = draw(recipe.data, options.rows, options.held_out, recipe.seed, folder / "data")
+    if options.group_by is not None:
+        kinds(options.group_by, rows)  # a row may lack the field
+    if not (path := folder / RECIPE).exists():
+        write_atomically(path, to_yaml(_recipe_of_runs(recipe, rows)))
+    day = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["date"]
+    evaluation = _evaluation(arms, recipe, options, rows) | {"date": day}
+    with workers.stopping() as stop:
+        probes = Probes(recipe=str(path), rows=rows, place=place, folder=folder / "probe", stop=stop)
+        if not begun and recipe.model.name_or_path is not None and recipe.model.tokenizer is None:
+            check_evaluation(recipe.model.name_or_path, evaluation, options.metrics, probes)
+        plan = plan_of(arms, recipe, probes, folder)
+    write_atomically(folder / _RECORD, yaml.safe_dump(recorded, sort_keys=False))
+    return rows, plan, evaluation
+
+
+def arms_of(problems: Problems, recipe: Recipe, options: PilotOptions) -> list[Arm]:
+    """Return sft and the methods of the options as arms, in this order; add problems of their settings."""
+    default = "scheduled_sampling" if recipe.selfgen.method == "sft" else recipe.selfgen.method
+    arms = [Arm(name="sft", settings={"selfgen.method": "sft"})]
+    known = {field.name for field in fields(SelfgenConfig)}
+    for given in options.methods or [default]:
+        settings = {"method": given} if isinstance(given, str) else given
+        if "method" not in settings or (unknown := sorted(settings.keys() - known)):
+            wrong = "no method" if "method" not in settings else ", ".join(unknown)
+            problems.add(f"--methods: expected names of methods, or settings of `selfgen` with a method, got {wrong}")
+            continue
+        parts = [str(settings["method"]), *(f"{key}-{value}" for key, value in settings.items() if key != "method")]
+        name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
+        if any(arm.name == name for arm in arms):
+            problems.add(f"--methods: expected every method once, and sft not at all, got {name} twice")
+        arms.append(Arm(name=name, settings={f"selfgen.{key}": value for key, value in settings.items()}))
+    return arms
+
+
+def _check(problems: Problems, arms: list[Arm], recipe: Recipe, options: PilotOptions) -> None:
+    """Check the options that need no data."""
+    for name, least in (("rows", 1), ("held_out", LEAST_ROWS), ("seeds", 1), ("ranks", 1), ("jobs", 1)):
+        value = getattr(options, name)
+        problems.expect(value >= least, f"--{name}", f"{least} or more", value)
+    problems.expect(recipe.resume is None, "resume", "no value: a pilot always goes on", recipe.resume)
+    with problems.collect():
+        check_recipe(problems, recipe)
+    if "metric" not in options.evaluation and (unknown := [name for name in options.metrics if not is_taken(name)]):
+        problems.add(f"--metrics: there is no metric {', '.join(unknown)}")
+    if sideless := [name for name in options.metrics if is_taken(name) and not metric_of(name).better]:
+        problems.add(f"--metrics: {', '.join(sideless)} can give no verdict: neither side is better")
+    if len(cues := _cues(arms, recipe)) > 1:
+        problems.add(f"--methods: expected one cue, with which `evaluate` asks for corrections, got {cues}")
+    given = _evaluation_options(problems, options.evaluation)
+    if given is not None:
+        found = Problems()
+        check_evaluate(found, given)
+        with found.collect():
+            text_metrics(given)
+        lines = (line.removeprefix("--") for line in found.lines if not line.startswith("--model:"))
+        problems.add(*(f"--evaluation: {line}" for line in lines))
+
+
+def _cues(arms: list[Arm], recipe: Recipe) -> set[str | None]:
+    """Return the cues of the arms that learn to correct themselves."""
+    of_rac = [arm.settings for arm in arms if arm.settings["selfgen.method"] == "rac"]
+    return {settings.get("selfgen.cue", recipe.selfgen.cue) for settings in of_rac}
+
+
+def _evaluation_options(problems: Problems, given: dict[str, Any]) -> EvaluateOptions | None:
+    """Return the options of `evaluate`; None, with a problem, if a name or a value is not as expected."""
+    names = {field.name for field in fields(EvaluateOptions)} - _OWN
+    if unknown := sorted(given.keys() - names):
+        problems.add(f"--evaluation: expected {', '.join(sorted(names))}, got {', '.join(unknown)}")
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EvaluateOptions)
+    try:
+        parsed = parser.parse_object(given | {"model": ".", "data": ".", "output_dir": "."})
+    except ArgumentError as error:
+        problems.add(f"--evaluation: {' '.join(str(error).split())}")
+        return None
+    return EvaluateOptions(**vars(parsed))
+
+
+def _recorded(recipe: Recipe, options: PilotOptions) -> dict[str, Any]:
+    """Return the settings of a pilot that must not change when it goes on."""
+    of_options = {name: value for name, value in asdict(options).items() if name not in _NOT_RECORDED}
+    path = packaged.find(recipe.deepspeed, "ds_configs")
+    return (
+        by_name(recipe) | of_options | {"DeepSpeed JSON": path.read_text(encoding="utf-8") if path.is_file() else None}
+    )
+
+
+def _is_begun(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return whether the folder has a pilot whose plan is made, and record that a pilot is here.
+
+    Raises:
+        InputError: The pilot has other settings, or the folder holds something else.
+    """
+    path = folder / _RECORD
+    if not path.exists():
+        if others := sorted(entry.name for entry in folder.iterdir() if entry.name != _LOCK):
+            raise InputError(f"output_dir: expected an empty folder, or that of a pilot; {folder} has {others[0]}")
+        write_atomically(path, "{}\n")
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not before:
+        return False
+    free = set() if any(folder.glob("runs/*/.evaluated")) else {"evaluation"}
+    problems = Problems()
+    for name in {**before, **settings}:
+        old, new = before.get(name), settings.get(name)
+        if old != new and name not in free:
+            problems.add(f"{name}: the pilot in {folder} was begun with {old!r}, got {new!r}; give another output_dir")
+    problems.raise_all()
+    return True
+
+
+def _recipe_of_runs(recipe: Recipe, rows: PilotRows) -> Recipe:
+    """Return the recipe that all runs of a pilot start from: nothing is chosen by the held-out rows."""
+    lora = recipe.model.lora
+    return replace(
+        recipe,
+        model=replace(recipe.model, lora=None if lora is None else replace(lora, export="merged")),
+        data=replace(recipe.data, train=[*rows.train], eval=None, date=recipe.data.date or str(date.today())),
+        checkpoint=replace(recipe.checkpoint, keep=1),
+        eval=EvalConfig(),
+        wandb_project=None,
+    )
+
+
+def _runs(
+    arms: list[Arm], plan: Plan, recipe: Recipe, options: PilotOptions, evaluation: dict[str, Any]
+) -> list[StudyRun]:
+    """Return all runs of a pilot, seed by seed."""
+    folder, seeds = Path(recipe.output_dir), range(recipe.seed, recipe.seed + options.seeds)
+    return [
+        StudyRun(
+            arm=arm,
+            seed=seed,
+            folder=folder / "runs" / f"{arm.name}-{seed}",
+            recipe=str(folder / RECIPE),
+            steps=plan.arms[arm.name].steps,
+            evaluation=evaluation,
+        )
+        for seed in seeds
+        for arm in arms
+    ]
+
+
+def _evaluation(arms: list[Arm], recipe: Recipe, options: PilotOptions, rows: PilotRows) -> dict[str, Any]:
+    """Return the options of `evaluate`: those that were given, and those by which rows are read as in training."""
+    read = {name: getattr(recipe.data, name) for name in (*_OF_DATA, "max_length")}
+    read |= {name: getattr(recipe.model, name) for name in _OF_MODEL}
+    asked: dict[str, Any] = {}
+    if cues := _cues(arms, recipe):
+        (cue,) = cues
+        asked = {"correction_rounds": 1} | ({} if cue is None else {"cue": cue})
+    return {"data": as_setting(rows.held_out)} | read | asked | options.evaluation
+
+
+def _log_plan(plan: Plan, rows: PilotRows, runs: list[StudyRun], jobs: int) -> None:
+    counts = rows.trained, rows.whole, rows.evaluated, plan.rows_per_step
+    log.info("%d of %d training rows, %d rows held out, %d rows per step", *counts)
+    seconds = 0.0
+    for name in dict.fromkeys(run.arm.name for run in runs):
+        arm = plan.arms[name]
+        told = "%s: %d steps, %.2f times the operations of sft, %.2g s per step"
+        log.info(told, name, arm.steps, arm.cost, arm.step_time_s)
+        seconds += arm.steps * arm.step_time_s * sum(run.arm.name == name for run in runs)
+    told = "%d runs, %d at a time: steps of about %.1f minutes in all; rounds and evaluations come on top"
+    log.info(told, len(runs), jobs, seconds / jobs / 60)
+    if len({run.seed for run in runs}) < 3:
+        log.warning("with fewer than three seeds, hardly any difference can be shown, and with one seed none")
+
+
+def _group(arm: Arm, runs: list[StudyRun]) -> Group:
+    """Return the evaluated runs of an arm."""
+    (group,) = grouped([load_run(run.folder) for run in runs if run.arm == arm])
+    return replace(group, method=arm.name)

@@ -1,0 +1,212 @@
+"""The report of a pilot: one verdict per method and metric, what it cost, and what the whole run would cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from matplotlib.axes import Axes
+
+from selfgen_ds import compare
+from selfgen_ds.comparison.intervals import LEAST_ROWS
+from selfgen_ds.comparison.plots import Figure, as_data_url
+from selfgen_ds.comparison.runs import Group, check_comparable
+from selfgen_ds.config import PilotOptions, Recipe
+from selfgen_ds.evaluation.metrics import metric_of
+from selfgen_ds.files import as_json, write_atomically
+from selfgen_ds.pilot.planning import Plan
+from selfgen_ds.pilot.rows import PilotRows, kinds
+from selfgen_ds.pilot.verdicts import LEVEL, chosen_metrics, verdicts, verdicts_by_kind
+
+Row = dict[str, Any]
+_COLORS = {"helps": "#2a8f4f", "harms": "#c0392b", "no difference shown": "#777777"}
+
+
+def write(groups: list[Group], plan: Plan, rows: PilotRows, recipe: Recipe, options: PilotOptions) -> None:
+    """Write `pilot.json`, `pilot.md`, `pilot.html` and the comparison of all metrics, and print the verdicts.
+
+    Args:
+        groups: The runs of every arm, sft first.
+
+    Raises:
+        InputError: A metric was asked for that the evaluations do not have.
+    """
+    folder = Path(recipe.output_dir)
+    check_comparable(groups)
+    every = compare.metrics_of(groups, [])
+    metrics = compare.metrics_of(groups, options.metrics) if options.metrics else chosen_metrics(groups)
+    told = verdicts(groups, metrics)
+    by_kind: list[Row] = []
+    left_out: list[str] = []
+    if options.group_by is not None:
+        of_rows = kinds(options.group_by, rows)
+        evaluated = [of_rows[number] for number in groups[0].runs[0].sample_ids]
+        by_kind = verdicts_by_kind(groups, metrics, evaluated)
+        left_out = [kind for kind in dict.fromkeys(evaluated) if evaluated.count(kind) < LEAST_ROWS]
+    document = {
+        "baseline": "sft",
+        "rows": rows.trained,
+        "held_out": rows.evaluated,
+        "whole": rows.whole,
+        "seeds": groups[0].seeds,
+        "verdicts": told,
+        "by_kind": by_kind,
+        "kinds_left_out": left_out,
+        "cost": costs(groups, plan, rows, recipe),
+    }
+    write_atomically(folder / "pilot.json", as_json(document))
+    compare.write(groups, every, folder)
+    text = markdown(document, options.group_by)
+    write_atomically(folder / "pilot.md", text)
+    write_atomically(folder / "pilot.html", html(document, options.group_by))
+    print(text)
+    print(f"written to {folder}/pilot.html, pilot.md and pilot.json; all metrics: {folder}/comparison.html")
+
+
+def costs(groups: list[Group], plan: Plan, rows: PilotRows, recipe: Recipe) -> Row:
+    """Return what the runs have cost, and what the whole run would cost on as many ranks.
+
+    The whole run takes the steps of the recipe over all training rows, each as long as in the pilot.
+    """
+    share = plan.rows_per_epoch / rows.trained  # rows may be packed or refused
+    whole_steps = recipe.train.max_steps or math.ceil(
+        (recipe.train.epochs or 1) * rows.whole * share / plan.rows_per_step
+    )
+    cost: Row = {"seconds": 0.0, "runs": {}, "whole_steps": whole_steps}
+    for group in groups:
+        assert group.cost is not None  # `train` has written metrics.jsonl
+        per_step = group.cost.seconds / group.cost.steps
+        cost["seconds"] += group.cost.seconds * len(group.runs)
+        cost["runs"][group.method] = {
+            **asdict(group.cost),
+            "relative_flops": group.cost.flops / (cost["runs"]["sft"]["flops"] if cost["runs"] else group.cost.flops),
+            "whole_run_hours": whole_steps * per_step / 3600,
+        }
+    return cost
+
+
+def markdown(document: Row, group_by: str | None) -> str:
+    """Return the verdicts and costs in Markdown."""
+    lines = [_summary(document), "", *(f"- {sentence}" for sentence in sentences(document["verdicts"])), ""]
+    lines += _table(_VERDICT_COLUMNS, [_verdict_cells(row) for row in document["verdicts"]])
+    if document["by_kind"]:
+        cells = [[str(row["kind"]), *_verdict_cells(row)[:4]] for row in document["by_kind"]]
+        lines += ["", *_table((str(group_by), *_VERDICT_COLUMNS[:4]), cells)]
+    if document["kinds_left_out"]:
+        lines += ["", _left_out(document["kinds_left_out"])]
+    lines += ["", *_table(_COST_COLUMNS, _cost_cells(document["cost"])), "", RULE]
+    return "\n".join(lines) + "\n"
+
+
+_VERDICT_COLUMNS = ("method", "metric", "verdict", "difference to sft [95 %]", "sft", "to tell a difference as large")
+_COST_COLUMNS = ("method", "steps", "operations", "minutes of a run", "hours of the whole run, with as many steps")
+RULE = (
+    f"A method helps or harms in a metric if p, corrected for the number of verdicts (Holm), is below {LEVEL:.0%}; the "
+    "intervals are those of single differences. Runs are paired by seed and row; of a single seed, nothing is shown. "
+    "The steps of each method were chosen so that it costs what sft costs; the table of costs has what that came to."
+)
+
+
+def sentences(rows: list[Row]) -> list[str]:
+    """Return what the verdicts say of every method, in words."""
+    told = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        parts = []
+        for verdict in _COLORS:
+            if names := [row["metric"] for row in rows if row["method"] == method and row["verdict"] == verdict]:
+                parts.append(f"{verdict} in {', '.join(names)}")
+        told.append(f"{method}: {'; '.join(parts)}.")
+    return told
+
+
+def _left_out(kinds: list[str]) -> str:
+    return f"{len(kinds)} kinds have fewer than {LEAST_ROWS} held-out rows, and no verdict: {', '.join(kinds[:10])}."
+
+
+def _summary(document: Row) -> str:
+    seeds = len(document["seeds"])
+    return (
+        f"{document['rows']} of {document['whole']} training rows, {document['held_out']} rows held out, "
+        f"{seeds} seed{'s' * (seeds > 1)} of each method."
+    )
+
+
+def _verdict_cells(row: Row) -> list[str]:
+    interval = f"{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
+    return [row["method"], row["metric"], row["verdict"], interval, f"{row['baseline']:.3f}", _needed(row)]
+
+
+def _needed(row: Row) -> str:
+    if not math.isfinite(row["difference"]):
+        return "not finite"
+    if row["verdict"] != "no difference shown":
+        return ""
+    parts = []
+    if row["rows_needed"] is not None:
+        parts.append(f"{row['rows_needed']:,} held-out rows")
+    if row["seeds_needed"] is not None:
+        parts.append(f"{row['seeds_needed']} seeds")
+    return " or ".join(parts) or "more rows and more seeds"
+
+
+def _cost_cells(cost: Row) -> list[list[str]]:
+    return [
+        [
+            name,
+            f"{run['steps']:.0f}",
+            f"{run['relative_flops']:.2f} of sft",
+            f"{run['seconds'] / 60:.1f}",
+            f"{run['whole_run_hours']:.2f}",
+        ]
+        for name, run in cost["runs"].items()
+    ]
+
+
+def _table(columns: tuple[str, ...], cells: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in cells]
+
+
+def html(document: Row, group_by: str | None) -> str:
+    """Return the report as a page that needs no other file."""
+    template = resources.files("selfgen_ds.pilot").joinpath("pilot.html.jinja").read_text(encoding="utf-8")
+    shown = Figure(
+        title="Differences to sft",
+        caption="95 % intervals in units of each metric; to the right the method is better.",
+        draw=lambda axes: plot(axes, document["verdicts"]),
+    )
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            summary=_summary(document),
+            sentences=sentences(document["verdicts"]),
+            rule=RULE,
+            columns=_VERDICT_COLUMNS,
+            verdicts=[(row["verdict"], _verdict_cells(row)) for row in document["verdicts"]],
+            group_by=group_by,
+            left_out=_left_out(document["kinds_left_out"]) if document["kinds_left_out"] else "",
+            by_kind=[(row["verdict"], [str(row["kind"]), *_verdict_cells(row)[:4]]) for row in document["by_kind"]],
+            cost_columns=_COST_COLUMNS,
+            costs=_cost_cells(document["cost"]),
+            figure=as_data_url(shown),
+            caption=shown.caption,
+        )
+    )
+
+
+def plot(axes: Axes, rows: list[Row]) -> None:
+    """Draw the interval of every verdict; a metric of which lower values are better is turned round."""
+    for place, row in enumerate(reversed(rows)):
+        sign = -1 if metric_of(row["metric"]).better == "lower" else 1
+        low, value, high = sorted((sign * row["low"], sign * row["difference"], sign * row["high"]))
+        color = _COLORS[row["verdict"]]
+        axes.plot([low, high], [place, place], color=color)
+        axes.plot([value], [place], "o", color=color)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['method']}: {row['metric']}" for row in reversed(rows)], fontsize=8)
+    axes.set_xlabel("difference to sft (right: better)")

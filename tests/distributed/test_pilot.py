@@ -1,0 +1,212 @@
+"""`selfgen-ds pilot`: real runs of small models, their verdicts, and what happens to a pilot that is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from selfgen_ds.cli import recipe_of
+from selfgen_ds.config import PilotOptions, Recipe
+from selfgen_ds.errors import InputError, RunFailed, Stopped
+from selfgen_ds.pilot.pilot import pilot
+from tests.distributed import runs
+from tests.pilots import fork_the_runs
+
+pytestmark = [pytest.mark.test, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_the_runs(monkeypatch)
+
+
+def _rows(path: Path, count: int = 60) -> None:
+    rows = [
+        {"prompt": f"q{i:03d}=", "completion": f"{i:03d}"[::-1], "kind": "even" if i % 2 == 0 else "odd"}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _recipe(folder: Path, *changes: str) -> Recipe:
+    if not (folder / "rows.jsonl").exists():
+        _rows(folder / "rows.jsonl")
+        (folder / "recipe.yaml").write_text(runs.YAML.format(folder=folder), encoding="utf-8")
+    options = ("--config", str(folder / "recipe.yaml"), "--train.epochs", "1", "--train.micro_batch_size", "4")
+    return recipe_of([*options, *changes])[0]
+
+
+def _options(**changes: Any) -> PilotOptions:
+    settings: dict[str, Any] = {"rows": 32, "held_out": 12, "seeds": 2, "jobs": 2, "evaluation": {}}
+    return PilotOptions(**settings | changes)
+
+
+def _document(recipe: Recipe) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((Path(recipe.output_dir) / "pilot.json").read_text(encoding="utf-8"))
+    return document
+
+
+def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(tmp_path)
+    methods = ["scheduled_sampling", {"method": "bash", "temperature": 2.0, "passes": 1}]
+    options = _options(methods=methods, group_by="kind")
+    pilot(recipe, options)
+    document, folder = _document(recipe), Path(recipe.output_dir)
+    assert (document["baseline"], document["rows"], document["held_out"], document["seeds"]) == ("sft", 32, 12, [0, 1])
+    named = {row["method"] for row in document["verdicts"]}
+    assert named == {"scheduled_sampling", "bash-temperature-2.0-passes-1"}
+    assert {row["verdict"] for row in document["verdicts"]} <= {"helps", "harms", "no difference shown"}
+    of_runs = document["cost"]["runs"]
+    assert of_runs["sft"]["steps"] == 8
+    assert all(
+        run["steps"] < 8 and 0.6 < run["relative_flops"] <= 1.02 for name, run in of_runs.items() if name in named
+    )
+    assert document["cost"]["whole_steps"] == 15, "of 60 rows, 4 in a step"
+    assert sorted(path.name for path in (folder / "runs" / "sft-0").iterdir() if path.is_dir()) == ["tensorboard"]
+    assert "scheduled_sampling: " in capsys.readouterr().out
+    page = (folder / "pilot.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page
+    assert "bash-temperature-2.0-passes-1" in page
+
+    # started again, nothing is run or changed
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")}
+    pilot(recipe, options)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")} == before
+    with pytest.raises(InputError, match=r"rows: the pilot in .* was begun with 32, got 40"):
+        pilot(recipe, _options(methods=methods, rows=40))
+    # with another seed, only its runs are made
+    pilot(recipe, _options(methods=["scheduled_sampling"], seeds=3))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert _document(recipe)["seeds"] == [0, 1, 2]
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, "--output_dir", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match=r"output_dir: expected an empty folder, or that of a pilot; .* has data"):
+        pilot(recipe, _options())
+    assert (tmp_path / "data").exists()
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_pilot_that_is_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = _recipe(tmp_path, "--output_dir", str(tmp_path / "whole"))
+    stopped = _recipe(tmp_path, "--output_dir", str(tmp_path / "stopped"))
+    options = _options(seeds=1, jobs=1)
+    pilot(whole, options)
+
+    def stop() -> None:
+        metrics = Path(stopped.output_dir) / "runs" / "scheduled_sampling-0" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped):
+        pilot(stopped, options)
+    thread.join()
+    assert not (Path(stopped.output_dir) / "pilot.json").exists()
+    assert (Path(stopped.output_dir) / "runs" / "sft-0" / "evaluation.json").exists()
+    pilot(stopped, options)
+    assert _document(stopped)["verdicts"] == _document(whole)["verdicts"]
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_carries_out_is_left_to_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe, options = _recipe(tmp_path), _options(jobs=1)
+    folder = Path(recipe.output_dir)
+    (folder / "runs").mkdir(parents=True)
+    (folder / "pilot.yaml").write_text("{}\n")
+    with FileLock(folder / "runs" / "sft-1.lock"), caplog.at_level("INFO", "selfgen_ds"):
+        pilot(recipe, options)
+    assert "1 of 4 runs are left to other processes" in caplog.text
+    assert not (folder / "pilot.json").exists()
+    done = {path.parent.name for path in folder.glob("runs/*/.done")}
+    assert done == {"sft-0", "scheduled_sampling-0", "scheduled_sampling-1"}
+    pilot(recipe, options)
+    assert _document(recipe)["seeds"] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_method_that_fails_is_told_and_the_others_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "failing.py").write_text(
+        "from selfgen_ds.methods.scheduled_sampling import ScheduledSampling\n"
+        "class Failing(ScheduledSampling):\n"
+        "    def contexts(self, batches, policy, step):\n"
+        "        if step == 1: raise RuntimeError('out of luck')\n"
+        "        return super().contexts(batches, policy, step)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = _recipe(tmp_path)
+    told = r"failing-Failing: `selfgen-ds train` failed: .*out of luck.*failing-Failing-0.log.*\n.*the other methods"
+    with pytest.raises(RunFailed, match=told):
+        pilot(recipe, _options(methods=["failing:Failing", "scheduled_sampling"], jobs=1))
+    assert {row["method"] for row in _document(recipe)["verdicts"]} == {"scheduled_sampling"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "told"),
+    [
+        ((), {"rows": 50}, r"data.train: expected at least 62 rows \(--rows 50 and --held_out 12\), got 60"),
+        ((), {"methods": ["sftt"]}, "sftt: selfgen.method: expected one of"),
+        (
+            ("--train.epochs", "0.1"),
+            {"methods": ["bash"]},
+            "bash: its first step, with the round before it .* steps of sft, and",
+        ),
+        (
+            (),
+            {"methods": ["bash", "bash"]},
+            "--methods: expected every method once, and sft not at all, got bash twice",
+        ),
+        ((), {"methods": [{"method": "bash", "depth": 3}]}, "--methods: expected names of methods, .*got depth"),
+        (
+            (),
+            {"evaluation": {"sample_temperature": [1]}},
+            "--evaluation: expected .*sample_temperatures.*, got sample_temperature",
+        ),
+        ((), {"evaluation": {"sample_temperatures": ["hot"]}}, "--evaluation: .*hot"),
+        ((), {"evaluation": {"prefix_shares": [2.0]}}, "--evaluation: prefix_shares: expected shares from 0"),
+        (
+            (),
+            {"group_by": "level"},
+            "--group_by: expected a field of every row, got 'level'; a held-out row has prompt",
+        ),
+        ((), {"metrics": ["exact", "loss"]}, "--metrics: there is no metric exact"),
+        ((), {"held_out": 5}, "--held_out: expected 10 or more, got 5"),
+        ((), {"metrics": ["length_ratio"]}, "--metrics: length_ratio can give no verdict: neither side is better"),
+        ((), {"evaluation": {"metric": "no_module:f"}}, "--evaluation: metric: .*no_module"),
+        (
+            (),
+            {"methods": [{"method": "rac", "cue": "A"}, {"method": "rac", "cue": "B"}]},
+            "--methods: expected one cue, with which `evaluate` asks for corrections",
+        ),
+        ((), {"seeds": 0}, "--seeds: expected 1 or more, got 0"),
+        (("--resume", "auto"), {}, "resume: expected no value"),
+        (("--train.micro_batch_size", "0"), {}, "train.micro_batch_size: expected 1 or more, got 0"),
+    ],
+)
+def test_bad_input_is_told_before_the_first_run(
+    changes: tuple[str, ...], options: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    recipe = _recipe(tmp_path, *changes)
+    with pytest.raises(InputError, match=told):
+        pilot(recipe, _options(**options))
+    assert not (Path(recipe.output_dir) / "runs").exists()
+    record = Path(recipe.output_dir) / "pilot.yaml"
+    assert not record.exists() or record.read_text() == "{}\n", "the mended command must not be refused"
