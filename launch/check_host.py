@@ -1,7 +1,7 @@
 """Print facts about a host. deepspeed.sh runs this script on every host, mpirun.sh on the host where it is started.
 
-    check_host.py same --config RECIPE [overrides...]    versions and hashes that must be equal on all hosts
-    check_host.py route ADDRESS                          this host's address and interface on the route to ADDRESS
+    check_host.py same train --config RECIPE [options...]    versions and hashes that must be equal on all hosts
+    check_host.py route ADDRESS                              this host's address and interface on the route to ADDRESS
 
 Each line holds a name and a value, with a tab between. If something is wrong, the last line on standard error says it.
 """
@@ -22,9 +22,9 @@ def same(arguments: list[str]) -> dict[str, str]:
     from selfgen_ds.versions import versions
 
     try:
-        recipe, _ = recipe_of(arguments)
+        recipe, _ = recipe_of(arguments[1:], arguments[0])
         files = {
-            f"recipe {arguments[1]}": packaged.find(arguments[1], "recipes"),
+            f"recipe {arguments[2]}": packaged.find(arguments[2], "recipes"),
             f"DeepSpeed JSON {recipe.deepspeed}": packaged.find(recipe.deepspeed, "ds_configs"),
         }
         hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}

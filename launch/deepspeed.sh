@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several hosts over ssh; see the usage below.
+# Train, or carry out a pilot, on several hosts over ssh; see the usage below.
 #
 # This script starts the same launcher on every host as `deepspeed --hostfile`. It does not call that command: with
 # DeepSpeed 0.19 a dead host does not end the others, a killed launcher counts as success, signals do not reach the
@@ -9,10 +9,13 @@ set -euo pipefail
 usage() {
     cat <<'USAGE'
 usage: launch/deepspeed.sh [--dry-run] [--master_port PORT] HOSTFILE RECIPE [overrides...]
+       launch/deepspeed.sh --pilot [--dry-run] HOSTFILE RECIPE --rows N [options of selfgen-ds pilot...]
 
   HOSTFILE   one line per host: NAME slots=NUMBER_OF_RANKS; the first host has rank 0
   RECIPE     trained with --resume auto and the overrides: --train.max_steps 100 --output_dir runs/x ...
   --dry-run  make the checks and print the command of each host, without running it (ranks check data and values)
+  --pilot    start `selfgen-ds pilot` on every host: they share its runs, --jobs of --ranks processes at a time on each
+             host, and must see the same output_dir. The last host to end writes the report
 
 Run it in the project's folder (or your own) with the environment active. Folder, environment, recipe and DeepSpeed JSON
 must be on every host under the same path, and `ssh NAME` must work without a question. The script checks all of this
@@ -32,10 +35,11 @@ here=$(dirname "$(readlink -f "$0")")
 source "$here/common.sh"
 quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; } # so that another shell reads the text unchanged
 
-dry_run='' port=29500
+dry_run='' port=29500 command=train
 while [[ ${1-} == -* ]]; do
     case $1 in
         --dry-run) dry_run=yes ;;
+        --pilot) command=pilot ;;
         --master_port | --master_port=*)
             if [[ $1 == *=* ]]; then port=${1#*=}; else port=${2-} && shift; fi
             [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--master_port: expected a port, got '$port'"
@@ -47,7 +51,9 @@ while [[ ${1-} == -* ]]; do
 done
 (($# >= 2)) || fail "expected HOSTFILE and RECIPE; see launch/deepspeed.sh --help"
 hostfile=$1
-arguments=(--config "$2" --resume auto "${@:3}")
+arguments=("$command" --config "$2")
+[[ $command == pilot ]] || arguments+=(--resume auto) # a pilot always goes on
+arguments+=("${@:3}")
 
 python=$(python3 -c 'import sys; print(sys.executable)') || fail "no python3 on PATH: activate the environment"
 run=$(od -An -N8 -tx8 /dev/urandom | tr -d ' ') # marks this run's processes, in their environment
@@ -131,8 +137,12 @@ told() { # HOST_NUMBER NAME: print a value that launch/check_host.py has printed
 }
 
 launcher() { # HOST_NUMBER: print the host's command
-    printf '%s -u -m deepspeed.launcher.launch --quiet --world_info=%s' "$(quote "$python")" "$world"
-    printf ' --node_rank=%s --master_addr=%s --master_port=%s --module selfgen_ds train' "$1" "$(quote "$address")" "$port"
+    printf '%s -u -m' "$(quote "$python")"
+    if [[ $command == train ]]; then
+        printf ' deepspeed.launcher.launch --quiet --world_info=%s --node_rank=%s' "$world" "$1"
+        printf ' --master_addr=%s --master_port=%s --module' "$(quote "$address")" "$port"
+    fi
+    printf ' selfgen_ds'
     printf ' %s' "${quoted[@]}"
 }
 
@@ -146,12 +156,13 @@ start() { # HOST_NUMBER
 
 # --- Signals for the processes of this run. Only ranks know how to stop: DeepSpeed's launcher would kill them.
 
-signal() { # HOST_NUMBER SIGNAL: send a signal to the ranks
+signal() { # HOST_NUMBER SIGNAL: send a signal to the ranks, and to a pilot itself
     cat <<END
 cd /proc
 for file in \$(grep -lzx SELFGEN_DS_RUN=$run [0-9]*/environ 2>/dev/null); do
     process=\${file%/environ}
-    grep -qz ^RANK= \$process/environ && grep -qzx selfgen_ds \$process/cmdline && kill -$2 \$process
+    { [ $command = pilot ] || grep -qz ^RANK= \$process/environ; } &&
+        grep -qzx selfgen_ds \$process/cmdline && kill -$2 \$process
 done
 END
 }
@@ -252,7 +263,9 @@ while ((running)); do
         ((ended <= 240 || ended == 255)) || how="ended, killed by signal $((256 - ended))"
         [[ ! $stop || $ended != 24[16] ]] || ended=3 # the signal came before Python handled it
         if ((ended && !code)); then # the first failure is the reason why other hosts fail
-            code=$ended deadline=$((SECONDS + 40)) # the others miss a rank that was alone on its host after 30 s
+            code=$ended
+            [[ $command == train ]] || continue # the other hosts go on with their runs of the pilot
+            deadline=$((SECONDS + 40)) # the others miss a rank that was alone on its host after 30 s
             ((code != 2)) || deadline=$((SECONDS + 5)) # other ranks may still wait for the ranks that refused
             ((code == 2 || code == 3)) || say "host ${hosts[n]} $how: the run ends on all hosts"
         fi

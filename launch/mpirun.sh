@@ -59,7 +59,7 @@ for name in $(passed_on) ${MASTER_PORT:+MASTER_PORT}; do
     binding+=(-x "$name")
 done
 arguments=(--config "$2" --resume auto "${@:3}")
-problem=$("$python" "$here/check_host.py" same "${arguments[@]}" 2>&1 >/dev/null) || fail "${problem##*$'\n'}"
+problem=$("$python" "$here/check_host.py" same train "${arguments[@]}" 2>&1 >/dev/null) || fail "${problem##*$'\n'}"
 command=("$mpirun" "${where[@]}" "${binding[@]}" "$python" -u -m selfgen_ds train "${arguments[@]}")
 if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}" && echo

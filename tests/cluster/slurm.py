@@ -71,6 +71,10 @@ class Slurm:
         self._folders[job] = recipe.parent
         return job
 
+    def watch(self, job: str, folder: Path) -> None:
+        """Let the errors of `until` show the logs in a folder, for a job that `submit` has not started."""
+        self._folders[job] = folder
+
     def log(self, job: str, rank: int | None = None) -> str:
         """Return the log of a job or of one of its ranks. The log is empty before the first line."""
         file = f"selfgen-ds-{job}.log" if rank is None else f"selfgen-ds-{job}/rank-{rank}.log"
