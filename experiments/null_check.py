@@ -1,11 +1,12 @@
-"""Check `selfgen-ds compare`: how often it finds a difference where there is none, and whether it finds a known one.
+"""Check `selfgen-ds compare` and `pilot`: how often they find a difference where there is none, and a known one.
 
     python experiments/null_check.py --output_dir runs/null
 
 Trains sft on `builtin:pointer_chase` with many seeds, in one process each, evaluates all runs, and compares groups of
 a few seeds with each other, 20 times. Of the uncorrected differences about one in twenty may be called significant; a
-report may give a metric a word (corrected for the number of metrics) in one of twenty comparisons. The known
-difference is that of five runs with half of the steps. Runs that are finished are not repeated. Writes `null.json`, and
+report may give a metric a word (corrected for the number of metrics) in one of twenty comparisons. So may the verdicts
+of a pilot, for which the runs of two groups are taken to be pairs of seeds. The known difference is that of five runs
+with half of the steps. Runs that are finished are not repeated. Writes `null.json`, and
 prints the counts.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from selfgen_ds.comparison.runs import Group, grouped, load_run
 from selfgen_ds.comparison.verdicts import compared
+from selfgen_ds.pilot.verdicts import chosen_metrics, verdicts
 
 _KNOWN = 5  # runs on each side of the known difference
 
@@ -46,18 +48,22 @@ def main() -> None:
     found = [count(*pair) for pair in pairs(folders, options.comparisons, options.seeds)]
     tested, uncorrected = (sum(one[name] for one in found) for name in ("tested", "uncorrected"))
     with_word = sum(one["corrected"] > 0 for one in found)
+    with_verdict = sum(one["verdicts"] > 0 for one in found)
     known = count(folders[:_KNOWN], shorter)
     result = {
         "comparisons": found,
         "tested": tested,
         "uncorrected": uncorrected,
         "with_word": with_word,
+        "with_verdict": with_verdict,
         "known": known,
     }
     (Path(options.output_dir) / "null.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(f"{uncorrected} of {tested} differences have p below 5 % before the correction ({uncorrected / tested:.1%})")
     print(f"{with_word} of {len(found)} comparisons find a difference in some metric")
-    print(f"half of the steps: {known['corrected']} of {known['tested']} differences are found")
+    print(f"{with_verdict} of {len(found)} pilots have a verdict")
+    print(f"half of the steps: {known['corrected']} of {known['tested']} differences are found, ", end="")
+    print(f"and {known['verdicts']} verdicts of a pilot")
 
 
 def run_seed(folder: Path, seed: int, steps: int) -> None:
@@ -93,12 +99,15 @@ def count(*folders: list[Path]) -> dict[str, int]:
     for of_group in folders:
         (group,) = grouped([load_run(folder) for folder in of_group])
         groups.append(replace(group, name=str(of_group[0])))
+    paired = [replace(group, seeds=list(range(len(group.runs)))) for group in groups]
+    of_pilot = verdicts(paired, chosen_metrics(paired))
     metrics = [name for name in groups[0].metrics if name in groups[1].metrics]
     rows = [row for row in compared(groups, metrics) if row["p"] is not None and row["p"] < 1]
     return {
         "tested": len(rows),
         "uncorrected": sum(row["p"] < 0.05 for row in rows),
         "corrected": sum(row["p_corrected"] < 0.05 for row in rows),
+        "verdicts": sum(row["verdict"] != "no difference shown" for row in of_pilot),
     }
 
 

@@ -1,0 +1,243 @@
+"""Does it help? Methods and controls at the budget of sft, on one task: docs/results.md has the tables.
+
+    python -m experiments.evidence sort --part dev       # vary the settings of the mixture one at a time
+    python -m experiments.evidence sort --part test      # all arms; the test rows are read here alone
+    python -m experiments.evidence sort --part curves    # sft and the mixture as they learn
+
+`evidence.yaml` beside this file has the studies and their settings. For every seed, sft warms a model up, unless there
+is a pretrained one; then every arm trains that model further, with as many steps as cost what those of sft cost. Runs
+that are finished are not repeated. `experiments/results/` gets a line per run (JSONL) as each ends, and the comparison
+(JSON).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import yaml
+
+from experiments import evidence_data, evidence_report
+from selfgen_ds.checkpoint.export import export_checkpoint
+from selfgen_ds.checkpoint.manifest import best_of, complete_checkpoints
+from selfgen_ds.errors import RunFailed
+from selfgen_ds.pilot import budget, launching, workers
+from selfgen_ds.pilot.launching import Place
+from selfgen_ds.pilot.runs import Arm, StudyRun, as_options
+
+_PLAN = Path(__file__).parent / "evidence.yaml"
+_PRESET = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+_PRESET |= {"max_position_embeddings": 128}
+_MERGED = ("settings", "evaluation", "seeds", "arms")
+"""Parts of the file of which a study gives only what differs."""
+_PROBED_STEPS = 8
+_EVALUATIONS = 8
+"""Evaluations of sft in the part `test`, among which the best checkpoint is; three times as many in `curves`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One study, as `evidence.yaml` describes it."""
+
+    name: str
+    plan: dict[str, Any]
+    """The file, with the study's own part in place of the common values."""
+    folder: Path
+    model: str
+    """The pretrained model of studies that start from one."""
+
+    @property
+    def data(self) -> str:
+        """The built-in task or the data set."""
+        return str(self.plan.get("data") or self.plan.get("task") or self.name)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the study starts from a pretrained model instead of a warm-up."""
+        return bool(self.plan.get("pretrained"))
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that the study has: a pretrained model is too slow for more than the test."""
+        return ["test"] if self.pretrained else list(self.plan["seeds"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of all runs."""
+        settings = self.plan["settings"] | {"data.train": str(self.folder / "train.jsonl")}
+        if not self.pretrained:
+            settings["model.preset"] = _PRESET | settings.get("model.preset", {})
+        return settings
+
+    def run(self, arm: Arm, seed: int, steps: int, split: str) -> StudyRun:
+        """Return a run of an arm."""
+        rows = {name: evidence_data.evaluated(self.data, name, self.folder) for name in ("dev", split)}
+        during = {} if self.pretrained else {"eval.every": steps, "data.eval": rows["dev"]}
+        settings = self.settings | during | arm.settings
+        return StudyRun(
+            arm=Arm(name=arm.name, settings=settings),
+            seed=seed,
+            folder=self.folder / split / f"{arm.name}-{seed}",
+            recipe=self.plan["recipe"],
+            steps=steps,
+            evaluation=self.plan["evaluation"] | {"data": rows[split]} | ({"as_chat": True} if self.pretrained else {}),
+        )
+
+    def warm_ups(self, seeds: list[int]) -> list[StudyRun]:
+        """Return the runs that the other runs of their seeds start from."""
+        arm = Arm(name="warm-up", settings={"selfgen.method": "sft"})
+        return [] if self.pretrained else [self.run(arm, seed, self.plan["warm_up"], "dev") for seed in seeds]
+
+    def arms(self, part: str) -> Iterator[Arm]:
+        """Yield the arms of a part; sft is the first."""
+        known, steps = self.plan["arms"], self.plan["steps"]
+        evaluations = {"test": _EVALUATIONS, "curves": 3 * _EVALUATIONS}.get(part, 1)
+        every = {} if self.pretrained else {"eval.every": max(1, steps // evaluations)}
+        if part == "curves":
+            every |= {"eval.sample_temperatures": self.plan["evaluation"]["sample_temperatures"]}
+            yield self._arm("sft-curve", known["sft"], every)
+            yield self._arm("scheduled_sampling-curve", known["scheduled_sampling"], every)
+            return
+        yield self._arm("sft", known["sft"], every)
+        if part == "dev":
+            yield from self._varied()
+        else:
+            for name in self.plan.get("run", known):
+                if name != "sft":
+                    yield self._arm(name, known[name])
+
+    def _varied(self) -> Iterator[Arm]:
+        """Yield a mixture, and mixtures that differ from it in one setting."""
+        base = {"method": "scheduled_sampling"} | self.plan["base"]
+        yield self._arm("base", base)
+        for name, values in self.plan["varied"].items():
+            for value in values:
+                if base[name] != value:
+                    yield self._arm(f"{name}-{value}", base | {name: value})
+
+    def _arm(self, name: str, described: dict[str, Any], further: dict[str, Any] | None = None) -> Arm:
+        given = (self.plan["lead"] if described.get("lead") else {}) | described
+        settings = {key if "." in key else f"selfgen.{key}": value for key, value in given.items() if key != "lead"}
+        start = self.model if self.pretrained else str(self.folder / "dev" / "warm-up-{seed}" / "model")
+        return Arm(name=name, settings={"model.name_or_path": start} | settings | (further or {}))
+
+    def steps(self, arm: Arm, seed: int, place: Place) -> int:
+        """Return the steps of an arm that cost what those of sft cost, from probes that are made once.
+
+        Args:
+            seed: Seed whose warmed-up model is probed.
+        """
+        path = self.folder / "prices.json"
+        costs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        key = json.dumps(arm.settings, sort_keys=True)
+        sft = json.dumps(self._arm("sft", self.plan["arms"]["sft"]).settings, sort_keys=True)
+        with workers.stopping() as stop:
+            for name in dict.fromkeys((sft, key)):
+                if name not in costs:
+                    run = self.run(Arm(name="", settings=json.loads(name)), seed, _PROBED_STEPS, "dev")
+                    probed = {"data.train": str(self.folder / "probe.jsonl"), "train.max_steps": _PROBED_STEPS}
+                    own = run.arm.settings | probed | {"data.eval": None, "eval.every": None}
+                    own |= {"eval.sample_temperatures": [], "eval.max_samples": 256}
+                    own["model.name_or_path"] = self._start(run, seed)
+                    options = ["--config", self.plan["recipe"], *as_options(own)]
+                    costs[name] = budget.probe(options, _PROBED_STEPS, place, self.folder / "probe", stop)
+                    path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
+        price = budget.price(costs[key], costs[sft])
+        return budget.steps_within(price, self.plan["steps"], int(costs[sft]["rows_per_step"]), self.plan["rows"])
+
+    @staticmethod
+    def _start(run: StudyRun, seed: int) -> str:
+        return str(run.arm.settings["model.name_or_path"]).replace("{seed}", str(seed))
+
+    def best(self, run: StudyRun) -> StudyRun:
+        """Return the run whose model is the checkpoint of another run with the best loss on development rows."""
+        name = f"{run.arm.name}-best"
+        return replace(run, arm=replace(run.arm, name=name), folder=run.folder.with_name(f"{name}-{run.seed}"))
+
+    def export_best(self, run: StudyRun) -> None:
+        """Write the model of the best checkpoint of a run, with the lines of metrics up to it, into its own folder."""
+        folder = self.best(run).folder
+        if (folder / "model").exists():
+            return
+        found = best_of(complete_checkpoints(run.folder / "checkpoints"), "loss")
+        assert found is not None
+        folder.mkdir(exist_ok=True)
+        shutil.copy(run.folder / "config.yaml", folder)
+        lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines[: found.step]), encoding="utf-8")
+        export_checkpoint(found.path, folder / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plan = yaml.safe_load(_PLAN.read_text(encoding="utf-8"))
+    parser.add_argument("study", choices=list(plan["studies"]))
+    parser.add_argument("--part", choices=list(plan["seeds"]), required=True)
+    parser.add_argument("--data_dir", default="data", help="folder with e2e/ and gsm8k/")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of studies that need one")
+    parser.add_argument("--output_dir", default="runs/evidence")
+    parser.add_argument("--jobs", type=int, help="number of runs at the same time; by default one for each core")
+    options = parser.parse_args()
+    study = study_of(plan, options.study, Path(options.output_dir).absolute() / options.study, options.model)
+    if options.part not in study.parts:
+        parser.error(f"{options.study} has {', '.join(study.parts)} alone")
+    jobs = options.jobs or study.plan.get("jobs") or os.cpu_count() or 1
+    carry_out(study, options.part, Path(options.data_dir), jobs)
+
+
+def study_of(plan: dict[str, Any], name: str, folder: Path, model: str) -> Study:
+    """Return a study of `evidence.yaml`; what it says itself comes before what the file says for all."""
+    own = plan["studies"][name]
+    merged = plan | own | {part: plan[part] | own.get(part, {}) for part in _MERGED}
+    return Study(name=name, plan=merged, folder=folder, model=model)
+
+
+def carry_out(study: Study, part: str, source: Path, jobs: int) -> None:
+    """Make all runs of a part of a study, and write its results."""
+    evidence_data.write_rows(study.folder, study.data, source, study.plan["rows"])
+    places, seeds = launching.places(jobs, 1, []), study.plan["seeds"][part]
+    split = "test" if part == "test" else "dev"
+    _carry_out(study.warm_ups(seeds), places, lambda run: None, "warm-up")
+    arms = [(arm, study.steps(arm, seeds[0], places[0])) for arm in study.arms(part)]
+    runs = [study.run(arm, seed, steps, split) for seed in seeds for arm, steps in arms]
+    best = [run for run in runs if run.arm.name == "sft" and part == "test" and not study.pretrained]
+    lock = Lock()
+
+    def after(run: StudyRun) -> None:
+        with lock:
+            evidence_report.write_run(run, study.name, part)
+            if run in best:
+                study.export_best(run)
+        run.remove_models()
+
+    _carry_out(runs, places, after, f"{study.name}, {part}")
+    if best:
+        bests = [study.best(run) for run in best]
+        _carry_out(bests, places, StudyRun.remove_models, "best checkpoints")
+        runs += bests
+    for run in runs:
+        evidence_report.write_run(run, study.name, part)
+    evidence_report.write_comparison(runs, study.name, part)
+
+
+def _carry_out(runs: list[StudyRun], places: list[Place], after: Callable[[StudyRun], None], told: str) -> None:
+    """Carry out all runs.
+
+    Raises:
+        RunFailed: A run failed, or another process carries it out.
+    """
+    failures = workers.carry_out(runs, places, after, told)
+    if left := [run.name for run in runs if not run.done]:
+        told = "\n".join(map(str, failures.values()))
+        raise RunFailed(f"not done: {', '.join(left)}\n{told}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The pages `experiments/results/STUDY.md`, from the results beside them: every arm with its intervals, and every seed.
+
+python -m experiments.evidence_pages
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from experiments.evidence_report import RESULTS
+
+_SHOWN = (
+    *("final_answer", "exact_match", "free_running_accuracy", "rouge_l", "bleu", "realized_slots", "follows"),
+    *("embedding_distance", "sampled_1_exact_match", "sampled_1_rouge_l", "sampled_1_realized_slots"),
+    *("sampled_1.5_accuracy", "sampled_2_accuracy", "sampled_2.5_accuracy", "sampled_2_exact_match"),
+    *("sampled_2_after_slip_last", "recovery_1", "recovery_4", "recovery_last", "corrected_1_exact_match"),
+    *("corrected_1_wrong_to_right", "corrected_1_right_to_wrong", "corrected_2_exact_match", "noise_0.05_accuracy"),
+    *("noise_0.05_exact_match", "calibration_error", "entropy", "loss"),
+)
+"""Metrics of the tables, of those that a study has."""
+_PARTS = {"test": "Test rows", "dev": "Development rows", "curves": "Learning curves, at their end"}
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.with_suffix(".md").write_text(page(path.stem, lines), encoding="utf-8")
+
+
+def page(study: str, lines: list[dict[str, Any]]) -> str:
+    """Return the page of a study.
+
+    Args:
+        lines: A line per run, as `evidence_report.write_run` writes them.
+    """
+    text = [
+        f"# {study}",
+        "",
+        f"Written by `python -m experiments.evidence_pages` from `{study}.jsonl`. The settings are in",
+    ]
+    text += ["`../evidence.yaml`; [choosing.md](../../docs/choosing.md) says what follows.", ""]
+    for part, title in _PARTS.items():
+        of_part = [line for line in lines if line["part"] == part]
+        if not of_part:
+            continue
+        metrics = [name for name in _SHOWN if name in of_part[0]["metrics"]]
+        text += [f"## {title}", ""]
+        compared = RESULTS / f"{study}-{part}.json"
+        if compared.exists():
+            text += _comparison(json.loads(compared.read_text(encoding="utf-8")), metrics)
+        text += _seeds(of_part, metrics)
+    return "\n".join(text)
+
+
+def _comparison(rows: list[dict[str, Any]], metrics: list[str]) -> list[str]:
+    """Return tables of the means, and of the differences to each baseline that are sure, bold."""
+    text = []
+    for baseline in dict.fromkeys(row["baseline"] for row in rows):
+        of_baseline = {(row["method"], row["metric"]): row for row in rows if row["baseline"] == baseline}
+        arms = dict.fromkeys(arm for arm, _ in of_baseline)
+        text += [f"Differences to `{baseline}` [95 % interval over seeds and rows]; bold if they are sure (Holm):", ""]
+        text += [f"| metric | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+        for metric in metrics:
+            cells = [_cell(of_baseline.get((arm, metric))) for arm in arms]
+            text.append(f"| {metric} | {' | '.join(cells)} |")
+        text.append("")
+    return text
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["paired_difference"] is None:
+        return f"{row['mean']:.3f}"
+    text = f"{row['paired_difference']:+.3f} [{row['paired_low']:+.3f}, {row['paired_high']:+.3f}]"
+    return f"**{text}**" if row["verdict"] in ("better", "worse", "differs") else text
+
+
+def _seeds(lines: list[dict[str, Any]], metrics: list[str]) -> list[str]:
+    text = ["Every run:", "", f"| arm | seed | steps | operations | {' | '.join(metrics)} |"]
+    text.append("|---" * (len(metrics) + 4) + "|")
+    for line in lines:
+        cells = [format(line["metrics"][name], ".3f") if name in line["metrics"] else "" for name in metrics]
+        text.append(
+            f"| {line['arm']} | {line['seed']} | {line['steps']:.0f} | {line['flops']:.3g} | {' | '.join(cells)} |"
+        )
+    return [*text, ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The studies of `experiments/evidence.yaml`: every run is one that `selfgen-ds` takes, and no row is on two sides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments import evidence, evidence_data
+from selfgen_ds import cli
+from selfgen_ds.cli import recipe_of
+from selfgen_ds.config import EvaluateOptions
+from selfgen_ds.errors import Problems
+from selfgen_ds.validation.options import check_evaluate
+from selfgen_ds.validation.recipe import check_recipe
+from tests.ranks import ROOT, SHARED
+
+PLAN = yaml.safe_load((ROOT / "experiments" / "evidence.yaml").read_text(encoding="utf-8"))
+
+
+def _study(name: str, folder: Path) -> evidence.Study:
+    return evidence.study_of(PLAN, name, folder, model=str(folder))
+
+
+PARTS = [(name, part) for name in PLAN["studies"] for part in _study(name, Path()).parts]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_every_run_of_a_study_is_a_recipe_and_an_evaluation(
+    name: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = _study(name, tmp_path)
+    for file in ("train", "dev", "test"):
+        (tmp_path / f"{file}.jsonl").touch()
+    split = "test" if part == "test" else "dev"
+    runs = [*study.warm_ups([0]), *(study.run(arm, 0, 10, split) for arm in study.arms(part))]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        train, evaluate = run.commands
+        recipe, overrides = recipe_of(train[1:])
+        problems = Problems()
+        check_recipe(problems, recipe)
+        assert [line for line in problems.lines if "model.name_or_path" not in line] == []
+        read = {name for name in overrides if name.startswith("selfgen.")}
+        assert {"selfgen.method"} <= read
+        options = EvaluateOptions(**vars(cli._parse(evaluate).evaluate))
+        check_evaluate(problems := Problems(), options)
+        assert [line for line in problems.lines if "--model" not in line] == []
+        assert str(options.data).endswith((f"/{split}", f"/{split}.jsonl", "/dev", "/dev.jsonl"))
+
+
+def test_only_the_part_test_reads_the_test_rows(tmp_path: Path) -> None:
+    for name, part in PARTS:
+        study = _study(name, tmp_path)
+        if part != "test":
+            shown = json.dumps([study.run(arm, 0, 10, "dev").commands for arm in study.arms(part)])
+            assert "/test" not in shown.replace(str(tmp_path), "")
+
+
+def test_the_mixtures_of_dev_differ_from_the_first_in_one_setting(tmp_path: Path) -> None:
+    sft, base, *others = _study("sort", tmp_path).arms("dev")
+    assert sft.settings["selfgen.method"] == "sft"
+    assert len(others) == sum(map(len, PLAN["varied"].values())) - len(PLAN["varied"]), "each value but that of base"
+    for arm in others:
+        assert sum(arm.settings[name] != value for name, value in base.settings.items()) == 1
+
+
+def test_rows_of_e2e_are_split_by_meaning_representation(tmp_path: Path) -> None:
+    source = SHARED / "data"
+    if not source.exists():
+        pytest.skip(f"{source} is absent")
+    evidence_data.write_rows(tmp_path, "e2e", source, 3400)
+    parts = {}
+    for name in ("train", "dev", "test"):
+        lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        parts[name] = {json.loads(line)["prompt"] for line in lines}
+    assert parts["train"].isdisjoint(parts["dev"] | parts["test"])
+    assert parts["dev"].isdisjoint(parts["test"])
+    assert all(len(prompts) > 30 for prompts in parts.values())
