@@ -148,7 +148,7 @@ def test_a_method_that_fails_is_told_and_the_others_are_reported(
         "from selfgen_ds.methods.scheduled_sampling import ScheduledSampling\n"
         "class Failing(ScheduledSampling):\n"
         "    def contexts(self, batches, policy, step):\n"
-        "        if step == 1: raise RuntimeError('out of luck')\n"
+        "        if step == 2: raise RuntimeError('out of luck')\n"
         "        return super().contexts(batches, policy, step)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
