@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from threading import Event
 from deepspeed.accelerator import get_accelerator
 
 from selfgen_ds.errors import InputError, RunFailed, Stopped
-from selfgen_ds.ranks import signals
+from selfgen_ds.ranks import process_group, signals
 
 _SECONDS = 0.2  # between two looks at the processes
 
@@ -102,7 +101,7 @@ def run(arguments: list[str], place: Place, log: Path, stop: Event, output: Path
 
 def _start(arguments: list[str], place: Place, log: Path, output: Path | None) -> list[subprocess.Popen[bytes]]:
     shared = os.environ | {"WORLD_SIZE": str(place.ranks), "LOCAL_WORLD_SIZE": str(place.ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(process_group.free_port())}
     shared.setdefault("OMP_NUM_THREADS", str(place.threads))
     if place.devices:
         get_accelerator().set_visible_devices_envs(shared, place.devices)
@@ -125,9 +124,3 @@ def _start(arguments: list[str], place: Place, log: Path, output: Path | None) -
 def _die_with_parent() -> None:
     """Let this process be killed when the one that started it dies: a run that goes on would hold its folder."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -80,7 +80,7 @@ def draw(data: DataConfig, rows: int, held_out: int, seed: int, folder: Path) ->
         if len(drawn) < rows + from_train:
             parts = f"--rows {rows}" + (f" and --held_out {held_out}" if from_train else "")
             raise InputError(f"data.train: expected at least {rows + from_train} rows ({parts}), got {len(drawn)}")
-        evaluated, drawn = _split(drawn, from_train, rng) if from_train else ([], drawn)
+        evaluated, drawn = _split(drawn, from_train) if from_train else ([], drawn)
         if data.eval is not None:
             evaluated, found = _sample(given_for_eval, "test", data, held_out, rng)
             if len(evaluated) < held_out:
@@ -218,7 +218,7 @@ def _prompt(row: TextPair | Conversation) -> str:
     return json.dumps(row.messages[:last], default=str, sort_keys=True)
 
 
-def _split(drawn: list[_Drawn], held_out: int, rng: random.Random) -> tuple[list[_Drawn], list[_Drawn]]:
+def _split(drawn: list[_Drawn], held_out: int) -> tuple[list[_Drawn], list[_Drawn]]:
     """Take rows to hold out, so that rows with the same prompt are on one side.
 
     Returns:

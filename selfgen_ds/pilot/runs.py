@@ -98,12 +98,8 @@ _SHARE_OF_TRAINING = 0.9
 
 def as_options(settings: dict[str, Any]) -> list[str]:
     """Return settings as options of the command line."""
-    return [part for name, value in settings.items() for part in (f"--{name}", as_text(value))]
-
-
-def as_text(value: Any) -> str:
-    """Return the value of a setting as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    texts = {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in settings.items()}
+    return [part for name, text in texts.items() for part in (f"--{name}", text)]
 
 
 def _of_seed(value: Any, seed: int) -> Any:

@@ -99,7 +99,7 @@ def init_process_group() -> None:
         deepspeed.comm.mpi_discovery(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT), verbose=False)
     elif not complete:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     get_accelerator().set_device(local_rank())
     _join()
     deepspeed.init_distributed(verbose=False)  # takes the group that exists
@@ -261,7 +261,8 @@ def leave_process_group(reason: str = "the rank had finished") -> None:
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this host that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

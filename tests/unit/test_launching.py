@@ -63,7 +63,7 @@ def test_every_rank_gets_its_number_and_writes_to_the_log(tmp_path: Path, monkey
             r"`selfgen-ds train` failed: out of luck \(.*log\)",
         ),
         ("echo last words; kill -KILL $$", RunFailed, r"`selfgen-ds train` failed: last words \("),
-        ("exit 3", Stopped, ""),
+        ("exit 3", Stopped, "^$"),
     ],
 )
 def test_the_end_of_a_command_is_told(

@@ -97,14 +97,15 @@ def test_a_metric_that_is_not_finite_shows_nothing() -> None:
     assert (row["rows_needed"], row["seeds_needed"]) == (None, None)
 
 
-def test_the_rows_needed_are_those_of_which_the_metric_counts_a_part() -> None:
-    groups = _two(recovery_4=(0.45, 0.55))
-    for group in groups:
-        for run in group.runs:
-            run.statistics["recovery_4"][50:] = 0.0  # three of four rows have no such place
-    (row,) = verdicts(groups, ["recovery_4"])
-    assert (row["rows"], row["counted"]) == (200, 50)
-    assert row["rows_needed"] is None or row["rows_needed"] >= 200
+def test_the_rows_needed_are_all_of_which_the_metric_counts_a_part() -> None:
+    rng = np.random.default_rng(0)
+    values = np.array([0.1, 0.101, 0.099])[:, None] + 0.6 * rng.standard_normal((1, 100))
+    found = _to_nothing(values - values.mean() + 0.1)
+    all_count, a_quarter_counts = rows_needed(found, 100, 100, 0.05), rows_needed(found, 400, 100, 0.05)
+    assert all_count is not None
+    assert a_quarter_counts is not None
+    assert all_count > 100
+    assert a_quarter_counts == pytest.approx(4 * all_count, rel=0.1), "both have two digits"
 
 
 def test_p_is_corrected_for_the_number_of_verdicts() -> None:
