@@ -57,8 +57,10 @@ def open_source(source: Source, split: str, columns: Columns) -> Opened:
     return _open_hub(source, split, columns)
 
 
-def raw_rows(source: Source, split: str) -> Iterator[RawRow]:
-    """Yield the rows of a source as they are, with all of their fields.
+def raw_files(source: Source, split: str) -> Iterator[tuple[str, Iterator[RawRow]]]:
+    """Yield the name of every file of a source and its rows as they are, with all of their fields.
+
+    A data set of the hub and a built-in task are one file.
 
     Args:
         split: As for `open_source`.
@@ -69,13 +71,13 @@ def raw_rows(source: Source, split: str) -> Iterator[RawRow]:
     path = Path(source.path)
     if (task := tasks.task_of(source.path)) is not None:
         pairs = tasks.generate(task, tasks.split_of(source.path, split))
-        for number, (prompt, completion) in enumerate(pairs, start=1):
-            yield f"row {number}", {"prompt": prompt, "completion": completion}
+        rows = ({"prompt": prompt, "completion": completion} for prompt, completion in pairs)
+        yield source.path, ((f"row {number}", row) for number, row in enumerate(rows, start=1))
     elif path.exists():
         for file in _known([path] if path.is_file() else _folder_files(path, source, split)):
-            yield from read_file(file)
+            yield str(file), read_file(file)
     else:
-        yield from _read_hub(source.path, _load_hub(source, split)[1])
+        yield source.path, _read_hub(source.path, _load_hub(source, split)[1])
 
 
 def _open_files(name: str, files: list[Path], columns: Columns) -> Opened:

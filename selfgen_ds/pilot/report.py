@@ -137,14 +137,17 @@ def _summary(document: Row) -> str:
 
 def _verdict_cells(row: Row) -> list[str]:
     interval = f"{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
-    return [row["method"], row["metric"], row["verdict"], interval, f"{row['baseline']:.3f}", _needed(row)]
+    return [row["method"], row["metric"], row["verdict"], interval, f"{row['baseline']:.3f}", needed(row)]
 
 
-def _needed(row: Row) -> str:
+def needed(row: Row) -> str:
+    """Return how many rows or seeds could tell a difference as large as that of a row of verdicts, in words."""
     if not math.isfinite(row["difference"]):
         return "not finite"
     if row["verdict"] != "no difference shown":
         return ""
+    if row["difference"] == 0:
+        return "there is none"
     parts = []
     if row["rows_needed"] is not None:
         parts.append(f"{row['rows_needed']:,} held-out rows")

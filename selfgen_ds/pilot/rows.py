@@ -1,7 +1,7 @@
 """The rows of a pilot: a random part of the user's training rows, and rows that are held out of it.
 
-All are written as JSONL with all of their fields, one file per source, so that every run of the pilot, on whatever
-host, reads the same rows as the whole run would.
+All are written as JSONL with all of their fields, a folder per source and a file per file that it has, whose rows may
+have another form, so that every run of the pilot, on whatever host, reads the same rows as the whole run would.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from selfgen_ds.config import DataConfig, Source, Sources, sources
 from selfgen_ds.data.formats import RawRow
 from selfgen_ds.data.order import apportion
 from selfgen_ds.data.row_checks import Columns, Refused, Row, TextPair, validated
-from selfgen_ds.data.rows import raw_rows
+from selfgen_ds.data.rows import raw_files
 from selfgen_ds.data.samples import MOST_REASONS
 from selfgen_ds.data.tasks import task_of
 from selfgen_ds.errors import InputError
@@ -49,6 +49,8 @@ class _Drawn:
 
     source: int
     """Number of its source."""
+    file: int
+    """Number of the file of the source."""
     place: int
     """Number of the row in its source."""
     fields: dict[str, Any]
@@ -106,10 +108,13 @@ def some_rows(rows: PilotRows, count: int, folder: Path) -> list[Source]:
     folder.mkdir(parents=True, exist_ok=True)
     sources = []
     for source in rows.train:
-        lines = Path(source.path).read_text(encoding="utf-8").splitlines(keepends=True)
-        path = folder / Path(source.path).name
-        path.write_text("".join(lines[: math.ceil(count * len(lines) / rows.trained)]), encoding="utf-8")
-        sources.append(replace(source, path=str(path), weight=None))
+        part = folder / Path(source.path).name
+        part.mkdir(exist_ok=True)
+        for file in Path(source.path).iterdir():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            chosen = lines[: math.ceil(count * len(lines) / rows.trained)]
+            (part / file.name).write_text("".join(chosen), encoding="utf-8")
+        sources.append(replace(source, path=str(part), weight=None))
     return sources
 
 
@@ -129,8 +134,8 @@ def kinds(field: str, rows: PilotRows) -> list[str]:
     Raises:
         InputError: A row has no such field.
     """
-    lines = (line for source in rows.held_out for line in Path(source.path).read_text(encoding="utf-8").splitlines())
-    held_out = [json.loads(line) for line in lines]
+    files = [file for source in rows.held_out for file in sorted(Path(source.path).iterdir())]
+    held_out = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     for row in held_out:
         if field not in row:
             has = ", ".join(row)
@@ -181,13 +186,13 @@ def _reservoir(
     kept: list[_Drawn] = []
     read = 0
     refused: list[str] = []
-    told = bar(f"read {source.path}", "row", iterable=_with_rows(source, split, columns), delay=2, leave=False)
-    for fields, row in told:
+    rows = _with_rows(source, split, columns)
+    for file, fields, row in bar(f"read {source.path}", "row", iterable=rows, delay=2, leave=False):
         if isinstance(fields, InputError) or isinstance(row, Refused):
             refused.append(row.reason if isinstance(row, Refused) else str(fields))
             continue
         read += 1
-        drawn = _Drawn(source=number, place=read, fields=fields, prompt=_prompt(row))
+        drawn = _Drawn(source=number, file=file, place=read, fields=fields, prompt=_prompt(row))
         if len(kept) < count:
             kept.append(drawn)
         elif (place := rng.randrange(read)) < count:
@@ -198,8 +203,8 @@ def _reservoir(
     return kept, read
 
 
-def _with_rows(source: Source, split: str, columns: Columns) -> Iterator[tuple[dict[str, Any] | InputError, Row]]:
-    """Yield the fields of every row of a source, and the row that they make."""
+def _with_rows(source: Source, split: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any] | InputError, Row]]:
+    """Yield the number of the file, the fields, and the row that they make, of every row of a source."""
     read: list[dict[str, Any] | InputError] = []
 
     def remembered(rows: Iterable[RawRow]) -> Iterator[RawRow]:
@@ -207,8 +212,9 @@ def _with_rows(source: Source, split: str, columns: Columns) -> Iterator[tuple[d
             read[:] = [fields]
             yield where, fields
 
-    for row in validated(source.path, remembered(raw_rows(source, split)), columns):
-        yield read[0], row
+    for number, (name, rows) in enumerate(raw_files(source, split)):
+        for row in validated(name, remembered(rows), columns):
+            yield number, read[0], row
 
 
 def _prompt(row: TextPair | Conversation) -> str:
@@ -245,19 +251,21 @@ def _split(drawn: list[_Drawn], held_out: int) -> tuple[list[_Drawn], list[_Draw
 
 
 def _write(folder: Path, name: str, rows: list[_Drawn]) -> None:
-    """Write rows, a file per source."""
-    lines: dict[int, list[str]] = {}
+    """Write rows, a folder per source."""
+    lines: dict[Path, list[str]] = {}
     for row in rows:
-        lines.setdefault(row.source, []).append(json.dumps(row.fields, default=str))
-    for number, of_source in lines.items():
-        write_atomically(folder / f"{name}-{number}.jsonl", "\n".join(of_source) + "\n")
+        path = folder / f"{name}-{row.source}" / f"{row.file:05}.jsonl"
+        lines.setdefault(path, []).append(json.dumps(row.fields, default=str))
+    for path, of_file in lines.items():
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, "\n".join(of_file) + "\n")
 
 
 def _files(folder: Path, name: str, given: list[Source], weighted: bool = True) -> list[Source]:
-    """Return the files of rows as sources that are read as the sources that they were drawn from."""
+    """Return the folders of rows as sources that are read as the sources that they were drawn from."""
     found = []
     for number, source in enumerate(given):
-        path = folder / f"{name}-{number}.jsonl"
+        path = folder / f"{name}-{number}"
         if path.exists():
             kept = replace(source, path=str(path), subset=None, split=None, streaming=False)
             found.append(kept if weighted else replace(kept, weight=None))

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from selfgen_ds.chat.conversation import Conversation
 from selfgen_ds.config import DataConfig, Source
 from selfgen_ds.data.encoding import Format
+from selfgen_ds.data.row_checks import Columns
+from selfgen_ds.data.rows import open_source
 from selfgen_ds.data.samples import load
 from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
@@ -26,7 +29,8 @@ def _pairs(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def _fields(sources: list[Source]) -> list[dict[str, Any]]:
-    return [json.loads(line) for s in sources for line in Path(s.path).read_text(encoding="utf-8").splitlines()]
+    files = [file for source in sources for file in sorted(Path(source.path).iterdir())]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _draw(data: DataConfig, folder: Path, rows: int = 20, held_out: int = 10, seed: int = 0) -> PilotRows:
@@ -136,6 +140,25 @@ def test_sources_keep_their_columns_and_weights(tmp_path: Path) -> None:
     few = some_rows(drawn, 8, tmp_path / "few")
     assert [source.weight for source in few] == [None, None]
     assert [len(_fields([source])) for source in few] == [-(-8 * count // 30) for count in counts]
+
+
+def test_files_of_a_folder_keep_their_forms_and_their_names_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(30)]
+    spoken = [{"messages": messages, "kind": "spoken"} for messages in turns]
+    _write(folder / "a.jsonl", _pairs(30))
+    _write(folder / "b.jsonl", spoken)
+    drawn = _draw(DataConfig(train=str(folder)), tmp_path / "data", rows=30, held_out=15)
+    for part in (drawn.train, drawn.held_out):
+        (opened,) = (open_source(source, "train", Columns()) for source in part)
+        forms = [isinstance(row, Conversation) for row in opened.rows]
+        assert forms == [row["kind"] == "spoken" for row in _fields(part)] == sorted(forms)
+        assert set(forms) == {False, True}
+    assert kinds("kind", drawn) == [str(row["kind"]) for row in _fields(drawn.held_out)]
+    _write(folder / "b.jsonl", [{"messages": [], "kind": "spoken"}])
+    with pytest.raises(InputError, match=r"rows/b.jsonl, line 1"):
+        _draw(DataConfig(train=str(folder)), tmp_path / "more")
 
 
 def test_equal_weights_of_three_sources_give_as_many_rows_as_are_asked_for(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from selfgen_ds.comparison.intervals import Estimate, Sample, difference, rows_n
 from selfgen_ds.comparison.run_scores import RunScores
 from selfgen_ds.comparison.runs import Group
 from selfgen_ds.evaluation.curves import Curves
-from selfgen_ds.pilot.report import sentences
+from selfgen_ds.pilot.report import needed, sentences
 from selfgen_ds.pilot.verdicts import chosen_metrics, verdicts, verdicts_by_kind
 
 ROWS, SEEDS = 200, 3
@@ -87,6 +87,12 @@ def test_a_correction_is_compared_with_the_answer_of_sft() -> None:
     (row,) = verdicts([sft, rac], ["corrected_1_exact_match"])
     assert row["verdict"] == "helps"
     assert row["baseline"] == pytest.approx(sft.sample("exact_match").values.mean())
+
+
+def test_a_difference_of_nothing_is_called_so() -> None:
+    group = _two(exact_match=(0.5, 0.5))[0]
+    (row,) = verdicts([group, replace(group, method="bash")], ["exact_match"])
+    assert (row["verdict"], needed(row)) == ("no difference shown", "there is none")
 
 
 def test_a_metric_that_is_not_finite_shows_nothing() -> None:
