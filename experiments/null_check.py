@@ -76,7 +76,8 @@ def run_seed(folder: Path, seed: int, steps: int) -> None:
 
     if not (folder / "model").exists():
         shape = ("--train.micro_batch_size", "32", "--train.max_steps", str(steps), "--eval.every", str(steps))
-        recipe = ("--config", "recipes/demo.yaml", "--selfgen.method", "sft", "--seed", str(seed))
+        task = ("--data.train", "builtin:pointer_chase", "--data.eval", "builtin:pointer_chase")
+        recipe = ("--config", "recipes/demo.yaml", *task, "--selfgen.method", "sft", "--seed", str(seed))
         call("train", *recipe, *shape, "--resume", "auto", "--output_dir", str(folder))
     if not (folder / "evaluation.json").exists():
         data = ("--data", "builtin:pointer_chase", "--max_samples", "200", "--sample_temperatures", "[1]")

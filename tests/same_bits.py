@@ -71,7 +71,7 @@ def run(name: str, tree: Path, folder: Path, data: Path) -> dict[str, Any]:
     evaluate = [sys.executable, "-m", "selfgen_ds", "evaluate", "--model", str(folder / "model")]
     evaluate += ["--max_samples", "8", "--output_dir", str(folder / "evaluation"), "--sample_temperatures", "[1]"]
     if recipe == "demo":
-        evaluate += ["--data", "builtin:pointer_chase"]
+        evaluate += ["--data", "builtin:sort"]
     elif recipe == "gsm8k":
         evaluate += [
             "--data",

@@ -15,11 +15,11 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 ANSWERS = {
-    "free_running_accuracy": "on its own\nprefixes",
-    "recovery_1": "next token\nafter an error",
-    "recovery_4": "next four\nafter an error",
-    "recovery_last": "last token\nafter an error",
-    "sampled_2_accuracy": "sampled\nat temperature 2",
+    "free_running_accuracy": "tokens of\ngreedy answers",
+    "sampled_2_accuracy": "tokens of answers\nat temperature 2",
+    "recovery_4": "four tokens after\na forced error",
+    "exact_match": "whole\ngreedy answers",
+    "sampled_1_exact_match": "whole answers\nat temperature 1",
 }
 """Metrics of the picture, and what is written below their bars."""
 
@@ -42,7 +42,7 @@ def main() -> None:
             )
             axes.annotate(f"{value:.3f}", (position, max(value, high) + 0.02), ha="center", fontsize=8)
     axes.set_xticks([place + 0.2 for place in range(len(ANSWERS))], list(ANSWERS.values()))
-    axes.set(ylabel="token accuracy, 95 % interval", ylim=(0, 1.12))
+    axes.set(ylabel="share that is right, 95 % interval", ylim=(0, 1.12))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 1.16), frameon=False)
     figure.savefig(HERE / "demo.png", dpi=120)

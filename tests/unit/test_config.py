@@ -371,7 +371,7 @@ def test_a_share_for_a_schedule_that_does_not_grow_is_a_problem(recipe: Recipe) 
 
 @pytest.mark.parametrize(
     ("arguments", "epochs", "max_steps"),
-    [(["--train.max_steps", "7"], None, 7), (["--train.epochs", "2"], 2.0, None), ([], None, 1000)],
+    [(["--train.max_steps", "7"], None, 7), (["--train.epochs", "2"], 2.0, None), ([], None, 500)],
 )
 def test_a_length_on_the_command_line_replaces_the_recipes(
     arguments: list[str], epochs: float | None, max_steps: int | None
