@@ -1,0 +1,47 @@
+"""The tables of docs/choosing.md are those of the results, and are written into the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import evidence_tables
+
+
+@pytest.fixture(autouse=True)
+def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_tables, "RESULTS", tmp_path)
+    runs = (("sft", 0, 0.25), ("sft", 1, 0.5), ("bash", 0, 0.75), ("bash", 1, 0.5), ("rac", 0, 0.1))
+    lines = [
+        {"part": "test", "arm": arm, "seed": seed, "metrics": {"exact_match": value, "chrf": 1.0, "loss": 0.1}}
+        for arm, seed, value in runs
+    ]
+    lines.append(lines[0] | {"part": "dev", "metrics": {"exact_match": 0.9}})
+    (tmp_path / "sort.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdicts = (
+        *(("sft", "sft", "exact_match", None), ("sft", "bash", "exact_match", "better")),
+        *(("sft", "rac", "exact_match", "worse"), ("sft", "rac", "loss", "no difference shown")),
+        ("noise", "bash", "loss", "worse"),
+    )
+    rows = [dict(zip(("baseline", "method", "metric", "verdict"), row, strict=True)) for row in verdicts]
+    (tmp_path / "sort-test.json").write_text(json.dumps(rows))
+
+
+def test_a_table_has_the_means_of_a_part_and_says_what_is_surely_better_or_worse_than_sft(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- sort test -->\nold\n<!-- end -->\n\nAfter.\n")
+    evidence_tables.main(str(page))
+    wanted = [
+        "<!-- sort test -->",
+        "| | greedy answers | loss | seeds |",
+        "|---|---|---|---|",
+        "| sft | 0.375 | 0.100 | 2 |",
+        "| bash | 0.625↑ | 0.100 | 2 |",
+        "| rac | 0.100↓ | 0.100 | 1 |",
+        "<!-- end -->",
+    ]
+    assert page.read_text().splitlines() == ["Before.", "", *wanted, "", "After."]
+    evidence_tables.main(str(page))
+    assert page.read_text().splitlines() == ["Before.", "", *wanted, "", "After."]
