@@ -16,7 +16,7 @@ _SHOWN = (
     *("sampled_1.5_accuracy", "sampled_2_accuracy", "sampled_2.5_accuracy", "sampled_2_exact_match"),
     *("sampled_2_after_slip_last", "recovery_1", "recovery_4", "recovery_last", "corrected_1_exact_match"),
     *("corrected_1_wrong_to_right", "corrected_1_right_to_wrong", "corrected_2_exact_match", "noise_0.05_accuracy"),
-    *("noise_0.05_exact_match", "calibration_error", "entropy", "loss"),
+    *("noise_0.05_exact_match", "calibration_error", "entropy", "loss", "differing_share"),
 )
 """Metrics of the tables, of those that a study has."""
 _PARTS = {"test": "Test rows", "dev": "Development rows", "curves": "Learning curves, at their end"}
@@ -44,7 +44,7 @@ def page(study: str, lines: list[dict[str, Any]]) -> str:
         of_part = [line for line in lines if line["part"] == part]
         if not of_part:
             continue
-        metrics = [name for name in _SHOWN if name in of_part[0]["metrics"]]
+        metrics = [name for name in _SHOWN if any(name in line["metrics"] for line in of_part)]
         text += [f"## {title}", ""]
         compared = RESULTS / f"{study}-{part}.json"
         if compared.exists():

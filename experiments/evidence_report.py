@@ -29,6 +29,8 @@ def write_run(run: StudyRun, study: str, part: str) -> None:
     assert cost is not None
     line = {"part": part, "arm": run.arm.name, "seed": run.seed, "steps": cost.steps, "flops": cost.flops}
     line["metrics"] = {name: round(v, 5) for name, v in evaluation["metrics"].items() if _KEPT.fullmatch(name)}
+    if (differing := _differing_share(run.folder / "metrics.jsonl")) is not None:
+        line["metrics"]["differing_share"] = round(differing, 5)
     if part == "curves":
         line["curve"] = _curve(run.folder / "metrics.jsonl")
     path = RESULTS / f"{study}.jsonl"
@@ -41,6 +43,13 @@ def write_run(run: StudyRun, study: str, part: str) -> None:
     lines = {name(entry): entry for entry in [*old, line]}
     ordered = sorted(lines.values(), key=name)
     write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in ordered))
+
+
+def _differing_share(path: Path) -> float | None:
+    """Return the share of the tokens that the run drew into its contexts that differ from the reference."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    drawn = sum(line["drawn_tokens"] for line in lines)
+    return sum(line["drawn_tokens"] * line["differing_share"] for line in lines) / drawn if drawn else None
 
 
 def _curve(path: Path) -> list[dict[str, float]]:

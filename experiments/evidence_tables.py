@@ -33,6 +33,7 @@ _COLUMNS = {
     "recovery_4": "after a forced error",
     "free_running_loss": "loss after its own tokens",
     "loss": "loss",
+    "differing_share": "drawn tokens that differ",
 }
 """Metrics of the tables, of those that a study has, with what the page calls them."""
 _BLOCK = re.compile(r"<!-- (\S+) (\S+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -59,7 +60,7 @@ def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
     """
     verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
     arms = [arm for arm in dict.fromkeys(arm for arm, _ in verdicts) if any(line["arm"] == arm for line in lines)]
-    names = [name for name in _COLUMNS if name in lines[0]["metrics"]]
+    names = [name for name in _COLUMNS if any(name in line["metrics"] for line in lines)]
     text = [f"| | {' | '.join(_COLUMNS[name] for name in names)} | seeds |", "|---" * (len(names) + 2) + "|"]
     for arm in arms:
         of_arm = [line["metrics"] for line in lines if line["arm"] == arm]

@@ -23,7 +23,11 @@ def _run(folder: Path, arm: str, seed: int, exact_match: float) -> StudyRun:
     run.folder.mkdir(exist_ok=True)
     metrics = {"exact_match": exact_match, "loss": 0.1234567, "chrf": 1.0}
     (run.folder / "evaluation.json").write_text(json.dumps({"metrics": metrics}))
-    steps = [{"step": step, "tokens": 4, "no_grad_tokens": 0, "flops": 100.0, "step_time_s": 1.0} for step in (1, 2)]
+    steps = [
+        {"step": step, "tokens": 4, "no_grad_tokens": 0, "flops": 100.0, "step_time_s": 1.0}
+        | {"drawn_tokens": 3 * step - 3, "differing_share": 0.5}
+        for step in (1, 2)
+    ]
     steps[1] |= {"eval_loss": 0.5, "eval_chrf": 2.0}
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return run
@@ -41,7 +45,7 @@ def test_each_run_has_one_line_whose_last_result_counts(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "results" / "sort.jsonl").read_text().splitlines()]
     found = [(line["arm"], line["seed"], line["metrics"]["exact_match"]) for line in lines]
     assert found == [("bash", 0, 0.75), ("sft", 0, 0.25), ("sft", 1, 1.0)]
-    assert lines[0]["metrics"] == {"exact_match": 0.75, "loss": 0.12346}
+    assert lines[0]["metrics"] == {"exact_match": 0.75, "loss": 0.12346, "differing_share": 0.5}
     assert (lines[0]["steps"], lines[0]["flops"]) == (2, 200.0)
 
 
