@@ -27,7 +27,13 @@ def write_run(run: StudyRun, study: str, part: str) -> None:
     evaluation = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
     cost = cost_of(run.folder / "metrics.jsonl")
     assert cost is not None
-    line = {"part": part, "arm": run.arm.name, "seed": run.seed, "steps": cost.steps, "flops": cost.flops}
+    line: dict[str, Any] = {
+        "part": part,
+        "arm": run.arm.name,
+        "seed": run.seed,
+        "steps": cost.steps,
+        "flops": cost.flops,
+    }
     line["metrics"] = {name: round(v, 5) for name, v in evaluation["metrics"].items() if _KEPT.fullmatch(name)}
     if (differing := _differing_share(run.folder / "metrics.jsonl")) is not None:
         line["metrics"]["differing_share"] = round(differing, 5)

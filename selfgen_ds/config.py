@@ -214,6 +214,9 @@ class OptimConfig:
     loss: Literal["cross_entropy", "dft"] = "cross_entropy"
     """Loss of a target: its cross entropy, or that times the probability of the target, which counts as a constant
     (`dft`, arXiv 2508.05629): targets that the model finds improbable weigh little."""
+    dft_share: float = 1.0
+    """Last share of the steps that have the loss `dft`; the loss before it is the cross entropy, by which targets are
+    learned that the model still finds improbable."""
     label_smoothing: float = 0.0
     """Share of the target's probability mass that is spread evenly over the vocabulary."""
 
@@ -348,8 +351,9 @@ class PilotOptions:
     held_out: int = 200
     """Rows to evaluate on, drawn from `data.eval` if the recipe has it, and otherwise from the other training rows."""
     methods: list[str | dict[str, Any]] = field(default_factory=list)
-    """Methods to compare with sft: names, `[bash, rac]`, or settings of `selfgen`, `[{method: bash, temperature: 2}]`.
-    Default: that of the recipe, or `scheduled_sampling` if it is sft."""
+    """Methods to compare with sft: names, `[bash, rac]`, or settings of `selfgen`, also with some of `optim`:
+    `[{method: bash, temperature: 2, optim.loss: dft}]`. Default: that of the recipe, or `scheduled_sampling` if it is
+    sft."""
     seeds: int = 3
     """Runs of every method, with seeds from the recipe's on."""
     metrics: list[str] = field(default_factory=list)

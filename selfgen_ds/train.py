@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from selfgen_ds.checkpoint import manifest, resuming, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
-from selfgen_ds.config import Recipe
+from selfgen_ds.config import OptimConfig, Recipe
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.engine.flops import StepFlops, step_flops
 from selfgen_ds.engine.step import StepResult, train_step
@@ -100,10 +100,15 @@ def take_step(
     read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
     if facts is not None and process_group.rank() == 0:  # the step adds up what the ranks have read
         read += facts.read_tokens
-    dft = recipe.optim.loss == "dft"
+    dft = _has_dft(recipe.optim, step, run.total_steps)
     result = train_step(run.engine, batches, recipe.optim.label_smoothing, weight, read, dft)
     metrics = _metrics(run, step, result, facts, pass_time, time.perf_counter() - started)
     return metrics | {"flops": flops(result)}, result
+
+
+def _has_dft(optim: OptimConfig, step: int, total_steps: int) -> bool:
+    """Return whether a step, counted from 0, has the loss `dft`."""
+    return optim.loss == "dft" and step >= round((1.0 - optim.dft_share) * total_steps)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -160,7 +165,7 @@ def _metrics(
     }
 
 
-_WATCHED = ("drawn_tokens", "replace_probability", "differing_share", "loss", "round", "round_differing_share")
+_WATCHED = ("step", "drawn_tokens", "replace_probability", "differing_share", "loss", "round", "round_differing_share")
 """Metrics of a step that show whether the run runs away; the last two are those of methods with rounds."""
 
 
@@ -303,9 +308,10 @@ class BetweenSteps:
 
     def _runs_away(self, metrics: Mapping[str, float | None]) -> str:
         """Return what has happened if the run runs away after a step, as its line of `metrics.jsonl` says."""
-        drawn, probability, differing, loss, number, of_round = (metrics.get(name) for name in _WATCHED)
+        step, drawn, probability, differing, loss, number, of_round = (metrics.get(name) for name in _WATCHED)
         loss = math.nan if loss is None else loss
-        watched = None if self._recipe.optim.loss == "dft" else loss  # that of DFT falls as targets get improbable
+        # The loss of DFT falls as targets get improbable.
+        watched = None if _has_dft(self._recipe.optim, int(step or 1) - 1, self._run.total_steps) else loss
         probability, told = probability or 0.0, ""
         if number is not None and of_round is not None:
             told = self._runaway.update_round(int(number), probability, of_round)

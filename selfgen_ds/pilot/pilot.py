@@ -20,7 +20,16 @@ from jsonargparse import ArgumentParser
 from selfgen_ds import packaged
 from selfgen_ds.comparison.intervals import LEAST_ROWS
 from selfgen_ds.comparison.runs import Group, grouped, load_run
-from selfgen_ds.config import EvalConfig, EvaluateOptions, PilotOptions, Recipe, SelfgenConfig, by_name, to_yaml
+from selfgen_ds.config import (
+    EvalConfig,
+    EvaluateOptions,
+    OptimConfig,
+    PilotOptions,
+    Recipe,
+    SelfgenConfig,
+    by_name,
+    to_yaml,
+)
 from selfgen_ds.errors import InputError, Problems, RunFailed
 from selfgen_ds.evaluate import text_metrics
 from selfgen_ds.evaluation.metrics import is_taken, metric_of
@@ -130,18 +139,20 @@ def arms_of(problems: Problems, recipe: Recipe, options: PilotOptions) -> list[A
     """Return sft and the methods of the options as arms, in this order; add problems of their settings."""
     default = "scheduled_sampling" if recipe.selfgen.method == "sft" else recipe.selfgen.method
     arms = [Arm(name="sft", settings={"selfgen.method": "sft"})]
-    known = {field.name for field in fields(SelfgenConfig)}
+    known = {field.name for field in fields(SelfgenConfig)} | {f"optim.{field.name}" for field in fields(OptimConfig)}
     for given in options.methods or [default]:
         settings = {"method": given} if isinstance(given, str) else given
         if "method" not in settings or (unknown := sorted(settings.keys() - known)):
             wrong = "no method" if "method" not in settings else ", ".join(unknown)
-            problems.add(f"--methods: expected names of methods, or settings of `selfgen` with a method, got {wrong}")
+            expected = "expected names of methods, or settings of `selfgen` with a method, and `optim.` settings"
+            problems.add(f"--methods: {expected}, got {wrong}")
             continue
         parts = [str(settings["method"]), *(f"{key}-{value}" for key, value in settings.items() if key != "method")]
         name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
         if any(arm.name == name for arm in arms):
             problems.add(f"--methods: expected every method once, and sft not at all, got {name} twice")
-        arms.append(Arm(name=name, settings={f"selfgen.{key}": value for key, value in settings.items()}))
+        dotted = {key if "." in key else f"selfgen.{key}": value for key, value in settings.items()}
+        arms.append(Arm(name=name, settings=dotted))
     return arms
 
 

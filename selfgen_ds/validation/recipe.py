@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from selfgen_ds.checkpoint.manifest import MARKER
-from selfgen_ds.config import EvalConfig, Recipe, SelfgenConfig
+from selfgen_ds.config import EvalConfig, OptimConfig, Recipe, SelfgenConfig
 from selfgen_ds.errors import Problems
 from selfgen_ds.validation.sources import check_sources
 
@@ -176,6 +176,10 @@ def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:
     problems.expect(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
     if optim.loss == "dft" and optim.label_smoothing:
         problems.add("optim.label_smoothing: expected 0 with optim.loss: dft")
+    is_share = 0 < optim.dft_share <= 1
+    problems.expect(is_share, "optim.dft_share", "a share in (0, 1]", optim.dft_share)
+    if is_share and optim.loss != "dft" and optim.dft_share != OptimConfig.dft_share:
+        problems.add("optim.dft_share: expected optim.loss: dft as well")
     if (train.epochs is None) == (train.max_steps is None):
         problems.add(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     epochs = train.epochs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from filelock import FileLock
 
 from selfgen_ds.cli import recipe_of
@@ -58,13 +59,15 @@ def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdict
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _recipe(tmp_path)
-    methods = ["scheduled_sampling", {"method": "bash", "temperature": 2.0, "passes": 1}]
+    methods = ["scheduled_sampling", {"method": "bash", "temperature": 2.0, "passes": 1, "optim.loss": "dft"}]
     options = _options(methods=methods, group_by="kind")
     pilot(recipe, options)
     document, folder = _document(recipe), Path(recipe.output_dir)
     assert (document["baseline"], document["rows"], document["held_out"], document["seeds"]) == ("sft", 32, 12, [0, 1])
     named = {row["method"] for row in document["verdicts"]}
-    assert named == {"scheduled_sampling", "bash-temperature-2.0-passes-1"}
+    other = "bash-temperature-2.0-passes-1-optim.loss-dft"
+    assert named == {"scheduled_sampling", other}
+    assert yaml.safe_load((folder / "runs" / f"{other}-0" / "config.yaml").read_text())["optim"]["loss"] == "dft"
     assert {row["verdict"] for row in document["verdicts"]} <= {"helps", "harms", "no difference shown"}
     of_runs = document["cost"]["runs"]
     assert of_runs["sft"]["steps"] == 8

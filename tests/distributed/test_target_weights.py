@@ -53,7 +53,7 @@ def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
     for step in range(STEPS):
         batches = run.method.contexts(run.step_batches.at(step), run.policy, step)
         read.append(batches)
-        dft = recipe.optim.loss == "dft"
+        dft = recipe.optim.loss == "dft" and step >= STEPS - recipe.optim.dft_share * STEPS
         results.append(train_step(run.engine, batches, recipe.optim.label_smoothing, weight, dft=dft))
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
     return {"batches": read, "results": results, "parameters": parameters}
@@ -120,13 +120,13 @@ def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
             assert torch.allclose(parameter.double(), parameters[name], rtol=1e-4, atol=2e-4), name
 
 
-@pytest.mark.parametrize("dft", [False, True], ids=["cross_entropy", "dft"])
-def test_a_run_trains_with_the_recipes_weights(two_ranks: Ranks, tmp_path: Path, dft: bool) -> None:
+@pytest.mark.parametrize("dft_share", [None, 1.0, 1 / 3], ids=["cross_entropy", "dft", "dft in the last step"])
+def test_a_run_trains_with_the_recipes_weights(two_ranks: Ranks, tmp_path: Path, dft_share: float | None) -> None:
     selfgen = SelfgenConfig(replace_probability=0.5, temperature=2.0, drawn_context_weight=3.0)
     (tmp_path / "start").mkdir()
     recipe = settings(tmp_path / "start", selfgen=selfgen, output_dir=str(tmp_path / "run"))
-    if dft:
-        recipe.optim = replace(recipe.optim, loss="dft", label_smoothing=0.0)
+    if dft_share is not None:
+        recipe.optim = replace(recipe.optim, loss="dft", dft_share=dft_share, label_smoothing=0.0)
     two_ranks.run(runs.run_training, recipe)
     steps = two_ranks.run(weighted_steps, replace(recipe, output_dir=str(tmp_path / "steps")), 3.0)
     assert [row["loss"] for row in runs.metrics(recipe)] == [result.loss for result in steps[0]["results"]]

@@ -93,6 +93,8 @@ REFUSED = [
     ("optim.warmup_ratio", 1.1),
     ("optim.max_grad_norm", -1.0),
     ("optim.label_smoothing", -0.1),
+    ("optim.dft_share", 0.0),
+    ("optim.dft_share", 1.1),
     ("train.max_steps", 0),
     ("train.micro_batch_size", 0),
     ("train.gradient_accumulation_steps", 0),
@@ -361,6 +363,13 @@ def test_an_evaluation_without_rows_is_a_problem(recipe: Recipe, name: str, valu
     setattr(recipe.eval, name, value)
     [problem] = recipe_problems(recipe)
     assert problem == f"eval.{name}: expected data.eval to be given as well, got {value!r}"
+
+
+def test_a_share_of_the_loss_dft_needs_that_loss(recipe: Recipe) -> None:
+    recipe.optim.dft_share = 0.5
+    assert recipe_problems(recipe) == ["optim.dft_share: expected optim.loss: dft as well"]
+    recipe.optim.loss = "dft"
+    assert recipe_problems(recipe) == []
 
 
 def test_a_share_for_a_schedule_that_does_not_grow_is_a_problem(recipe: Recipe) -> None:
