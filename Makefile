@@ -29,15 +29,16 @@ demo: install
 	$(DEMO) --output_dir runs/demo/warm-up --selfgen.method sft --train.max_steps 400
 	$(DEMO) --output_dir runs/demo/sft --model.name_or_path runs/demo/warm-up/model --selfgen.method sft \
 		--train.max_steps 650
-	$(DEMO) --output_dir runs/demo/scheduled_sampling --model.name_or_path runs/demo/warm-up/model
+	$(DEMO) --output_dir runs/demo/scheduled_sampling --model.name_or_path runs/demo/warm-up/model \
+		--optim.loss dft --optim.dft_share 0.4
 	$(EVALUATE) --model runs/demo/sft/model --output_dir runs/demo/sft
 	$(EVALUATE) --model runs/demo/scheduled_sampling/model --output_dir runs/demo/scheduled_sampling
 	DS_ACCELERATOR=cpu $(BIN)/selfgen-ds compare runs/demo/sft runs/demo/scheduled_sampling --output_dir runs/demo
 	@echo
 	@echo "Both models took as many operations. The one trained on its own tokens is surer of the reference after"
-	@echo "what it has written itself (free_running_loss), errs in fewer tokens of hot samples (sampled_2_accuracy),"
-	@echo "and goes on after a wrong token (recovery_*). The price: it learns more slowly (loss), its distribution is"
-	@echo "flatter, and of answers sampled at temperature 1, fewer are right as a whole (sampled_1_exact_match)."
+	@echo "what it has written itself (free_running_loss), has more right tokens in sampled answers (sampled_*_accuracy),"
+	@echo "and goes on after a wrong token (recovery_*). The price: it learns more slowly (loss), and fewer answers are"
+	@echo "right as a whole (exact_match, sampled_1_exact_match). docs/choosing.md has longer runs, and what to choose."
 	@echo "Models: runs/demo/sft/model, runs/demo/scheduled_sampling/model. Report: runs/demo/comparison.html"
 
 lint: install
