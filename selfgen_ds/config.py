@@ -526,6 +526,11 @@ def by_name(recipe: Recipe) -> dict[str, Any]:
     return flat(yaml.safe_load(to_yaml(recipe)))
 
 
+def default_settings() -> dict[str, Any]:
+    """Return the default of every setting of a recipe by its dotted name; those without one are empty."""
+    return flat(asdict(Recipe(output_dir="", deepspeed="", data=DataConfig(train=""))))
+
+
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted names."""
     settings: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib import resources
 from typing import Any
 
@@ -14,7 +14,7 @@ from jinja2 import Environment
 from selfgen_ds.comparison.plots import Figure, as_data_url
 from selfgen_ds.comparison.runs import Group
 from selfgen_ds.comparison.verdicts import budgets, conclusions, explained, other_judges, rule
-from selfgen_ds.config import DataConfig, Recipe, flat
+from selfgen_ds.config import default_settings, flat
 from selfgen_ds.evaluation.metrics import ANSWER_KINDS, kind_and_metric
 
 Row = dict[str, Any]
@@ -115,7 +115,7 @@ def _differing(groups: list[Group]) -> dict[str, tuple[Group, str]]:
     own = {"seed", "output_dir", "resume", "run_name", "data.date"}
     names = dict.fromkeys(name for recipe in recipes.values() for name in recipe if name not in own)
     varied = [n for n in names if len({repr(recipe.get(n)) for recipe in recipes.values() if recipe}) > 1]
-    defaults = flat(asdict(Recipe(output_dir="", deepspeed="", data=DataConfig(train=""))))
+    defaults = default_settings()
     told = {}
     for group in groups:
         recipe = recipes[group.name]

@@ -16,15 +16,15 @@ import yaml
 from selfgen_ds.comparison.costs import Cost, cost_of
 from selfgen_ds.comparison.intervals import Sample
 from selfgen_ds.comparison.run_scores import RunScores, read_scores
-from selfgen_ds.config import EvaluateOptions
+from selfgen_ds.config import EvaluateOptions, default_settings, flat
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation import predictions
 from selfgen_ds.evaluation.curves import Curves
 from selfgen_ds.evaluation.metrics import metric_of
 from selfgen_ds.files import refusal
 
-_OF_ONE_RUN = {"seed", "output_dir", "resume", "run_name"}
-"""Settings in which runs of one group may differ, besides the starting model and the date."""
+_OF_ONE_RUN = {"seed", "output_dir", "resume", "run_name", "model.name_or_path", "data.date"}
+"""Settings in which runs of one group may differ."""
 _OF_ONE_EVALUATION = {
     *("model", "output_dir", "dtype", "attn_implementation", "trust_remote_code", "batch_size", "seed"),
     *("date", "max_samples", "judge_url", "judge_model", "judge_against"),
@@ -137,6 +137,8 @@ def _reading(path: Path) -> Iterator[None]:
 def grouped(runs: list[dict[str, Any]]) -> list[Group]:
     """Put runs that differ only in the seed into one group, in the order of the first runs of the groups.
 
+    A setting that a run of an older version does not have counts as the default.
+
     Raises:
         InputError: Runs of a group were evaluated on different rows.
     """
@@ -145,9 +147,8 @@ def grouped(runs: list[dict[str, Any]]) -> list[Group]:
         if entry["recipe"] is None:
             by_recipe[str(entry["folder"])] = [entry]
             continue
-        recipe = {k: v for k, v in entry["recipe"].items() if k not in _OF_ONE_RUN}
-        recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "name_or_path"}
-        recipe["data"] = {k: v for k, v in entry["recipe"]["data"].items() if k != "date"}
+        settings = default_settings() | flat(entry["recipe"])
+        recipe = {name: value for name, value in settings.items() if name not in _OF_ONE_RUN}
         evaluation = entry["evaluation"]
         key = json.dumps([recipe, _settings(evaluation), evaluation.get("dtype")], sort_keys=True)
         while any(e["recipe"]["seed"] == entry["recipe"]["seed"] for e in by_recipe.get(key, [])):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import yaml
 
 from selfgen_ds import compare
 from selfgen_ds.config import (
@@ -168,6 +169,16 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row_whose_interval_covers_th
 def test_seeds_that_started_from_different_models_are_one_row(tmp_path: Path) -> None:
     runs = [_run_folder(tmp_path / f"{seed}", BASELINE, seed=seed, model=f"warm-up-{seed}") for seed in (0, 1)]
     assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0, 1]]
+
+
+def test_a_run_that_was_made_before_a_setting_existed_has_its_default(tmp_path: Path) -> None:
+    runs = [_run_folder(tmp_path / f"{seed}", BASELINE, seed=seed) for seed in (0, 1, 2)]
+    recipes = [yaml.safe_load((Path(run) / "config.yaml").read_text()) for run in runs]
+    del recipes[0]["optim"]["dft_share"]
+    recipes[2]["optim"]["dft_share"] = 0.5
+    for run, recipe in zip(runs, recipes, strict=True):
+        (Path(run) / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0, 1], [2]]
 
 
 def test_runs_of_another_method_or_dtype_or_from_another_model_with_the_same_seed_are_rows_of_their_own(
