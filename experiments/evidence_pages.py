@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments.evidence_report import RESULTS
+from experiments.evidence_report import COMPARED, RESULTS
 
 _SHOWN = (
     *("final_answer", "exact_match", "free_running_accuracy", "rouge_l", "bleu", "realized_slots", "follows"),
@@ -18,7 +18,7 @@ _SHOWN = (
     *("corrected_1_wrong_to_right", "corrected_1_right_to_wrong", "corrected_2_exact_match", "noise_0.05_accuracy"),
     *("noise_0.05_exact_match", "calibration_error", "entropy", "loss", "differing_share"),
 )
-"""Metrics of the tables, of those that a study has."""
+"""Metrics that are shown of every run, of those that a study has."""
 _PARTS = {"test": "Test rows", "dev": "Development rows", "curves": "Learning curves, at their end"}
 
 
@@ -48,14 +48,14 @@ def page(study: str, lines: list[dict[str, Any]]) -> str:
         text += [f"## {title}", ""]
         compared = RESULTS / f"{study}-{part}.json"
         if compared.exists():
-            text += _comparison(json.loads(compared.read_text(encoding="utf-8")), metrics)
+            text += _comparison(json.loads(compared.read_text(encoding="utf-8")))
         text += _seeds(of_part, metrics)
     return "\n".join(text)
 
 
-def _comparison(rows: list[dict[str, Any]], metrics: list[str]) -> list[str]:
+def _comparison(rows: list[dict[str, Any]]) -> list[str]:
     """Return tables of the means, and of the differences to each baseline that are sure, bold."""
-    text = []
+    text, metrics = [], [name for name in COMPARED if any(row["metric"] == name for row in rows)]
     for baseline in dict.fromkeys(row["baseline"] for row in rows):
         of_baseline = {(row["method"], row["metric"]): row for row in rows if row["baseline"] == baseline}
         arms = dict.fromkeys(arm for arm, _ in of_baseline)

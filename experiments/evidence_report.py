@@ -21,6 +21,20 @@ _KEPT = re.compile(
     r"|calibration_error|entropy|follows|teacher_forced_accuracy)|recovery_.*|free_running_loss"
 )
 
+COMPARED = (
+    *("final_answer", "exact_match", "free_running_accuracy", "rouge_l", "bleu", "realized_slots", "follows"),
+    *(
+        "sampled_1_follows",
+        "embedding_distance",
+        "sampled_1_exact_match",
+        "sampled_1_rouge_l",
+        "sampled_1_realized_slots",
+    ),
+    *("sampled_1.5_accuracy", "sampled_2_exact_match", "sampled_2_accuracy", "sampled_2_after_slip_last"),
+    *("recovery_4", "corrected_1_exact_match", "noise_0.05_exact_match", "free_running_loss", "loss"),
+)
+"""Metrics of which differences are tested, of those that a study has; each one more makes the others less sure."""
+
 
 def write_run(run: StudyRun, study: str, part: str) -> None:
     """Add a run to the results of its study, or replace its line."""
@@ -79,7 +93,7 @@ def write_comparison(runs: list[StudyRun], study: str, part: str, control: str =
     for name in dict.fromkeys(run.arm.name for run in runs):
         (group,) = grouped([load_run(run.folder) for run in runs if run.arm.name == name])
         groups.append(replace(group, method=name))
-    metrics = [name for name in groups[0].metrics if _KEPT.fullmatch(name)]
+    metrics = [name for name in COMPARED if name in groups[0].metrics]
     rows = [{"baseline": groups[0].method, **row} for row in compared(groups, metrics)]
     if of_control := [group for group in groups if group.method == control]:
         others = [group for group in groups if group.method not in (control, groups[0].method)]

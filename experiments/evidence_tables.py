@@ -24,6 +24,7 @@ _COLUMNS = {
     "bleu": "BLEU",
     "realized_slots": "slots",
     "follows": "follows from its first letter",
+    "sampled_1_follows": "the same at T 1",
     "sampled_1_exact_match": "whole answers at T 1",
     "sampled_1_rouge_l": "ROUGE-L at T 1",
     "sampled_1_realized_slots": "slots at T 1",
