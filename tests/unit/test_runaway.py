@@ -86,7 +86,9 @@ def test_rounds_that_get_better_or_that_draw_more_or_nothing_are_not_named() -> 
 def _told_of_lines(*lines: dict[str, float | None]) -> list[str]:
     """Return what the training loop says of lines of `metrics.jsonl`."""
     loop = SimpleNamespace(
-        _recipe=Recipe(output_dir="o", deepspeed="d", data=DataConfig(train="t")), _runaway=Runaway()
+        _recipe=Recipe(output_dir="o", deepspeed="d", data=DataConfig(train="t")),
+        _runaway=Runaway(),
+        _run=SimpleNamespace(total_steps=len(lines)),
     )
     return [told for line in lines if (told := BetweenSteps._runs_away(cast(BetweenSteps, loop), line))]
 
