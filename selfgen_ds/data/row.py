@@ -88,8 +88,8 @@ class TrainingRow:
 def stored_row(table: datasets.Dataset, index: int) -> dict[str, Any]:
     """Return the columns of one row of a table: lists as int64 or bool arrays, other values as Python's.
 
-    `table[index]` gives the same, but its formatter takes a tenth of a small step, and so does a copy of
-    `table.features`.
+    `table[index]` gives the same, but its formatter takes a tenth of a small step, and copying
+    `table.features` a little more.
     """
     row = table.data.slice(index, 1)
     values = {}
