@@ -11,7 +11,7 @@ def follows(prompt: str, answer: str, reference: str) -> float:
         answer: A key, and then values and keys in turn, such as `BcC`.
         reference: Gives the number of letters alone.
     """
-    value_of = dict(zip(prompt[0:-1:2], prompt[1:-1:2], strict=True))
+    value_of = dict(zip(prompt[0:-1:2], prompt[1:-1:2], strict=False))
     right = 0
     for place, letter in enumerate(answer[1 : len(reference)], start=1):
         before = answer[place - 1]

@@ -19,7 +19,7 @@ from typing import Any
 
 from selfgen_ds.pilot.runs import as_options
 
-WARM_UPS = {"sort": 1500, "running_sum": 500, "random_start": 500}
+WARM_UPS = {"sort": 1500, "running_sum": 2000, "random_start": 500}
 """Task -> steps of its warm-up."""
 METRICS = ["exact_match", "sampled_2_accuracy", "recovery_4"]
 _PRESET = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
