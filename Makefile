@@ -36,7 +36,7 @@ demo: install
 	DS_ACCELERATOR=cpu $(BIN)/selfgen-ds compare runs/demo/sft runs/demo/scheduled_sampling --output_dir runs/demo
 	@echo
 	@echo "Both models took as many operations. The one trained on its own tokens is surer of the reference after"
-	@echo "what it has written itself (free_running_loss), has more right tokens in sampled answers (sampled_*_accuracy),"
+	@echo "what it has written itself (free_running_loss), has more right tokens in hot samples (sampled_2_accuracy),"
 	@echo "and goes on after a wrong token (recovery_*). The price: it learns more slowly (loss), and fewer answers are"
 	@echo "right as a whole (exact_match, sampled_1_exact_match). docs/choosing.md has longer runs, and what to choose."
 	@echo "Models: runs/demo/sft/model, runs/demo/scheduled_sampling/model. Report: runs/demo/comparison.html"

@@ -19,7 +19,6 @@ from experiments.evidence_report import RESULTS
 _COLUMNS = {
     "final_answer": "final answer",
     "exact_match": "greedy answers",
-    "free_running_accuracy": "tokens of them",
     "rouge_l": "ROUGE-L",
     "bleu": "BLEU",
     "realized_slots": "slots",
@@ -32,7 +31,6 @@ _COLUMNS = {
     "sampled_2_accuracy": "tokens at T 2",
     "sampled_2_after_slip_last": "own slips mended",
     "recovery_4": "after a forced error",
-    "free_running_loss": "loss after its own tokens",
     "loss": "loss",
     "differing_share": "drawn tokens that differ",
 }

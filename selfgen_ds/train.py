@@ -108,7 +108,7 @@ def take_step(
 
 def _has_dft(optim: OptimConfig, step: int, total_steps: int) -> bool:
     """Return whether a step, counted from 0, has the loss `dft`."""
-    return optim.loss == "dft" and step >= round((1.0 - optim.dft_share) * total_steps)
+    return optim.loss == "dft" and step >= min(round((1.0 - optim.dft_share) * total_steps), total_steps - 1)
 
 
 def _due(step: int, every: int | None) -> bool:

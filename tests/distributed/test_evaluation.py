@@ -49,9 +49,9 @@ def task_recipe(folder: Path, steps: int, **changes: object) -> Recipe:
     return runs.recipe(folder, **(settings | changes))
 
 
-def write_task_rows(folder: Path, count: int, task: str = "pointer_chase") -> str:
-    """Write the first training rows of a task to a file, and return its path."""
-    pairs = islice(generate(task, "train"), count)
+def write_task_rows(folder: Path, count: int) -> str:
+    """Write the first training rows of the task to a file, and return its path."""
+    pairs = islice(generate("pointer_chase", "train"), count)
     lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder / "rows.jsonl")
@@ -59,8 +59,8 @@ def write_task_rows(folder: Path, count: int, task: str = "pointer_chase") -> st
 
 def evaluated(settings: Recipe) -> dict[str, float]:
     """Evaluate the exported model by the sub-command, and return the metrics."""
-    out, data = settings.output_dir, str(settings.data.eval)
-    evaluate.run(EvaluateOptions(model=f"{out}/model", data=data, output_dir=out, max_samples=64, max_length=64))
+    out = settings.output_dir
+    evaluate.run(EvaluateOptions(model=f"{out}/model", data=TASK, output_dir=out, max_samples=64, max_length=64))
     return json.loads((Path(out) / "evaluation.json").read_text())["metrics"]
 
 
@@ -255,34 +255,31 @@ def test_the_scalars_go_to_every_monitor_of_the_json(two_ranks: Ranks, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_mixing_teaches_recovery_from_an_error_with_the_operations_of_sft(one_rank: Ranks, tmp_path: Path) -> None:
-    """The product's claim, on a shorter demo: sft is lost after one wrong token.
+def test_mixing_teaches_recovery_from_an_error(one_rank: Ranks, tmp_path: Path) -> None:
+    """The claim of recovery, on `pointer_chase`: `sft` knows the task, but is lost after one wrong token.
 
     At stage 0, because a step of this small model at stage 3 takes several times as long.
     """
-    warm_up = task_recipe(tmp_path, 250, selfgen=runs.SFT, output_dir=str(tmp_path / "warm-up"))
-    start = {"model": ModelConfig(name_or_path=str(tmp_path / "warm-up" / "model"), dtype="float32")}
-    mixture = SelfgenConfig(replace_probability=0.25, temperature=3.0)
-    settings = {
-        "warm-up": warm_up,
-        "sft": task_recipe(tmp_path, 260, selfgen=runs.SFT, output_dir=str(tmp_path / "sft"), **start),
-        "mixing": task_recipe(tmp_path, 200, selfgen=mixture, output_dir=str(tmp_path / "mixing"), **start),
-    }
-    rows, metrics = write_task_rows(tmp_path, 260 * 32, "sort"), {}
+    settings = {"sft": task_recipe(tmp_path, 500, selfgen=runs.SFT, output_dir=str(tmp_path / "sft"))}
+    settings["mixing"] = task_recipe(
+        tmp_path,
+        400,
+        selfgen=SelfgenConfig(replace_probability=0.5, temperature=2.0),
+        model=ModelConfig(name_or_path=str(tmp_path / "sft" / "model"), dtype="float32"),
+        output_dir=str(tmp_path / "mixing"),
+    )
+    rows, metrics = write_task_rows(tmp_path, 500 * 32), {}
     for name, recipe in settings.items():
         recipe.train.micro_batch_size, recipe.data.train, recipe.deepspeed = 32, rows, with_stage(tmp_path, 0)
-        recipe.data.eval = "builtin:sort"
         one_rank.run(runs.run_training, recipe, timeout=300)
-        if name != "warm-up":
-            metrics[name] = one_rank.run(evaluated, recipe)[0]
-    operations = [sum(row["flops"] for row in runs.metrics(settings[name])) for name in ("sft", "mixing")]
-    assert operations[1] < operations[0]
-    assert metrics["sft"]["recovery_1"] < 0.2
-    assert metrics["mixing"]["recovery_1"] > 0.5
-    assert metrics["mixing"]["recovery_last"] > metrics["sft"]["recovery_last"] + 0.2
+        metrics[name] = one_rank.run(evaluated, recipe)[0]
+    assert all(values["exact_match"] > 0.97 for values in metrics.values())
+    assert metrics["sft"]["recovery_1"] < 0.1
+    assert metrics["mixing"]["recovery_1"] > 0.6
+    assert metrics["mixing"]["recovery_last"] > metrics["sft"]["recovery_last"] + 0.3
 
-    compare.run(CompareOptions(runs=[str(tmp_path / name) for name in metrics], output_dir=str(tmp_path)))
+    compare.run(CompareOptions(runs=[str(tmp_path / name) for name in settings], output_dir=str(tmp_path)))
     wanted = ("scheduled_sampling", "recovery_1")
     (row,) = (row for row in comparison_rows(tmp_path) if (row["method"], row["metric"]) == wanted)
-    assert row["paired_low"] > 0.3
+    assert row["paired_low"] > 0.4
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
