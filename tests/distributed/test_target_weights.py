@@ -53,7 +53,7 @@ def weighted_steps(recipe: Recipe, weight: float) -> dict[str, Any]:
     for step in range(STEPS):
         batches = run.method.contexts(run.step_batches.at(step), run.policy, step)
         read.append(batches)
-        dft = recipe.optim.loss == "dft" and step >= STEPS - recipe.optim.dft_share * STEPS
+        dft = recipe.optim.loss == "dft" and step >= STEPS - max(1.0, recipe.optim.dft_share * STEPS)
         results.append(train_step(run.engine, batches, recipe.optim.label_smoothing, weight, dft=dft))
     parameters = {name: runs.whole(p) for name, p in run.engine.module.named_parameters()}
     return {"batches": read, "results": results, "parameters": parameters}
@@ -120,7 +120,9 @@ def test_the_step_is_the_weighted_mean_over_all_micro_batches_and_ranks(
             assert torch.allclose(parameter.double(), parameters[name], rtol=1e-4, atol=2e-4), name
 
 
-@pytest.mark.parametrize("dft_share", [None, 1.0, 1 / 3], ids=["cross_entropy", "dft", "dft in the last step"])
+@pytest.mark.parametrize(
+    "dft_share", [None, 1.0, 2 / 3, 0.01], ids=["cross_entropy", "dft", "dft in two of three", "dft in one at least"]
+)
 def test_a_run_trains_with_the_recipes_weights(two_ranks: Ranks, tmp_path: Path, dft_share: float | None) -> None:
     selfgen = SelfgenConfig(replace_probability=0.5, temperature=2.0, drawn_context_weight=3.0)
     (tmp_path / "start").mkdir()
