@@ -12,7 +12,8 @@ from experiments.evidence_report import COMPARED, RESULTS
 
 _SHOWN = (
     *("final_answer", "exact_match", "free_running_accuracy", "rouge_l", "bleu", "realized_slots", "follows"),
-    *("embedding_distance", "sampled_1_exact_match", "sampled_1_rouge_l", "sampled_1_realized_slots"),
+    *("sampled_1_follows", "embedding_distance", "sampled_1_exact_match", "sampled_1_rouge_l"),
+    "sampled_1_realized_slots",
     *("sampled_1.5_accuracy", "sampled_2_accuracy", "sampled_2.5_accuracy", "sampled_2_exact_match"),
     *("sampled_2_after_slip_last", "recovery_1", "recovery_4", "recovery_last", "corrected_1_exact_match"),
     *("corrected_1_wrong_to_right", "corrected_1_right_to_wrong", "corrected_2_exact_match", "noise_0.05_accuracy"),

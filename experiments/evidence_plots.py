@@ -18,45 +18,53 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.evidence_report import RESULTS
+from experiments.evidence_tables import COLUMNS
 
 _COLORS = {"sft": "#555555", "scheduled_sampling": "#1f77b4"}
 _CURVES = ("sampled_2_accuracy", "sampled_1_exact_match", "recovery_4", "loss")
 
 
+_SHOWN = (
+    *("exact_match", "sampled_1_exact_match", "sampled_2_exact_match", "sampled_2_accuracy", "follows"),
+    *("sampled_1_follows", "rouge_l", "sampled_1_rouge_l", "realized_slots", "final_answer", "recovery_4"),
+)
+"""Metrics of the figures of arms, of those that a study has."""
+
+
 def main(folder: str) -> None:
-    for path in sorted(RESULTS.glob("*-test.json")):
-        differences(path, Path(folder) / f"evidence-{path.stem.removesuffix('-test')}.png")
     for path in sorted(RESULTS.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if tested := [line for line in lines if line["part"] == "test"]:
+            differences = json.loads((RESULTS / f"{path.stem}-test.json").read_text(encoding="utf-8"))
+            arms(tested, differences, Path(folder) / f"evidence-{path.stem}.png")
         if curves := [line for line in lines if line["part"] == "curves"]:
             learning_curves(path.stem, curves, Path(folder) / f"curves-{path.stem}.png")
 
 
-def differences(path: Path, image: Path) -> None:
-    """Draw the differences of all arms to sft in some metrics, with their intervals over seeds and rows."""
-    rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["baseline"] == "sft"]
-    present = {row["metric"] for row in rows}
-    wished = (
-        "exact_match",
-        "sampled_1_exact_match",
-        "sampled_2_accuracy",
-        "rouge_l",
-        "sampled_1_rouge_l",
-        "recovery_4",
-    )
-    metrics = [name for name in wished if name in present]
-    figure, panels = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics) + 1.5, 3.6), sharey=True, squeeze=False)
+def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: Path) -> None:
+    """Draw a dot for each seed of each arm, and a line at the mean of sft, in some metrics.
+
+    Args:
+        lines: A line per run, as `evidence_report.write_run` writes them.
+        differences: What `evidence_report.write_comparison` returns.
+    """
+    verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
+    names = list(dict.fromkeys(method for method, _ in verdicts))
+    metrics = [name for name in _SHOWN if name in lines[0]["metrics"]]
+    figure, panels = plt.subplots(1, len(metrics), figsize=(2.2 * len(metrics) + 1.8, 3.8), sharey=True, squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
-        of_metric = [row for row in rows if row["metric"] == metric and row["paired_difference"] is not None]
-        for place, row in enumerate(reversed(of_metric)):
-            color = {"better": "#2a8f4f", "worse": "#c0392b"}.get(row["verdict"], "#777777")
-            axes.plot([row["paired_low"], row["paired_high"]], [place, place], color=color)
-            axes.plot([row["paired_difference"]], [place], "o", color=color, markersize=4)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(of_metric)), [row["method"] for row in reversed(of_metric)], fontsize=8)
-        axes.set_title(metric, fontsize=9)
+        values = {
+            arm: [line["metrics"][metric] for line in lines if line["arm"] == arm and metric in line["metrics"]]
+            for arm in names
+        }
+        axes.axvline(float(np.mean(values["sft"])), color="#bbbbbb", linewidth=0.8)
+        for place, arm in enumerate(reversed(names)):
+            color = {"better": "#2a8f4f", "worse": "#c0392b"}.get(verdicts.get((arm, metric), ""), "#555555")
+            axes.plot(values[arm], [place] * len(values[arm]), "o", color=color, alpha=0.6, markersize=4)
+        axes.set_yticks(range(len(names)), names[::-1], fontsize=8)
+        axes.set_title(COLUMNS[metric], fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
-    figure.supxlabel("difference to sft at its budget (green: better, red: worse)", fontsize=8)
+    figure.supxlabel("a dot for each seed; grey line: mean of sft; green: surely better than sft, red: worse", fontsize=8)
     _save(figure, image)
 
 
@@ -68,7 +76,7 @@ def learning_curves(study: str, lines: list[dict[str, Any]], image: Path) -> Non
         for method, color in _COLORS.items():
             of_method = [line["curve"] for line in lines if line["arm"] == f"{method}-curve"]
             _plot(axes, of_method, metric, color, method)
-        axes.set_title(metric, fontsize=9)
+        axes.set_title(COLUMNS[metric], fontsize=9)
         axes.tick_params(labelsize=7)
         if metric == "loss":
             axes.set_yscale("log")

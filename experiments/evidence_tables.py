@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.evidence_report import RESULTS
 
-_COLUMNS = {
+COLUMNS = {
     "final_answer": "final answer",
     "exact_match": "greedy answers",
     "rouge_l": "ROUGE-L",
@@ -59,8 +59,8 @@ def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
     """
     verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
     arms = [arm for arm in dict.fromkeys(arm for arm, _ in verdicts) if any(line["arm"] == arm for line in lines)]
-    names = [name for name in _COLUMNS if any(name in line["metrics"] for line in lines)]
-    text = [f"| | {' | '.join(_COLUMNS[name] for name in names)} | seeds |", "|---" * (len(names) + 2) + "|"]
+    names = [name for name in COLUMNS if any(name in line["metrics"] for line in lines)]
+    text = [f"| | {' | '.join(COLUMNS[name] for name in names)} | seeds |", "|---" * (len(names) + 2) + "|"]
     for arm in arms:
         of_arm = [line["metrics"] for line in lines if line["arm"] == arm]
         cells = []
