@@ -52,6 +52,10 @@ class Estimate:
     """The part of the variance that the rows cause."""
     of_seeds: _Variances = field(default_factory=list)
     """The parts that the seeds cause."""
+    of_both: float = 0.0
+    """The variance that a row causes in one seed and not in another; `of_rows` and `of_seeds` both contain it."""
+    counted: int = 0
+    """Rows that the metric counts, on the side with fewer of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +80,12 @@ class Sample:
         return np.asarray(self.statistics.any(axis=(0, 2)))
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
-        """Return the mean over seeds for drawn rows.
+        """Return the value of every seed for drawn rows: `[resamples, seeds]`; NaN if no drawn row counts the metric.
 
         Args:
             counts: `[resamples, rows]`, how often each row is drawn.
         """
-        values = self.of_sums(np.stack([counts @ of_seed for of_seed in self.statistics], axis=1))
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # no drawn row may count the metric
-            return np.nanmean(values, axis=1)
+        return self.of_sums(np.stack([counts @ of_seed for of_seed in self.statistics], axis=1))
 
 
 @np.errstate(invalid="ignore")  # a diverged model has values that are not finite
@@ -94,7 +96,8 @@ def mean(sample: Sample, seed: int = 0) -> Estimate:
         seed: Seed of the drawn rows.
     """
     drawn = np.concatenate([sample.resampled(counts) for counts in _draws(sample.statistics.shape[1], seed)])
-    return _estimate(float(sample.values.mean()), drawn, _of_seeds(sample), int(sample.counted.sum()))
+    value = float(sample.values.mean())
+    return _estimate(value, _over_seeds(drawn), _of_seeds(sample), int(sample.counted.sum()), _of_both(drawn))
 
 
 @np.errstate(invalid="ignore")
@@ -108,28 +111,27 @@ def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0
     """
     rows = min(int(sample.counted.sum()), int(baseline.counted.sum()))
     draws = _draws(sample.statistics.shape[1], seed)
-    drawn = np.concatenate([sample.resampled(counts) - baseline.resampled(counts) for counts in draws])
+    ours, theirs = (np.concatenate([one.resampled(counts) for counts in draws]) for one in (sample, baseline))
+    drawn = _over_seeds(ours) - _over_seeds(theirs)
     value = float(sample.values.mean() - baseline.values.mean())
     if same_seeds:
-        return _estimate(value, drawn, _of_values(sample.values - baseline.values), rows)
-    return _estimate(value, drawn, _of_two(sample, baseline), rows)
+        return _estimate(value, drawn, _of_values(sample.values - baseline.values), rows, _of_both(ours - theirs))
+    return _estimate(value, drawn, _of_two(sample, baseline), rows, _of_both(ours) + _of_both(theirs))
 
 
-def rows_needed(found: Estimate, rows: int, counted: int, level: float) -> int | None:
-    """Return about how many rows would show a difference as large as the one that was found, with the same seeds.
+def rows_needed(found: Estimate, rows: int, level: float, seeds_factor: float = 1.0) -> int | None:
+    """Return about how many rows would show a difference as large as the one that was found.
 
     Args:
         rows: Rows that the difference was found with.
-        counted: Those of them that the metric counts.
         level: Largest p that shows it.
+        seeds_factor: How many times as many seeds there are.
 
     Returns:
         A number with two digits that count; None if the seeds differ too much for any number of rows, or are not known.
     """
-    variance, degrees = found.of_rows
     for factor in _FACTORS if found.of_seeds else ():
-        more = variance / factor, round((degrees + 1) * factor) - 1
-        if counted * factor >= LEAST_ROWS and _surest(found.value, more, found.of_seeds)[1] <= level:
+        if found.counted * factor >= LEAST_ROWS and _p_of_more(found, factor, seeds_factor) <= level:
             return _two_digits(rows * factor)
     return None
 
@@ -144,11 +146,37 @@ def seeds_needed(found: Estimate, seeds: int, level: float) -> int | None:
     Returns:
         None if the rows are too few for any number of seeds, or the seeds are not known.
     """
-    for count in range(seeds, _MOST_SEEDS + 1) if found.of_seeds else ():
-        more = [(variance * seeds / count, count - 1) for variance, _ in found.of_seeds]
-        if _surest(found.value, found.of_rows, more)[1] <= level:
+    enough = found.of_seeds and found.counted >= LEAST_ROWS
+    for count in range(seeds, _MOST_SEEDS + 1) if enough else ():
+        if _p_of_more(found, 1.0, count / seeds) <= level:
             return count
     return None
+
+
+def rows_and_seeds_needed(found: Estimate, rows: int, seeds: int, level: float) -> tuple[int, int] | None:
+    """Return about how many rows, together with how many more seeds, would show a difference as large as that found.
+
+    Of the numbers of seeds, twice, four times and so on as many, it is the first that some number of rows goes with.
+    None if none does, or the seeds are not known.
+    """
+    count = 2 * seeds
+    while count <= _MOST_SEEDS:
+        if (needed := rows_needed(found, rows, level, count / seeds)) is not None:
+            return needed, count
+        count *= 2
+    return None
+
+
+def _p_of_more(found: Estimate, rows_factor: float, seeds_factor: float) -> float:
+    """Return p of the same difference, found with so many times as many rows and seeds."""
+    variance, degrees = found.of_rows
+    of_rows = max(0.0, variance - found.of_both) + found.of_both / seeds_factor
+    more_rows = of_rows / rows_factor, round((degrees + 1) * rows_factor) - 1
+    whole = sum(part for part, _ in found.of_seeds)
+    share = min(1.0, found.of_both / whole) if whole else 0.0  # of the seeds' variance, which rows lower too
+    kept = (1.0 - share + share / rows_factor) / seeds_factor
+    more_seeds = [(part * kept, round((df + 1) * seeds_factor) - 1) for part, df in found.of_seeds]
+    return _least_sure(found.value, more_rows, more_seeds)[1]
 
 
 def _two_digits(value: float) -> int:
@@ -187,6 +215,26 @@ def _of_values(values: np.ndarray) -> _Variances | None:
     return [(float(values.var(ddof=1)) / len(values), len(values) - 1)] if len(values) > 1 else None
 
 
+def _over_seeds(drawn: np.ndarray) -> np.ndarray:
+    """Return the mean over the seeds: `[resamples, seeds]` to `[resamples]`."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # no drawn row may count the metric
+        return np.nanmean(drawn, axis=1)
+
+
+def _of_both(drawn: np.ndarray) -> float:
+    """Return the variance of a mean over seeds that a row causes in one seed and not in another.
+
+    Args:
+        drawn: `[resamples, seeds]`, the value of every seed in every resample of the rows.
+    """
+    seeds = drawn.shape[1]
+    if seeds < 2:
+        return 0.0
+    centred = drawn - _over_seeds(drawn)[:, None]
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return float(np.nanvar(centred, axis=0, ddof=1).mean() / (seeds - 1))
+
+
 def _of_seeds(sample: Sample) -> _Variances | None:
     """Return the variance of a sample's mean that its seeds cause; None if it is not known."""
     return [] if sample.fixed else _of_values(sample.values)
@@ -204,18 +252,19 @@ def _of_two(sample: Sample, baseline: Sample) -> _Variances | None:
     return [(known[0][0] * (known[0][1] + 2), known[0][1])] if known else None
 
 
-def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows: int) -> Estimate:
+def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows: int, of_both: float) -> Estimate:
     """Return an estimate.
 
     Args:
         drawn: The value in every resample of the rows.
         of_seeds: The variances that the seeds cause; None if they are not known.
         rows: Rows that the metric counts.
+        of_both: The variance of `_of_both`.
     """
     if not math.isfinite(value):
         return Estimate(value=value, low=math.nan, high=math.nan, p=1.0, seeds_known=of_seeds is not None)
     of_rows = (float(np.nanvar(drawn, ddof=1)), rows - 1)
-    half, p = _surest(value, of_rows, of_seeds or [])
+    half, p = _least_sure(value, of_rows, of_seeds or [])
     if half == 0 and value != 0:
         p = 2.0 ** (1 - max(1, rows))  # all rows agree; if the truth were 0, their signs would by chance alone
     p = 1.0 if rows < LEAST_ROWS else p
@@ -227,10 +276,12 @@ def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows
         seeds_known=of_seeds is not None,
         of_rows=of_rows,
         of_seeds=of_seeds or [],
+        of_both=of_both,
+        counted=rows,
     )
 
 
-def _surest(value: float, of_rows: _Variance, of_seeds: _Variances) -> tuple[float, float]:
+def _least_sure(value: float, of_rows: _Variance, of_seeds: _Variances) -> tuple[float, float]:
     """Return half the width of the 95 % interval of a value, and its p: of rows and seeds, or of the seeds alone."""
     tests = [_student(value, parts) for parts in ([of_rows, *of_seeds], of_seeds)]
     return max(half for half, _ in tests), max(p for _, p in tests)

@@ -28,7 +28,9 @@ def title_of(groups: list[Group]) -> str:
     data = groups[0].settings["data"]
     sources = data if isinstance(data, list) else [data]
     paths = ", ".join(source if isinstance(source, str) else source["path"] for source in sources)
-    return f"{len(groups)} model{'s' * (len(groups) > 1)} on {groups[0].rows} rows of {paths}"
+    rows, prompts = groups[0].rows, groups[0].prompts
+    of_prompts = f" with {prompts} prompts" if prompts < rows else ""
+    return f"{len(groups)} model{'s' * (len(groups) > 1)} on {rows} rows{of_prompts} of {paths}"
 
 
 def html(groups: list[Group], rows: list[Row], figures: list[Figure]) -> str:

@@ -22,6 +22,8 @@ class RunScores:
 
     sample_ids: np.ndarray
     """`[rows]` int64."""
+    prompts: np.ndarray
+    """`[rows]` int64, a number for each prompt; rows whose answer follows on nothing have one each."""
     references: str
     """Checksum of the references' texts."""
     statistics: dict[str, np.ndarray]
@@ -42,10 +44,14 @@ def read_scores(path: Path) -> RunScores:
         InputError: It is damaged, or of an older version.
         ValueError: Rows have different statistics of a metric.
     """
-    ids, references, columns, curves = array("q"), hashlib.sha256(), _Columns(), Curves()
+    ids, prompts, references = array("q"), array("q"), hashlib.sha256()
+    known: dict[bytes, int] = {}
+    columns, curves = _Columns(), Curves()
     examples: list[SampleScore] = []
     for score in predictions.read(path):
         columns.add(len(ids), score.statistics)
+        own = score.prompt or f"row {len(ids)}"
+        prompts.append(known.setdefault(hashlib.sha256(own.encode()).digest(), len(known)))
         ids.append(score.sample_id)
         references.update(f"{len(score.reference)} {score.reference}".encode())
         curves.add(score)
@@ -53,6 +59,7 @@ def read_scores(path: Path) -> RunScores:
             examples.append(score)
     return RunScores(
         sample_ids=np.array(ids, dtype=np.int64),
+        prompts=np.array(prompts, dtype=np.int64),
         references=references.hexdigest(),
         statistics=columns.arrays(len(ids)),
         curves=curves,

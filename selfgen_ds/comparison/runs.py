@@ -66,6 +66,11 @@ class Group:
         return len(self.runs[0])
 
     @property
+    def prompts(self) -> int:
+        """The number of different prompts of these rows."""
+        return len(np.unique(self.runs[0].prompts))
+
+    @property
     def metrics(self) -> list[str]:
         """The metrics that some row of every run counts, in the order in which the evaluation gives them."""
         return [
@@ -84,10 +89,25 @@ class Group:
         """What the rows of all runs say by position."""
         return reduce(Curves.__add__, [run.curves for run in self.runs])
 
-    def sample(self, metric: str) -> Sample:
-        """Return the statistics of a metric; a row that does not count it has zeros."""
-        statistics = np.stack([run.statistics[metric] for run in self.runs])
+    def sample(self, metric: str, chosen: np.ndarray | None = None) -> Sample:
+        """Return the statistics of a metric, of which the rows with one prompt are one: they err together.
+
+        A row that does not count the metric has zeros.
+
+        Args:
+            chosen: `[rows]` bool, which rows count; by default all.
+        """
+        rows = np.ones(self.rows, dtype=bool) if chosen is None else chosen
+        prompts = np.unique(self.runs[0].prompts[rows], return_inverse=True)[1]
+        statistics = np.stack([_sums(run.statistics[metric][rows], prompts) for run in self.runs])
         return Sample(statistics=statistics, of_sums=metric_of(metric).of_sums, fixed=not self.seeds)
+
+
+def _sums(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return the sums of the rows of `values` that have the same number, which count from 0."""
+    sums = np.zeros((numbers.max(initial=-1) + 1, *values.shape[1:]))
+    np.add.at(sums, numbers, values)
+    return sums
 
 
 def load_run(folder: Path) -> dict[str, Any]:

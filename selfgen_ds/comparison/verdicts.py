@@ -31,24 +31,24 @@ def compared(groups: list[Group], metrics: list[str]) -> list[dict[str, Any]]:
     """Return the rows of `comparison.json`: one per group and metric. The baseline is the first group.
 
     The p-values of the differences in the table are corrected together, for their number. Those that cannot show
-    anything, because the difference is 0 or hardly any row counts, have p 1 and do not count in that number (after
-    Tarone 1990).
+    anything, because hardly any row counts, do not count in that number (after Tarone 1990).
     """
     baseline = groups[0]
     pairs = [(group, metric) for group in groups for metric in metrics]
     told = bar("compare", "metric", iterable=pairs, total=len(pairs), leave=False, delay=SECONDS)
     rows = [_row(group, baseline, metric) for group, metric in told]
-    corrected = iter(holm([row["p"] for row in tested(rows)]))
     for row in rows:
-        if row["p"] is not None:
-            row["p_corrected"] = next(corrected) if row["p"] < 1 else 1.0
-            row["verdict"] = _verdict(row)
+        row["p_corrected"] = None if row["p"] is None else 1.0
+    for row, corrected in zip(tested(rows), holm([row["p"] for row in tested(rows)]), strict=True):
+        row["p_corrected"] = corrected
+    for row in rows:
+        row["verdict"] = None if row["p"] is None else _verdict(row)
     return rows
 
 
 def tested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows whose differences are tested, and count in the correction."""
-    return [row for row in rows if row["p"] is not None and row["p"] < 1]
+    return [row for row in rows if row["p"] is not None and row["counted"] >= LEAST_ROWS]
 
 
 def _row(group: Group, baseline: Group, metric: str) -> dict[str, Any]:
@@ -68,15 +68,14 @@ def _row(group: Group, baseline: Group, metric: str) -> dict[str, Any]:
         "paired_low": None,
         "paired_high": None,
         "p": None,
-        "p_corrected": None,
-        "verdict": None,
+        "counted": estimate.counted,
         "seeds_known": estimate.seeds_known,
     }
     if group is not baseline:
         same_seeds = bool(group.seeds) and group.seeds == baseline.seeds
         found = difference(sample, baseline.sample(metric), same_seeds)
         row |= {"paired_difference": found.value, "paired_low": found.low, "paired_high": found.high, "p": found.p}
-        row["seeds_known"] = found.seeds_known
+        row |= {"counted": found.counted, "seeds_known": found.seeds_known}
     return row
 
 
@@ -110,7 +109,7 @@ def rule(rows: list[dict[str, Any]]) -> str:
     """Return the rule by which a difference gets a word."""
     return (
         f"A difference is called better or worse if its p, corrected for the {len(tested(rows))} differences of this "
-        f"report (Holm), is below 5 %, and if at least {LEAST_ROWS} rows count in it."
+        f"report (Holm), is below 5 %, and if rows of at least {LEAST_ROWS} prompts count in it."
     )
 
 

@@ -153,7 +153,10 @@ def needed(row: Row) -> str:
         parts.append(f"{row['rows_needed']:,} held-out rows")
     if row["seeds_needed"] is not None:
         parts.append(f"{row['seeds_needed']} seeds")
-    return " or ".join(parts) or "more rows and more seeds"
+    if not parts and row["rows_and_seeds_needed"] is not None:
+        rows, seeds = row["rows_and_seeds_needed"]
+        parts.append(f"{rows:,} held-out rows and {seeds} seeds")
+    return " or ".join(parts) or ("more seeds" if row["seeds"] == 1 else "far more rows and seeds")
 
 
 def _cost_cells(cost: Row) -> list[list[str]]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from selfgen_ds.comparison.intervals import LEAST_ROWS, Estimate, Sample, difference, holm, rows_needed, seeds_needed
+from selfgen_ds.comparison.intervals import (
+    LEAST_ROWS,
+    Estimate,
+    difference,
+    holm,
+    rows_and_seeds_needed,
+    rows_needed,
+    seeds_needed,
+)
 from selfgen_ds.comparison.runs import Group
 from selfgen_ds.evaluation.metrics import kind_and_metric, metric_of
 
@@ -72,7 +79,7 @@ def _corrects(group: Group) -> bool:
 def _row(group: Group, baseline: Group, metric: str, of_kind: np.ndarray | None = None) -> dict[str, Any]:
     kind, base = kind_and_metric(metric)
     of_baseline = base if kind.startswith("corrected_") else metric
-    ours, theirs = _sample(group, metric, of_kind), _sample(baseline, of_baseline, of_kind)
+    ours, theirs = group.sample(metric, of_kind), baseline.sample(of_baseline, of_kind)
     found = difference(ours, theirs, same_seeds=group.seeds == baseline.seeds)
     return {
         "method": group.method,
@@ -84,8 +91,8 @@ def _row(group: Group, baseline: Group, metric: str, of_kind: np.ndarray | None 
         "low": found.low,
         "high": found.high,
         "p": found.p,
-        "rows": len(ours.counted),
-        "counted": int(ours.counted.sum()),
+        "rows": group.rows if of_kind is None else int(of_kind.sum()),
+        "counted": found.counted,
         "seeds": len(group.seeds),
         "estimate": found,
     }
@@ -96,7 +103,7 @@ def _worded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     With a single seed, nothing is known of other seeds, and nothing is shown.
     """
-    tested = [row for row in rows if row["p"] < 1]
+    tested = [row for row in rows if row["counted"] >= LEAST_ROWS]  # the others cannot show anything (Tarone 1990)
     for row in rows:
         row["p_corrected"] = 1.0
     for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
@@ -107,17 +114,13 @@ def _worded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shown = row["p_corrected"] < LEVEL and found.seeds_known and np.isfinite(found.value)
         helps = (found.value > 0) == (better == "higher")
         row["verdict"] = ("helps" if helps else "harms") if shown else "no difference shown"
-        row |= {"rows_needed": None, "seeds_needed": None}
+        row |= {"rows_needed": None, "seeds_needed": None, "rows_and_seeds_needed": None}
         if not shown and np.isfinite(found.value) and found.value != 0:
             level = LEVEL / max(1, len(tested))
-            row["rows_needed"] = rows_needed(found, row["rows"], row["counted"], level)
-            row["seeds_needed"] = seeds_needed(found, row["seeds"], level) if row["counted"] >= LEAST_ROWS else None
+            row["rows_needed"] = rows_needed(found, row["rows"], level)
+            row["seeds_needed"] = seeds_needed(found, row["seeds"], level)
+            row["rows_and_seeds_needed"] = rows_and_seeds_needed(found, row["rows"], row["seeds"], level)
     return rows
-
-
-def _sample(group: Group, metric: str, of_kind: np.ndarray | None) -> Sample:
-    sample = group.sample(metric)
-    return sample if of_kind is None else replace(sample, statistics=sample.statistics[:, of_kind])
 
 
 def _mean(group: Group, metric: str) -> float:

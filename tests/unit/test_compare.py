@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from selfgen_ds import compare
+from selfgen_ds.comparison.runs import load_run
 from selfgen_ds.config import (
     CompareOptions,
     DataConfig,
@@ -23,7 +24,7 @@ from selfgen_ds.errors import InputError
 
 KEYS = {
     *("run", "label", "method", "seeds", "metric", "mean", "low", "high"),
-    *("paired_difference", "paired_low", "paired_high", "p", "p_corrected", "verdict", "seeds_known"),
+    *("paired_difference", "paired_low", "paired_high", "p", "p_corrected", "verdict", "counted", "seeds_known"),
 }
 
 
@@ -45,6 +46,7 @@ def _run_folder(
     dtype: Literal["float32", "bfloat16"] = "float32",
     data: str = "test.jsonl",
     first_sample_id: int = 0,
+    rows_of_a_prompt: int = 1,
     losses: list[tuple[float, int]] | None = None,
 ) -> str:
     """Write a run with a metric, and loss and tokens of each row, as train and evaluate do; return its folder."""
@@ -57,7 +59,7 @@ def _run_folder(
         seed=seed,
     )
     rows = [
-        _prediction(first_sample_id + i, value, loss, tokens)
+        _prediction(first_sample_id + i, value, loss, tokens) | {"prompt": f"p{i // rows_of_a_prompt}"}
         for i, (value, (loss, tokens)) in enumerate(
             zip(exact_match, losses or [(1.0, 2)] * len(exact_match), strict=True)
         )
@@ -157,6 +159,27 @@ def test_a_difference_that_is_the_same_on_every_row_is_certain(tmp_path: Path) -
     row = _compare(tmp_path, a, b)[1]
     assert [row["paired_low"], row["paired_difference"], row["paired_high"]] == pytest.approx([0.5] * 3, abs=1e-12)
     assert row["high"] - row["low"] > 0.05
+
+
+def test_rows_with_one_prompt_are_one_in_the_intervals(tmp_path: Path) -> None:
+    """Each answer ten times, to the same prompt, tells no more than once."""
+    found = []
+    for name, times in (("once", 1), ("ten times", 10)):
+        (folder := tmp_path / name).mkdir()
+        values = np.random.default_rng(0).integers(0, 2, (2, 40)).repeat(times, axis=1).astype(float).tolist()
+        a = _run_folder(folder / "a", values[0], rows_of_a_prompt=times)
+        b = _run_folder(folder / "b", values[1], rows_of_a_prompt=times, method="bash")
+        found.append(_compare(folder, a, b)[1])
+    assert found[0]["counted"] == found[1]["counted"] == 40
+    for name in ("mean", "low", "high", "paired_difference", "paired_low", "paired_high", "p"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-6), name
+
+
+def test_rows_without_a_prompt_are_not_taken_as_one(tmp_path: Path) -> None:
+    folder = Path(_run_folder(tmp_path / "a", [0.0, 1.0] * 10))
+    text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    (folder / "predictions.jsonl").write_text(re.sub(r'"prompt": "p\d+"', '"prompt": ""', text), encoding="utf-8")
+    assert load_run(folder)["scores"].prompts.tolist() == list(range(20))
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row_whose_interval_covers_their_spread(tmp_path: Path) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from selfgen_ds.comparison.intervals import Estimate, Sample, difference, rows_needed, seeds_needed
+from selfgen_ds.comparison.intervals import (
+    Estimate,
+    Sample,
+    difference,
+    rows_and_seeds_needed,
+    rows_needed,
+    seeds_needed,
+)
 from selfgen_ds.comparison.run_scores import RunScores
 from selfgen_ds.comparison.runs import Group
 from selfgen_ds.evaluation.curves import Curves
@@ -23,6 +31,7 @@ def _group(method: str, metrics: dict[str, np.ndarray]) -> Group:
     runs = [
         RunScores(
             sample_ids=np.arange(ROWS),
+            prompts=np.arange(ROWS),
             references="",
             statistics={name: np.stack([v[seed], np.ones(ROWS)], axis=1) for name, v in metrics.items()},
             curves=Curves(),
@@ -107,7 +116,7 @@ def test_the_rows_needed_are_all_of_which_the_metric_counts_a_part() -> None:
     rng = np.random.default_rng(0)
     values = np.array([0.1, 0.101, 0.099])[:, None] + 0.6 * rng.standard_normal((1, 100))
     found = _to_nothing(values - values.mean() + 0.1)
-    all_count, a_quarter_counts = rows_needed(found, 100, 100, 0.05), rows_needed(found, 400, 100, 0.05)
+    all_count, a_quarter_counts = rows_needed(found, 100, 0.05), rows_needed(found, 400, 0.05)
     assert all_count is not None
     assert a_quarter_counts is not None
     assert all_count > 100
@@ -168,13 +177,35 @@ def test_the_rows_needed_show_the_difference_and_fewer_do_not() -> None:
 
     few = found(200)
     assert few.p > 0.05
-    needed = rows_needed(few, 200, 200, 0.05)
+    needed = rows_needed(few, 200, 0.05)
     assert needed is not None
     assert found(round(1.3 * needed)).p < 0.05 < found(round(0.6 * needed)).p
 
 
+def test_rows_lower_what_each_seed_gets_wrong_by_itself_too() -> None:
+    """The means of the seeds differ as much as 100 rows of deviation 1 let them (by 0.9 of the variance)."""
+    values = np.random.default_rng(0).standard_normal((3, 100))
+    values += -values.mean(axis=1, keepdims=True) + 0.1 + math.sqrt(0.9 / 100) * np.array([[-1.0], [0.0], [1.0]])
+    found = _to_nothing(values)
+    needed = rows_needed(found, 100, 0.05)
+    # Student's t of two degrees of freedom: 4.303 * sqrt(0.9 / (3 * rows)) is 0.1 at 555 rows
+    assert needed is not None
+    assert 555 <= needed <= 620, "a factor is at most 1.1 too large"
+
+
+def test_where_rows_or_seeds_alone_show_nothing_both_do() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1, 100))
+    found = _to_nothing(0.05 + 2 * (rows - rows.mean()) + np.array([[-0.05], [0.0], [0.05]]))
+    assert (rows_needed(found, 100, 0.05), seeds_needed(found, 3, 0.05)) == (None, None)
+    both = rows_and_seeds_needed(found, 100, 3, 0.05)
+    assert both is not None
+    assert both[0] > 1000
+    assert both[1] == 12, "2.2 * 0.05 / sqrt(12) is below 0.05, and 2.6 * 0.05 / sqrt(6) is not by enough"
+
+
 def test_seeds_that_differ_too_much_cannot_be_made_up_for_by_rows() -> None:
     found = _to_nothing(np.stack([np.full(100, value) for value in (0.3, -0.1, 0.1)]))
-    assert rows_needed(found, 100, 100, 0.05) is None
+    assert rows_needed(found, 100, 0.05) is None
     # Student's t of a mean of 0.1 with a deviation of 0.2: 2.11 * 0.2 / sqrt(18) is below 0.1, and that of 17 is not
     assert seeds_needed(found, 3, 0.05) == 18
