@@ -42,6 +42,8 @@ _SECTIONS: list[tuple[str, type, str]] = [
     ("eval", config.EvalConfig, "eval."),
     ("inspect", config.InspectOptions, "--"),
     ("bench", config.BenchOptions, "--"),
+    ("probe", config.ProbeOptions, "--"),
+    ("pilot", config.PilotOptions, "--"),
     ("evaluate", config.EvaluateOptions, "--"),
     ("generate", config.GenerateOptions, "--"),
     ("compare", config.CompareOptions, ""),

@@ -27,6 +27,8 @@ import yaml
 from experiments import evidence_data, evidence_report
 from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import best_of, complete_checkpoints
+from selfgen_ds.cli import recipe_of
+from selfgen_ds.config import by_name, default_settings, flat
 from selfgen_ds.errors import RunFailed
 from selfgen_ds.pilot import budget, launching, workers
 from selfgen_ds.pilot.launching import Place
@@ -37,6 +39,9 @@ _PRESET = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, 
 _PRESET |= {"max_position_embeddings": 128}
 _MERGED = ("settings", "evaluation", "seeds", "arms")
 """Parts of the file of which a study gives only what differs."""
+_OF_PLACE = {"output_dir", "resume", "model.name_or_path", "data.train", "data.eval", "data.date", "--data"}
+"""Settings that differ with the folder, the machine and the day."""
+_WARM_UP = "warm-up"
 _PROBED_STEPS = 8
 _EVALUATIONS = 8
 """Evaluations of sft in the part `test`, among which the best checkpoint is; three times as many in `curves`."""
@@ -68,6 +73,11 @@ class Study:
         """The parts that the study has: a pretrained model is too slow for more than the test."""
         return ["test"] if self.pretrained else list(self.plan["seeds"])
 
+    @staticmethod
+    def split(part: str) -> str:
+        """Return the rows on which a part evaluates its runs."""
+        return "test" if part == "test" else "dev"
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of all runs."""
@@ -92,7 +102,7 @@ class Study:
 
     def warm_ups(self, seeds: list[int]) -> list[StudyRun]:
         """Return the runs that the other runs of their seeds start from."""
-        arm = Arm(name="warm-up", settings={"selfgen.method": "sft"})
+        arm = Arm(name=_WARM_UP, settings={"selfgen.method": "sft"})
         return [] if self.pretrained else [self.run(arm, seed, self.plan["warm_up"], "dev") for seed in seeds]
 
     def arms(self, part: str) -> Iterator[Arm]:
@@ -202,11 +212,10 @@ def study_of(plan: dict[str, Any], name: str, folder: Path, model: str) -> Study
 def carry_out(study: Study, part: str, source: Path, jobs: int) -> None:
     """Make all runs of a part of a study, and write its results."""
     evidence_data.write_rows(study.folder, study.data, source, study.plan["rows"])
-    places, seeds = launching.places(jobs, 1, []), study.plan["seeds"][part]
-    split = "test" if part == "test" else "dev"
+    places, seeds = launching.places(jobs, 1, launching.devices()), study.plan["seeds"][part]
     _carry_out(study.warm_ups(seeds), places, lambda run: None, "warm-up")
     arms = [(arm, study.steps(arm, seeds[0], places[0])) for arm in study.arms(part)]
-    runs = [study.run(arm, seed, steps, split) for seed in seeds for arm, steps in arms]
+    runs = [study.run(arm, seed, steps, study.split(part)) for seed in seeds for arm, steps in arms]
     best = [run for run in runs if run.arm.name == "sft" and part == "test" and not study.pretrained]
     lock = Lock()
 
@@ -231,12 +240,30 @@ def _carry_out(runs: list[StudyRun], places: list[Place], after: Callable[[Study
     """Carry out all runs.
 
     Raises:
-        RunFailed: A run failed, or another process carries it out.
+        RunFailed: A run failed, another process carries it out, or it was finished with other settings.
     """
+    for run in runs:
+        _check_settings(run)
     failures = workers.carry_out(runs, places, after, told)
     if left := [run.name for run in runs if not run.done]:
         told = "\n".join(map(str, failures.values()))
         raise RunFailed(f"not done: {', '.join(left)}\n{told}")
+
+
+def _check_settings(run: StudyRun) -> None:
+    """Check that a run that is finished was made as the study says now."""
+    if not run.evaluated:
+        return
+    made = default_settings() | flat(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")))
+    asked = by_name(recipe_of(["--config", run.recipe, *run.settings])[0])
+    if run.arm.name != _WARM_UP:  # of which the model alone is used
+        evaluated = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))["settings"]
+        made |= {f"--{name}": evaluated.get(name) for name in run.evaluation}
+        asked |= {f"--{name}": value for name, value in run.evaluation.items()}
+    for name, value in asked.items():
+        if made.get(name) != value and name not in _OF_PLACE:
+            told = f"{run.name} was made with {name} {made.get(name)!r}, and the study has {value!r}"
+            raise RunFailed(f"{told}; remove {run.folder} to make it anew")
 
 
 if __name__ == "__main__":

@@ -8,18 +8,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from experiments.evidence_report import COMPARED, RESULTS
+from experiments.evidence_metrics import TESTED, TITLES
+from experiments.evidence_report import RESULTS
 
-_SHOWN = (
-    *("final_answer", "exact_match", "free_running_accuracy", "rouge_l", "bleu", "realized_slots", "follows"),
-    *("sampled_1_follows", "embedding_distance", "sampled_1_exact_match", "sampled_1_rouge_l"),
-    "sampled_1_realized_slots",
-    *("sampled_1.5_accuracy", "sampled_2_accuracy", "sampled_2.5_accuracy", "sampled_2_exact_match"),
-    *("sampled_2_after_slip_last", "recovery_1", "recovery_4", "recovery_last", "corrected_1_exact_match"),
-    *("corrected_1_wrong_to_right", "corrected_1_right_to_wrong", "corrected_2_exact_match", "noise_0.05_accuracy"),
-    *("noise_0.05_exact_match", "calibration_error", "entropy", "loss", "differing_share"),
-)
-"""Metrics that are shown of every run, of those that a study has."""
 _PARTS = {"test": "Test rows", "dev": "Development rows", "curves": "Learning curves, at their end"}
 
 
@@ -40,12 +31,12 @@ def page(study: str, lines: list[dict[str, Any]]) -> str:
         "",
         f"Written by `python -m experiments.evidence_pages` from `{study}.jsonl`. The settings are in",
     ]
-    text += ["`../evidence.yaml`; [choosing.md](../../docs/choosing.md) says what follows.", ""]
+    text += ["`../evidence.yaml`; [evidence.md](../../docs/evidence.md) says what follows.", ""]
     for part, title in _PARTS.items():
         of_part = [line for line in lines if line["part"] == part]
         if not of_part:
             continue
-        metrics = [name for name in _SHOWN if any(name in line["metrics"] for line in of_part)]
+        metrics = [name for name in TITLES if any(name in line["metrics"] for line in of_part)]
         text += [f"## {title}", ""]
         compared = RESULTS / f"{study}-{part}.json"
         if compared.exists():
@@ -56,7 +47,7 @@ def page(study: str, lines: list[dict[str, Any]]) -> str:
 
 def _comparison(rows: list[dict[str, Any]]) -> list[str]:
     """Return tables of the means, and of the differences to each baseline that are sure, bold."""
-    text, metrics = [], [name for name in COMPARED if any(row["metric"] == name for row in rows)]
+    text, metrics = [], [name for name in TESTED if any(row["metric"] == name for row in rows)]
     for baseline in dict.fromkeys(row["baseline"] for row in rows):
         of_baseline = {(row["method"], row["metric"]): row for row in rows if row["baseline"] == baseline}
         arms = dict.fromkeys(arm for arm, _ in of_baseline)

@@ -1,4 +1,4 @@
-"""The figures of docs/choosing.md, from `experiments/results/`.
+"""The figures of docs/evidence.md and docs/choosing.md, from `experiments/results/`.
 
 python -m experiments.evidence_plots docs/images
 """
@@ -17,18 +17,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from experiments.evidence_metrics import METRICS, TITLES
 from experiments.evidence_report import RESULTS
-from experiments.evidence_tables import COLUMNS
 
 _COLORS = {"sft": "#555555", "scheduled_sampling": "#1f77b4"}
 _CURVES = ("sampled_2_accuracy", "sampled_1_exact_match", "recovery_4", "loss")
-
-
-_SHOWN = (
-    *("exact_match", "sampled_1_exact_match", "sampled_2_exact_match", "sampled_2_accuracy", "follows"),
-    *("sampled_1_follows", "rouge_l", "sampled_1_rouge_l", "realized_slots", "final_answer", "recovery_4"),
-)
-"""Metrics of the figures of arms, of those that a study has."""
 
 
 def main(folder: str) -> None:
@@ -50,7 +43,7 @@ def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: 
     """
     verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
     names = list(dict.fromkeys(method for method, _ in verdicts))
-    metrics = [name for name in _SHOWN if name in lines[0]["metrics"]]
+    metrics = [metric.name for metric in METRICS if metric.drawn and metric.name in lines[0]["metrics"]]
     figure, panels = plt.subplots(1, len(metrics), figsize=(2.2 * len(metrics) + 1.8, 3.8), sharey=True, squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
         values = {
@@ -62,9 +55,11 @@ def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: 
             color = {"better": "#2a8f4f", "worse": "#c0392b"}.get(verdicts.get((arm, metric), ""), "#555555")
             axes.plot(values[arm], [place] * len(values[arm]), "o", color=color, alpha=0.6, markersize=4)
         axes.set_yticks(range(len(names)), names[::-1], fontsize=8)
-        axes.set_title(COLUMNS[metric], fontsize=9)
+        axes.set_title(TITLES[metric], fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
-    figure.supxlabel("a dot for each seed; grey line: mean of sft; green: surely better than sft, red: worse", fontsize=8)
+    figure.supxlabel(
+        "a dot for each seed; grey line: mean of sft; green: surely better than sft, red: worse", fontsize=8
+    )
     _save(figure, image)
 
 
@@ -76,7 +71,7 @@ def learning_curves(study: str, lines: list[dict[str, Any]], image: Path) -> Non
         for method, color in _COLORS.items():
             of_method = [line["curve"] for line in lines if line["arm"] == f"{method}-curve"]
             _plot(axes, of_method, metric, color, method)
-        axes.set_title(COLUMNS[metric], fontsize=9)
+        axes.set_title(TITLES[metric], fontsize=9)
         axes.tick_params(labelsize=7)
         if metric == "loss":
             axes.set_yscale("log")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.evidence_metrics import TESTED, TITLES
 from selfgen_ds.comparison.costs import cost_of
 from selfgen_ds.comparison.runs import Group, grouped, load_run
 from selfgen_ds.comparison.verdicts import compared
@@ -15,25 +15,6 @@ from selfgen_ds.files import as_json, write_atomically
 from selfgen_ds.pilot.runs import StudyRun
 
 RESULTS = Path(__file__).parent / "results"
-_KEPT = re.compile(
-    r"(sampled_[\d.]+_|noise_[\d.]+_|corrected_\d_|)(loss|exact_match|accuracy|free_running_accuracy|last_token|slips"
-    r"|after_slip_(1|4|last)|wrong_to_right|right_to_wrong|rouge_l|bleu|realized_slots|embedding_distance|final_answer"
-    r"|calibration_error|entropy|follows|teacher_forced_accuracy)|recovery_.*|free_running_loss"
-)
-
-COMPARED = (
-    *("final_answer", "exact_match", "free_running_accuracy", "rouge_l", "bleu", "realized_slots", "follows"),
-    *(
-        "sampled_1_follows",
-        "embedding_distance",
-        "sampled_1_exact_match",
-        "sampled_1_rouge_l",
-        "sampled_1_realized_slots",
-    ),
-    *("sampled_1.5_accuracy", "sampled_2_exact_match", "sampled_2_accuracy", "sampled_2_after_slip_last"),
-    *("recovery_4", "corrected_1_exact_match", "noise_0.05_exact_match", "free_running_loss", "loss"),
-)
-"""Metrics of which differences are tested, of those that a study has; each one more makes the others less sure."""
 
 
 def write_run(run: StudyRun, study: str, part: str) -> None:
@@ -48,7 +29,7 @@ def write_run(run: StudyRun, study: str, part: str) -> None:
         "steps": cost.steps,
         "flops": cost.flops,
     }
-    line["metrics"] = {name: round(v, 5) for name, v in evaluation["metrics"].items() if _KEPT.fullmatch(name)}
+    line["metrics"] = {name: round(v, 5) for name, v in evaluation["metrics"].items() if name in TITLES}
     if (differing := _differing_share(run.folder / "metrics.jsonl")) is not None:
         line["metrics"]["differing_share"] = round(differing, 5)
     if part == "curves":
@@ -78,7 +59,7 @@ def _curve(path: Path) -> list[dict[str, float]]:
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         flops += line["flops"]
         if evaluated := {name[5:]: round(v, 5) for name, v in line.items() if name.startswith("eval_")}:
-            kept = {name: v for name, v in evaluated.items() if _KEPT.fullmatch(name)}
+            kept = {name: v for name, v in evaluated.items() if name in TITLES}
             curve.append({"step": line["step"], "flops": flops, **kept})
     return curve
 
@@ -93,7 +74,7 @@ def write_comparison(runs: list[StudyRun], study: str, part: str, control: str =
     for name in dict.fromkeys(run.arm.name for run in runs):
         (group,) = grouped([load_run(run.folder) for run in runs if run.arm.name == name])
         groups.append(replace(group, method=name))
-    metrics = [name for name in COMPARED if name in groups[0].metrics]
+    metrics = [name for name in TESTED if name in groups[0].metrics]
     rows = [{"baseline": groups[0].method, **row} for row in compared(groups, metrics)]
     if of_control := [group for group in groups if group.method == control]:
         others = [group for group in groups if group.method not in (control, groups[0].method)]

@@ -17,14 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from selfgen_ds.files import as_json, write_atomically
 from selfgen_ds.pilot.runs import as_options
 
 WARM_UPS = {"sort": 1500, "running_sum": 2000, "random_start": 500}
 """Task -> steps of its warm-up."""
-METRICS = ["exact_match", "sampled_2_accuracy", "recovery_4"]
+METRICS = ["exact_match", "sampled_1_exact_match", "sampled_2_accuracy", "recovery_4", "loss"]
+"""Those that a pilot chooses itself, and the tokens at a temperature at which the model errs."""
+RESULTS = Path(__file__).parent / "results" / "pilot_check.json"
 _PRESET = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 _COMMON = {
-    "config": "recipes/demo.yaml",
+    "config": "experiments/evidence_recipe.yaml",
     "deepspeed": "zero2",
     "train.activation_checkpointing": False,
     "train.micro_batch_size": 32,
@@ -49,18 +52,18 @@ def main() -> None:
             own: dict[str, Any] = {"selfgen.method": "sft", "train.max_steps": steps, "eval.every": steps}
             own |= {"model.preset": _PRESET | {"max_position_embeddings": 64}, "seed": 100, "resume": "auto"}
             call("train", _COMMON | rows | own | {"output_dir": str(warm_up)})
-        metrics = METRICS
-        evaluation: dict[str, Any] = {"sample_temperatures": [2.0]}
-        if task == "random_start":
-            metrics, evaluation = [*METRICS, "follows"], evaluation | {"metric": "experiments.following:follows"}
+        evaluation = {"sample_temperatures": [1.0, 2.0]}
         own = {"model.name_or_path": str(warm_up / "model"), "rows": options.rows, "held_out": 512}
-        own |= {"train.epochs": options.epochs, "methods": [_MIXTURE], "metrics": metrics, "evaluation": evaluation}
+        own |= {"train.epochs": options.epochs, "methods": [_MIXTURE], "metrics": METRICS, "evaluation": evaluation}
         call("pilot", _COMMON | rows | own | {"jobs": options.jobs, "output_dir": str(folder / "pilot")})
+    verdicts = {}
     for task in WARM_UPS:
         document = json.loads((Path(options.output_dir) / task / "pilot" / "pilot.json").read_text(encoding="utf-8"))
+        verdicts[task] = document["verdicts"]
         for row in document["verdicts"]:
             interval = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
             print(f"{task}: {row['verdict']} in {row['metric']}: {interval}")
+    write_atomically(RESULTS, as_json(verdicts))
 
 
 def call(command: str, settings: dict[str, Any]) -> None:

@@ -351,7 +351,7 @@ class PilotOptions:
     held_out: int = 200
     """Rows to evaluate on, drawn from `data.eval` if the recipe has it, and otherwise from the other training rows."""
     methods: list[str | dict[str, Any]] = field(default_factory=list)
-    """Methods to compare with sft: names, `[bash, rac]`, or settings of `selfgen`, also with some of `optim`:
+    """Methods to compare with sft: names, `[bash, rac]`, or settings of `selfgen` and, with their section, of `optim`:
     `[{method: bash, temperature: 2, optim.loss: dft}]`. Default: that of the recipe, or `scheduled_sampling` if it is
     sft."""
     seeds: int = 3

@@ -18,6 +18,7 @@ from selfgen_ds.errors import InputError, RunFailed, Stopped
 from selfgen_ds.ranks import process_group, signals
 
 _SECONDS = 0.2  # between two looks at the processes
+_LIBC = ctypes.CDLL(None)  # loaded here, because after a fork among threads only little is safe to call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,4 +124,4 @@ def _start(arguments: list[str], place: Place, log: Path, output: Path | None) -
 
 def _die_with_parent() -> None:
     """Let this process be killed when the one that started it dies: a run that goes on would hold its folder."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux

@@ -28,6 +28,7 @@ from selfgen_ds.config import (
     Recipe,
     SelfgenConfig,
     by_name,
+    default_settings,
     to_yaml,
 )
 from selfgen_ds.errors import InputError, Problems, RunFailed
@@ -36,7 +37,16 @@ from selfgen_ds.evaluation.metrics import is_taken, metric_of
 from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.pilot import launching, report, workers
 from selfgen_ds.pilot.launching import Place
-from selfgen_ds.pilot.planning import RECIPE, Plan, Probes, as_setting, begin_anew, check_evaluation, plan_of
+from selfgen_ds.pilot.planning import (
+    RECIPE,
+    Plan,
+    Probes,
+    as_setting,
+    begin_anew,
+    check_evaluation,
+    check_metrics,
+    plan_of,
+)
 from selfgen_ds.pilot.rows import PilotRows, draw, kinds
 from selfgen_ds.pilot.runs import Arm, StudyRun
 from selfgen_ds.validation.options import check_evaluate
@@ -45,8 +55,11 @@ from selfgen_ds.validation.recipe import check_recipe
 log = logging.getLogger("selfgen_ds")
 
 _RECORD, _LOCK = "pilot.yaml", ".pilot.lock"
-_NOT_RECORDED = {"methods", "seeds", "metrics", "group_by", "jobs", "keep_models"}
+_MAY_CHANGE = {"methods", "seeds", "metrics", "group_by", "jobs", "keep_models"}
 """Options that may change when a pilot goes on."""
+_OF_EVALUATION = ("evaluation", "corrections", "metrics")
+"""What was recorded of the evaluation; it may change as long as no run has been evaluated."""
+_LAUNCHERS = {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"}  # of torchrun and deepspeed, and of mpirun
 _OF_DATA = ("prompt_column", "completion_column", "messages_column", "as_chat", "prompt_template", "max_refused_share")
 _OF_MODEL = ("chat_template", "attn_implementation", "trust_remote_code")
 """Options of `evaluate` that the recipe's sections `data` and `model` give."""
@@ -64,7 +77,7 @@ def pilot(recipe: Recipe, options: PilotOptions) -> None:
         RunFailed: A run failed; the other methods are done and reported.
         Stopped: A signal came; the runs that were under way are saved.
     """
-    if "LOCAL_RANK" in os.environ:
+    if _LAUNCHERS & os.environ.keys():
         raise InputError("pilot: start one process on each host, without a launcher; --ranks and --jobs start others")
     problems = Problems()
     arms = arms_of(problems, recipe, options)
@@ -89,8 +102,10 @@ def pilot(recipe: Recipe, options: PilotOptions) -> None:
     elif arms[0] in complete:
         report.write([_group(arm, runs) for arm in complete], plan, rows, recipe, options)
     if failures:
-        lines = "\n".join(f"{name}: {error}" for name, error in failures.items())
-        raise RunFailed(f"{lines}\nthe other methods are done; the same command repeats the runs that failed")
+        lines = [f"{name}: {error}" for name, error in failures.items()]
+        if not of_others:
+            lines.append("the other methods are reported" if arms[0] in complete else "without sft, there is no report")
+        raise RunFailed("\n".join([*lines, "the same command repeats the runs that failed"]))
 
 
 @contextmanager
@@ -116,8 +131,12 @@ def _prepare(
     Only one process may call this at a time.
     """
     folder = Path(recipe.output_dir)
-    recorded = _recorded(recipe, options)
-    if not (begun := _is_begun(folder, recorded)):
+    evaluated = sorted(folder.glob("runs/*/.evaluated"))
+    before, record = _before(folder), _record(arms, recipe, options)
+    if before:
+        record["corrections"] = record["corrections"] or before.get("corrections", {})
+        _check_unchanged(before, record, folder, set() if evaluated else {*_OF_EVALUATION})
+    else:
         begin_anew(folder)
     rows = draw(recipe.data, options.rows, options.held_out, recipe.seed, folder / "data")
     if options.group_by is not None:
@@ -125,14 +144,21 @@ def _prepare(
     if not (path := folder / RECIPE).exists():
         write_atomically(path, to_yaml(_recipe_of_runs(recipe, rows)))
     day = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["date"]
-    evaluation = _evaluation(arms, recipe, options, rows) | {"date": day}
+    evaluation = _evaluation(recipe, rows) | record["corrections"] | options.evaluation | {"date": day}
     with workers.stopping() as stop:
         probes = Probes(recipe=str(path), rows=rows, place=place, folder=folder / "probe", stop=stop)
-        if not begun and recipe.model.name_or_path is not None and recipe.model.tokenizer is None:
-            check_evaluation(recipe.model.name_or_path, evaluation, options.metrics, probes)
+        if evaluated:
+            check_metrics(options.metrics, evaluated[0].parent)
+        elif _starts_whole(recipe) and any(before.get(name) != record[name] for name in _OF_EVALUATION):
+            check_evaluation(str(recipe.model.name_or_path), evaluation, options.metrics, probes)
         plan = plan_of(arms, recipe, probes, folder)
-    write_atomically(folder / _RECORD, yaml.safe_dump(recorded, sort_keys=False))
+    write_atomically(folder / _RECORD, yaml.safe_dump(record, sort_keys=False))
     return rows, plan, evaluation
+
+
+def _starts_whole(recipe: Recipe) -> bool:
+    """Return whether there is a model with its tokenizer that can be evaluated before any run has made one."""
+    return recipe.model.name_or_path is not None and recipe.model.tokenizer is None
 
 
 def arms_of(problems: Problems, recipe: Recipe, options: PilotOptions) -> list[Arm]:
@@ -150,7 +176,8 @@ def arms_of(problems: Problems, recipe: Recipe, options: PilotOptions) -> list[A
         parts = [str(settings["method"]), *(f"{key}-{value}" for key, value in settings.items() if key != "method")]
         name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
         if any(arm.name == name for arm in arms):
-            problems.add(f"--methods: expected every method once, and sft not at all, got {name} twice")
+            twice = "" if name == "sft" else " twice"
+            problems.add(f"--methods: expected every method once, and sft not at all, got {name}{twice}")
         dotted = {key if "." in key else f"selfgen.{key}": value for key, value in settings.items()}
         arms.append(Arm(name=name, settings=dotted))
     return arms
@@ -202,37 +229,53 @@ def _evaluation_options(problems: Problems, given: dict[str, Any]) -> EvaluateOp
     return EvaluateOptions(**vars(parsed))
 
 
-def _recorded(recipe: Recipe, options: PilotOptions) -> dict[str, Any]:
-    """Return the settings of a pilot that must not change when it goes on."""
-    of_options = {name: value for name, value in asdict(options).items() if name not in _NOT_RECORDED}
+def _record(arms: list[Arm], recipe: Recipe, options: PilotOptions) -> dict[str, Any]:
+    """Return the settings of a pilot, which are recorded in its folder."""
     path = packaged.find(recipe.deepspeed, "ds_configs")
-    return (
-        by_name(recipe) | of_options | {"DeepSpeed JSON": path.read_text(encoding="utf-8") if path.is_file() else None}
-    )
+    json_text = path.read_text(encoding="utf-8") if path.is_file() else None
+    asked: dict[str, Any] = {}
+    if cues := _cues(arms, recipe):
+        (cue,) = cues
+        asked = {"correction_rounds": 1} | ({} if cue is None else {"cue": cue})
+    return by_name(recipe) | asdict(options) | {"corrections": asked, "DeepSpeed JSON": json_text}
 
 
-def _is_begun(folder: Path, settings: dict[str, Any]) -> bool:
-    """Return whether the folder has a pilot whose plan is made, and record that a pilot is here.
+def _before(folder: Path) -> dict[str, Any]:
+    """Return the record of the pilot of the folder, empty before its plan is made; record that a pilot is here.
 
     Raises:
-        InputError: The pilot has other settings, or the folder holds something else.
+        InputError: The folder holds something else.
     """
     path = folder / _RECORD
     if not path.exists():
         if others := sorted(entry.name for entry in folder.iterdir() if entry.name != _LOCK):
             raise InputError(f"output_dir: expected an empty folder, or that of a pilot; {folder} has {others[0]}")
         write_atomically(path, "{}\n")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not before:
-        return False
-    free = set() if any(folder.glob("runs/*/.evaluated")) else {"evaluation"}
+    before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return default_settings() | before if before else {}  # an older version did not have every setting
+
+
+def _check_unchanged(before: dict[str, Any], record: dict[str, Any], folder: Path, free: set[str]) -> None:
+    """Check that a pilot goes on as it was begun.
+
+    Args:
+        free: Names that may change, besides those that always may.
+
+    Raises:
+        InputError: Other settings differ.
+    """
     problems = Problems()
-    for name in {**before, **settings}:
-        old, new = before.get(name), settings.get(name)
-        if old != new and name not in free:
-            problems.add(f"{name}: the pilot in {folder} was begun with {old!r}, got {new!r}; give another output_dir")
+    for name, new in record.items():
+        if before.get(name, new) == new or name in free | _MAY_CHANGE:
+            continue
+        if name == "corrections":
+            how = f"with {before[name]}" if before[name] else "without corrections"
+            problems.add(f"--methods: runs of the pilot in {folder} were evaluated {how}, and rac needs {new}")
+        else:
+            problems.add(f"{name}: the pilot in {folder} was begun with {before.get(name)!r}, got {new!r}")
+    if problems.lines:
+        problems.add("output_dir: give another one for a pilot with other settings")
     problems.raise_all()
-    return True
 
 
 def _recipe_of_runs(recipe: Recipe, rows: PilotRows) -> Recipe:
@@ -267,15 +310,11 @@ def _runs(
     ]
 
 
-def _evaluation(arms: list[Arm], recipe: Recipe, options: PilotOptions, rows: PilotRows) -> dict[str, Any]:
-    """Return the options of `evaluate`: those that were given, and those by which rows are read as in training."""
+def _evaluation(recipe: Recipe, rows: PilotRows) -> dict[str, Any]:
+    """Return the options of `evaluate` by which the held-out rows are read as those of the training are."""
     read = {name: getattr(recipe.data, name) for name in (*_OF_DATA, "max_length")}
     read |= {name: getattr(recipe.model, name) for name in _OF_MODEL}
-    asked: dict[str, Any] = {}
-    if cues := _cues(arms, recipe):
-        (cue,) = cues
-        asked = {"correction_rounds": 1} | ({} if cue is None else {"cue": cue})
-    return {"data": as_setting(rows.held_out)} | read | asked | options.evaluation
+    return {"data": as_setting(rows.held_out)} | read
 
 
 def _log_plan(plan: Plan, rows: PilotRows, runs: list[StudyRun], jobs: int) -> None:

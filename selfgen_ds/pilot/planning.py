@@ -151,9 +151,10 @@ def _planned(arm: Arm, recipe: Recipe, plan: Plan, probes: Probes) -> ArmPlan:
     steps = budget.steps_within(price, plan.sft_steps, *shape)
     if not steps:
         least = budget.cost_of(price, 1, *shape) / plan.rows_per_step
+        longer = "train.epochs" if recipe.train.max_steps is None else "train.max_steps"
         raise InputError(
             f"{arm.name}: its first step, with the round before it if there is one, costs {least:.1f} steps of sft, "
-            f"and the budget is that of {plan.sft_steps}: raise train.epochs, or leave the method out"
+            f"and the budget is that of {plan.sft_steps}: raise {longer}, or leave the method out"
         )
     relative = budget.cost_of(price, steps, *shape) / (plan.sft_steps * plan.rows_per_step)
     return ArmPlan(steps=steps, cost=relative, step_time_s=cost["step_time_s"])
@@ -174,11 +175,23 @@ def check_evaluation(model: str, options: dict[str, Any], metrics: list[str], pr
     few = {"model": model, "max_samples": _EVALUATED_ROWS, "output_dir": str(probes.folder)}
     command = ["evaluate", *as_options(options | few)]
     launching.run(command, probes.place, probes.folder / "evaluate.log", probes.stop)
-    evaluation = json.loads((probes.folder / "evaluation.json").read_text(encoding="utf-8"))
+    check_metrics(metrics, probes.folder)
+    shutil.rmtree(probes.folder)
+
+
+def check_metrics(metrics: list[str], folder: Path) -> None:
+    """Check that an evaluation has made answers of the kinds that metrics need.
+
+    Args:
+        folder: Folder of the evaluation.
+
+    Raises:
+        InputError: It has not.
+    """
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     kinds = {kind_and_metric(name)[0] for name in evaluation["metrics"]}
     if missing := [name for name in metrics if kind_and_metric(name)[0] not in kinds]:
         raise InputError(f"--metrics: --evaluation asks for no answers of the kind of {', '.join(missing)}")
-    shutil.rmtree(probes.folder)
 
 
 def begin_anew(folder: Path) -> None:

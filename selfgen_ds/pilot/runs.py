@@ -48,6 +48,11 @@ class StudyRun:
         return self.folder.with_name(f"{self.name}.log")
 
     @property
+    def failure(self) -> Path:
+        """File with the reason why the run failed when it was last tried; absent if it did not."""
+        return self.folder.with_name(f"{self.name}.failed")
+
+    @property
     def evaluated(self) -> bool:
         """Whether all commands have ended well."""
         return (self.folder / ".evaluated").exists()

@@ -56,8 +56,8 @@ def carry_out(
         told: Name of the progress bar.
 
     Returns:
-        Name of an arm -> the `InputError` or `RunFailed` of the run that failed, after which no other run of the arm
-        was begun.
+        Name of an arm -> the `InputError` or `RunFailed` of its run that failed, here or in another process, after
+        which no other run of the arm was begun.
 
     Raises:
         Stopped: A signal came; the runs that were under way are saved.
@@ -65,6 +65,12 @@ def carry_out(
     left = deque(runs)
     failures: dict[str, Exception] = {}
     lock = Lock()
+    before = {run.name for run in runs if run.failure.exists()}  # they failed in an earlier call, and are tried again
+
+    def has_failed(run: StudyRun) -> bool:
+        if run.name not in before and not run.evaluated and run.failure.exists():  # another process has tried it
+            failures.setdefault(run.arm.name, RunFailed(run.failure.read_text(encoding="utf-8")))
+        return run.arm.name in failures
 
     def work(place: Place, stop: Event) -> None:
         while not stop.is_set():
@@ -72,11 +78,9 @@ def carry_out(
                 if not left:
                     return
                 run = left.popleft()
-            if run.arm.name in failures:
-                continue
             try:
                 with _claimed(run) as ours:
-                    if ours and not run.done:
+                    if ours and not run.done and not has_failed(run):
                         _finish(run, place, stop, after)
             except (InputError, RunFailed) as error:
                 failures.setdefault(run.arm.name, error)
@@ -90,6 +94,8 @@ def carry_out(
             future.result()
         if stop.is_set():
             raise Stopped
+    for run in runs:
+        has_failed(run)
     return failures
 
 
@@ -105,9 +111,14 @@ def _claimed(run: StudyRun) -> Iterator[bool]:
 
 
 def _finish(run: StudyRun, place: Place, stop: Event, after: Callable[[StudyRun], None]) -> None:
-    """Do what is left of a run."""
-    for command in run.commands:
-        launching.run(command, place, run.log, stop)
+    """Do what is left of a run; if it fails, other processes can read why."""
+    run.failure.unlink(missing_ok=True)
+    try:
+        for command in run.commands:
+            launching.run(command, place, run.log, stop)
+    except (InputError, RunFailed) as error:
+        run.failure.write_text(str(error), encoding="utf-8")
+        raise
     run.mark("evaluated")
     after(run)
     run.mark("done")
@@ -119,7 +130,7 @@ def _show(runs: list[StudyRun], futures: list[Future[None]], told: str) -> None:
     def done() -> float:
         return round(sum(run.share_done() for run in runs), 2)
 
-    with bar(told, "run", total=len(runs), initial=done()) as progress:
+    with bar(told, "run", total=len(runs), initial=done(), smoothing=0) as progress:  # runs take long, and differ
         while wait(futures, timeout=SECONDS).not_done:
             progress.update(done() - progress.n)
         progress.update(done() - progress.n)

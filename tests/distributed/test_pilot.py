@@ -85,8 +85,18 @@ def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdict
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")}
     pilot(recipe, options)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")} == before
-    with pytest.raises(InputError, match=r"rows: the pilot in .* was begun with 32, got 40"):
+    with pytest.raises(InputError, match=r"rows: the pilot in .* was begun with 32, got 40\noutput_dir: give another"):
         pilot(recipe, _options(methods=methods, rows=40))
+    with pytest.raises(InputError, match=r"--methods: runs of the pilot in .* were evaluated without corrections, and"):
+        pilot(recipe, _options(methods=["rac"]))
+    with pytest.raises(
+        InputError, match="--metrics: --evaluation asks for no answers of the kind of sampled_3_rouge_l"
+    ):
+        pilot(recipe, _options(methods=methods, metrics=["sampled_3_rouge_l"]))
+    # a setting that an older version did not have counts as its default
+    record = yaml.safe_load((folder / "pilot.yaml").read_text(encoding="utf-8"))
+    del record["optim.dft_share"]
+    (folder / "pilot.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
     # with another seed, only its runs are made
     pilot(recipe, _options(methods=["scheduled_sampling"], seeds=3))
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -100,6 +110,24 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path) -> 
         pilot(recipe, _options())
     assert (tmp_path / "data").exists()
     assert (tmp_path / "recipe.yaml").exists()
+
+
+def test_what_a_pretrained_model_is_asked_is_tried_before_the_first_run(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, "--model.preset", "null", "--model.tokenizer", "null")
+    recipe.model.name_or_path = runs.write_model(tmp_path)
+    with pytest.raises(
+        InputError, match="--metrics: --evaluation asks for no answers of the kind of sampled_3_rouge_l"
+    ):
+        pilot(recipe, _options(metrics=["sampled_3_rouge_l"]))
+    assert not (Path(recipe.output_dir) / "runs").exists()
+
+
+def test_rows_without_prompts_are_refused_before_the_first_run(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "no prompt", "completion": "x"}\n' * 60, encoding="utf-8")
+    with pytest.raises(InputError, match=r"rows.jsonl, line 1: field 'prompt' is missing"):
+        pilot(recipe, _options(methods=["rac"]))
+    assert not (Path(recipe.output_dir) / "runs").exists()
 
 
 @pytest.mark.slow
@@ -170,13 +198,14 @@ def test_a_method_that_fails_is_told_and_the_others_are_reported(
         (
             ("--train.epochs", "0.1"),
             {"methods": ["bash"]},
-            "bash: its first step, with the round before it .* steps of sft, and",
+            "bash: its first step, with the round before it .* steps of sft, and .*: raise train.epochs",
         ),
         (
             (),
             {"methods": ["bash", "bash"]},
             "--methods: expected every method once, and sft not at all, got bash twice",
         ),
+        ((), {"methods": ["sft"]}, "--methods: expected every method once, and sft not at all, got sft$"),
         ((), {"methods": [{"method": "bash", "depth": 3}]}, "--methods: expected names of methods, .*got depth"),
         (
             (),

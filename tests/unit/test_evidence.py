@@ -35,8 +35,8 @@ def test_every_run_of_a_study_is_a_recipe_and_an_evaluation(
     study = _study(name, tmp_path)
     for file in ("train", "dev", "test"):
         (tmp_path / f"{file}.jsonl").touch()
-    split = "test" if part == "test" else "dev"
-    runs = [*study.warm_ups([0]), *(study.run(arm, 0, 10, split) for arm in study.arms(part))]
+    warm_ups = study.warm_ups([0])
+    runs = [*warm_ups, *(study.run(arm, 0, 10, study.split(part)) for arm in study.arms(part))]
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         train, evaluate = run.commands
@@ -49,14 +49,15 @@ def test_every_run_of_a_study_is_a_recipe_and_an_evaluation(
         options = EvaluateOptions(**vars(cli._parse(evaluate).evaluate))
         check_evaluate(problems := Problems(), options)
         assert [line for line in problems.lines if "--model" not in line] == []
-        assert str(options.data).endswith((f"/{split}", f"/{split}.jsonl", "/dev", "/dev.jsonl"))
+        split = "dev" if run in warm_ups else study.split(part)
+        assert str(options.data).endswith((f"/{split}", f"/{split}.jsonl"))
 
 
 def test_only_the_part_test_reads_the_test_rows(tmp_path: Path) -> None:
     for name, part in PARTS:
         study = _study(name, tmp_path)
         if part != "test":
-            shown = json.dumps([study.run(arm, 0, 10, "dev").commands for arm in study.arms(part)])
+            shown = json.dumps([study.run(arm, 0, 10, study.split(part)).commands for arm in study.arms(part)])
             assert "/test" not in shown.replace(str(tmp_path), "")
 
 

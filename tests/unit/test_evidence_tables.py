@@ -1,4 +1,4 @@
-"""The tables of docs/choosing.md are those of the results, and are written into the page."""
+"""The tables of docs/evidence.md are those of the results, and are written into the page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = (("sft", 0, 0.25), ("sft", 1, 0.5), ("bash", 0, 0.75), ("bash", 1, 0.5), ("rac", 0, 0.1))
     lines = [
         {"part": "test", "arm": arm, "seed": seed, "metrics": {"exact_match": value, "chrf": 1.0, "loss": 0.1}}
+        | {"flops": 90.0 if arm == "bash" else 100.0}
         for arm, seed, value in runs
     ]
     lines.append(lines[0] | {"part": "dev", "metrics": {"exact_match": 0.9}})
@@ -35,11 +36,11 @@ def test_a_table_has_the_means_of_a_part_and_says_what_is_surely_better_or_worse
     evidence_tables.main(str(page))
     wanted = [
         "<!-- sort test -->",
-        "| | greedy answers | loss | seeds |",
-        "|---|---|---|---|",
-        "| sft | 0.375 | 0.100 | 2 |",
-        "| bash | 0.625↑ | 0.100 | 2 |",
-        "| rac | 0.100↓ | 0.100 | 1 |",
+        "| | greedy answers | loss | operations | seeds |",
+        "|---|---|---|---|---|",
+        "| sft | 0.375 | 0.100 | 1.00 | 2 |",
+        "| bash | 0.625↑ | 0.100 | 0.90 | 2 |",
+        "| rac | 0.100↓ | 0.100 | 1.00 | 1 |",
         "<!-- end -->",
     ]
     assert page.read_text().splitlines() == ["Before.", "", *wanted, "", "After."]
