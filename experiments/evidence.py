@@ -56,12 +56,12 @@ class Study:
     """The file, with the study's own part in place of the common values."""
     folder: Path
     model: str
-    """The pretrained model of studies that start from one."""
+    """The pretrained model of studies that start from one or measure by one (`{model}`)."""
 
     @property
     def data(self) -> str:
         """The built-in task or the data set."""
-        return str(self.plan.get("data") or self.plan.get("task") or self.name)
+        return str(self.plan["data"])
 
     @property
     def pretrained(self) -> bool:
@@ -97,7 +97,11 @@ class Study:
             folder=self.folder / split / f"{arm.name}-{seed}",
             recipe=self.plan["recipe"],
             steps=steps,
-            evaluation=self.plan["evaluation"] | {"data": rows[split]} | ({"as_chat": True} if self.pretrained else {}),
+            evaluation={
+                name: self.model if value == "{model}" else value for name, value in self.plan["evaluation"].items()
+            }
+            | {"data": rows[split]}
+            | ({"as_chat": True} if self.pretrained else {}),
         )
 
     def warm_ups(self, seeds: list[int]) -> list[StudyRun]:
@@ -193,19 +197,30 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data", help="folder with e2e/ and gsm8k/")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of studies that need one")
     parser.add_argument("--output_dir", default="runs/evidence")
+    parser.add_argument("--scale", type=int, default=1, help="so many times as many rows and steps, for a GPU")
     parser.add_argument("--jobs", type=int, help="number of runs at the same time; by default one for each core")
     options = parser.parse_args()
-    study = study_of(plan, options.study, Path(options.output_dir).absolute() / options.study, options.model)
+    name = options.study if options.scale == 1 else f"{options.study}-x{options.scale}"
+    folder = Path(options.output_dir).absolute() / name
+    study = replace(study_of(plan, options.study, folder, options.model, options.scale), name=name)
     if options.part not in study.parts:
         parser.error(f"{options.study} has {', '.join(study.parts)} alone")
     jobs = options.jobs or study.plan.get("jobs") or os.cpu_count() or 1
     carry_out(study, options.part, Path(options.data_dir), jobs)
 
 
-def study_of(plan: dict[str, Any], name: str, folder: Path, model: str) -> Study:
-    """Return a study of `evidence.yaml`; what it says itself comes before what the file says for all."""
+def study_of(plan: dict[str, Any], name: str, folder: Path, model: str, scale: int = 1) -> Study:
+    """Return a study of `evidence.yaml`; what it says itself comes before what the file says for all.
+
+    Args:
+        scale: How many times as many rows it has, to train and to evaluate on, and steps.
+    """
     own = plan["studies"][name]
     merged = plan | own | {part: plan[part] | own.get(part, {}) for part in _MERGED}
+    merged |= {size: scale * merged[size] for size in ("rows", "warm_up", "steps") if size in merged}
+    if "max_samples" in merged["evaluation"]:
+        merged["evaluation"] |= {"max_samples": scale * merged["evaluation"]["max_samples"]}
+    merged.setdefault("data", merged.get("task", name))
     return Study(name=name, plan=merged, folder=folder, model=model)
 
 

@@ -81,3 +81,11 @@ def test_rows_of_e2e_are_split_by_meaning_representation(tmp_path: Path) -> None
     assert parts["train"].isdisjoint(parts["dev"] | parts["test"])
     assert parts["dev"].isdisjoint(parts["test"])
     assert all(len(prompts) > 30 for prompts in parts.values())
+
+
+def test_a_scaled_study_has_as_many_times_the_rows_and_steps(tmp_path: Path) -> None:
+    study = evidence.study_of(PLAN, "smollm2-e2e", tmp_path, model=str(tmp_path), scale=10)
+    assert (study.plan["rows"], study.plan["steps"]) == (2400, 300)
+    (arm, *_) = study.arms("test")
+    assert study.run(arm, 0, 300, "test").evaluation["max_samples"] == 600
+    assert PLAN["studies"]["smollm2-e2e"]["evaluation"]["max_samples"] == 60
