@@ -128,13 +128,15 @@ class Study:
                     yield self._arm(name, known[name])
 
     def _varied(self) -> Iterator[Arm]:
-        """Yield a mixture, and mixtures that differ from it in one setting."""
+        """Yield a mixture, mixtures that differ from it in one setting, and arms to choose among."""
         base = {"method": "scheduled_sampling"} | self.plan["base"]
         yield self._arm("base", base)
         for name, values in self.plan["varied"].items():
             for value in values:
                 if base[name] != value:
                     yield self._arm(f"{name}-{value}", base | {name: value})
+        for name in self.plan.get("run_dev", ()):
+            yield self._arm(name, self.plan["arms"][name])
 
     def _arm(self, name: str, described: dict[str, Any], further: dict[str, Any] | None = None) -> Arm:
         given = (self.plan["lead"] if described.get("lead") else {}) | described

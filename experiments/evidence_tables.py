@@ -2,7 +2,7 @@
 
     python -m experiments.evidence_tables docs/evidence.md
 
-A table stands between the lines `<!-- STUDY PART -->` and `<!-- end -->` of the page, and is written anew.
+A table stands between the line of `_HEAD` and `<!-- end -->` of the page, and is written anew.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from experiments.evidence_metrics import METRICS
 from experiments.evidence_report import RESULTS
 
-_BLOCK = re.compile(r"<!-- (\S+) (\S+) -->\n.*?<!-- end -->\n", re.DOTALL)
+_HEAD = "<!-- Written by `python -m experiments.evidence_tables`: {study} {part} -->"
+_BLOCK = re.compile(_HEAD.format(study=r"(\S+)", part=r"(\S+)") + r"\n.*?<!-- end -->\n", re.DOTALL)
 
 
 def main(page: str) -> None:
@@ -29,7 +30,7 @@ def _block(study: str, part: str) -> str:
     lines = [json.loads(line) for line in (RESULTS / f"{study}.jsonl").read_text(encoding="utf-8").splitlines()]
     differences = json.loads((RESULTS / f"{study}-{part}.json").read_text(encoding="utf-8"))
     shown = table([line for line in lines if line["part"] == part], differences)
-    return f"<!-- {study} {part} -->\n{shown}\n<!-- end -->\n"
+    return f"{_HEAD.format(study=study, part=part)}\n{shown}\n<!-- end -->\n"
 
 
 def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:

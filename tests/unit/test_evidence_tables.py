@@ -32,10 +32,11 @@ def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_table_has_the_means_of_a_part_and_says_what_is_surely_better_or_worse_than_sft(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("Before.\n\n<!-- sort test -->\nold\n<!-- end -->\n\nAfter.\n")
+    head = evidence_tables._HEAD.format(study="sort", part="test")
+    page.write_text(f"Before.\n\n{head}\nold\n<!-- end -->\n\nAfter.\n")
     evidence_tables.main(str(page))
     wanted = [
-        "<!-- sort test -->",
+        head,
         "| | greedy answers | loss | operations | seeds |",
         "|---|---|---|---|---|",
         "| sft | 0.375 | 0.100 | 1.00 | 2 |",
