@@ -1,4 +1,4 @@
-"""Does it help? Methods and controls at the budget of sft, on one task: docs/results.md has the tables.
+"""Does it help? Methods and controls at the budget of sft, on one task: docs/evidence.md has the tables.
 
     python -m experiments.evidence sort --part dev       # vary the settings of the mixture one at a time
     python -m experiments.evidence sort --part test      # all arms; the test rows are read here alone

@@ -130,6 +130,16 @@ def test_rows_without_prompts_are_refused_before_the_first_run(tmp_path: Path) -
     assert not (Path(recipe.output_dir) / "runs").exists()
 
 
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"])
+def test_a_launcher_of_several_processes_is_refused(
+    tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path)
+    monkeypatch.setenv(variable, "0")
+    with pytest.raises(InputError, match="pilot: start one process on each host, without a launcher"):
+        pilot(recipe, _options())
+
+
 @pytest.mark.slow
 def test_a_pilot_that_is_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole = _recipe(tmp_path, "--output_dir", str(tmp_path / "whole"))

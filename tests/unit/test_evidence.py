@@ -11,8 +11,8 @@ import yaml
 from experiments import evidence, evidence_data
 from selfgen_ds import cli
 from selfgen_ds.cli import recipe_of
-from selfgen_ds.config import EvaluateOptions
-from selfgen_ds.errors import Problems
+from selfgen_ds.config import EvaluateOptions, to_yaml
+from selfgen_ds.errors import Problems, RunFailed
 from selfgen_ds.validation.options import check_evaluate
 from selfgen_ds.validation.recipe import check_recipe
 from tests.ranks import ROOT, SHARED
@@ -90,3 +90,23 @@ def test_a_scaled_study_has_as_many_times_the_rows_and_steps(tmp_path: Path) -> 
     (arm, *_) = study.arms("test")
     assert study.run(arm, 0, 300, "test").evaluation["max_samples"] == 600
     assert PLAN["studies"]["smollm2-e2e"]["evaluation"]["max_samples"] == 60
+
+
+def test_a_finished_run_is_refused_if_the_study_has_other_settings_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = _study("sort", tmp_path)
+    arm = next(arm for arm in study.arms("test") if arm.name == "scheduled_sampling")
+    run = study.run(arm, 0, 10, "test")
+    run.folder.mkdir(parents=True)
+    recipe, _ = recipe_of(["--config", run.recipe, *run.settings])
+    (run.folder / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    (run.folder / "evaluation.json").write_text(json.dumps({"settings": run.evaluation}), encoding="utf-8")
+    run.mark("evaluated")
+    evidence._check_settings(run)
+    with pytest.raises(RunFailed, match=r"was made with train.max_steps 10, and the study has 20; remove"):
+        evidence._check_settings(study.run(arm, 0, 20, "test"))
+    run.evaluation["sample_temperatures"] = [3]
+    with pytest.raises(RunFailed, match=r"was made with --sample_temperatures \[1, 1.5, 2, 2.5\], and the study has"):
+        evidence._check_settings(run)
