@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from selfgen_ds.pilot import budget, launching
 from selfgen_ds.pilot.launching import Place
 from selfgen_ds.pilot.rows import PilotRows, some_rows
 from selfgen_ds.pilot.runs import Arm, as_options
+
+log = logging.getLogger("selfgen_ds")
 
 RECIPE = "recipe.yaml"
 """The recipe of the runs, in the folder of the pilot."""
@@ -111,9 +114,12 @@ def plan_of(arms: list[Arm], recipe: Recipe, probes: Probes, folder: Path) -> Pl
         RunFailed: A probe failed.
         Stopped: A signal came.
     """
-    plan = _read(folder / _PLAN) or _begin(arms[0], probes)
+    if (plan := _read(folder / _PLAN)) is None:
+        log.info("sft: reading all rows, and taking a few steps to see what they cost")
+        plan = _begin(arms[0], probes)
     for arm in arms:
         if arm.name not in plan.arms:
+            log.info("%s: taking a few steps to see what they cost", arm.name)
             plan = replace(plan, arms=plan.arms | {arm.name: _planned(arm, recipe, plan, probes)})
     write_atomically(folder / _PLAN, as_json(asdict(plan)))
     shutil.rmtree(probes.folder, ignore_errors=True)
@@ -172,6 +178,7 @@ def check_evaluation(model: str, options: dict[str, Any], metrics: list[str], pr
         RunFailed: It failed.
         Stopped: A signal came.
     """
+    log.info("evaluating the starting model on %d rows, to see that it can be done", _EVALUATED_ROWS)
     few = {"model": model, "max_samples": _EVALUATED_ROWS, "output_dir": str(probes.folder)}
     command = ["evaluate", *as_options(options | few)]
     launching.run(command, probes.place, probes.folder / "evaluate.log", probes.stop)
