@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from selfgen_ds.comparison.runs import Group, grouped, load_run
-from selfgen_ds.comparison.verdicts import compared
+from selfgen_ds.comparison.verdicts import compared, tested
 from selfgen_ds.pilot.verdicts import chosen_metrics, verdicts
 
 _KNOWN = 5  # runs on each side of the known difference
@@ -46,20 +46,20 @@ def main() -> None:
         for _ in pool.map(lambda run: run_seed(*run), runs):
             pass
     found = [count(*pair) for pair in pairs(folders, options.comparisons, options.seeds)]
-    tested, uncorrected = (sum(one[name] for one in found) for name in ("tested", "uncorrected"))
+    in_all, uncorrected = (sum(one[name] for one in found) for name in ("tested", "uncorrected"))
     with_word = sum(one["corrected"] > 0 for one in found)
     with_verdict = sum(one["verdicts"] > 0 for one in found)
     known = count(folders[:_KNOWN], shorter)
     result = {
         "comparisons": found,
-        "tested": tested,
+        "tested": in_all,
         "uncorrected": uncorrected,
         "with_word": with_word,
         "with_verdict": with_verdict,
         "known": known,
     }
     (Path(options.output_dir) / "null.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"{uncorrected} of {tested} differences have p below 5 % before the correction ({uncorrected / tested:.1%})")
+    print(f"{uncorrected} of {in_all} differences have p below 5 % before the correction ({uncorrected / in_all:.1%})")
     print(f"{with_word} of {len(found)} comparisons find a difference in some metric")
     print(f"{with_verdict} of {len(found)} pilots have a verdict")
     print(f"half of the steps: {known['corrected']} of {known['tested']} differences are found, ", end="")
@@ -103,7 +103,7 @@ def count(*folders: list[Path]) -> dict[str, int]:
     paired = [replace(group, seeds=list(range(len(group.runs)))) for group in groups]
     of_pilot = verdicts(paired, chosen_metrics(paired))
     metrics = [name for name in groups[0].metrics if name in groups[1].metrics]
-    rows = [row for row in compared(groups, metrics) if row["p"] is not None and row["p"] < 1]
+    rows = tested(compared(groups, metrics))
     return {
         "tested": len(rows),
         "uncorrected": sum(row["p"] < 0.05 for row in rows),

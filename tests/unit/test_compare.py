@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,68 +14,14 @@ from selfgen_ds import compare
 from selfgen_ds.comparison.runs import load_run
 from selfgen_ds.config import (
     CompareOptions,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    SelfgenConfig,
-    to_yaml,
 )
 from selfgen_ds.errors import InputError
+from tests.evaluated import run_folder
 
 KEYS = {
     *("run", "label", "method", "seeds", "metric", "mean", "low", "high"),
     *("paired_difference", "paired_low", "paired_high", "p", "p_corrected", "verdict", "counted", "seeds_known"),
 }
-
-
-def _prediction(sample_id: int, exact_match: float, loss: float, tokens: int) -> dict[str, Any]:
-    statistics = {"exact_match": [exact_match, 1.0], "loss": [loss * tokens, float(tokens)]}
-    texts = {"prompt": "p", "reference": "r", "answer": "a"}
-    flags = {"teacher_forced": [True], "free_running": [False], "recovery": [[True]]}
-    likelihoods = {"log_likelihoods": [-0.1], "own_log_likelihoods": [-0.2]}
-    return {"sample_id": sample_id, **texts, **flags, **likelihoods, "statistics": statistics}
-
-
-def _run_folder(
-    folder: Path,
-    exact_match: list[float],
-    *,
-    method: str = "sft",
-    seed: int = 0,
-    model: str = "start",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    data: str = "test.jsonl",
-    first_sample_id: int = 0,
-    rows_of_a_prompt: int = 1,
-    losses: list[tuple[float, int]] | None = None,
-) -> str:
-    """Write a run with a metric, and loss and tokens of each row, as train and evaluate do; return its folder."""
-    recipe = Recipe(
-        output_dir=str(folder),
-        deepspeed="zero3.json",
-        data=DataConfig(train="train.jsonl"),
-        model=ModelConfig(name_or_path=model, dtype=dtype),
-        selfgen=SelfgenConfig(method=method),
-        seed=seed,
-    )
-    rows = [
-        _prediction(first_sample_id + i, value, loss, tokens) | {"prompt": f"p{i // rows_of_a_prompt}"}
-        for i, (value, (loss, tokens)) in enumerate(
-            zip(exact_match, losses or [(1.0, 2)] * len(exact_match), strict=True)
-        )
-    ]
-    settings = {"data": data, "prompt_column": "prompt", "completion_column": "completion", "max_length": 64}
-    evaluation = {
-        "data": data,
-        "metrics": {"exact_match": float(np.mean(exact_match))},
-        "curves": {},
-        "settings": settings,
-    }
-    folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(recipe))
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
 
 
 def _compare(tmp_path: Path, *runs: str) -> list[dict[str, Any]]:
@@ -100,8 +46,8 @@ class Comparison:
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     folder = tmp_path_factory.mktemp("comparison")
-    baseline = _run_folder(folder / "a", BASELINE)
-    better = _run_folder(folder / "b", BETTER, method="bash")
+    baseline = run_folder(folder / "a", BASELINE)
+    better = run_folder(folder / "b", BETTER, method="bash")
     rows = _compare(folder, baseline, better)
     return Comparison(folder=folder / "out", baseline=baseline, better=better, rows=rows)
 
@@ -142,20 +88,20 @@ def test_the_table_shows_mean_and_difference(comparison: Comparison) -> None:
 
 
 def test_the_interval_of_a_constant_has_no_width(tmp_path: Path) -> None:
-    (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", [0.25] * 8))
+    (row,) = _compare(tmp_path, run_folder(tmp_path / "a", [0.25] * 8))
     assert (row["low"], row["high"]) == (0.25, 0.25)
 
 
 def test_a_share_that_is_0_on_all_rows_may_be_more_on_others(tmp_path: Path) -> None:
-    (row,) = _compare(tmp_path, _run_folder(tmp_path / "a", [0.0] * 8))
+    (row,) = _compare(tmp_path, run_folder(tmp_path / "a", [0.0] * 8))
     assert row["low"] == pytest.approx(0.0, abs=1e-9)
     assert 0.3 < row["high"] < 0.35
 
 
 def test_a_difference_that_is_the_same_on_every_row_is_certain(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 4, 100) / 8
-    a = _run_folder(tmp_path / "a", values.tolist())
-    b = _run_folder(tmp_path / "b", (values + 0.5).tolist(), method="bash")
+    a = run_folder(tmp_path / "a", values.tolist())
+    b = run_folder(tmp_path / "b", (values + 0.5).tolist(), method="bash")
     row = _compare(tmp_path, a, b)[1]
     assert [row["paired_low"], row["paired_difference"], row["paired_high"]] == pytest.approx([0.5] * 3, abs=1e-12)
     assert row["high"] - row["low"] > 0.05
@@ -167,8 +113,8 @@ def test_rows_with_one_prompt_are_one_in_the_intervals(tmp_path: Path) -> None:
     for name, times in (("once", 1), ("ten times", 10)):
         (folder := tmp_path / name).mkdir()
         values = np.random.default_rng(0).integers(0, 2, (2, 40)).repeat(times, axis=1).astype(float).tolist()
-        a = _run_folder(folder / "a", values[0], rows_of_a_prompt=times)
-        b = _run_folder(folder / "b", values[1], rows_of_a_prompt=times, method="bash")
+        a = run_folder(folder / "a", values[0], rows_of_a_prompt=times)
+        b = run_folder(folder / "b", values[1], rows_of_a_prompt=times, method="bash")
         found.append(_compare(folder, a, b)[1])
     assert found[0]["counted"] == found[1]["counted"] == 40
     for name in ("mean", "low", "high", "paired_difference", "paired_low", "paired_high", "p"):
@@ -176,26 +122,26 @@ def test_rows_with_one_prompt_are_one_in_the_intervals(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_prompt_are_not_taken_as_one(tmp_path: Path) -> None:
-    folder = Path(_run_folder(tmp_path / "a", [0.0, 1.0] * 10))
+    folder = Path(run_folder(tmp_path / "a", [0.0, 1.0] * 10))
     text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
     (folder / "predictions.jsonl").write_text(re.sub(r'"prompt": "p\d+"', '"prompt": ""', text), encoding="utf-8")
     assert load_run(folder)["scores"].prompts.tolist() == list(range(20))
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row_whose_interval_covers_their_spread(tmp_path: Path) -> None:
-    a, b = (_run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1))
+    a, b = (run_folder(tmp_path / f"{seed}", [float(seed)] * 4, seed=seed) for seed in (0, 1))
     (row,) = _compare(tmp_path, a, b)
     assert (row["run"], row["seeds"], row["mean"]) == (a, [0, 1], 0.5)
     assert (row["low"], row["high"]) == (0.0, 1.0)  # of two seeds, Student's interval is wider than all shares
 
 
 def test_seeds_that_started_from_different_models_are_one_row(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / f"{seed}", BASELINE, seed=seed, model=f"warm-up-{seed}") for seed in (0, 1)]
+    runs = [run_folder(tmp_path / f"{seed}", BASELINE, seed=seed, model=f"warm-up-{seed}") for seed in (0, 1)]
     assert [row["seeds"] for row in _compare(tmp_path, *runs)] == [[0, 1]]
 
 
 def test_a_run_that_was_made_before_a_setting_existed_has_its_default(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / f"{seed}", BASELINE, seed=seed) for seed in (0, 1, 2)]
+    runs = [run_folder(tmp_path / f"{seed}", BASELINE, seed=seed) for seed in (0, 1, 2)]
     recipes = [yaml.safe_load((Path(run) / "config.yaml").read_text()) for run in runs]
     del recipes[0]["optim"]["dft_share"]
     recipes[2]["optim"]["dft_share"] = 0.5
@@ -208,18 +154,18 @@ def test_runs_of_another_method_or_dtype_or_from_another_model_with_the_same_see
     tmp_path: Path,
 ) -> None:
     runs = [
-        _run_folder(tmp_path / "a", BASELINE),
-        _run_folder(tmp_path / "b", BASELINE, method="bash", seed=1),
-        _run_folder(tmp_path / "c", BASELINE, dtype="bfloat16", seed=2),
-        _run_folder(tmp_path / "d", BASELINE, model="8B"),
+        run_folder(tmp_path / "a", BASELINE),
+        run_folder(tmp_path / "b", BASELINE, method="bash", seed=1),
+        run_folder(tmp_path / "c", BASELINE, dtype="bfloat16", seed=2),
+        run_folder(tmp_path / "d", BASELINE, model="8B"),
     ]
     assert [row["run"] for row in _compare(tmp_path, *runs)] == runs
 
 
 @pytest.mark.parametrize("method", ["sft", "bash"])
 def test_runs_evaluated_on_different_rows_are_an_error_that_names_both(tmp_path: Path, method: str) -> None:
-    a = _run_folder(tmp_path / "a", BASELINE)
-    b = _run_folder(tmp_path / "b", BASELINE, method=method, seed=1, first_sample_id=1)
+    a = run_folder(tmp_path / "a", BASELINE)
+    b = run_folder(tmp_path / "b", BASELINE, method=method, seed=1, first_sample_id=1)
     with pytest.raises(InputError, match="different rows") as caught:
         _compare(tmp_path, a, b)
     assert a in str(caught.value)
@@ -227,8 +173,8 @@ def test_runs_evaluated_on_different_rows_are_an_error_that_names_both(tmp_path:
 
 
 def test_runs_evaluated_on_different_data_are_an_error(tmp_path: Path) -> None:
-    a = _run_folder(tmp_path / "a", BASELINE)
-    b = _run_folder(tmp_path / "b", BASELINE, method="bash", data="other.jsonl")
+    a = run_folder(tmp_path / "a", BASELINE)
+    b = run_folder(tmp_path / "b", BASELINE, method="bash", data="other.jsonl")
     with pytest.raises(InputError, match=r"with data 'other\.jsonl' and 'test\.jsonl'"):
         _compare(tmp_path, a, b)
     assert not (tmp_path / "out").exists()
@@ -239,7 +185,7 @@ FILES = pytest.mark.parametrize("name", ["config.yaml", "evaluation.json", "pred
 
 @FILES
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / name).unlink()
     if name == "config.yaml":  # a base model has none
         (row,) = _compare(tmp_path, run)
@@ -251,8 +197,8 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> 
 
 def test_the_loss_is_a_mean_over_tokens_whose_interval_covers_its_rows(tmp_path: Path) -> None:
     losses = [(1.0, 1), (3.0, 3), (1.0, 4), (2.0, 8)]
-    run = _run_folder(tmp_path / "a", [1.0] * 4, losses=losses)
-    better = _run_folder(tmp_path / "b", [1.0] * 4, method="bash", losses=[(loss - 0.5, n) for loss, n in losses])
+    run = run_folder(tmp_path / "a", [1.0] * 4, losses=losses)
+    better = run_folder(tmp_path / "b", [1.0] * 4, method="bash", losses=[(loss - 0.5, n) for loss, n in losses])
     _compare(tmp_path, run, better)
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     first, second = (row for row in rows if row["metric"] == "loss")
@@ -274,20 +220,20 @@ def test_every_bad_folder_is_named(tmp_path: Path) -> None:
 
 @FILES
 def test_a_broken_file_is_an_error_that_names_the_run(tmp_path: Path, name: str) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / name).write_text('{"cut": [off')
     with pytest.raises(InputError, match=f"^{run}"):
         _compare(tmp_path, run)
 
 
 def test_a_run_that_is_given_twice_is_an_error_by_whatever_path(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / "run", [0.5]), str(tmp_path / "run" / ".." / "run")]
+    runs = [run_folder(tmp_path / "run", [0.5]), str(tmp_path / "run" / ".." / "run")]
     with pytest.raises(InputError, match=r"^runs: \S+/run is given twice$"):
         _compare(tmp_path, *runs)
 
 
 def test_a_run_without_predictions_is_an_error_that_names_it(tmp_path: Path) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / "predictions.jsonl").write_text("")
     with pytest.raises(InputError, match=f"^{run}"):
         _compare(tmp_path, run)
@@ -311,8 +257,8 @@ def _with_corrections(folder: str, values: list[float], cue: str | None = None) 
 
 def test_corrections_are_compared(tmp_path: Path) -> None:
     runs = [
-        _with_corrections(_run_folder(tmp_path / "a", BASELINE), BASELINE),
-        _with_corrections(_run_folder(tmp_path / "b", BASELINE, method="rac"), BETTER),
+        _with_corrections(run_folder(tmp_path / "a", BASELINE), BASELINE),
+        _with_corrections(run_folder(tmp_path / "b", BASELINE, method="rac"), BETTER),
     ]
     rows = {(row["run"], row["metric"]): row for row in _compare(tmp_path, *runs)}
     assert [metric for run, metric in rows if run == runs[1]] == ["exact_match", *CORRECTED]
@@ -323,9 +269,9 @@ def test_corrections_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("cue", "setting"), [(None, "correction_rounds"), ("Sure?", "cue")])
 def test_evaluations_with_different_corrections_are_refused(tmp_path: Path, cue: str | None, setting: str) -> None:
-    first = _run_folder(tmp_path / "a", BASELINE)
+    first = run_folder(tmp_path / "a", BASELINE)
     first = first if setting == "correction_rounds" else _with_corrections(first, BASELINE)
-    second = _with_corrections(_run_folder(tmp_path / "b", BASELINE), BASELINE, cue)
+    second = _with_corrections(run_folder(tmp_path / "b", BASELINE), BASELINE, cue)
     with pytest.raises(InputError, match=rf"were evaluated with {setting} \S+ and \S+; evaluate them alike"):
         _compare(tmp_path, first, second)
 
@@ -336,7 +282,7 @@ def test_evaluations_with_different_corrections_are_refused(tmp_path: Path, cue:
 def test_evaluations_with_other_forms_of_rows_or_lengths_are_refused(
     tmp_path: Path, setting: str, value: object
 ) -> None:
-    runs = [_run_folder(tmp_path / "a", BASELINE), _run_folder(tmp_path / "b", BASELINE, method="bash")]
+    runs = [run_folder(tmp_path / "a", BASELINE), run_folder(tmp_path / "b", BASELINE, method="bash")]
     evaluation = json.loads((tmp_path / "b" / "evaluation.json").read_text())
     evaluation["settings"][setting] = value
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(evaluation))
@@ -345,7 +291,7 @@ def test_evaluations_with_other_forms_of_rows_or_lengths_are_refused(
 
 
 def test_answers_that_were_cut_are_counted_below_the_table(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / name, [0.0, 1.0], method=method) for name, method in (("a", "sft"), ("b", "bash"))]
+    runs = [run_folder(tmp_path / name, [0.0, 1.0], method=method) for name, method in (("a", "sft"), ("b", "bash"))]
     for name, cut in (("a", 2), ("b", 0)):
         path = tmp_path / name / "evaluation.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"unfinished": cut}))
@@ -363,8 +309,8 @@ def _with_steps(folder: str, flops: float) -> str:
 
 @pytest.mark.parametrize(("flops", "told"), [(1.3e9, True), (1.01e9, False)])
 def test_budgets_that_differ_are_named_in_the_first_line(tmp_path: Path, flops: float, told: bool) -> None:
-    runs = [_with_steps(_run_folder(tmp_path / "a", BASELINE), 1e9)]
-    runs.append(_with_steps(_run_folder(tmp_path / "b", BETTER, method="bash"), flops))
+    runs = [_with_steps(run_folder(tmp_path / "a", BASELINE), 1e9)]
+    runs.append(_with_steps(run_folder(tmp_path / "b", BETTER, method="bash"), flops))
     _compare(tmp_path, *runs)
     first = (tmp_path / "out" / "comparison.md").read_text().splitlines()[0]
     assert first.startswith("The budgets differ") is told
@@ -373,8 +319,8 @@ def test_budgets_that_differ_are_named_in_the_first_line(tmp_path: Path, flops: 
 
 def test_what_follows_is_said_in_words_with_the_limits_of_one_seed(tmp_path: Path) -> None:
     rows = 50
-    a = _run_folder(tmp_path / "a", [0.0] * rows, losses=[(1.0 + i / rows, 2) for i in range(rows)])
-    b = _run_folder(
+    a = run_folder(tmp_path / "a", [0.0] * rows, losses=[(1.0 + i / rows, 2) for i in range(rows)])
+    b = run_folder(
         tmp_path / "b",
         [0.9 + i / 500 for i in range(rows)],
         method="bash",
@@ -391,8 +337,8 @@ def test_what_follows_is_said_in_words_with_the_limits_of_one_seed(tmp_path: Pat
 
 
 def test_what_was_run_and_what_it_cost_stands_in_every_form_of_the_report(tmp_path: Path) -> None:
-    runs = [_with_steps(_run_folder(tmp_path / "a", BASELINE), 1e9)]
-    runs.append(_run_folder(tmp_path / "b", BETTER, method="bash"))
+    runs = [_with_steps(run_folder(tmp_path / "a", BASELINE), 1e9)]
+    runs.append(run_folder(tmp_path / "b", BETTER, method="bash"))
     _compare(tmp_path, *runs)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
     first, second = document["runs"]
@@ -407,7 +353,7 @@ def test_what_was_run_and_what_it_cost_stands_in_every_form_of_the_report(tmp_pa
 
 
 def test_a_step_that_a_killed_run_did_not_finish_writing_is_not_counted(tmp_path: Path) -> None:
-    run = _with_steps(_run_folder(tmp_path / "a", BASELINE), 1e9)
+    run = _with_steps(run_folder(tmp_path / "a", BASELINE), 1e9)
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "tok')
     _compare(tmp_path, run)
@@ -416,8 +362,8 @@ def test_a_step_that_a_killed_run_did_not_finish_writing_is_not_counted(tmp_path
 
 def test_a_value_that_is_not_finite_is_no_finding_and_null_in_the_json(tmp_path: Path) -> None:
     """A model that has diverged has such a loss."""
-    a = _run_folder(tmp_path / "a", BASELINE * 5, losses=[(1.0, 2)] * 20)
-    b = _run_folder(tmp_path / "b", BASELINE * 5, method="bash", losses=[(float("nan"), 2)] * 20)
+    a = run_folder(tmp_path / "a", BASELINE * 5, losses=[(1.0, 2)] * 20)
+    b = run_folder(tmp_path / "b", BASELINE * 5, method="bash", losses=[(float("nan"), 2)] * 20)
     _compare(tmp_path, a, b)
     text = (tmp_path / "out" / "comparison.json").read_text()
     rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"]
@@ -437,7 +383,7 @@ def test_a_value_that_is_not_finite_is_no_finding_and_null_in_the_json(tmp_path:
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, text: str) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / name).write_text(text)
     with pytest.raises(InputError) as caught:
         _compare(tmp_path, run)
@@ -459,7 +405,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, tex
     ids=str,
 )
 def test_a_damaged_row_is_one_line_that_names_its_file(tmp_path: Path, change: dict[str, object]) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     path = tmp_path / "a" / "predictions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
@@ -469,7 +415,7 @@ def test_a_damaged_row_is_one_line_that_names_its_file(tmp_path: Path, change: d
 
 
 def test_predictions_of_another_evaluation_are_refused(tmp_path: Path) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     path = tmp_path / "a" / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"predictions": "0" * 64}))
     with pytest.raises(InputError, match=rf"predictions.jsonl: not the rows of {path}; evaluate the model again"):
@@ -491,8 +437,8 @@ def _judged(folder: str, judge: str, against: str = "reference") -> str:
 
 @pytest.mark.parametrize(("other", "compared"), [("one", True), ("two", False)])
 def test_win_rates_are_compared_if_one_judge_gave_them(tmp_path: Path, other: str, compared: bool) -> None:
-    runs = [_judged(_run_folder(tmp_path / "a", BASELINE), "one")]
-    runs.append(_judged(_run_folder(tmp_path / "b", BETTER, method="bash"), other))
+    runs = [_judged(run_folder(tmp_path / "a", BASELINE), "one")]
+    runs.append(_judged(run_folder(tmp_path / "b", BETTER, method="bash"), other))
     metrics = {row["metric"] for row in _compare(tmp_path, *runs)}
     assert ("win_rate" in metrics) is compared
     written = (tmp_path / "out" / "comparison.md").read_text()
@@ -502,7 +448,7 @@ def test_win_rates_are_compared_if_one_judge_gave_them(tmp_path: Path, other: st
 
 
 def test_seeds_that_were_evaluated_with_other_weights_are_groups_of_their_own(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / "a", BASELINE), _run_folder(tmp_path / "b", BASELINE, seed=1)]
+    runs = [run_folder(tmp_path / "a", BASELINE), run_folder(tmp_path / "b", BASELINE, seed=1)]
     for run, dtype in zip(runs, ("float32", "bfloat16"), strict=True):
         path = Path(run) / "evaluation.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype}))
@@ -510,15 +456,15 @@ def test_seeds_that_were_evaluated_with_other_weights_are_groups_of_their_own(tm
 
 
 def test_a_metric_of_which_less_is_better_is_worse_if_it_grows(tmp_path: Path) -> None:
-    a = _run_folder(tmp_path / "a", BASELINE * 5, losses=[(1.0, 2)] * 20)
-    b = _run_folder(tmp_path / "b", BASELINE * 5, method="bash", losses=[(1.5, 2)] * 20)
+    a = run_folder(tmp_path / "a", BASELINE * 5, losses=[(1.0, 2)] * 20)
+    b = run_folder(tmp_path / "b", BASELINE * 5, method="bash", losses=[(1.5, 2)] * 20)
     compare.run(CompareOptions(runs=[a, b], output_dir=str(tmp_path / "out"), metrics=["loss"]))
     (_, row) = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert (row["metric"], row["verdict"]) == ("loss", "worse")
 
 
 def test_a_metric_that_an_evaluation_lacks_is_refused(tmp_path: Path) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     with pytest.raises(
         InputError, match="--metrics: not in every evaluation, or not comparable: rouge_l; there are exact_match, loss"
     ):
@@ -526,7 +472,7 @@ def test_a_metric_that_an_evaluation_lacks_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_report_needs_no_other_file_and_shows_texts_as_they_are(tmp_path: Path) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     path = tmp_path / "a" / "predictions.jsonl"
     path.write_text(path.read_text().replace('"answer": "a"', '"answer": "<script>alert(1)</script>"'))
     _compare(tmp_path, run)
@@ -537,7 +483,7 @@ def test_the_report_needs_no_other_file_and_shows_texts_as_they_are(tmp_path: Pa
 
 
 def test_other_references_are_refused(tmp_path: Path) -> None:
-    runs = [_run_folder(tmp_path / "a", BASELINE), _run_folder(tmp_path / "b", BASELINE, method="bash")]
+    runs = [run_folder(tmp_path / "a", BASELINE), run_folder(tmp_path / "b", BASELINE, method="bash")]
     path = tmp_path / "b" / "predictions.jsonl"
     path.write_text(path.read_text().replace('"reference": "r"', '"reference": "R"'))
     with pytest.raises(InputError, match="with other references, by a changed file or another tokenizer"):
@@ -545,7 +491,7 @@ def test_other_references_are_refused(tmp_path: Path) -> None:
 
 
 def test_predictions_of_an_older_version_are_refused(tmp_path: Path) -> None:
-    run = _run_folder(tmp_path / "a", BASELINE)
+    run = run_folder(tmp_path / "a", BASELINE)
     (tmp_path / "a" / "predictions.jsonl").write_text('{"sample_id": 0, "metrics": {"exact_match": 1.0}}\n')
     with pytest.raises(InputError, match="line 1 is not as this version of evaluate writes it; evaluate"):
         _compare(tmp_path, run)

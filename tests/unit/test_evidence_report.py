@@ -9,6 +9,7 @@ import pytest
 
 from experiments import evidence_pages, evidence_report
 from selfgen_ds.pilot.runs import Arm, StudyRun
+from tests.evaluated import run_folder
 
 
 def _run(folder: Path, arm: str, seed: int, exact_match: float) -> StudyRun:
@@ -53,6 +54,33 @@ def test_a_curve_has_the_evaluations_with_the_operations_until_then(tmp_path: Pa
     evidence_report.write_run(_run(tmp_path, "sft-curve", 0, 0.5), "sort", "curves")
     (line,) = (json.loads(line) for line in (tmp_path / "results" / "sort.jsonl").read_text().splitlines())
     assert line["curve"] == [{"step": 2, "flops": 200.0, "loss": 0.5}]
+
+
+def test_arms_are_compared_with_sft_and_with_the_control_in_the_metrics_that_are_tested(tmp_path: Path) -> None:
+    shares = {"sft": 0.25, "bash": 0.75, "noise": 0.5}
+    runs = []
+    for arm, share in shares.items():
+        for seed in (0, 1, 2):
+            values = [float(row < share * 40 + seed) for row in range(40)]
+            run_folder(tmp_path / f"{arm}-{seed}", values, method=arm if arm != "noise" else "sft", seed=seed)
+            runs.append(
+                StudyRun(
+                    arm=Arm(name=arm, settings={}),
+                    seed=seed,
+                    folder=tmp_path / f"{arm}-{seed}",
+                    recipe="demo",
+                    steps=2,
+                    evaluation={},
+                )
+            )
+    (tmp_path / "results").mkdir()
+    evidence_report.write_comparison(runs, "sort", "test")
+    rows = json.loads((tmp_path / "results" / "sort-test.json").read_text())
+    found = {
+        (row["baseline"], row["method"]): row["paired_difference"] for row in rows if row["metric"] == "exact_match"
+    }
+    assert found == {("sft", "sft"): None, ("sft", "bash"): 0.5, ("sft", "noise"): 0.25, ("noise", "bash"): 0.25}
+    assert {row["metric"] for row in rows} == {"exact_match", "loss"}, "those of the runs that are tested"
 
 
 def test_a_page_shows_every_seed_and_marks_what_is_sure(tmp_path: Path) -> None:
