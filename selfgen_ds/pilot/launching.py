@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 from deepspeed.accelerator import get_accelerator
 
@@ -18,6 +18,8 @@ from selfgen_ds.errors import InputError, RunFailed, Stopped
 from selfgen_ds.ranks import process_group, signals
 
 _SECONDS = 0.2  # between two looks at the processes
+_PORTS: set[int] = set()  # given to a command, which may not listen yet
+_PORTS_LOCK = Lock()
 _LIBC = ctypes.CDLL(None)  # loaded here, because after a fork among threads only little is safe to call
 
 
@@ -102,7 +104,7 @@ def run(arguments: list[str], place: Place, log: Path, stop: Event, output: Path
 
 def _start(arguments: list[str], place: Place, log: Path, output: Path | None) -> list[subprocess.Popen[bytes]]:
     shared = os.environ | {"WORLD_SIZE": str(place.ranks), "LOCAL_WORLD_SIZE": str(place.ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(process_group.free_port())}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port())}
     shared.setdefault("OMP_NUM_THREADS", str(place.threads))
     if place.devices:
         get_accelerator().set_visible_devices_envs(shared, place.devices)
@@ -120,6 +122,15 @@ def _start(arguments: list[str], place: Place, log: Path, output: Path | None) -
             )
             processes.append(process)
     return processes
+
+
+def _port() -> int:
+    """Return a free port that no other command of this process was given."""
+    with _PORTS_LOCK:
+        while (port := process_group.free_port()) in _PORTS:
+            pass
+        _PORTS.add(port)
+    return port
 
 
 def _die_with_parent() -> None:

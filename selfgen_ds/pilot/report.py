@@ -103,7 +103,13 @@ def markdown(document: Row, group_by: str | None) -> str:
 
 
 _VERDICT_COLUMNS = ("method", "metric", "verdict", "difference to sft [95 %]", "sft", "to tell a difference as large")
-_COST_COLUMNS = ("method", "steps", "operations", "minutes of steps and rounds", "hours of the whole run, with as many steps")
+_COST_COLUMNS = (
+    "method",
+    "steps",
+    "operations",
+    "minutes of steps and rounds",
+    "hours of the whole run, with as many steps",
+)
 RULE = (
     f"A method helps or harms in a metric if p, corrected for the number of verdicts (Holm), is below {LEVEL:.0%}; the "
     "intervals are those of single differences. Runs are paired by seed and row; of a single seed, nothing is shown. "

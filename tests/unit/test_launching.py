@@ -41,6 +41,17 @@ def test_jobs_divide_the_devices_and_threads_of_a_host() -> None:
         places(2, 3, ["0", "1", "2", "3"])
 
 
+def test_commands_that_are_started_together_get_different_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = _stand_in(tmp_path, 'echo "$MASTER_PORT"', monkeypatch)
+    ports = iter([20_001, 20_001, 20_002])
+    monkeypatch.setattr(launching.process_group, "free_port", lambda: next(ports))
+    for _ in range(2):
+        launching.run(["train"], ONE, log, Event())
+    assert log.read_text().split() == ["20001", "20002"]
+
+
 def test_every_rank_gets_its_number_and_writes_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "7")
     told = 'echo "$RANK of $WORLD_SIZE, $LOCAL_RANK at $MASTER_ADDR: $*"'
