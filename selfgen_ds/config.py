@@ -215,8 +215,8 @@ class OptimConfig:
     """Loss of a target: its cross entropy, or that times the probability of the target, which counts as a constant
     (`dft`, arXiv 2508.05629): targets that the model finds improbable weigh little."""
     dft_share: float = 1.0
-    """Last share of the steps that have the loss `dft`; the loss before it is the cross entropy, by which targets are
-    learned that the model still finds improbable."""
+    """Last share of the run's steps that have the loss `dft`; the loss before it is the cross entropy, by which targets
+    are learned that the model still finds improbable. A raised `train.max_steps` moves the first of them."""
     label_smoothing: float = 0.0
     """Share of the target's probability mass that is spread evenly over the vocabulary."""
 
