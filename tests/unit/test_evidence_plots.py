@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_a_study_has_a_figure_of_its_arms_and_one_of_its_curves(
 ) -> None:
     monkeypatch.setattr(evidence_plots, "RESULTS", tmp_path)
     metrics = {"exact_match": 0.5, "recovery_4": 0.25, "chrf": 1.0}
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"part": "test", "arm": arm, "seed": seed, "metrics": metrics} for arm in ("sft", "bash") for seed in (0, 1)
     ]
     points = [{"step": step, "flops": 100.0 * step, "recovery_4": 0.1 * step, "loss": 1 / step} for step in (1, 2)]
