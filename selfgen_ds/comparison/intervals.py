@@ -1,7 +1,8 @@
 """Means of metrics over seeds and rows, their differences, and how sure one can be of them.
 
-Two sources of chance are kept apart: the rows (all rows with one prompt are one, see `Group.sample`), which are drawn again with replacement (Efron & Tibshirani 1993, chapter
-6), and the seeds of the runs, whose values are few and get Student's t. The interval of a mean is
+Two sources of chance are kept apart: the rows (all rows with one prompt are one, see `Group.sample`), which are drawn
+again with replacement (Efron & Tibshirani 1993, chapter 6), and the seeds of the runs, whose values are few and get
+Student's t. The interval of a mean is
 
     mean +- t * sqrt(variance of the rows + variance of the seeds)
 
