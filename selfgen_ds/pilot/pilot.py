@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -100,7 +101,7 @@ def pilot(recipe: Recipe, options: PilotOptions) -> None:
             "%d of %d runs are left to other processes, whose last one writes the report", len(of_others), len(runs)
         )
     elif arms[0] in complete:
-        report.write([_group(arm, runs) for arm in complete], plan, rows, recipe, options)
+        report.write(_groups(complete, runs), [arm.settings for arm in complete], plan, rows, recipe, options)
     if failures:
         lines = [f"{name}: {error}" for name, error in failures.items()]
         if not of_others:
@@ -332,7 +333,13 @@ def _log_plan(plan: Plan, rows: PilotRows, runs: list[StudyRun], jobs: int) -> N
         log.warning("with fewer than three seeds, hardly any difference can be shown, and with one seed none")
 
 
-def _group(arm: Arm, runs: list[StudyRun]) -> Group:
-    """Return the evaluated runs of an arm."""
-    (group,) = grouped([load_run(run.folder) for run in runs if run.arm == arm])
-    return replace(group, method=arm.name)
+def _groups(arms: list[Arm], runs: list[StudyRun]) -> list[Group]:
+    """Return the evaluated runs of each arm; an arm with settings of its own has its method's name and a number."""
+    groups, numbers = [], Counter[str]()
+    for arm in arms:
+        (group,) = grouped([load_run(run.folder) for run in runs if run.arm == arm])
+        if len(arm.settings) > 1:
+            numbers[group.method] += 1
+            group = replace(group, method=f"{group.method} {numbers[group.method]}")
+        groups.append(group)
+    return groups

@@ -26,11 +26,19 @@ Row = dict[str, Any]
 _COLORS = {"helps": "#2a8f4f", "harms": "#c0392b", "no difference shown": "#777777"}
 
 
-def write(groups: list[Group], plan: Plan, rows: PilotRows, recipe: Recipe, options: PilotOptions) -> None:
+def write(
+    groups: list[Group],
+    settings: list[dict[str, Any]],
+    plan: Plan,
+    rows: PilotRows,
+    recipe: Recipe,
+    options: PilotOptions,
+) -> None:
     """Write `pilot.json`, `pilot.md`, `pilot.html` and the comparison of all metrics, and print the verdicts.
 
     Args:
         groups: The runs of every arm, sft first.
+        settings: The settings of each arm.
 
     Raises:
         InputError: A metric was asked for that the evaluations do not have.
@@ -53,6 +61,7 @@ def write(groups: list[Group], plan: Plan, rows: PilotRows, recipe: Recipe, opti
         "held_out": rows.evaluated,
         "whole": rows.whole,
         "seeds": groups[0].seeds,
+        "methods": {group.method: own for group, own in zip(groups, settings, strict=True)},
         "verdicts": told,
         "by_kind": by_kind,
         "kinds_left_out": left_out,
@@ -91,7 +100,12 @@ def costs(groups: list[Group], plan: Plan, rows: PilotRows, recipe: Recipe) -> R
 
 def markdown(document: Row, group_by: str | None) -> str:
     """Return the verdicts and costs in Markdown."""
-    lines = [_summary(document), "", *(f"- {sentence}" for sentence in sentences(document["verdicts"])), ""]
+    lines = [
+        _summary(document),
+        "",
+        *(f"- {told}" for told in sentences(document["verdicts"], document["methods"])),
+        "",
+    ]
     lines += _table(_VERDICT_COLUMNS, [_verdict_cells(row) for row in document["verdicts"]])
     if document["by_kind"]:
         cells = [[str(row["kind"]), *_verdict_cells(row)[:4]] for row in document["by_kind"]]
@@ -117,15 +131,21 @@ RULE = (
 )
 
 
-def sentences(rows: list[Row]) -> list[str]:
-    """Return what the verdicts say of every method, in words."""
+def sentences(rows: list[Row], settings: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what the verdicts say of every method, in words.
+
+    Args:
+        settings: Name of a method -> its settings.
+    """
     told = []
     for method in dict.fromkeys(row["method"] for row in rows):
         parts = []
         for verdict in _COLORS:
             if names := [row["metric"] for row in rows if row["method"] == method and row["verdict"] == verdict]:
                 parts.append(f"{verdict} in {', '.join(names)}")
-        told.append(f"{method}: {'; '.join(parts)}.")
+        own = {key.removeprefix("selfgen."): value for key, value in settings[method].items()}
+        described = ", ".join(f"{key} {value}" for key, value in own.items() if key != "method")
+        told.append(f"{method}{f' ({described})' * bool(described)}: {'; '.join(parts)}.")
     return told
 
 
@@ -196,7 +216,7 @@ def html(document: Row, group_by: str | None) -> str:
         .from_string(template)
         .render(
             summary=_summary(document),
-            sentences=sentences(document["verdicts"]),
+            sentences=sentences(document["verdicts"], document["methods"]),
             rule=RULE,
             columns=_VERDICT_COLUMNS,
             verdicts=[(row["verdict"], _verdict_cells(row)) for row in document["verdicts"]],

@@ -66,7 +66,8 @@ def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdict
     assert (document["baseline"], document["rows"], document["held_out"], document["seeds"]) == ("sft", 32, 12, [0, 1])
     named = {row["method"] for row in document["verdicts"]}
     other = "bash-temperature-2.0-passes-1-optim.loss-dft"
-    assert named == {"scheduled_sampling", other}
+    assert named == {"scheduled_sampling", "bash 1"}
+    assert document["methods"]["bash 1"]["selfgen.temperature"] == 2.0
     assert yaml.safe_load((folder / "runs" / f"{other}-0" / "config.yaml").read_text())["optim"]["loss"] == "dft"
     assert {row["verdict"] for row in document["verdicts"]} <= {"helps", "harms", "no difference shown"}
     of_runs = document["cost"]["runs"]
@@ -79,7 +80,7 @@ def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdict
     assert "scheduled_sampling: " in capsys.readouterr().out
     page = (folder / "pilot.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
-    assert "bash-temperature-2.0-passes-1" in page
+    assert "bash 1 (temperature 2.0, passes 1, optim.loss dft): " in page
 
     # started again, nothing is run or changed
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")}

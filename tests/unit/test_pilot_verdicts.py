@@ -78,7 +78,10 @@ def test_a_method_helps_harms_or_shows_no_difference_by_each_metrics_better_side
     assert _words(rows) == {"exact_match": "helps", "loss": "harms", "rouge_l": "no difference shown"}
     assert [row["method"] for row in rows] == ["bash"] * 3
     assert all(row["low"] <= row["difference"] <= row["high"] for row in rows)
-    assert sentences(rows) == ["bash: helps in exact_match; harms in loss; no difference shown in rouge_l."]
+    told = "helps in exact_match; harms in loss; no difference shown in rouge_l."
+    assert sentences(rows, {"bash": {"selfgen.method": "bash"}}) == [f"bash: {told}"]
+    settings = {"selfgen.method": "bash", "selfgen.passes": 2, "optim.loss": "dft"}
+    assert sentences(rows, {"bash": settings}) == [f"bash (passes 2, optim.loss dft): {told}"]
 
 
 def test_of_a_single_seed_nothing_is_shown() -> None:
