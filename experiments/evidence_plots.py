@@ -27,8 +27,9 @@ _CURVES = ("sampled_2_accuracy", "sampled_1_exact_match", "recovery_4", "loss")
 def main(folder: str) -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if tested := [line for line in lines if line["part"] == "test"]:
-            differences = json.loads((RESULTS / f"{path.stem}-test.json").read_text(encoding="utf-8"))
+        if (compared := RESULTS / f"{path.stem}-test.json").exists():  # written when all runs of the part are done
+            differences = json.loads(compared.read_text(encoding="utf-8"))
+            tested = [line for line in lines if line["part"] == "test"]
             arms(tested, differences, Path(folder) / f"evidence-{path.stem}.png")
         if curves := [line for line in lines if line["part"] == "curves"]:
             learning_curves(path.stem, curves, Path(folder) / f"curves-{path.stem}.png")
