@@ -200,14 +200,14 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of studies that need one")
     parser.add_argument("--output_dir", default="runs/evidence")
     parser.add_argument("--scale", type=int, default=1, help="so many times as many rows and steps, for a GPU")
-    parser.add_argument("--jobs", type=int, help="number of runs at the same time; by default one for each core")
+    parser.add_argument("--jobs", type=int, help="number of runs at the same time; by default one for each GPU or core")
     options = parser.parse_args()
     name = options.study if options.scale == 1 else f"{options.study}-x{options.scale}"
     folder = Path(options.output_dir).absolute() / name
     study = replace(study_of(plan, options.study, folder, options.model, options.scale), name=name)
     if options.part not in study.parts:
         parser.error(f"{options.study} has {', '.join(study.parts)} alone")
-    jobs = options.jobs or study.plan.get("jobs") or os.cpu_count() or 1
+    jobs = options.jobs or study.plan.get("jobs") or len(launching.devices()) or os.cpu_count() or 1
     carry_out(study, options.part, Path(options.data_dir), jobs)
 
 

@@ -53,8 +53,8 @@ class Estimate:
     """The part of the variance that the rows cause."""
     of_seeds: _Variances = field(default_factory=list)
     """The parts that the seeds cause."""
-    of_both: float = 0.0
-    """The variance that a row causes in one seed and not in another; `of_rows` and `of_seeds` both contain it."""
+    interaction: float = 0.0
+    """The variance that a row causes in one seed and not in another, which `of_rows` and `of_seeds` both contain."""
     counted: int = 0
     """Rows that the metric counts, on the side with fewer of them."""
 
@@ -98,7 +98,7 @@ def mean(sample: Sample, seed: int = 0) -> Estimate:
     """
     drawn = np.concatenate([sample.resampled(counts) for counts in _draws(sample.statistics.shape[1], seed)])
     value = float(sample.values.mean())
-    return _estimate(value, _over_seeds(drawn), _of_seeds(sample), int(sample.counted.sum()), _of_both(drawn))
+    return _estimate(value, _over_seeds(drawn), _of_seeds(sample), int(sample.counted.sum()), _interaction(drawn))
 
 
 @np.errstate(invalid="ignore")
@@ -116,8 +116,8 @@ def difference(sample: Sample, baseline: Sample, same_seeds: bool, seed: int = 0
     drawn = _over_seeds(ours) - _over_seeds(theirs)
     value = float(sample.values.mean() - baseline.values.mean())
     if same_seeds:
-        return _estimate(value, drawn, _of_values(sample.values - baseline.values), rows, _of_both(ours - theirs))
-    return _estimate(value, drawn, _of_two(sample, baseline), rows, _of_both(ours) + _of_both(theirs))
+        return _estimate(value, drawn, _of_values(sample.values - baseline.values), rows, _interaction(ours - theirs))
+    return _estimate(value, drawn, _of_two(sample, baseline), rows, _interaction(ours) + _interaction(theirs))
 
 
 def rows_needed(found: Estimate, rows: int, level: float, seeds_factor: float = 1.0) -> int | None:
@@ -171,10 +171,10 @@ def rows_and_seeds_needed(found: Estimate, rows: int, seeds: int, level: float) 
 def _p_of_more(found: Estimate, rows_factor: float, seeds_factor: float) -> float:
     """Return p of the same difference, found with so many times as many rows and seeds."""
     variance, degrees = found.of_rows
-    of_rows = max(0.0, variance - found.of_both) + found.of_both / seeds_factor
+    of_rows = max(0.0, variance - found.interaction) + found.interaction / seeds_factor
     more_rows = of_rows / rows_factor, round((degrees + 1) * rows_factor) - 1
     whole = sum(part for part, _ in found.of_seeds)
-    share = min(1.0, found.of_both / whole) if whole else 0.0  # of the seeds' variance, which rows lower too
+    share = min(1.0, found.interaction / whole) if whole else 0.0  # of the seeds' variance, which rows lower too
     kept = (1.0 - share + share / rows_factor) / seeds_factor
     more_seeds = [(part * kept, round((df + 1) * seeds_factor) - 1) for part, df in found.of_seeds]
     return _least_sure(found.value, more_rows, more_seeds)[1]
@@ -222,7 +222,7 @@ def _over_seeds(drawn: np.ndarray) -> np.ndarray:
         return np.nanmean(drawn, axis=1)
 
 
-def _of_both(drawn: np.ndarray) -> float:
+def _interaction(drawn: np.ndarray) -> float:
     """Return the variance of a mean over seeds that a row causes in one seed and not in another.
 
     Args:
@@ -253,14 +253,14 @@ def _of_two(sample: Sample, baseline: Sample) -> _Variances | None:
     return [(known[0][0] * (known[0][1] + 2), known[0][1])] if known else None
 
 
-def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows: int, of_both: float) -> Estimate:
+def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows: int, interaction: float) -> Estimate:
     """Return an estimate.
 
     Args:
         drawn: The value in every resample of the rows.
         of_seeds: The variances that the seeds cause; None if they are not known.
         rows: Rows that the metric counts.
-        of_both: The variance of `_of_both`.
+        interaction: The variance of `_interaction`.
     """
     if not math.isfinite(value):
         return Estimate(value=value, low=math.nan, high=math.nan, p=1.0, seeds_known=of_seeds is not None)
@@ -277,7 +277,7 @@ def _estimate(value: float, drawn: np.ndarray, of_seeds: _Variances | None, rows
         seeds_known=of_seeds is not None,
         of_rows=of_rows,
         of_seeds=of_seeds or [],
-        of_both=of_both,
+        interaction=interaction,
         counted=rows,
     )
 

@@ -52,6 +52,10 @@ class StudyRun:
         """File with the reason why the run failed when it was last tried; absent if it did not."""
         return self.folder.with_name(f"{self.name}.failed")
 
+    def failed_at(self) -> int | None:
+        """Return when the run failed, in nanoseconds of the file system's clock; None if it did not."""
+        return self.failure.stat().st_mtime_ns if self.failure.exists() else None
+
     @property
     def evaluated(self) -> bool:
         """Whether all commands have ended well."""

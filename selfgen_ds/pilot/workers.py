@@ -65,10 +65,10 @@ def carry_out(
     left = deque(runs)
     failures: dict[str, Exception] = {}
     lock = Lock()
-    before = {run.name for run in runs if run.failure.exists()}  # they failed in an earlier call, and are tried again
+    before = {run.name: run.failed_at() for run in runs}  # in an earlier call; they are tried again
 
     def has_failed(run: StudyRun) -> bool:
-        if run.name not in before and not run.evaluated and run.failure.exists():  # another process has tried it
+        if run.failed_at() not in (None, before[run.name]):  # another process has tried it
             failures.setdefault(run.arm.name, RunFailed(run.failure.read_text(encoding="utf-8")))
         return run.arm.name in failures
 

@@ -12,15 +12,13 @@ from selfgen_ds.pilot.runs import Arm, StudyRun
 from tests.evaluated import run_folder
 
 
+def _named(folder: Path, arm: str, seed: int) -> StudyRun:
+    own = folder / f"{arm}-{seed}"
+    return StudyRun(arm=Arm(name=arm, settings={}), seed=seed, folder=own, recipe="demo", steps=2, evaluation={})
+
+
 def _run(folder: Path, arm: str, seed: int, exact_match: float) -> StudyRun:
-    run = StudyRun(
-        arm=Arm(name=arm, settings={}),
-        seed=seed,
-        folder=folder / f"{arm}-{seed}",
-        recipe="demo",
-        steps=2,
-        evaluation={},
-    )
+    run = _named(folder, arm, seed)
     run.folder.mkdir(exist_ok=True)
     metrics = {"exact_match": exact_match, "loss": 0.1234567, "chrf": 1.0}
     (run.folder / "evaluation.json").write_text(json.dumps({"metrics": metrics}))
@@ -63,16 +61,7 @@ def test_arms_are_compared_with_sft_and_with_the_control_in_the_metrics_that_are
         for seed in (0, 1, 2):
             values = [float(row < share * 40 + seed) for row in range(40)]
             run_folder(tmp_path / f"{arm}-{seed}", values, method=arm if arm != "noise" else "sft", seed=seed)
-            runs.append(
-                StudyRun(
-                    arm=Arm(name=arm, settings={}),
-                    seed=seed,
-                    folder=tmp_path / f"{arm}-{seed}",
-                    recipe="demo",
-                    steps=2,
-                    evaluation={},
-                )
-            )
+            runs.append(_named(tmp_path, arm, seed))
     (tmp_path / "results").mkdir()
     evidence_report.write_comparison(runs, "sort", "test")
     rows = json.loads((tmp_path / "results" / "sort-test.json").read_text())

@@ -204,7 +204,7 @@ def test_where_rows_or_seeds_alone_show_nothing_both_do() -> None:
     both = rows_and_seeds_needed(found, 100, 3, 0.05)
     assert both is not None
     assert both[0] > 1000
-    assert both[1] == 12, "2.2 * 0.05 / sqrt(12) is below 0.05, and 2.6 * 0.05 / sqrt(6) is not by enough"
+    assert both[1] == 12, "2.20 * 0.05 / sqrt(12) is below 0.05, and 2.57 * 0.05 / sqrt(6) is not"
 
 
 def test_seeds_that_differ_too_much_cannot_be_made_up_for_by_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def test_a_failure_of_a_run_that_was_left_to_another_process_is_learned_at_the_e
         failures = workers.carry_out(runs, ONE)
     assert begun == ["good-0"]
     assert list(failures) == ["other"], "or no process would report the other arms"
+
+
+def test_a_run_that_another_process_tries_again_in_vain_is_a_failure(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both processes were started again after a failure; the other one takes the run first."""
+    runs = _runs(tmp_path, "other-0", "good-0")
+    runs[0].failure.write_text("failed before")
+    os.utime(runs[0].failure, (1, 1))
+    _when("good-0", lambda: runs[0].failure.write_text("failed again"), begun, monkeypatch)
+    with FileLock(tmp_path / "other-0.lock"):
+        failures = workers.carry_out(runs, ONE)
+    assert {name: str(error) for name, error in failures.items()} == {"other": "failed again"}
 
 
 def test_a_run_that_another_process_still_carries_out_is_no_failure(tmp_path: Path, begun: list[str]) -> None:
