@@ -39,7 +39,8 @@ _PRESET = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, 
 _PRESET |= {"max_position_embeddings": 128}
 _MERGED = ("settings", "evaluation", "seeds", "arms")
 """Parts of the file of which a study gives only what differs."""
-_OF_PLACE = {"output_dir", "resume", "model.name_or_path", "data.train", "data.eval", "data.date", "--data"}
+_OF_PLACE = {"output_dir", "resume", "model.name_or_path", "data.train", "data.eval", "data.date"}
+_OF_PLACE |= {"--data", "--embedding_model"}
 """Settings that differ with the folder, the machine and the day."""
 _WARM_UP = "warm-up"
 _PROBED_STEPS = 8
@@ -56,7 +57,9 @@ class Study:
     """The file, with the study's own part in place of the common values."""
     folder: Path
     model: str
-    """The pretrained model of studies that start from one or measure by one (`{model}`)."""
+    """The pretrained model of studies that start from one."""
+    embedding_model: str
+    """What `{embedding_model}` stands for in `evidence.yaml`."""
 
     @property
     def data(self) -> str:
@@ -97,17 +100,24 @@ class Study:
             folder=self.folder / split / f"{arm.name}-{seed}",
             recipe=self.plan["recipe"],
             steps=steps,
-            evaluation={
-                name: self.model if value == "{model}" else value for name, value in self.plan["evaluation"].items()
-            }
-            | {"data": rows[split]}
-            | ({"as_chat": True} if self.pretrained else {}),
+            evaluation=self._evaluation | {"data": rows[split]},
         )
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        """The options of `selfgen-ds evaluate`, without the rows."""
+        options = {
+            name: self.embedding_model if value == "{embedding_model}" else value
+            for name, value in self.plan["evaluation"].items()
+        }
+        return options | ({"as_chat": True} if self.pretrained else {})
 
     def warm_ups(self, seeds: list[int]) -> list[StudyRun]:
         """Return the runs that the other runs of their seeds start from."""
         arm = Arm(name=_WARM_UP, settings={"selfgen.method": "sft"})
-        return [] if self.pretrained else [self.run(arm, seed, self.plan["warm_up"], "dev") for seed in seeds]
+        if self.pretrained:
+            return []
+        return [replace(self.run(arm, seed, self.plan["warm_up"], "dev"), evaluation=None) for seed in seeds]
 
     def arms(self, part: str) -> Iterator[Arm]:
         """Yield the arms of a part; sft is the first."""
@@ -197,21 +207,23 @@ def main() -> None:
     parser.add_argument("study", choices=list(plan["studies"]))
     parser.add_argument("--part", choices=list(plan["seeds"]), required=True)
     parser.add_argument("--data_dir", default="data", help="folder with e2e/ and gsm8k/")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of studies that need one")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of studies that start from one")
+    parser.add_argument("--embedding_model", default="sentence-transformers/all-MiniLM-L6-v2", help="of studies of E2E")
     parser.add_argument("--output_dir", default="runs/evidence")
     parser.add_argument("--scale", type=int, default=1, help="so many times as many rows and steps, for a GPU")
     parser.add_argument("--jobs", type=int, help="number of runs at the same time; by default one for each GPU or core")
     options = parser.parse_args()
     name = options.study if options.scale == 1 else f"{options.study}-x{options.scale}"
     folder = Path(options.output_dir).absolute() / name
-    study = replace(study_of(plan, options.study, folder, options.model, options.scale), name=name)
+    models = options.model, options.embedding_model
+    study = replace(study_of(plan, options.study, folder, *models, options.scale), name=name)
     if options.part not in study.parts:
         parser.error(f"{options.study} has {', '.join(study.parts)} alone")
     jobs = options.jobs or study.plan.get("jobs") or len(launching.devices()) or os.cpu_count() or 1
     carry_out(study, options.part, Path(options.data_dir), jobs)
 
 
-def study_of(plan: dict[str, Any], name: str, folder: Path, model: str, scale: int = 1) -> Study:
+def study_of(plan: dict[str, Any], name: str, folder: Path, model: str, embedding_model: str, scale: int = 1) -> Study:
     """Return a study of `evidence.yaml`; what it says itself comes before what the file says for all.
 
     Args:
@@ -223,7 +235,7 @@ def study_of(plan: dict[str, Any], name: str, folder: Path, model: str, scale: i
     if "max_samples" in merged["evaluation"]:
         merged["evaluation"] |= {"max_samples": scale * merged["evaluation"]["max_samples"]}
     merged.setdefault("data", merged.get("task", name))
-    return Study(name=name, plan=merged, folder=folder, model=model)
+    return Study(name=name, plan=merged, folder=folder, model=model, embedding_model=embedding_model)
 
 
 def carry_out(study: Study, part: str, source: Path, jobs: int) -> None:
@@ -273,7 +285,7 @@ def _check_settings(run: StudyRun) -> None:
         return
     made = default_settings() | flat(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")))
     asked = by_name(recipe_of(["--config", run.recipe, *run.settings])[0])
-    if run.arm.name != _WARM_UP:  # of which the model alone is used
+    if run.evaluation is not None:
         evaluated = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))["settings"]
         made |= {f"--{name}": evaluated.get(name) for name in run.evaluation}
         asked |= {f"--{name}": value for name, value in run.evaluation.items()}

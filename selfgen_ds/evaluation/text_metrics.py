@@ -143,13 +143,17 @@ def repetition(text: str) -> list[float]:
 def embedding_distances(embedder: Any, answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """Return, per answer, 1 minus the cosine of the angle between its sentence embedding and the reference's.
 
+    A text that is there several times, such as the greedy answer to a repeated prompt, is embedded once.
+
     Cen et al. (arXiv 2410.14655) measure the distance of embeddings between an answer and the reference; which
     embeddings and which distance is not public.
     """
-    texts = [*answers, *references]
-    vectors = embedder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-    cosines = (vectors[: len(answers)] * vectors[len(answers) :]).sum(axis=1)
-    return [1.0 - float(cosine) for cosine in cosines]
+    texts = list(dict.fromkeys([*answers, *references]))
+    vectors = dict(zip(texts, embedder.encode(texts, normalize_embeddings=True, show_progress_bar=False), strict=True))
+    return [
+        1.0 - float((vectors[answer] * vectors[reference]).sum())
+        for answer, reference in zip(answers, references, strict=True)
+    ]
 
 
 def load_embedder(model: str) -> Any:

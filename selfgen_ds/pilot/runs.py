@@ -34,8 +34,8 @@ class StudyRun:
     """Recipe that all arms start from: a file, or the name of a packaged one."""
     steps: int
     """Optimizer steps."""
-    evaluation: dict[str, Any]
-    """Options of `selfgen-ds evaluate`, without the model and the folder."""
+    evaluation: dict[str, Any] | None
+    """Options of `selfgen-ds evaluate`, without the model and the folder; None for a run whose model alone is used."""
 
     @property
     def name(self) -> str:
@@ -76,9 +76,11 @@ class StudyRun:
         if self.evaluated:
             return []
         train = ["train", "--config", self.recipe, "--resume", "auto", *self.settings]
-        options = as_options(self.evaluation | {"model": str(self.folder / "model"), "output_dir": str(self.folder)})
-        evaluate = ["evaluate", *options]
-        return [evaluate] if (self.folder / "model").exists() else [train, evaluate]
+        commands = [] if (self.folder / "model").exists() else [train]
+        if self.evaluation is not None:
+            own = {"model": str(self.folder / "model"), "output_dir": str(self.folder)}
+            commands.append(["evaluate", *as_options(self.evaluation | own)])
+        return commands
 
     @property
     def settings(self) -> list[str]:

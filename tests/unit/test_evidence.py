@@ -21,7 +21,7 @@ PLAN = yaml.safe_load((ROOT / "experiments" / "evidence.yaml").read_text(encodin
 
 
 def _study(name: str, folder: Path) -> evidence.Study:
-    return evidence.study_of(PLAN, name, folder, model=str(folder))
+    return evidence.study_of(PLAN, name, folder, model=str(folder), embedding_model=str(folder))
 
 
 PARTS = [(name, part) for name in PLAN["studies"] for part in _study(name, Path()).parts]
@@ -39,18 +39,20 @@ def test_every_run_of_a_study_is_a_recipe_and_an_evaluation(
     runs = [*warm_ups, *(study.run(arm, 0, 10, study.split(part)) for arm in study.arms(part))]
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
-        train, evaluate = run.commands
+        train, *evaluations = run.commands
         recipe, overrides = recipe_of(train[1:])
         problems = Problems()
         check_recipe(problems, recipe)
         assert [line for line in problems.lines if "model.name_or_path" not in line] == []
         read = {name for name in overrides if name.startswith("selfgen.")}
         assert {"selfgen.method"} <= read
-        options = EvaluateOptions(**vars(cli._parse(evaluate).evaluate))
+        assert len(evaluations) == (0 if run in warm_ups else 1), "of a warm-up, the model alone is used"
+        if not evaluations:
+            continue
+        options = EvaluateOptions(**vars(cli._parse(*evaluations).evaluate))
         check_evaluate(problems := Problems(), options)
         assert [line for line in problems.lines if "--model" not in line] == []
-        split = "dev" if run in warm_ups else study.split(part)
-        assert str(options.data).endswith((f"/{split}", f"/{split}.jsonl"))
+        assert str(options.data).endswith((f"/{study.split(part)}", f"/{study.split(part)}.jsonl"))
 
 
 def test_only_the_part_test_reads_the_test_rows(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_rows_of_e2e_are_split_by_meaning_representation(tmp_path: Path) -> None
 
 
 def test_a_scaled_study_has_as_many_times_the_rows_and_steps(tmp_path: Path) -> None:
-    study = evidence.study_of(PLAN, "smollm2-e2e", tmp_path, model=str(tmp_path), scale=10)
+    study = evidence.study_of(PLAN, "smollm2-e2e", tmp_path, str(tmp_path), str(tmp_path), scale=10)
     assert (study.plan["rows"], study.plan["steps"]) == (2400, 300)
     (arm, *_) = study.arms("test")
     assert study.run(arm, 0, 300, "test").evaluation["max_samples"] == 600

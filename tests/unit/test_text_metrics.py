@@ -85,8 +85,8 @@ class Embedder:
 
 
 def test_the_embedding_distance_is_one_minus_the_cosine() -> None:
-    distances = embedding_distances(Embedder(), ["a", "ab", "aab"], ["aa", "a", "b"])
-    assert distances == pytest.approx([0.0, 1 - math.sqrt(0.5), 1 - 1 / math.sqrt(5)])
+    distances = embedding_distances(Embedder(), ["a", "ab", "aab", "a"], ["aa", "a", "b", "b"])
+    assert distances == pytest.approx([0.0, 1 - math.sqrt(0.5), 1 - 1 / math.sqrt(5), 1.0])
 
 
 def test_a_metric_of_the_users_own_is_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
