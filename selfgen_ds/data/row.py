@@ -85,19 +85,46 @@ class TrainingRow:
         return slice(int(start), int(edges[-1]))
 
 
-def stored_row(table: datasets.Dataset, index: int) -> dict[str, Any]:
-    """Return the columns of one row of a table: lists as int64 or bool arrays, other values as Python's.
+class RowReader:
+    """Reads single rows of a table, which stays memory-mapped.
 
-    `table[index]` gives the same, but its formatter takes a tenth of a small step, and copying
-    `table.features` a little more.
+    `table[index]` gives the same, but its formatter takes a tenth of a small step.
     """
-    row = table.data.slice(index, 1)
-    values = {}
-    for name in row.column_names:
-        column = row.column(name).chunk(0)
-        if pa.types.is_list(column.type):
-            array = column.flatten().to_numpy(zero_copy_only=False)
-            values[name] = array if array.dtype == bool else array.astype(np.int64)
-        else:
-            values[name] = column[0].as_py()
-    return values
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        self._batches = table.data.table.to_batches()
+        self._ends = np.cumsum([len(batch) for batch in self._batches])
+        self._opened: dict[int, dict[str, _Column]] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the columns of one row: lists as int64 or bool arrays, other values as Python's."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        batch = self._batches[number]
+        if number not in self._opened:
+            columns = zip(batch.schema.names, batch.columns, strict=True)
+            self._opened[number] = {name: _Column.of(column) for name, column in columns}
+        row = index - int(self._ends[number]) + len(batch)
+        return {name: column[row] for name, column in self._opened[number].items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """A column of a batch of rows."""
+
+    values: np.ndarray | pa.Array
+    """The values of all rows, one after another: a view of the file, but for bits, which have no view."""
+    ends: np.ndarray | None
+    """`[rows + 1]`: where the list of each row ends; None for a column of single values."""
+
+    @staticmethod
+    def of(column: pa.Array) -> _Column:
+        if not pa.types.is_list(column.type):
+            return _Column(values=column, ends=None)
+        values = column.values if pa.types.is_boolean(column.type.value_type) else column.values.to_numpy()
+        return _Column(values=values, ends=column.offsets.to_numpy())
+
+    def __getitem__(self, row: int) -> Any:
+        if self.ends is None:
+            return self.values[row].as_py()
+        values = self.values[self.ends[row] : self.ends[row + 1]]
+        return values.astype(np.int64) if isinstance(values, np.ndarray) else values.to_numpy(zero_copy_only=False)

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from selfgen_ds.config import Sources, sources
 from selfgen_ds.data.cache import cache_folder
 from selfgen_ds.data.encoding import CHUNK_ROWS, Encoder, Format, chunks, in_form
 from selfgen_ds.data.message_checks import KNOWN_FIELDS
-from selfgen_ds.data.row import TrainingRow, stored_row
+from selfgen_ds.data.row import RowReader, TrainingRow
 from selfgen_ds.data.row_checks import Columns, Refused, Row, TextPair
 from selfgen_ds.data.rows import Opened, open_source
 from selfgen_ds.data.tokenizer import tokenizer_hash
@@ -100,11 +101,15 @@ class Samples:
     first_id: int = 0
     """Sample id of the first row: the number of rows read from the sources before this one."""
 
+    @cached_property
+    def _reader(self) -> RowReader:
+        return RowReader(self.table)
+
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        row = stored_row(self.table, index)
+        row = self._reader[index]
         sample_id, turns = self.first_id + int(row["sample_id"]), row["turns"].reshape(-1, 3)
         return TrainingRow.reference(sample_id, row["input_ids"], turns)
 

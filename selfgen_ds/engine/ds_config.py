@@ -14,8 +14,9 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import refusal
 
+_LEAST_BUCKET = 1 << 20  # elements; in a small model, the square of the hidden size is a collective for each parameter
 HIDDEN_SIZE_KEYS = {
-    "zero_optimization.reduce_bucket_size": lambda hidden: hidden * hidden,
+    "zero_optimization.reduce_bucket_size": lambda hidden: max(hidden * hidden, _LEAST_BUCKET),
     "zero_optimization.stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
     "zero_optimization.stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
 }

@@ -53,6 +53,7 @@ class GatherableModel:
         self._inside_gathered = False
         self._spare_bytes = math.inf
         """Memory that one forward may take inside `gathered`."""
+        self._token_bytes = token_bytes(self.model.config, self.model.dtype.itemsize)
         self._one_token_cache: Cache | None = None
         self._gathered_before: bool | None = None
         """Whether the previous `gathered` gathered sharded weights; None before the first."""
@@ -151,7 +152,7 @@ class GatherableModel:
 
     def _most_tokens(self) -> float:
         """Return the tokens that one forward may read: inside `gathered` as many as fit, otherwise any number."""
-        return max(0.0, self._spare_bytes) / token_bytes(self.model.config, self.model.dtype.itemsize)
+        return max(0.0, self._spare_bytes) / self._token_bytes
 
     @property
     def _module(self) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 _CHUNK = 256  # positions whose logits exist at the same time
 # A draw makes copies of its logits, and the sort of top-p makes more: smaller chunks take no more memory than the loss.
@@ -172,7 +172,7 @@ def sampler(temperature: float, top_p: float, top_k: int) -> Sampler:
     Args:
         temperature, top_p, top_k: As in `transformers`; 1.0, 1.0, and 0 leave the distribution as it is.
     """
-    warpers = LogitsProcessorList()
+    warpers: list[Callable[[None, Tensor], Tensor]] = []
     if temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
     if top_k > 0:
@@ -182,7 +182,9 @@ def sampler(temperature: float, top_p: float, top_k: int) -> Sampler:
 
     def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
         # One name for each stage of the logits, so that a stage is freed as soon as the next one exists.
-        logits = warpers(None, logits.float())
+        logits = logits.float()
+        for warper in warpers:
+            logits = warper(None, logits)
         logits = torch.softmax(logits, dim=-1)
         logits = logits.cumsum(dim=-1, dtype=torch.float64)
         # A uniform is greater than 0, so the first entry at or above the uniform has a positive probability.

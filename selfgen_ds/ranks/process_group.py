@@ -226,6 +226,8 @@ def gather_object(value: T) -> list[T]:
 
 def max_over_ranks(values: list[Number]) -> list[Number]:
     """Return the largest of the ranks' values, position by position. Collective: every rank must call this."""
+    if torch.distributed.get_world_size() == 1:
+        return values
     result = torch.from_numpy(np.array(values)).to(device())
     torch.distributed.all_reduce(result, op=torch.distributed.ReduceOp.MAX)
     return result.tolist()

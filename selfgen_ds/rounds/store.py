@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
-from selfgen_ds.data.row import TrainingRow, stored_row
+from selfgen_ds.data.row import RowReader, TrainingRow
 from selfgen_ds.errors import InputError
 from selfgen_ds.files import damaged, intact, naming, refusal, sync_and_sum, sync_folder, write_atomically
 
@@ -50,7 +50,7 @@ class StoredRows:
     """
 
     def __init__(self, table: datasets.Dataset, rows: np.ndarray) -> None:
-        self._table = table
+        self._reader = RowReader(table)
         self._rows = rows
         self._lengths = pc.list_value_length(table.data.column("context_ids")).to_numpy()[rows]
 
@@ -58,7 +58,7 @@ class StoredRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        columns = stored_row(self._table, int(self._rows[index]))
+        columns = self._reader[int(self._rows[index])]
         # Nothing of a round's row is replaceable any more.
         return TrainingRow(replaceable_mask=np.zeros(len(columns["context_ids"]), bool), **columns)
 

@@ -294,13 +294,20 @@ def test_every_auto_is_filled_from_the_recipe(recipe: Recipe) -> None:
     assert (filled["bf16"], filled["fp16"]) == ({"enabled": True}, {"enabled": False})
     assert filled["zero_optimization"] == {
         "stage": 3,
-        "reduce_bucket_size": 10_000,
+        "reduce_bucket_size": 1 << 20,
         "stage3_prefetch_bucket_size": 9_000,
         "stage3_param_persistence_threshold": 1_000,
     }
     optimizer = filled["optimizer"]["params"]
     assert (optimizer["lr"], optimizer["betas"]) == (1e-4, [0.9, 0.95])
     assert (optimizer["eps"], optimizer["weight_decay"]) == (1e-6, 0.1)
+
+
+def test_the_buckets_of_a_large_model_are_the_square_of_its_hidden_size(recipe: Recipe) -> None:
+    config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    assert (
+        ds_config.resolve(recipe, config, WORLD_SIZE, 4096).config["zero_optimization"]["reduce_bucket_size"] == 4096**2
+    )
 
 
 def test_what_the_json_leaves_out_is_filled_from_the_recipe(recipe: Recipe) -> None:

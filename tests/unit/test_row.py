@@ -1,7 +1,8 @@
+import datasets
 import numpy as np
 
 from selfgen_ds.data.batches import collate
-from selfgen_ds.data.row import TrainingRow
+from selfgen_ds.data.row import RowReader, TrainingRow
 
 TWO_TURNS = TrainingRow.reference(7, np.arange(30, 39), np.array([[2, 3, 4], [4, 7, 8]]))
 
@@ -49,3 +50,19 @@ def test_a_batch_of_one_row_is_the_row() -> None:
         for name in ("context_ids", "target_ids", "loss_mask", "replaceable_mask", "replaced_mask"):
             assert getattr(batch, name)[0].tolist() == getattr(row, name).tolist()
         assert batch.sample_ids.tolist() == [[3] * length]
+
+
+def test_a_reader_reads_what_the_table_holds_in_any_order_of_rows() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"ids": rng.integers(0, 9, n).tolist(), "mask": (rng.random(n) < 0.5).tolist(), "number": n, "equal": n > 2}
+        for n in (3, 0, 1, 5, 2, 0, 4)
+    ]
+    lists = {"ids": datasets.List(datasets.Value("int32")), "mask": datasets.List(datasets.Value("bool"))}
+    features = datasets.Features(lists | {"number": datasets.Value("int64"), "equal": datasets.Value("bool")})
+    parts = [datasets.Dataset.from_list(part, features=features) for part in (rows[:3], rows[3:4], rows[4:])]
+    reader = RowReader(datasets.concatenate_datasets(parts))
+    for number in (6, 0, 3, 2, 1, 5, 4, 0):
+        row = reader[number]
+        assert (row["ids"].dtype, row["mask"].dtype) == (np.int64, bool)
+        assert {name: np.asarray(value).tolist() for name, value in row.items()} == rows[number]
