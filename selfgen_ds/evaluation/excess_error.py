@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfgen_ds.data.batches import collate
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.model.head import Projection
+from selfgen_ds.model.cross_entropy import Projection
 from selfgen_ds.model.policy import EnginePolicy
 
 _CHUNK = 128  # positions whose distributions exist at the same time

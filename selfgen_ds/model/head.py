@@ -16,12 +16,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from selfgen_ds.model.cross_entropy import Projection, cross_entropies
 
 _CHUNK = 256  # positions whose logits exist at the same time
 # A draw makes copies of its logits, and the sort of top-p makes more: smaller chunks take no more memory than the loss.
 _DRAW_CHUNK, _SORTED_CHUNK = 32, 16
+_DRAW_CHUNK_ON_ACCELERATORS = 256  # there, each chunk reads the head's weight again, which takes longer than the draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +32,6 @@ class LogitTransform:
 
     scale: float = 1.0
     cap: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """The projection of hidden states to logits. The scale is already applied to hidden states and bias."""
-
-    weight: Tensor
-    """`[V, H]`."""
-    bias: Tensor | None
-    """`[V]`."""
-    cap: float | None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Project `[N, H]` to `[N, V]`. With a cap, the logits are float32 or float64."""
-        logits = F.linear(hidden, self.weight, self.bias)
-        if self.cap is None:
-            return logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return (logits / self.cap).tanh_() * self.cap
 
 
 Reduction = Callable[[Tensor, Projection], "Tensor | tuple[Tensor, ...]"]
@@ -87,42 +70,50 @@ class LMHead(nn.Module):
 def loss_sum(targets: Tensor, label_smoothing: float, weights: Tensor | None = None, dft: bool = False) -> Reduction:
     """Return a reduction to the sum of the positions' cross entropies, float32 (float64 for a float64 head).
 
-    With label smoothing e, the target distribution is (1 - e) * one-hot + e / V. Its cross entropy needs no more logits
-    than the plain one: CE + e * (h . W[y] + b[y] - mean_v (h . W[v] + b[v])).
+    With label smoothing e, the target distribution is (1 - e) * one-hot + e / V.
 
     Args:
         targets: `[N]` int64. N may be 0: the loss is then 0 and has gradients of 0.
-        weights: `[N]`, the weight of each position in the sum; None means 1. With weights, the backward computes the
-            logits a second time.
+        weights: `[N]`, the weight of each position in the sum; None means 1. In full precision without weights, the
+            backward does not compute the logits a second time.
         dft: Whether each position is also weighted by the probability of its target, which counts as a constant
             (dynamic fine-tuning, arXiv 2508.05629). Label smoothing has to be 0.
     """
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
-        if project.cap is not None:
-            return _capped_loss_sum(hidden, project, targets, label_smoothing, weights, dft)
-        weight, bias = project.weight, project.bias
-        full_precision = weight.dtype in (torch.float32, torch.float64)
-        # A sum in bfloat16 would leave the loss three digits, so the positions' losses are summed here, in float32.
-        summed = full_precision and weights is None and not dft
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=_CHUNK, chunking_method=None, acc_policy="auto" if full_precision else "accurate"
-        )
-        loss = F.linear_cross_entropy(
-            hidden, weight, targets, linear_bias=bias, reduction="sum" if summed else "none", options=options
-        )
-        if not summed:
-            loss = loss if full_precision else loss.float()
-            loss = _weighted_sum(loss, _with_probabilities(weights, loss) if dft else weights)
-        if label_smoothing:
-            away = weight[targets] - weight.mean(dim=0)
-            margin = _weighted_sum((hidden * away).to(loss.dtype), weights)
-            if bias is not None:
-                margin = margin + _weighted_sum((bias[targets] - bias.mean()).to(loss.dtype), weights)
-            loss = loss + label_smoothing * margin
-        return loss
+        if _has_library_loss(project):
+            return _library_loss_sum(hidden, project, targets, label_smoothing, weights, dft)
+        losses = cross_entropies(hidden, project, targets, label_smoothing)
+        return _weighted_sum(losses, _with_probabilities(weights, losses) if dft else weights)
 
     return reduction
+
+
+def _has_library_loss(project: Projection) -> bool:
+    """Return whether torch's chunked loss serves: from version 2.13 on, in full precision, for logits without a cap."""
+    full_precision = project.weight.dtype in (torch.float32, torch.float64)
+    return hasattr(F, "linear_cross_entropy") and full_precision and project.cap is None
+
+
+def _library_loss_sum(
+    hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float, weights: Tensor | None, dft: bool
+) -> Tensor:
+    """Sum the cross entropies by torch's loss, which is as exact as ours in full precision, and reads logits once."""
+    weight, bias = project.weight, project.bias
+    summed = weights is None and not dft
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
+    loss = F.linear_cross_entropy(
+        hidden, weight, targets, linear_bias=bias, reduction="sum" if summed else "none", options=options
+    )
+    if not summed:
+        loss = _weighted_sum(loss, _with_probabilities(weights, loss) if dft else weights)
+    if label_smoothing:  # needs no more logits: CE + e * (h . W[y] + b[y] - mean_v (h . W[v] + b[v]))
+        away = weight[targets] - weight.mean(dim=0)
+        margin = _weighted_sum((hidden * away).to(loss.dtype), weights)
+        if bias is not None:
+            margin = margin + _weighted_sum((bias[targets] - bias.mean()).to(loss.dtype), weights)
+        loss = loss + label_smoothing * margin
+    return loss
 
 
 def _with_probabilities(weights: Tensor | None, losses: Tensor) -> Tensor:
@@ -134,30 +125,6 @@ def _with_probabilities(weights: Tensor | None, losses: Tensor) -> Tensor:
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     """Sum `[N]` or `[N, H]` values to a scalar, each position by its weight."""
     return values.sum() if weights is None else (weights.to(values.dtype) @ values).sum()
-
-
-def _capped_loss_sum(
-    hidden: Tensor, project: Projection, targets: Tensor, label_smoothing: float, weights: Tensor | None, dft: bool
-) -> Tensor:
-    """Sum the cross entropies of capped logits, chunk by chunk.
-
-    A cap is no product of matrices, which the library's chunked loss needs. Each chunk is checkpointed instead: the
-    backward computes its logits again.
-    """
-
-    def chunk_loss(chunk: Tensor, chunk_targets: Tensor, chunk_weights: Tensor | None) -> Tensor:
-        reduction = "sum" if chunk_weights is None and not dft else "none"
-        logits = project.logits(chunk)
-        losses = F.cross_entropy(logits, chunk_targets, reduction=reduction, label_smoothing=label_smoothing)
-        return _weighted_sum(losses, _with_probabilities(chunk_weights, losses) if dft else chunk_weights)
-
-    chunks = hidden.split(_CHUNK)
-    split_weights = [None] * len(chunks) if weights is None else weights.split(_CHUNK)
-    losses = [
-        checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(chunks, targets.split(_CHUNK), split_weights, strict=True)
-    ]
-    return torch.stack(losses).sum()
 
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
@@ -203,15 +170,22 @@ def draw(uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Redu
         temperature, top_p, top_k: The distribution, as in `sampler`.
     """
     sample = sampler(temperature, top_p, top_k)
-    chunk_size = _SORTED_CHUNK if top_p < 1.0 else _DRAW_CHUNK
 
     def reduction(hidden: Tensor, project: Projection) -> Tensor:
+        chunk_size = _draw_chunk(hidden.device, sorts=top_p < 1.0)
         tokens = [hidden.new_empty(0, dtype=torch.int64)]
         for chunk, chunk_uniforms in zip(hidden.split(chunk_size), uniforms.split(chunk_size), strict=True):
             tokens.append(sample(project.logits(chunk), chunk_uniforms))
         return torch.cat(tokens)
 
     return reduction
+
+
+def _draw_chunk(device: torch.device, sorts: bool) -> int:
+    """Return the number of positions whose draws are made at the same time."""
+    if device.type == "cpu":
+        return _SORTED_CHUNK if sorts else _DRAW_CHUNK
+    return _DRAW_CHUNK_ON_ACCELERATORS // 2 if sorts else _DRAW_CHUNK_ON_ACCELERATORS
 
 
 class Prediction(NamedTuple):

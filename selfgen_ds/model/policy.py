@@ -25,6 +25,7 @@ from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods.method import AnswerNoise, Policy
 from selfgen_ds.model import generation, head
 from selfgen_ds.model.budget import SweepBudget, split_rows
+from selfgen_ds.model.cross_entropy import Projection
 from selfgen_ds.model.gathering import GatherableModel, evaluating
 from selfgen_ds.model.generation import Sharing
 from selfgen_ds.progress import SECONDS, bar
@@ -180,14 +181,14 @@ class EnginePolicy(GatherableModel, Policy):
         return head.Prediction(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
-    def hidden_states(self, batch: TokenBatch) -> tuple[Tensor, head.Projection]:
+    def hidden_states(self, batch: TokenBatch) -> tuple[Tensor, Projection]:
         """Return the hidden states that predict the targets, `[targets, H]`, and what makes logits of them.
 
         Only for weights that are whole on this rank: sharded ones leave the head's weight after the forward.
         """
-        seen: list[tuple[Tensor, head.Projection]] = []
+        seen: list[tuple[Tensor, Projection]] = []
 
-        def reduction(hidden: Tensor, project: head.Projection) -> Tensor:
+        def reduction(hidden: Tensor, project: Projection) -> Tensor:
             seen.append((hidden, project))
             return hidden
 

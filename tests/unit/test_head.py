@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from selfgen_ds import hashing
+from selfgen_ds.model import cross_entropy
 from selfgen_ds.model.head import LMHead, LogitTransform, Prediction, Reduction, draw, loss_sum, predict
 
 ROWS, WIDTH, VOCABULARY = 600, 16, 50  # rows of two chunks and a part of a third
@@ -341,8 +342,11 @@ def _largest_allocation(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=2.0, cap=3.0)], ids=["plain", "capped"])
-def test_the_logits_of_all_positions_never_exist_at_once(transform: LogitTransform) -> None:
+def test_the_logits_of_all_positions_never_exist_at_once(
+    transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, width, vocabulary = 2048, 32, 2000
+    monkeypatch.setitem(cross_entropy._ELEMENTS, "cpu", rows * vocabulary // 8)
     logits_bytes = rows * vocabulary * 4
     head = LMHead(nn.Linear(width, vocabulary, bias=False), transform)
     hidden, targets = torch.randn(rows, width, requires_grad=True), torch.randint(vocabulary, (rows,))
