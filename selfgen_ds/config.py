@@ -229,16 +229,41 @@ class TrainConfig:
     """Passes over the training rows. Give either this or `max_steps`."""
     max_steps: int | None = None
     """Optimizer steps. A resumed run may raise the number."""
-    micro_batch_size: int = 1
-    """Rows per rank in one forward."""
+    rows_per_step: int | None = None
+    """Rows of an optimizer step, whatever the number of ranks: accumulation follows from it. Give either this or
+    `micro_batch_size`; with both, the latter is the largest that fits into memory."""
+    micro_batch_size: int | None = None
+    """Rows per rank in one forward. With `rows_per_step`, the most rows: by default all that a rank has in a step."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per rank whose gradients are summed before an optimizer step."""
+    """Micro-batches per rank whose gradients are summed before an optimizer step; 1 with `rows_per_step`."""
     activation_checkpointing: bool = True
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     max_nonfinite_steps: int = 5
     """Stop after this many steps in a row whose loss or gradient was not finite. Each such step is skipped."""
     stall_seconds: float = 600.0
     """Seconds without a forward on any rank, after which every rank prints its stacks; twice as long ends the run."""
+
+    def shape(self, ranks: int) -> StepShape:
+        """Return what a step of so many ranks consists of."""
+        if self.rows_per_step is None:
+            size, accumulation = self.micro_batch_size or 1, self.gradient_accumulation_steps
+            return StepShape(rows=size * accumulation * ranks, micro_batch_size=size, accumulation=accumulation)
+        of_rank = -(-self.rows_per_step // ranks)
+        accumulation = -(-of_rank // (self.micro_batch_size or of_rank))
+        size = -(-of_rank // accumulation)
+        return StepShape(rows=self.rows_per_step, micro_batch_size=size, accumulation=accumulation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What an optimizer step consists of."""
+
+    rows: int
+    """Rows of all ranks; the last micro-batches of some ranks may be short."""
+    micro_batch_size: int
+    """Rows per rank in one forward."""
+    accumulation: int
+    """Forwards per rank."""
 
 
 @dataclass(kw_only=True)

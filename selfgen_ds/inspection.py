@@ -53,8 +53,10 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
         InputError: `train` would refuse the recipe or the data. If too many rows are truncated or refused, counts,
             lengths and the rows are printed first.
     """
-    if recipe.train.epochs is None and recipe.train.max_steps is None:
-        recipe.train.epochs = 1.0  # the rows do not depend on the length of the run
+    if recipe.train.epochs is None and recipe.train.max_steps is None:  # the rows do not depend on either
+        recipe.train.epochs = 1.0
+    if recipe.train.rows_per_step is None and recipe.train.micro_batch_size is None:
+        recipe.train.micro_batch_size = 1
     problems = Problems()
     check_inspect(problems, rows)
     check_settings(problems, recipe, overrides)

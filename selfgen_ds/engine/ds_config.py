@@ -71,9 +71,9 @@ def resolve(recipe: Recipe, config: dict[str, Any], world_size: int, hidden_size
     filled = fill(recipe, config, world_size)
     for key, size in HIDDEN_SIZE_KEYS.items():
         filled.fill_only(key, size(hidden_size))
-    train = recipe.train
-    filled.config["gradient_accumulation_steps"] = train.gradient_accumulation_steps
-    filled.config["train_batch_size"] = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    shape = recipe.train.shape(world_size)
+    filled.config["gradient_accumulation_steps"] = shape.accumulation
+    filled.config["train_batch_size"] = shape.micro_batch_size * shape.accumulation * world_size
     return filled
 
 
@@ -82,9 +82,9 @@ def fill(recipe: Recipe, config: dict[str, Any], world_size: int) -> HfTrainerDe
 
     `mismatches` of the returned object lists values that differ from the recipe's.
     """
-    train, optim = recipe.train, recipe.optim
+    shape, optim = recipe.train.shape(world_size), recipe.optim
     filled = HfTrainerDeepSpeedConfig(_with_defaults(recipe, config))
-    micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
+    micro, accumulation = shape.micro_batch_size, shape.accumulation
     filled.fill_match("train_micro_batch_size_per_gpu", micro, "train.micro_batch_size")
     filled.fill_match("gradient_accumulation_steps", accumulation, "train.gradient_accumulation_steps")
     filled.fill_match(

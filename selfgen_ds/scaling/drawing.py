@@ -128,7 +128,7 @@ class _Rounds:
         return rows
 
     def _train(self, name: str, rows: Sequence[TrainingRow]) -> None:
-        size = self.benchmark.recipe.train.micro_batch_size
+        size = self.benchmark.plan.micro_batch_size
 
         def train(rows: Sequence[TrainingRow]) -> None:
             for first in range(0, len(rows), size):

@@ -53,7 +53,11 @@ class Block:
     def of(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the block's accumulation and activation checkpointing."""
         train = replace(
-            recipe.train, gradient_accumulation_steps=self.accumulation, activation_checkpointing=self.checkpointing
+            recipe.train,
+            rows_per_step=None,
+            micro_batch_size=recipe.train.shape(process_group.world_size()).micro_batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            activation_checkpointing=self.checkpointing,
         )
         return replace(recipe, train=train)
 
@@ -93,13 +97,13 @@ class BlockBenchmark:
             self.engine, self.hf_config = build_engine(recipe, quiet, config, traits, tokenizer, _TOTAL_STEPS)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         self.policy = engine_policy(recipe, self.engine, end_tokens=[self.vocabulary])
-        rows = recipe.train.micro_batch_size * block.accumulation * dist.get_world_size()
+        shape = recipe.train.shape(dist.get_world_size())
         self.plan = Plan(
             seed=recipe.seed,
             total_steps=_TOTAL_STEPS,
-            step_size=rows,
-            epoch_size=rows,
-            micro_batch_size=recipe.train.micro_batch_size,
+            step_size=shape.rows,
+            epoch_size=shape.rows,
+            micro_batch_size=shape.micro_batch_size,
             max_length=recipe.data.max_length,
             tokenizer=tokenizer,
             correction=Correction(),
@@ -201,9 +205,9 @@ def random_batches(recipe: Recipe, vocabulary: int, turn: int) -> list[TokenBatc
 
     Random tokens will do, because the cost of a step depends on the lengths alone.
     """
-    train, length = recipe.train, recipe.data.max_length
+    shape, length = recipe.train.shape(dist.get_world_size()), recipe.data.max_length
     ids = np.random.default_rng((recipe.seed, turn, dist.get_rank())).integers(
-        0, vocabulary, (train.gradient_accumulation_steps, train.micro_batch_size, length)
+        0, vocabulary, (shape.accumulation, shape.micro_batch_size, length)
     )
     turns = np.array([[length // 4, length - 1, length]])
     batches = []

@@ -106,7 +106,7 @@ def load_method(
         total_steps=total_steps,
         step_size=batches.step_size,
         epoch_size=len(batches),
-        micro_batch_size=recipe.train.micro_batch_size,
+        micro_batch_size=batches.micro_batch_size,
         max_length=recipe.data.max_length,
         tokenizer=tokenizer,
         correction=correction(samples, tokenizer, recipe.selfgen.cue) if asks else Correction(),

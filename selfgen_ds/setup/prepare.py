@@ -224,24 +224,28 @@ def _plan(
 
 def _in_steps(recipe: Recipe, samples: list[Samples], folder: RunFolder) -> StepBatches:
     """Divide the training rows into optimizer steps: a resumed run keeps the rows of a step."""
-    train, world_size = recipe.train, dist.get_world_size()
-    step_size = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    world_size = dist.get_world_size()
+    shape = recipe.train.shape(world_size)
     return load_step_batches(
         recipe,
         samples,
-        step_size=folder.resumed.step_size if folder.resumed else step_size,
-        micro_batch_size=train.micro_batch_size,
+        step_size=folder.resumed.step_size if folder.resumed else shape.rows,
+        micro_batch_size=shape.micro_batch_size,
         rank=dist.get_rank(),
         world_size=world_size,
-        epochs=train.epochs,
+        epochs=recipe.train.epochs,
     )
 
 
 def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple[DeepSpeedEngine, HfDeepSpeedConfig]:
     """Build the engine for the present number of ranks and for the checkpoint that the engine will load."""
-    folder = inputs.folder
-    accumulation = inputs.step_batches.accumulation
-    fitted = replace(recipe, train=replace(recipe.train, gradient_accumulation_steps=accumulation))
+    folder, batches = inputs.folder, inputs.step_batches
+    train = replace(
+        recipe.train,
+        rows_per_step=None,
+        micro_batch_size=batches.micro_batch_size,
+        gradient_accumulation_steps=batches.accumulation,
+    )
     other_ranks = folder.resumed is not None and folder.resumed.world_size != dist.get_world_size()
     checkpointing = {
         "use_node_local_storage": not folder.storage.shared,
@@ -249,7 +253,7 @@ def _build(recipe: Recipe, json_config: dict[str, Any], inputs: Inputs) -> tuple
         "load_universal": other_ranks and zero_stage(json_config) > 0,
     }
     return build_engine(
-        fitted,
+        replace(recipe, train=train),
         json_config | {"checkpoint": checkpointing},
         inputs.config,
         inputs.traits,
@@ -297,10 +301,10 @@ def _log_start(recipe: Recipe, inputs: Inputs, model: nn.Module) -> None:
             "resuming a run of %d ranks on %d ranks: a step keeps its %d rows, now as %d micro-batches of %d rows per "
             "rank",
             *(resumed.world_size, world_size, batches.step_size, batches.accumulation),
-            recipe.train.micro_batch_size,
+            batches.micro_batch_size,
         )
-        if (idle := world_size - -(-batches.step_size // recipe.train.micro_batch_size)) > 0:
-            log.warning("a step has fewer micro-batches than there are ranks: %d ranks have nothing to do", idle)
+    if (idle := world_size - -(-batches.step_size // batches.micro_batch_size)) > 0:
+        log.warning("a step has fewer micro-batches than there are ranks: %d ranks have nothing to do", idle)
     log.info(
         "%s on %d samples (%d truncated, %d refused)%s: %d steps of %d rows, %s, %s",
         recipe.selfgen.method,

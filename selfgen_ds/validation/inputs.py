@@ -167,5 +167,5 @@ def check_steps(problems: Problems, recipe: Recipe, step_batches: StepBatches) -
     if methods.find(recipe.selfgen.method).has_rounds and rows_per_round < step_size:
         problems.add(
             f"selfgen.epochs_per_round: a round of {rows_per_round} rows is less than a step of {step_size}; raise it, "
-            "or lower train.micro_batch_size or train.gradient_accumulation_steps"
+            "or lower train.rows_per_step, train.micro_batch_size or train.gradient_accumulation_steps"
         )

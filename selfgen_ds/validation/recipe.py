@@ -31,6 +31,7 @@ _LEAST = {
     "optim.weight_decay": 0,
     "optim.max_grad_norm": 0,
     "train.max_steps": 1,
+    "train.rows_per_step": 1,
     "train.micro_batch_size": 1,
     "train.gradient_accumulation_steps": 1,
     "train.max_nonfinite_steps": 1,
@@ -180,6 +181,11 @@ def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:
     problems.expect(is_share, "optim.dft_share", "a share in (0, 1]", optim.dft_share)
     if is_share and optim.loss != "dft" and optim.dft_share != OptimConfig.dft_share:
         problems.add("optim.dft_share: expected optim.loss: dft as well")
+    if train.rows_per_step is None and train.micro_batch_size is None:
+        problems.add("train: expected rows_per_step, the rows of a step on any number of ranks, or micro_batch_size")
+    if train.rows_per_step is not None and train.gradient_accumulation_steps != 1:
+        given = train.gradient_accumulation_steps
+        problems.add(f"train.gradient_accumulation_steps: follows from train.rows_per_step; remove it, got {given}")
     if (train.epochs is None) == (train.max_steps is None):
         problems.add(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     epochs = train.epochs

@@ -41,12 +41,9 @@ def check_settings(problems: Problems, recipe: Recipe, overrides: set[str]) -> d
     with problems.collect():
         json_config = ds_config.read(recipe.deepspeed)
         # Sizes less than 1 are reported above; DeepSpeed would blame the JSON for them.
-        train = replace(
-            recipe.train,
-            micro_batch_size=max(1, recipe.train.micro_batch_size),
-            gradient_accumulation_steps=max(1, recipe.train.gradient_accumulation_steps),
-        )
-        sized = replace(recipe, train=train)
+        names = "rows_per_step", "micro_batch_size", "gradient_accumulation_steps"
+        given = {name: value for name in names if (value := getattr(recipe.train, name)) is not None}
+        sized = replace(recipe, train=replace(recipe.train, **{name: max(1, value) for name, value in given.items()}))
         first_ranks = _first_ranks(sized) if recipe.resume == "auto" else None
         problems.add(*deepspeed_json.problems(sized, json_config, process_group.world_size(), first_ranks))
     return json_config
@@ -78,5 +75,6 @@ def _check_packing(problems: Problems, recipe: Recipe) -> None:
 def _first_ranks(recipe: Recipe) -> int | None:
     """Return the number of ranks that the run in `output_dir` was started with, or None if it has no checkpoint."""
     complete = manifest.complete_checkpoints(Path(recipe.output_dir) / "checkpoints")
-    rows_per_rank = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
-    return complete[-1].step_size // rows_per_rank if complete else None
+    if recipe.train.rows_per_step is not None:
+        return None
+    return complete[-1].step_size // recipe.train.shape(1).rows if complete else None

@@ -146,8 +146,8 @@ def micro_batches_of(settings: Recipe, samples: Samples, step: int) -> list[Toke
         for batch in StepBatches(
             [samples],
             seed=settings.seed,
-            step_size=2 * settings.train.micro_batch_size * settings.train.gradient_accumulation_steps,
-            micro_batch_size=settings.train.micro_batch_size,
+            step_size=settings.train.shape(2).rows,
+            micro_batch_size=settings.train.shape(2).micro_batch_size,
             rank=rank,
             world_size=2,
             epochs=settings.train.epochs,

@@ -55,7 +55,7 @@ def test_loading_takes_a_rank_its_share_and_the_largest_layer(two_ranks: Ranks, 
 def sweep_and_step_peaks(settings: Recipe) -> tuple[int, int, int]:
     """Return the peak memory of the pass and of the training step over full rows, and the number of sweeps."""
     run = prepare(settings, set())
-    rows, length = settings.train.micro_batch_size, 64
+    rows, length = settings.train.shape(1).micro_batch_size, 64
     batches = [
         padded([[65]] * rows, [[66] * (length - 1)] * rows, [m * rows + i for i in range(rows)])
         for m in range(settings.train.gradient_accumulation_steps)

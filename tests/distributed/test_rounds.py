@@ -121,7 +121,7 @@ def test_the_same_is_drawn_on_any_number_of_ranks_at_any_stage_gathered_or_shard
             (two_ranks, 2, MUCH),
         ]:
             settings = runs.recipe(folder, model=model, selfgen=selfgen, deepspeed=with_stage(folder, stage))
-            settings.train.micro_batch_size *= 2 // ranks.world_size
+            settings.train.micro_batch_size = settings.train.shape(1).micro_batch_size * 2 // ranks.world_size
             for its_checksum, sharded in ranks.run(first_round, settings, free, timeout=TIMEOUT):
                 checksums.add(its_checksum)
                 assert sharded == {stage == 3 and free == LITTLE}

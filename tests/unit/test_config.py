@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 import signal
@@ -41,7 +42,7 @@ def recipe(tmp_path: Path) -> Recipe:
         data=DataConfig(train="builtin:pointer_chase", eval="builtin:pointer_chase"),
         model=ModelConfig(preset={"hidden_size": 8}, tokenizer="byte"),
         selfgen=SelfgenConfig(schedule="linear"),
-        train=TrainConfig(max_steps=10),
+        train=TrainConfig(max_steps=10, micro_batch_size=1),
     )
 
 
@@ -117,7 +118,7 @@ def test_a_bad_value_is_one_problem_that_names_setting_and_value(recipe: Recipe,
 
 @pytest.mark.parametrize("epochs", [0.0, -1.0, math.nan, math.inf])
 def test_epochs_are_a_positive_number(recipe: Recipe, epochs: float) -> None:
-    recipe.train = TrainConfig(epochs=epochs)
+    recipe.train = TrainConfig(epochs=epochs, micro_batch_size=1)
     (problem,) = recipe_problems(recipe)
     assert problem.startswith("train.epochs: expected ")
 
@@ -237,11 +238,61 @@ def test_several_problems_are_reported_at_once(recipe: Recipe) -> None:
     }
 
 
-@pytest.mark.parametrize("train", [TrainConfig(), TrainConfig(epochs=1, max_steps=5)])
+@pytest.mark.parametrize(
+    "train", [TrainConfig(micro_batch_size=1), TrainConfig(epochs=1, max_steps=5, micro_batch_size=1)]
+)
 def test_exactly_one_of_epochs_and_max_steps_is_given(recipe: Recipe, train: TrainConfig) -> None:
     recipe.train = train
     (problem,) = recipe_problems(recipe)
     assert "train: expected either epochs or max_steps" in problem
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        (TrainConfig(epochs=1), "train: expected rows_per_step, the rows of a step on any number of ranks, or micro"),
+        (TrainConfig(epochs=1, rows_per_step=0), "train.rows_per_step: expected 1 or more, got 0"),
+        (
+            TrainConfig(epochs=1, rows_per_step=8, gradient_accumulation_steps=2),
+            "train.gradient_accumulation_steps: follows from train.rows_per_step; remove it, got 2",
+        ),
+    ],
+)
+def test_the_size_of_a_step_is_given_once(recipe: Recipe, train: TrainConfig, problem: str) -> None:
+    recipe.train = train
+    (told,) = recipe_problems(recipe)
+    assert told.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "most", "expected"),
+    [
+        (8, 8, (8, 2)),
+        (16, 8, (8, 1)),
+        (64, 8, (2, 1)),
+        (8, None, (16, 1)),
+        (8, 6, (6, 3)),
+        (48, 8, (3, 1)),
+        (256, 8, (1, 1)),
+    ],
+)
+def test_a_step_has_the_same_rows_on_any_number_of_ranks(
+    ranks: int, most: int | None, expected: tuple[int, int]
+) -> None:
+    shape = TrainConfig(rows_per_step=128, micro_batch_size=most).shape(ranks)
+    assert (shape.rows, shape.micro_batch_size, shape.accumulation) == (128, *expected)
+
+
+def test_all_micro_batches_of_a_step_are_needed_for_its_rows_and_none_is_too_large() -> None:
+    for rows, ranks, most in itertools.product(range(1, 130, 7), (1, 2, 3, 8, 64), (1, 2, 5, 8)):
+        shape = TrainConfig(rows_per_step=rows, micro_batch_size=most).shape(ranks)
+        assert shape.micro_batch_size <= most
+        assert shape.accumulation == -(-rows // (ranks * shape.micro_batch_size))
+
+
+def test_without_rows_per_step_more_ranks_have_more_rows() -> None:
+    shapes = [TrainConfig(micro_batch_size=4, gradient_accumulation_steps=2).shape(ranks) for ranks in (1, 8)]
+    assert [(shape.rows, shape.micro_batch_size, shape.accumulation) for shape in shapes] == [(8, 4, 2), (64, 4, 2)]
 
 
 def test_a_model_is_given(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_scaled_study_has_as_many_times_the_rows_and_steps(tmp_path: Path) -> 
     study = evidence.study_of(PLAN, "smollm2-e2e", tmp_path, str(tmp_path), str(tmp_path), scale=10)
     assert (study.plan["rows"], study.plan["steps"]) == (2400, 300)
     (arm, *_) = study.arms("test")
-    assert study.run(arm, 0, 300, "test").evaluation["max_samples"] == 600
+    assert (study.run(arm, 0, 300, "test").evaluation or {})["max_samples"] == 600
     assert PLAN["studies"]["smollm2-e2e"]["evaluation"]["max_samples"] == 60
 
 
@@ -109,6 +110,6 @@ def test_a_finished_run_is_refused_if_the_study_has_other_settings_now(
     evidence._check_settings(run)
     with pytest.raises(RunFailed, match=r"was made with train.max_steps 10, and the study has 20; remove"):
         evidence._check_settings(study.run(arm, 0, 20, "test"))
-    run.evaluation["sample_temperatures"] = [3]
+    run = replace(run, evaluation=(run.evaluation or {}) | {"sample_temperatures": [3]})
     with pytest.raises(RunFailed, match=r"was made with --sample_temperatures \[1, 1.5, 2, 2.5\], and the study has"):
         evidence._check_settings(run)

@@ -323,7 +323,7 @@ def recipe(tmp_path: Path) -> Recipe:
         deepspeed=str(tmp_path / "ds.json"),
         data=DataConfig(train="builtin:pointer_chase"),
         model=ModelConfig(name_or_path=str(tmp_path / "base"), lora=LoraConfig()),
-        train=TrainConfig(max_steps=10),
+        train=TrainConfig(max_steps=10, micro_batch_size=1),
     )
 
 

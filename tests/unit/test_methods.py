@@ -122,7 +122,7 @@ def _recipe(folder: Path, **config: Any) -> Recipe:
         data=DataConfig(train="builtin:pointer_chase"),
         model=ModelConfig(preset={"hidden_size": 8}, tokenizer="byte", dtype="float32"),
         selfgen=SelfgenConfig(**config),
-        train=TrainConfig(max_steps=10),
+        train=TrainConfig(max_steps=10, micro_batch_size=1),
     )
 
 

@@ -46,7 +46,7 @@ def test_hosts_without_a_shared_folder_are_refused_for_rounds_before_any_row_is_
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(prepare, "load_samples", lambda *_: pytest.fail("rows are read"))
-    recipe = _recipe(tmp_path, "bash", TrainConfig(max_steps=1), max_length=10**6)
+    recipe = _recipe(tmp_path, "bash", TrainConfig(max_steps=1, micro_batch_size=1), max_length=10**6)
     with pytest.raises(InputError) as caught:
         prepare._load_inputs(recipe, _folder(recipe, shared=False), stage=3, today="2026-01-31")
     lines = str(caught.value).splitlines()
@@ -59,7 +59,7 @@ def test_hosts_without_a_shared_folder_are_refused_for_rounds_before_any_row_is_
 
 def test_a_method_without_rounds_needs_no_shared_folder(tmp_path: Path) -> None:
     problems = prepare.Problems()
-    recipe = _recipe(tmp_path, "scheduled_sampling", TrainConfig(max_steps=1))
+    recipe = _recipe(tmp_path, "scheduled_sampling", TrainConfig(max_steps=1, micro_batch_size=1))
     prepare.check_rounds_folder(problems, recipe, _folder(recipe, shared=False).storage)
     assert problems.lines == []
 
@@ -70,13 +70,13 @@ def test_epochs_rounds_and_what_the_method_refuses_are_reported_together(tmp_pat
     assert lines[:2] == [
         "train.epochs: 0.1 epochs of 4 rows contain no whole row; raise train.epochs",
         "selfgen.epochs_per_round: a round of 4 rows is less than a step of 5; raise it, "
-        "or lower train.micro_batch_size or train.gradient_accumulation_steps",
+        "or lower train.rows_per_step, train.micro_batch_size or train.gradient_accumulation_steps",
     ]
     assert [line.split(":")[0] for line in lines[2:]] == ["data.max_length"]
 
 
 def test_a_weight_of_less_than_a_row_is_refused(tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, "sft", TrainConfig(max_steps=1))
+    recipe = _recipe(tmp_path, "sft", TrainConfig(max_steps=1, micro_batch_size=1))
     path = str(tmp_path / "rows.jsonl")
     recipe.data.train = [Source(path=path, weight=weight) for weight in (1.0, 1000.0)]
     lines = _problems_of_the_plan(recipe)
