@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from selfgen_ds.checkpoint.export import export_checkpoint
 from selfgen_ds.checkpoint.manifest import best_of, complete_checkpoints
 from selfgen_ds.cli import recipe_of
 from selfgen_ds.config import by_name, default_settings, flat
-from selfgen_ds.errors import RunFailed
+from selfgen_ds.errors import InputError, RunFailed, Stopped
 from selfgen_ds.pilot import budget, launching, workers
 from selfgen_ds.pilot.launching import Place
 from selfgen_ds.pilot.runs import Arm, StudyRun, as_options
@@ -219,8 +220,16 @@ def main() -> None:
     study = replace(study_of(plan, options.study, folder, *models, options.scale), name=name)
     if options.part not in study.parts:
         parser.error(f"{options.study} has {', '.join(study.parts)} alone")
+    source = Path(options.data_dir)
+    if study.data in evidence_data.SETS and not (source / study.data).is_dir():
+        parser.error(f"--data_dir: there is no folder {study.data} in {source}")
     jobs = options.jobs or study.plan.get("jobs") or len(launching.devices()) or os.cpu_count() or 1
-    carry_out(study, options.part, Path(options.data_dir), jobs)
+    try:
+        carry_out(study, options.part, source, jobs)
+    except (InputError, RunFailed) as error:
+        sys.exit(f"error: {error}")
+    except Stopped:
+        sys.exit("stopped; the same command goes on")
 
 
 def study_of(plan: dict[str, Any], name: str, folder: Path, model: str, embedding_model: str, scale: int = 1) -> Study:

@@ -27,7 +27,7 @@ def write_rows(folder: Path, data: str, source: Path, rows: int) -> None:
     if (folder / "probe.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    parts = _SETS[data](source / data) if data in _SETS else {"train": tasks.generate(data, "train")}
+    parts = SETS[data](source / data) if data in SETS else {"train": tasks.generate(data, "train")}
     for name, pairs in parts.items():
         chosen = [pair for pair, _ in zip(pairs, range(rows if name == "train" else 10**9), strict=False)]
         _write(folder / f"{name}.jsonl", chosen)
@@ -38,7 +38,7 @@ def write_rows(folder: Path, data: str, source: Path, rows: int) -> None:
 
 def evaluated(data: str, split: str, folder: Path) -> str:
     """Return the rows to evaluate on: a split of a built-in task, or a file."""
-    return str(folder / f"{split}.jsonl") if data in _SETS else f"builtin:{data}/{split}"
+    return str(folder / f"{split}.jsonl") if data in SETS else f"builtin:{data}/{split}"
 
 
 def _e2e(folder: Path) -> dict[str, Iterable[Pair]]:
@@ -62,7 +62,8 @@ def _gsm8k(folder: Path) -> dict[str, Iterable[Pair]]:
     return {"train": of_file["train"][:-200], "dev": of_file["train"][-200:], "test": of_file["test"]}
 
 
-_SETS = {"e2e": _e2e, "gsm8k": _gsm8k}
+SETS = {"e2e": _e2e, "gsm8k": _gsm8k}
+"""Data set -> a function from its folder to its parts."""
 
 
 def _write(path: Path, pairs: list[Pair]) -> None:

@@ -1,23 +1,35 @@
-"""The pages `experiments/results/STUDY.md`, from the results beside them: every arm with its intervals, and every seed.
+"""Write what is shown of the results of the studies: pages, tables and figures.
 
-python -m experiments.evidence_pages
+    python -m experiments.evidence_pages
+
+`experiments/results/STUDY.md` gets every arm with its intervals, and every seed; docs/evidence.md its tables, and
+docs/images the figures.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
+from experiments import evidence_plots, evidence_tables
 from experiments.evidence_metrics import TESTED, TITLES
 from experiments.evidence_report import RESULTS
 
 _PARTS = {"test": "Test rows", "dev": "Development rows", "curves": "Learning curves, at their end"}
 
 
+_DOCS = Path(__file__).parent.parent / "docs"
+
+
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path in sorted(RESULTS.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         path.with_suffix(".md").write_text(page(path.stem, lines), encoding="utf-8")
+    evidence_tables.write(_DOCS / "evidence.md")
+    evidence_plots.draw(_DOCS / "images")
 
 
 def page(study: str, lines: list[dict[str, Any]]) -> str:

@@ -1,12 +1,8 @@
-"""The figures of docs/evidence.md and docs/choosing.md, from `experiments/results/`.
-
-python -m experiments.evidence_plots docs/images
-"""
+"""The figures of docs/evidence.md and docs/choosing.md, from `experiments/results/`; `evidence_pages.py` draws them."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +20,16 @@ _COLORS = {"sft": "#555555", "scheduled_sampling": "#1f77b4"}
 _CURVES = ("sampled_2_accuracy", "sampled_1_exact_match", "recovery_4", "loss")
 
 
-def main(folder: str) -> None:
+def draw(folder: Path) -> None:
+    """Draw the figures of all studies into a folder."""
     for path in sorted(RESULTS.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if (compared := RESULTS / f"{path.stem}-test.json").exists():  # written when all runs of the part are done
             differences = json.loads(compared.read_text(encoding="utf-8"))
             tested = [line for line in lines if line["part"] == "test"]
-            arms(tested, differences, Path(folder) / f"evidence-{path.stem}.png")
+            arms(tested, differences, folder / f"evidence-{path.stem}.png")
         if curves := [line for line in lines if line["part"] == "curves"]:
-            learning_curves(path.stem, curves, Path(folder) / f"curves-{path.stem}.png")
+            learning_curves(path.stem, curves, folder / f"curves-{path.stem}.png")
 
 
 def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: Path) -> None:
@@ -92,7 +89,3 @@ def _save(figure: Any, image: Path) -> None:
     figure.tight_layout()
     figure.savefig(image, dpi=110)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,15 +1,12 @@
 """The tables of docs/evidence.md, from `experiments/results/`: an arm per row, with its means over the seeds.
 
-    python -m experiments.evidence_tables docs/evidence.md
-
-A table stands between the line of `_HEAD` and `<!-- end -->` of the page, and is written anew.
+A table stands between the line of `_HEAD` and `<!-- end -->` of the page; `evidence_pages.py` has it written anew.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,13 +14,14 @@ from typing import Any
 from experiments.evidence_metrics import METRICS
 from experiments.evidence_report import RESULTS
 
-_HEAD = "<!-- Written by `python -m experiments.evidence_tables`: {study} {part} -->"
+_HEAD = "<!-- Written by `python -m experiments.evidence_pages`: {study} {part} -->"
 _BLOCK = re.compile(_HEAD.format(study=r"(\S+)", part=r"(\S+)") + r"\n.*?<!-- end -->\n", re.DOTALL)
 
 
-def main(page: str) -> None:
-    text = Path(page).read_text(encoding="utf-8")
-    Path(page).write_text(_BLOCK.sub(lambda found: _block(found[1], found[2]), text), encoding="utf-8")
+def write(page: Path) -> None:
+    """Write the tables of a page anew."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(_BLOCK.sub(lambda found: _block(found[1], found[2]), text), encoding="utf-8")
 
 
 def _block(study: str, part: str) -> str:
@@ -58,7 +56,3 @@ def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
         operations = mean(line["flops"] for line in of_arm) / sft
         text.append(f"| {arm} | {' | '.join(cells)} | {operations:.2f} | {len(of_arm)} |")
     return "\n".join(text)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -39,6 +39,7 @@ from selfgen_ds.files import make_folder, write_atomically
 from selfgen_ds.pilot import launching, report, workers
 from selfgen_ds.pilot.launching import Place
 from selfgen_ds.pilot.planning import (
+    LEAST_COST,
     RECIPE,
     Plan,
     Probes,
@@ -52,6 +53,7 @@ from selfgen_ds.pilot.rows import PilotRows, draw, kinds
 from selfgen_ds.pilot.runs import Arm, StudyRun
 from selfgen_ds.validation.options import check_evaluate
 from selfgen_ds.validation.recipe import check_recipe
+from selfgen_ds.validation.settings import check_settings
 
 log = logging.getLogger("selfgen_ds")
 
@@ -83,6 +85,9 @@ def pilot(recipe: Recipe, options: PilotOptions) -> None:
     problems = Problems()
     arms = arms_of(problems, recipe, options)
     _check(problems, arms, recipe, options)
+    problems.raise_all()
+    for arm in arms[1:]:
+        _check_arm(problems, arm, recipe)
     problems.raise_all()
     folder = Path(recipe.output_dir).resolve()
     recipe = replace(recipe, output_dir=str(folder))
@@ -141,7 +146,7 @@ def _prepare(
         begin_anew(folder)
     rows = draw(recipe.data, options.rows, options.held_out, recipe.seed, folder / "data")
     if options.group_by is not None:
-        kinds(options.group_by, rows)  # a row may lack the field
+        _check_kinds(Counter(kinds(options.group_by, rows)), options.group_by)
     if not (path := folder / RECIPE).exists():
         write_atomically(path, to_yaml(_recipe_of_runs(recipe, rows)))
     day = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["date"]
@@ -150,16 +155,25 @@ def _prepare(
         probes = Probes(recipe=str(path), rows=rows, place=place, folder=folder / "probe", stop=stop)
         if evaluated:
             check_metrics(options.metrics, evaluated[0].parent)
-        elif _starts_whole(recipe) and any(before.get(name) != record[name] for name in _OF_EVALUATION):
-            check_evaluation(str(recipe.model.name_or_path), evaluation, options.metrics, probes)
+        elif any(before.get(name) != record[name] for name in _OF_EVALUATION):
+            check_evaluation(recipe.model, evaluation, options.metrics, probes)
         plan = plan_of(arms, recipe, probes, folder)
     write_atomically(folder / _RECORD, yaml.safe_dump(record, sort_keys=False))
     return rows, plan, evaluation
 
 
-def _starts_whole(recipe: Recipe) -> bool:
-    """Return whether there is a model with its tokenizer that can be evaluated before any run has made one."""
-    return recipe.model.name_or_path is not None and recipe.model.tokenizer is None
+def _check_kinds(counts: Counter[str], field: str) -> None:
+    """Check that a kind of rows has enough held-out rows for a verdict, and tell of those that have not.
+
+    Raises:
+        InputError: None has.
+    """
+    few = [kind for kind, count in counts.items() if count < LEAST_ROWS]
+    told = f"--group_by: {len(few)} of {len(counts)} kinds of {field!r} have fewer than {LEAST_ROWS} held-out rows"
+    if len(few) == len(counts):
+        raise InputError(f"{told}, and no kind can have a verdict: raise --held_out, or leave --group_by out")
+    if few:
+        log.warning("%s, and will have no verdict: %s", told, ", ".join(few[:10]))
 
 
 def arms_of(problems: Problems, recipe: Recipe, options: PilotOptions) -> list[Arm]:
@@ -182,6 +196,25 @@ def arms_of(problems: Problems, recipe: Recipe, options: PilotOptions) -> list[A
         dotted = {key if "." in key else f"selfgen.{key}": value for key, value in settings.items()}
         arms.append(Arm(name=name, settings=dotted))
     return arms
+
+
+def _check_arm(problems: Problems, arm: Arm, recipe: Recipe) -> None:
+    """Check the settings of a method, before anything is loaded."""
+    parser = ArgumentParser(exit_on_error=False)
+    own: dict[str, dict[str, Any]] = {"selfgen": asdict(recipe.selfgen), "optim": asdict(recipe.optim)}
+    parser.add_class_arguments(SelfgenConfig, "selfgen")
+    parser.add_class_arguments(OptimConfig, "optim")
+    for name, value in arm.settings.items():
+        section, _, key = name.partition(".")
+        own[section][key] = value
+    try:
+        parsed = parser.instantiate(parser.parse_object(own))
+    except ArgumentError as error:
+        problems.add(f"--methods: {arm.name}: {' '.join(str(error).split())}")
+        return
+    found = Problems()
+    check_settings(found, replace(recipe, selfgen=parsed.selfgen, optim=parsed.optim), set(arm.settings))
+    problems.add(*(f"--methods: {arm.name}: {line}" for line in found.lines))
 
 
 def _check(problems: Problems, arms: list[Arm], recipe: Recipe, options: PilotOptions) -> None:
@@ -326,6 +359,8 @@ def _log_plan(plan: Plan, rows: PilotRows, runs: list[StudyRun], jobs: int) -> N
         arm = plan.arms[name]
         told = "%s: %d steps, %.2f times the operations of sft, %.2g s per step"
         log.info(told, name, arm.steps, arm.cost, arm.step_time_s)
+        if arm.cost < LEAST_COST:
+            log.warning("%s: with one step more, it would cost more than sft; longer runs meet the budget better", name)
         seconds += arm.steps * arm.step_time_s * sum(run.arm.name == name for run in runs)
     told = "%d runs, %d at a time: steps of about %.1f minutes in all; rounds and evaluations come on top"
     log.info(told, len(runs), jobs, seconds / jobs / 60)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
+
 from selfgen_ds import methods
-from selfgen_ds.config import Recipe, Source
+from selfgen_ds.config import ModelConfig, Recipe, Source
+from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.metrics import kind_and_metric
 from selfgen_ds.files import as_json, write_atomically
+from selfgen_ds.model.loading import from_config, model_config
 from selfgen_ds.pilot import budget, launching
 from selfgen_ds.pilot.launching import Place
 from selfgen_ds.pilot.rows import PilotRows, some_rows
@@ -25,6 +30,8 @@ log = logging.getLogger("selfgen_ds")
 RECIPE = "recipe.yaml"
 """The recipe of the runs, in the folder of the pilot."""
 _PLAN = "plan.json"
+LEAST_COST = 0.9
+"""Share of the budget below which a method is told to leave a part of it."""
 _PROBED_STEPS = 4
 _EVALUATED_ROWS = 4
 
@@ -166,10 +173,11 @@ def _planned(arm: Arm, recipe: Recipe, plan: Plan, probes: Probes) -> ArmPlan:
     return ArmPlan(steps=steps, cost=relative, step_time_s=cost["step_time_s"])
 
 
-def check_evaluation(model: str, options: dict[str, Any], metrics: list[str], probes: Probes) -> None:
+def check_evaluation(model: ModelConfig, options: dict[str, Any], metrics: list[str], probes: Probes) -> None:
     """Evaluate the starting model on a few rows, so that what `evaluate` refuses is told before the first run.
 
     Args:
+        model: That of the runs; if it is no folder or hub id that has all parts, one with random weights is evaluated.
         options: Those of `evaluate`, without the model and the folder.
         metrics: Metrics that verdicts are asked for.
 
@@ -179,11 +187,22 @@ def check_evaluation(model: str, options: dict[str, Any], metrics: list[str], pr
         Stopped: A signal came.
     """
     log.info("evaluating the starting model on %d rows, to see that it can be done", _EVALUATED_ROWS)
-    few = {"model": model, "max_samples": _EVALUATED_ROWS, "output_dir": str(probes.folder)}
-    command = ["evaluate", *as_options(options | few)]
+    whole = model.name_or_path is not None and model.tokenizer is None
+    start = str(model.name_or_path) if whole else str(_random_model(model, probes.folder / "start"))
+    few = {"model": start, "max_samples": _EVALUATED_ROWS, "output_dir": str(probes.folder)}
+    command, started = ["evaluate", *as_options(options | few)], time.monotonic()
     launching.run(command, probes.place, probes.folder / "evaluate.log", probes.stop)
+    log.info("the evaluation of %d rows took %.0f s", _EVALUATED_ROWS, time.monotonic() - started)
     check_metrics(metrics, probes.folder)
     shutil.rmtree(probes.folder)
+
+
+def _random_model(model: ModelConfig, folder: Path) -> Path:
+    """Write a model with random weights, and its tokenizer, and return the folder."""
+    tokenizer = load_tokenizer(model)
+    from_config(model, model_config(model, tokenizer), dtype=getattr(torch, model.dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def check_metrics(metrics: list[str], folder: Path) -> None:

@@ -16,13 +16,15 @@ from selfgen_ds.comparison.intervals import LEAST_ROWS
 from selfgen_ds.comparison.plots import Figure, as_data_url
 from selfgen_ds.comparison.runs import Group, check_comparable
 from selfgen_ds.config import PilotOptions, Recipe
-from selfgen_ds.evaluation.metrics import metric_of
+from selfgen_ds.evaluation.metrics import meaning, metric_of
 from selfgen_ds.files import as_json, write_atomically
-from selfgen_ds.pilot.planning import Plan
+from selfgen_ds.pilot.planning import LEAST_COST, Plan
 from selfgen_ds.pilot.rows import PilotRows, kinds
 from selfgen_ds.pilot.verdicts import LEVEL, chosen_metrics, verdicts, verdicts_by_kind
 
 Row = dict[str, Any]
+_MANY_CUT = 0.1
+"""Share of cut greedy answers from which the report tells of them."""
 _COLORS = {"helps": "#2a8f4f", "harms": "#c0392b", "no difference shown": "#777777"}
 
 
@@ -55,7 +57,7 @@ def write(
         evaluated = [of_rows[number] for number in groups[0].runs[0].sample_ids]
         by_kind = verdicts_by_kind(groups, metrics, evaluated)
         left_out = [kind for kind in dict.fromkeys(evaluated) if evaluated.count(kind) < LEAST_ROWS]
-    document = {
+    document: Row = {
         "baseline": "sft",
         "rows": rows.trained,
         "held_out": rows.evaluated,
@@ -67,6 +69,7 @@ def write(
         "kinds_left_out": left_out,
         "cost": costs(groups, plan, rows, recipe),
     }
+    document["notes"] = notes(groups, document["cost"])
     write_atomically(folder / "pilot.json", as_json(document))
     compare.write(groups, every, folder)
     text = markdown(document, options.group_by)
@@ -98,37 +101,67 @@ def costs(groups: list[Group], plan: Plan, rows: PilotRows, recipe: Recipe) -> R
     return cost
 
 
+def notes(groups: list[Group], cost: Row) -> list[str]:
+    """Return what makes the verdicts say less: answers that were cut, and budgets that were not used up."""
+    told = []
+    for group in groups:
+        answers = sum(map(len, group.runs))
+        if group.unfinished is not None and group.unfinished >= _MANY_CUT * answers:
+            told.append(
+                f"{group.method}: {group.unfinished} of {answers} greedy answers were cut before the model ended them. "
+                "A model that cannot end its answers has hardly learned its task, or needs a larger `max_new_tokens` "
+                "(`--evaluation`): the verdicts may be others after longer training."
+            )
+    for name, run in cost["runs"].items():
+        if run["relative_flops"] < LEAST_COST:
+            share = f"{run['relative_flops']:.2f} of the operations of sft"
+            told.append(f"{name}: its runs took {share}; with one step or round more, they would have cost more.")
+    return told
+
+
 def markdown(document: Row, group_by: str | None) -> str:
     """Return the verdicts and costs in Markdown."""
-    lines = [
-        _summary(document),
-        "",
-        *(f"- {told}" for told in sentences(document["verdicts"], document["methods"])),
-        "",
-    ]
+    told = [*sentences(document["verdicts"], document["methods"]), *document["notes"]]
+    lines = [_summary(document), "", *(f"- {sentence}" for sentence in told), ""]
     lines += _table(_VERDICT_COLUMNS, [_verdict_cells(row) for row in document["verdicts"]])
+    lines += ["", RULE, "", *(f"- {line}" for line in _meanings(document["verdicts"]))]
     if document["by_kind"]:
-        cells = [[str(row["kind"]), *_verdict_cells(row)[:4]] for row in document["by_kind"]]
-        lines += ["", *_table((str(group_by), *_VERDICT_COLUMNS[:4]), cells)]
+        cells = [[str(row["kind"]), *_verdict_cells(row)[:_OF_KIND]] for row in document["by_kind"]]
+        lines += ["", *_table((str(group_by), *_VERDICT_COLUMNS[:_OF_KIND]), cells)]
     if document["kinds_left_out"]:
         lines += ["", _left_out(document["kinds_left_out"])]
-    lines += ["", *_table(_COST_COLUMNS, _cost_cells(document["cost"])), "", RULE]
+    lines += ["", *_table(_COST_COLUMNS, _cost_cells(document["cost"])), "", _whole_run(document["cost"])]
     return "\n".join(lines) + "\n"
 
 
-_VERDICT_COLUMNS = ("method", "metric", "verdict", "difference to sft [95 %]", "sft", "to tell a difference as large")
-_COST_COLUMNS = (
-    "method",
-    "steps",
-    "operations",
-    "minutes of steps and rounds",
-    "hours of the whole run, with as many steps",
+_VERDICT_COLUMNS = (
+    *("method", "metric", "verdict", "difference to sft [95 %]", "p, corrected", "sft"),
+    "to tell a difference as large",
 )
+_OF_KIND = 5
+"""Columns of a kind of rows."""
+_COST_COLUMNS = ("method", "steps of a run", "operations of a run", "time of a run", "time of the whole run")
 RULE = (
-    f"A method helps or harms in a metric if p, corrected for the number of verdicts (Holm), is below {LEVEL:.0%}; the "
-    "intervals are those of single differences. Runs are paired by seed and row; of a single seed, nothing is shown. "
-    "The steps of each method were chosen so that it costs what sft costs; the table of costs has what that came to."
+    f"A method helps or harms in a metric if p, corrected for the number of verdicts (Holm), is below {LEVEL:.0%}. An "
+    "interval is that of one difference alone: among many, some do not contain zero by chance. Runs are paired by seed "
+    "and row; of a single seed, nothing is shown. comparison.html tests all metrics, and is therefore less often sure."
 )
+
+
+def _meanings(rows: list[Row]) -> list[str]:
+    """Return what the metrics of the verdicts mean, a line each."""
+    lines = []
+    for name in dict.fromkeys(row["metric"] for row in rows):
+        better = metric_of(name).better
+        lines.append(f"{name}: {meaning(name)}{'; lower is better' * (better == 'lower')}")
+    return lines
+
+
+def _whole_run(cost: Row) -> str:
+    return (
+        "Times are those of steps and rounds, without evaluations. The whole run takes the recipe's epochs or steps "
+        f"over all training rows, {cost['whole_steps']:,} steps with every method, on as many ranks as a run here."
+    )
 
 
 def sentences(rows: list[Row], settings: dict[str, dict[str, Any]]) -> list[str]:
@@ -163,7 +196,8 @@ def _summary(document: Row) -> str:
 
 def _verdict_cells(row: Row) -> list[str]:
     interval = f"{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
-    return [row["method"], row["metric"], row["verdict"], interval, f"{row['baseline']:.3f}", needed(row)]
+    p, baseline = f"{row['p_corrected']:.3f}", f"{row['baseline']:.3f}"
+    return [row["method"], row["metric"], row["verdict"], interval, p, baseline, needed(row)]
 
 
 def needed(row: Row) -> str:
@@ -191,11 +225,15 @@ def _cost_cells(cost: Row) -> list[list[str]]:
             name,
             f"{run['steps']:.0f}",
             f"{run['relative_flops']:.2f} of sft",
-            f"{run['seconds'] / 60:.1f}",
-            f"{run['whole_run_hours']:.2f}",
+            _duration(run["seconds"]),
+            _duration(3600 * run["whole_run_hours"]),
         ]
         for name, run in cost["runs"].items()
     ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
 
 def _table(columns: tuple[str, ...], cells: list[list[str]]) -> list[str]:
@@ -208,7 +246,8 @@ def html(document: Row, group_by: str | None) -> str:
     template = resources.files("selfgen_ds.pilot").joinpath("pilot.html.jinja").read_text(encoding="utf-8")
     shown = Figure(
         title="Differences to sft",
-        caption="95 % intervals in units of each metric; to the right the method is better.",
+        caption="95 % intervals; to the right the method is better. Losses have their own axis, and other metrics are "
+        "divided by the width of their scale (1, or 100).",
         draw=lambda axes: plot(axes, document["verdicts"]),
     )
     return (
@@ -216,13 +255,18 @@ def html(document: Row, group_by: str | None) -> str:
         .from_string(template)
         .render(
             summary=_summary(document),
-            sentences=sentences(document["verdicts"], document["methods"]),
+            sentences=[*sentences(document["verdicts"], document["methods"]), *document["notes"]],
             rule=RULE,
+            meanings=_meanings(document["verdicts"]),
+            whole_run=_whole_run(document["cost"]),
             columns=_VERDICT_COLUMNS,
             verdicts=[(row["verdict"], _verdict_cells(row)) for row in document["verdicts"]],
             group_by=group_by,
             left_out=_left_out(document["kinds_left_out"]) if document["kinds_left_out"] else "",
-            by_kind=[(row["verdict"], [str(row["kind"]), *_verdict_cells(row)[:4]]) for row in document["by_kind"]],
+            kind_columns=[group_by, *_VERDICT_COLUMNS[:_OF_KIND]],
+            by_kind=[
+                (row["verdict"], [str(row["kind"]), *_verdict_cells(row)[:_OF_KIND]]) for row in document["by_kind"]
+            ],
             cost_columns=_COST_COLUMNS,
             costs=_cost_cells(document["cost"]),
             figure=as_data_url(shown),
@@ -232,13 +276,25 @@ def html(document: Row, group_by: str | None) -> str:
 
 
 def plot(axes: Axes, rows: list[Row]) -> None:
-    """Draw the interval of every verdict; a metric of which lower values are better is turned round."""
+    """Draw the interval of every verdict; metrics without a largest value, such as losses, have an axis of their own.
+
+    A metric of which lower values are better is turned round.
+    """
+    other = axes.twiny()
     for place, row in enumerate(reversed(rows)):
-        sign = -1 if metric_of(row["metric"]).better == "lower" else 1
+        metric = metric_of(row["metric"])
+        sign = (-1 if metric.better == "lower" else 1) / (metric.scale or 1)
         low, value, high = sorted((sign * row["low"], sign * row["difference"], sign * row["high"]))
-        color = _COLORS[row["verdict"]]
-        axes.plot([low, high], [place, place], color=color)
-        axes.plot([value], [place], "o", color=color)
+        color, on = _COLORS[row["verdict"]], axes if metric.scale else other
+        on.plot([low, high], [place, place], color=color)
+        on.plot([value], [place], "o" if metric.scale else "D", color=color)
+    for each in (axes, other):
+        most = max((abs(limit) for limit in each.get_xlim()), default=1.0)
+        each.set_xlim(-most, most)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row['method']}: {row['metric']}" for row in reversed(rows)], fontsize=8)
-    axes.set_xlabel("difference to sft (right: better)")
+    axes.set_xlabel("difference to sft, in shares of the scale (right: better)")
+    if any(not metric_of(row["metric"]).scale for row in rows):
+        other.set_xlabel("◆ metrics without a scale, such as losses in nats")
+    else:
+        other.set_xticks([])

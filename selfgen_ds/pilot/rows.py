@@ -198,7 +198,8 @@ def _reservoir(
         elif (place := rng.randrange(read)) < count:
             kept[place] = drawn
     if len(refused) > data.max_refused_share * (read + len(refused)):
-        raise InputError("\n".join(refused[:MOST_REASONS]))
+        more = [f"and {len(refused) - MOST_REASONS} more rows"] if len(refused) > MOST_REASONS else []
+        raise InputError("\n".join([*refused[:MOST_REASONS], *more]))
     rng.shuffle(kept)
     return kept, read
 

@@ -60,10 +60,11 @@ def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdict
 ) -> None:
     recipe = _recipe(tmp_path)
     methods = ["scheduled_sampling", {"method": "bash", "temperature": 2.0, "passes": 1, "optim.loss": "dft"}]
-    options = _options(methods=methods, group_by="kind")
+    options = _options(methods=methods, group_by="kind", held_out=26)
     pilot(recipe, options)
     document, folder = _document(recipe), Path(recipe.output_dir)
-    assert (document["baseline"], document["rows"], document["held_out"], document["seeds"]) == ("sft", 32, 12, [0, 1])
+    assert (document["baseline"], document["rows"], document["held_out"], document["seeds"]) == ("sft", 32, 26, [0, 1])
+    assert {row["kind"] for row in document["by_kind"]} == {"even", "odd"}
     named = {row["method"] for row in document["verdicts"]}
     other = "bash-temperature-2.0-passes-1-optim.loss-dft"
     assert named == {"scheduled_sampling", "bash 1"}
@@ -87,19 +88,19 @@ def test_a_pilot_trains_every_method_at_the_budget_of_sft_and_writes_its_verdict
     pilot(recipe, options)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")} == before
     with pytest.raises(InputError, match=r"rows: the pilot in .* was begun with 32, got 40\noutput_dir: give another"):
-        pilot(recipe, _options(methods=methods, rows=40))
+        pilot(recipe, _options(held_out=26, methods=methods, rows=40))
     with pytest.raises(InputError, match=r"--methods: runs of the pilot in .* were evaluated without corrections, and"):
-        pilot(recipe, _options(methods=["rac"]))
+        pilot(recipe, _options(held_out=26, methods=["rac"]))
     with pytest.raises(
         InputError, match="--metrics: --evaluation asks for no answers of the kind of sampled_3_rouge_l"
     ):
-        pilot(recipe, _options(methods=methods, metrics=["sampled_3_rouge_l"]))
+        pilot(recipe, _options(held_out=26, methods=methods, metrics=["sampled_3_rouge_l"]))
     # a setting that an older version did not have counts as its default
     record = yaml.safe_load((folder / "pilot.yaml").read_text(encoding="utf-8"))
     del record["optim.dft_share"]
     (folder / "pilot.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
     # with another seed, only its runs are made
-    pilot(recipe, _options(methods=["scheduled_sampling"], seeds=3))
+    pilot(recipe, _options(held_out=26, methods=["scheduled_sampling"], seeds=3))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert _document(recipe)["seeds"] == [0, 1, 2]
 
@@ -113,9 +114,12 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path) -> 
     assert (tmp_path / "recipe.yaml").exists()
 
 
-def test_what_a_pretrained_model_is_asked_is_tried_before_the_first_run(tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, "--model.preset", "null", "--model.tokenizer", "null")
-    recipe.model.name_or_path = runs.write_model(tmp_path)
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_what_the_models_will_be_asked_is_tried_before_the_first_run(pretrained: bool, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    if pretrained:
+        recipe = _recipe(tmp_path, "--model.preset", "null", "--model.tokenizer", "null")
+        recipe.model.name_or_path = runs.write_model(tmp_path)
     with pytest.raises(
         InputError, match="--metrics: --evaluation asks for no answers of the kind of sampled_3_rouge_l"
     ):
@@ -205,7 +209,11 @@ def test_a_method_that_fails_is_told_and_the_others_are_reported(
     ("changes", "options", "told"),
     [
         ((), {"rows": 50}, r"data.train: expected at least 62 rows \(--rows 50 and --held_out 12\), got 60"),
-        ((), {"methods": ["sftt"]}, "sftt: selfgen.method: expected one of"),
+        ((), {"methods": ["sftt"]}, "--methods: sftt: selfgen.method: expected one of"),
+        ((), {"methods": [{"method": "bash", "passes": 0}]}, "--methods: bash-passes-0: selfgen.passes: expected 1 or"),
+        ((), {"methods": [{"method": "bash", "top_k": "many"}]}, "--methods: bash-top_k-many: .*many"),
+        ((), {"methods": [{"method": "rac", "passes": 2}]}, "--methods: rac-passes-2: selfgen.passes: rac does not"),
+        ((), {"group_by": "prompt"}, "--group_by: 12 of 12 kinds of 'prompt' have fewer than 10 held-out rows, and no"),
         (
             ("--train.epochs", "0.1"),
             {"methods": ["bash"]},
@@ -251,5 +259,6 @@ def test_bad_input_is_told_before_the_first_run(
     with pytest.raises(InputError, match=told):
         pilot(recipe, _options(**options))
     assert not (Path(recipe.output_dir) / "runs").exists()
+    assert not told.startswith("--methods") or not Path(recipe.output_dir).exists(), "nothing is loaded for these"
     record = Path(recipe.output_dir) / "pilot.yaml"
     assert not record.exists() or record.read_text() == "{}\n", "the mended command must not be refused"

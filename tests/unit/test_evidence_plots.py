@@ -31,7 +31,7 @@ def test_a_study_has_a_figure_of_its_arms_and_one_of_its_curves(
     ]
     (tmp_path / "sort-test.json").write_text(json.dumps(verdicts))
     (tmp_path / "begun.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    evidence_plots.main(str(tmp_path))
+    evidence_plots.draw(tmp_path)
     assert not (tmp_path / "evidence-begun.png").exists(), "its arms are not compared yet"
     for name in ("evidence-sort.png", "curves-sort.png"):
         assert (tmp_path / name).stat().st_size > 10_000, name

@@ -34,7 +34,7 @@ def test_a_table_has_the_means_of_a_part_and_says_what_is_surely_better_or_worse
     page = tmp_path / "page.md"
     head = evidence_tables._HEAD.format(study="sort", part="test")
     page.write_text(f"Before.\n\n{head}\nold\n<!-- end -->\n\nAfter.\n")
-    evidence_tables.main(str(page))
+    evidence_tables.write(page)
     wanted = [
         head,
         "| | greedy answers | loss | operations | seeds |",
@@ -45,5 +45,5 @@ def test_a_table_has_the_means_of_a_part_and_says_what_is_surely_better_or_worse
         "<!-- end -->",
     ]
     assert page.read_text().splitlines() == ["Before.", "", *wanted, "", "After."]
-    evidence_tables.main(str(page))
+    evidence_tables.write(page)
     assert page.read_text().splitlines() == ["Before.", "", *wanted, "", "After."]

@@ -109,6 +109,9 @@ def test_rows_that_cannot_be_used_are_named_unless_the_recipe_allows_for_them(tm
         file.write("{broken\n")
     with pytest.raises(InputError, match=r"line 41: field 'completion' is missing.*\n.*line 42: .*malformed JSON"):
         _draw(DataConfig(train=str(path)), tmp_path / "data")
+    _write(tmp_path / "other.jsonl", [*_pairs(40), *[{"prompt": "no completion"}] * 13])
+    with pytest.raises(InputError, match=r"line 50: field 'completion' is missing.*\nand 3 more rows$"):
+        _draw(DataConfig(train=str(tmp_path / "other.jsonl")), tmp_path / "other")
     drawn = _draw(DataConfig(train=str(path), max_refused_share=0.05), tmp_path / "data", rows=30)
     assert (drawn.whole, drawn.trained, drawn.evaluated) == (40, 30, 10)
 
