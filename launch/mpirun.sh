@@ -49,6 +49,7 @@ siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 print(len({open(siblings.format(cpu)).read() for cpu in os.sched_getaffinity(0)}))')
 if ((cores >= most)); then
     binding=(--map-by "slot:PE=$((cores / most))" --bind-to core)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / most))}"
 else
     binding=(--oversubscribe --bind-to none)
 fi

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 
-from selfgen_ds.ranks import signals
+from selfgen_ds.ranks import environment, signals
 
 
 def main() -> None:
@@ -34,6 +34,8 @@ def main() -> None:
         sys.argv[1:3]
     ):  # the `deepspeed` launcher may put --local_rank before the sub-command
         signals.stop_at_once()
+    if "pilot" not in sys.argv[1:2]:  # which gives each of its runs a share of this host
+        environment.set_defaults(os.environ)
     from selfgen_ds import cli  # imports torch and DeepSpeed, which takes seconds
 
     try:

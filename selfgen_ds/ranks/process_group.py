@@ -19,6 +19,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import groups
 
 from selfgen_ds.errors import InputError
+from selfgen_ds.ranks import environment
 from selfgen_ds.ranks.heartbeat import Heartbeat
 
 log = logging.getLogger("selfgen_ds")
@@ -56,8 +57,7 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Return the number of ranks on this host, or of all ranks if the launcher does not say."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, deepspeed, Open MPI
-    return int(next((os.environ[name] for name in names if name in os.environ), world_size()))
+    return environment.local_ranks(os.environ) or world_size()
 
 
 def device() -> torch.device:

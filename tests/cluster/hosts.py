@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import mkstemp
 
+import psutil
+
 from tests.ranks import ENVIRONMENT, ROOT, Launched
 
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -91,8 +93,13 @@ class Host:
         return found
 
     def ranks(self) -> list[int]:
-        """Return the processes of ranks that a script of `launch/` has started."""
-        return [pid for pid, words in self.processes().items() if words[1:4] == ["-u", "-m", "selfgen_ds"]]
+        """Return the processes of ranks that a script of `launch/` has started.
+
+        A rank that starts a program is there twice for a moment.
+        """
+        found = [pid for pid, words in self.processes().items() if words[1:4] == ["-u", "-m", "selfgen_ds"]]
+        children = {child.pid for pid in found if psutil.pid_exists(pid) for child in psutil.Process(pid).children()}
+        return [pid for pid in found if pid not in children]
 
     def link(self, state: str) -> None:
         """Set the state of the network interface: `down` or `up`."""

@@ -65,7 +65,7 @@ class Slurm:
 
     def submit(self, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
         """Submit `launch/slurm.sbatch` with one rank per node, in the recipe's folder. Return the job's id."""
-        where = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", f"--chdir={recipe.parent}")
+        where = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gres=none", f"--chdir={recipe.parent}")
         command = ["sbatch", "--parsable", *where, *options, "launch/slurm.sbatch", recipe, *overrides]
         job = self.first.run(*command, GLOO_SOCKET_IFNAME="eth0").strip()
         self._folders[job] = recipe.parent

@@ -101,6 +101,13 @@ def test_a_dry_run_shows_what_would_run(nodes: list[Host], recipe: Path) -> None
     assert shown.rstrip().endswith(f"{recipe} --resume auto --output_dir a\\ b")
 
 
+def test_a_task_with_a_gpu_and_too_few_processors_is_one_clear_line(nodes: list[Host], recipe: Path) -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_GPUS": "0,1", "SLURM_CPUS_PER_TASK": "2"}
+    with nodes[0].launch("launch/slurm.sbatch", recipe, log=recipe.with_name("log"), **job) as run:
+        assert run.wait() == 2
+    assert run.output().endswith("--cpus-per-task: a task with a GPU needs 4 processors or more, got 2\n")
+
+
 def test_a_missing_recipe_is_one_clear_line(nodes: list[Host], recipe: Path) -> None:
     with nodes[0].launch("launch/slurm.sbatch", "none.yaml", log=recipe.with_name("log")) as run:
         assert run.wait() == 2
