@@ -212,11 +212,15 @@ def gather_copy(tensor: Tensor, keep: bool) -> Tensor | None:
     Collective if the tensor is partitioned: every rank must call this.
     """
     with deepspeed.zero.GatheredParameters([tensor]):  # does nothing for a tensor that is not partitioned
-        return tensor.detach().cpu().clone() if keep else None
+        return tensor.detach().to("cpu", copy=True) if keep else None
 
 
 def free_bytes() -> int:
     """Return the bytes that this rank may take now: free memory of its accelerator, or its share of the host's."""
     get_accelerator().empty_cache()
+    if get_accelerator().device_name() == "cuda":
+        # DeepSpeed's figure counts what this process has allocated alone, and not what the driver, NCCL and other
+        # processes hold.
+        return torch.cuda.mem_get_info()[0]
     free = get_accelerator().available_memory()
     return free // process_group.local_world_size() if get_accelerator().device_name() == "cpu" else free
