@@ -2,8 +2,8 @@
 
     python -m experiments.evidence_pages
 
-`experiments/results/STUDY.md` gets every arm with its intervals, and every seed; docs/evidence.md its tables, and
-docs/images the figures.
+`experiments/results/STUDY.md` gets every arm with its intervals, and every seed; docs/evidence.md and docs/choosing.md
+get tables, and docs/images the figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         path.with_suffix(".md").write_text(page(path.stem, lines), encoding="utf-8")
-    evidence_tables.write(_DOCS / "evidence.md")
+    for name in ("evidence", "choosing"):
+        evidence_tables.write(_DOCS / f"{name}.md")
     evidence_plots.draw(_DOCS / "images")
 
 

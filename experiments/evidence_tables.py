@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, from `experiments/results/`: an arm per row, with its means over the seeds.
+"""The tables of docs/evidence.md and docs/choosing.md, from `experiments/results/`.
 
 A table stands between the line of `_HEAD` and `<!-- end -->` of the page; `evidence_pages.py` has it written anew.
 """
@@ -11,11 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.evidence_metrics import METRICS
+from experiments.evidence_metrics import METRICS, TITLES
 from experiments.evidence_report import RESULTS
 
 _HEAD = "<!-- Written by `python -m experiments.evidence_pages`: {study} {part} -->"
 _BLOCK = re.compile(_HEAD.format(study=r"(\S+)", part=r"(\S+)") + r"\n.*?<!-- end -->\n", re.DOTALL)
+
+_MIXTURES = {"scheduled_sampling 2": "plain", "scheduled_sampling 1": "ends with DFT"}
+"""Method of the pilots of `pilot_check.py` -> what the table calls it."""
 
 
 def write(page: Path) -> None:
@@ -25,10 +28,31 @@ def write(page: Path) -> None:
 
 
 def _block(study: str, part: str) -> str:
+    shown = _pilots() if study == "pilot_check" else _study(study, part)
+    return f"{_HEAD.format(study=study, part=part)}\n{shown}\n<!-- end -->\n"
+
+
+def _study(study: str, part: str) -> str:
     lines = [json.loads(line) for line in (RESULTS / f"{study}.jsonl").read_text(encoding="utf-8").splitlines()]
     differences = json.loads((RESULTS / f"{study}-{part}.json").read_text(encoding="utf-8"))
-    shown = table([line for line in lines if line["part"] == part], differences)
-    return f"{_HEAD.format(study=study, part=part)}\n{shown}\n<!-- end -->\n"
+    return table([line for line in lines if line["part"] == part], differences)
+
+
+def _pilots() -> str:
+    """Return what the pilots on built-in tasks said: a method per row, and a verdict per metric."""
+    of_tasks: dict[str, list[dict[str, Any]]] = json.loads((RESULTS / "pilot_check.json").read_text(encoding="utf-8"))
+    metrics = list(dict.fromkeys(row["metric"] for rows in of_tasks.values() for row in rows))
+    text = [f"| task, mixture | {' | '.join(TITLES[name] for name in metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for task, rows in of_tasks.items():
+        for method, told in _MIXTURES.items():
+            found = {row["metric"]: row for row in rows if row["method"] == method}
+            text.append(f"| `{task}`, {told} | {' | '.join(_verdict(found[name]) for name in metrics)} |")
+    return "\n".join(text)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    word = "" if row["verdict"] == "no difference shown" else f"**{row['verdict']}** "
+    return f"{word}{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
 
 
 def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
