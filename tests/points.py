@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch.distributed as dist
+from selfgen_ds.ranks import process_group
 
 When = Literal["before", "during", "after"]
 
@@ -25,7 +25,7 @@ class Point:
     function: str
     """The function, as `module:name` or `module:class.name`, under the name by which it is called."""
     call: int = 1
-    """The number of the call, from 1, counted from the time when the process group exists.
+    """The number of the call, from 1, counted from the time when the heartbeat beats.
 
     The launcher alone handles ranks that are lost earlier.
     """
@@ -46,7 +46,7 @@ def arm(point: Point) -> None:
     @functools.wraps(original)
     def broken(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
-        calls += inside and dist.is_initialized()
+        calls += inside and process_group.heartbeat is not None
         if calls != point.call or not inside:
             return original(*arguments, **options)
         if point.when == "before":
@@ -92,7 +92,7 @@ def count(functions: Iterable[str]) -> Callable[[], dict[str, int]]:
         original, put = _find(name)
 
         def counting(*arguments: Any, original: Any = original, name: str = name, **options: Any) -> Any:
-            calls[name] += dist.is_initialized()
+            calls[name] += process_group.heartbeat is not None
             return original(*arguments, **options)
 
         put(functools.wraps(original)(counting))

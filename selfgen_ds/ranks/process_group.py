@@ -127,6 +127,8 @@ def _join() -> None:
     prefix = f"{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
     if store.add(f"{prefix}/joined/{rank()}", 1) > 1:  # before this rank writes what the other run would read
         raise InputError(f"MASTER_PORT: {port} at {address} is another run's, which has a rank {rank()}; choose a port")
+    # Before the ranks connect, so that one that is lost meanwhile is noticed.
+    heartbeat = Heartbeat(store, f"{prefix}/selfgen_ds", rank(), world_size(), has_store and world_size() > 1)
     cuda = get_accelerator().device_name() == "cuda"
     torch.distributed.init_process_group(
         get_accelerator().communication_backend_name(),
@@ -136,8 +138,6 @@ def _join() -> None:
         timeout=_START_TIMEOUT,
         device_id=device() if cuda and world_size() > 1 else None,
     )
-    keeps_store = has_store and world_size() > 1
-    heartbeat = Heartbeat(store, f"{prefix}/selfgen_ds", rank(), world_size(), keeps_store)
 
 
 def shorten_timeout() -> None:

@@ -44,6 +44,12 @@ def test_all_other_ranks_name_the_one_that_was_killed(folder: Path) -> None:
         assert f"rank 2 on {HOST} is gone: its process died; rank {rank} on {HOST} ends" in run.output(rank)
 
 
+def test_a_rank_that_is_killed_while_the_ranks_connect_is_named(folder: Path) -> None:
+    run = start(folder, 2, {1: Point(function="torch.distributed:init_process_group")})
+    assert run.wait() == [1, -signal.SIGKILL]
+    assert f"rank 1 on {HOST} is gone: its process died; rank 0 on {HOST} ends" in run.output(0)
+
+
 class EndsAlone(ScheduledSampling):
     """A method that fails with bad input in the third step, on the rank whose number is the run's seed."""
 
