@@ -6,6 +6,7 @@ import functools
 import sys
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -72,18 +73,32 @@ def backbone(model: PreTrainedModel, context: Tensor, position_ids: Tensor | Non
     """Return the output of the model without its head; its `last_hidden_state` is `[B, L, H]`.
 
     transformers keeps the samples of a packed row apart only if the call has neither a mask nor a cache; flash
-    attention does so only in a batch of one row.
+    attention does so only in a batch of one row. Where its samples start is passed along, because every layer would
+    look for it again, and wait for the device each time.
     """
     shape = context.shape
     if position_ids is not None:
         settings["position_ids"] = position_ids
         if "flash" in model.config._attn_implementation:
             context, settings["position_ids"] = context.reshape(1, -1), position_ids.reshape(1, -1)
+            settings |= _boundaries(settings["position_ids"])
     # Llama 4's causal LM names its backbone wrongly, so that `base_model` is the causal LM itself.
     base = model.base_model if model.base_model is not model else model.model
     output = base(input_ids=context, attention_mask=None, use_cache=False, **settings)
     output.last_hidden_state = output.last_hidden_state.reshape(*shape, -1)
     return output
+
+
+def _boundaries(position_ids: Tensor) -> dict[str, Any]:
+    """Return where the samples of a packed row start, and the longest, as transformers passes them to flash attention.
+
+    Args:
+        position_ids: `[1, L]` int64, which count from 0 in each sample.
+    """
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    ends = F.pad(starts, (0, 1), value=position_ids.shape[1]).int()
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _router_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], routed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from selfgen_ds.config import ModelConfig
@@ -272,6 +272,33 @@ def test_no_token_of_a_packed_row_sees_another_sample(name: str) -> None:
         [gradient] = torch.autograd.grad(hidden[0, own].square().sum(), seen[-1:])
         assert gradient[0, own].abs().max() > 0
         assert torch.count_nonzero(gradient[0, other]) == 0
+
+
+def _by_segments(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention as flash attention computes it: within the segments whose ends the call is given, without a mask."""
+    assert attention_mask is None
+    ends, others = options["cu_seq_lens_q"], options["cu_seq_lens_k"]
+    assert (ends.dtype, torch.equal(ends, others)) == (torch.int32, True)
+    assert options["max_length_q"] == options["max_length_k"] == int(ends.diff().max())
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    parts = [t.split(ends.diff().tolist(), dim=2) for t in (query, key, value)]
+    found = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scaling"])
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+
+
+def test_flash_attention_is_told_where_the_samples_of_packed_rows_start() -> None:
+    model = extended("llama", "sdpa").eval()
+    context, _, position_ids = packed_row()
+    both = context.repeat(2, 1), torch.cat([position_ids, torch.arange(sum(LENGTHS))[None]])
+    expected = backbone(model, *both).last_hidden_state
+    AttentionInterface.register("flash_by_segments", _by_segments)
+    model.config._attn_implementation_internal = "flash_by_segments"
+    torch.testing.assert_close(backbone(model, *both).last_hidden_state, expected)
 
 
 MIXTURES = [name for name, fields in ARCHITECTURES.items() if "router_aux_loss_coef" in fields]
