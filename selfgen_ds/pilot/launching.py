@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from deepspeed.accelerator import get_accelerator
 
 from selfgen_ds.errors import InputError, RunFailed, Stopped
 from selfgen_ds.ranks import process_group, signals
+
+log = logging.getLogger("selfgen_ds")
 
 _SECONDS = 0.2  # between two looks at the processes
 _PORTS: set[int] = set()  # given to a command, which may not listen yet
@@ -48,7 +51,10 @@ def places(jobs: int, ranks: int, devices: list[str]) -> list[Place]:
         raise InputError(
             f"--jobs, --ranks: expected at most {len(devices)} ranks on this host, got {jobs} jobs of {ranks} ranks"
         )
-    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
+    cores = len(os.sched_getaffinity(0))
+    if not devices and jobs * ranks > cores:
+        log.warning("--jobs, --ranks: %d processes at a time share %d cores", jobs * ranks, cores)
+    threads = max(1, cores // (jobs * ranks))
     shares = [devices[job * ranks : (job + 1) * ranks] for job in range(jobs)]
     return [Place(ranks=ranks, devices=share, threads=threads) for share in shares]
 

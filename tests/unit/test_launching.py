@@ -30,13 +30,15 @@ def _stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder / "logs" / "run-0.5-1.log"
 
 
-def test_jobs_divide_the_devices_and_threads_of_a_host() -> None:
+def test_jobs_divide_the_devices_and_threads_of_a_host(caplog: pytest.LogCaptureFixture) -> None:
     two = places(2, 3, [str(number) for number in range(8)])
     assert [place.devices for place in two] == [["0", "1", "2"], ["3", "4", "5"]]
-    assert [place.devices for place in places(2, 1, [])] == [[], []]
+    assert [place.devices for place in places(1, 1, [])] == [[]]
     cores = len(os.sched_getaffinity(0))
     assert {place.threads for place in places(1, 1, [])} == {cores}
+    assert not caplog.messages
     assert {place.threads for place in places(64, 64, [])} == {1}
+    assert caplog.messages == [f"--jobs, --ranks: 4096 processes at a time share {cores} cores"]
     with pytest.raises(InputError, match="expected at most 4 ranks on this host, got 2 jobs of 3 ranks"):
         places(2, 3, ["0", "1", "2", "3"])
 
