@@ -130,7 +130,7 @@ def train_slowly(settings: Recipe) -> None:
 def test_a_chunk_of_a_round_that_takes_long_is_no_stall(two_ranks: Ranks, tmp_path: Path) -> None:
     runs.write_rows(tmp_path, 8)  # one chunk on one rank, for which the other rank waits
     rac = SelfgenConfig(method="rac", max_new_tokens=24)
-    settings = runs.recipe(tmp_path, selfgen=rac, train=TrainConfig(max_steps=1, stall_seconds=3.0))
+    settings = runs.recipe(tmp_path, selfgen=rac, train=TrainConfig(max_steps=1, micro_batch_size=1, stall_seconds=3.0))
     two_ranks.run(train_slowly, settings)
     assert runs.metrics(settings)[0]["round_time_s"] > 4 * settings.train.stall_seconds
 
