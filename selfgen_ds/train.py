@@ -48,7 +48,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         run = prepare(recipe, overrides, watch.poll)
         between_steps = BetweenSteps(run, recipe, watch)
         flops = step_flops(recipe, run.engine.module)
-        watch.begin(run.engine.module)
+        watch.begin(run.engine.module, run.folder.path)
         gc.disable()
         between_steps.catch_up()
         ends_early = between_steps.stops_early()  # a run that has ended may be started again

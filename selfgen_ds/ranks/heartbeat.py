@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
+import torch
 import torch.distributed as dist
 
 from selfgen_ds.files import refusal
@@ -83,6 +84,8 @@ class Heartbeat:
         """Forwards that this rank's model has made."""
         self.stall_seconds: float | None = None
         """Rank 0's value counts: seconds without a forward on any rank after which the run is stalled; None: never."""
+        self.flight_record: Path | None = None
+        """Folder for torch's record of this rank's last collectives, which is written in a stall; None for none."""
         self._beats, self._stall, self._farewell = 0, "", ""
         self._write_beat("")
         self._store.set(f"process/{rank}", json.dumps(asdict(self.process)))
@@ -219,6 +222,9 @@ class Heartbeat:
         if stall and not self._stacks_printed:
             _say(f"{self.process}: {stall}; the stacks of this rank:")
             faulthandler.dump_traceback()
+            if self.flight_record is not None:
+                with suppress(OSError):  # a file system that does not answer may be the cause of the stall
+                    _write_flight_record(self.flight_record / f"rank_{self.process.rank}")
         self._stacks_printed = bool(stall)
 
     def _guard(self) -> None:
@@ -247,6 +253,13 @@ def _collectives_entered() -> int:
     """Return the number of collectives that this rank has entered, in all of its process groups."""
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _write_flight_record(path: Path) -> None:
+    """Write what torch's flight recorder holds, as `torchfrtrace` reads it. NCCL's watchdog would write it too late."""
+    record = torch._C._distributed_c10d._dump_fr_trace()  # type: ignore[attr-defined]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(record)
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 
 import torch
 
@@ -59,11 +60,12 @@ class Watch:
         for end in self._pipe:
             os.close(end)
 
-    def begin(self, module: torch.nn.Module) -> None:
+    def begin(self, module: torch.nn.Module, folder: Path | None = None) -> None:
         """Begin the steps: from now on signals wait for `requested`, and stalls are noticed.
 
         Args:
             module: The model whose forwards are counted.
+            folder: Folder of the run, into which a stalled rank writes its last collectives.
         """
         assert process_group.heartbeat is not None
         with self._lock:
@@ -72,6 +74,7 @@ class Watch:
             self._thread.join()  # it ends all ranks, at their next heartbeat; a step until then would be lost
         self._heartbeat = process_group.heartbeat
         self._heartbeat.stall_seconds = self._stall_seconds
+        self._heartbeat.flight_record = None if folder is None else folder / "flight-record"
         process_group.shorten_timeout()
         module.register_forward_pre_hook(self._count)
 

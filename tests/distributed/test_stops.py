@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -217,3 +218,7 @@ def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path) -> Non
         assert inner in main_thread, printed[-3000:]
         assert "selfgen_ds/train.py" in main_thread
         assert re.search(rf"error: {stall.format('1[56]')}rank {rank} on \S+ ends", printed), printed[-3000:]
+    records = sorted((Path(settings.output_dir) / "flight-record").iterdir())
+    assert [path.name for path in records] == ["rank_0", "rank_1"]
+    entered, behind = ([entry["profiling_name"] for entry in pickle.loads(p.read_bytes())["entries"]] for p in records)
+    assert len(entered) > len(behind) > 0, "rank 0 waits in a collective that rank 1 has not entered"

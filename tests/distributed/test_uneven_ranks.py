@@ -68,7 +68,8 @@ def sweeps(settings: Recipe) -> int:
 def test_an_evaluation_with_fewer_rows_than_ranks_ends(two_ranks: Ranks, folder: Path) -> None:
     runs_of_one = folder / "one.jsonl"
     runs_of_one.write_text('{"prompt": "a", "completion": "b"}\n')
-    settings = runs.recipe(folder, train=TrainConfig(max_steps=1, micro_batch_size=1), selfgen=SelfgenConfig(method="sft"))
+    one_step = TrainConfig(max_steps=1, micro_batch_size=1)
+    settings = runs.recipe(folder, train=one_step, selfgen=SelfgenConfig(method="sft"))
     settings.data = DataConfig(train=settings.data.train, eval=str(runs_of_one), max_length=128)
     two_ranks.run(runs.run_training, settings, timeout=_TIMEOUT)
     assert runs.metrics(settings)[-1]["eval_loss"] > 0
