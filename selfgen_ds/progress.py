@@ -42,7 +42,8 @@ def _is_terminal() -> bool:
 
 def line_is_open() -> bool:
     """Return whether a bar is on the last line of stderr: on a terminal one of ours, in a file that of a library."""
-    return any(shown.fp == sys.stderr for shown in getattr(tqdm, "_instances", ()))
+    # A bar that another thread is about to make has no file yet.
+    return any(getattr(shown, "fp", None) == sys.stderr for shown in list(getattr(tqdm, "_instances", ())))
 
 
 class _Lines:

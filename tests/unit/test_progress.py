@@ -79,3 +79,12 @@ def test_a_terminal_without_columns_gets_lines() -> None:
     assert b"work: step 1 of 1" in os.read(leader, 10_000)
     os.close(leader)
     os.close(follower)
+
+
+def test_a_bar_that_another_thread_is_about_to_make_is_not_open() -> None:
+    half_made = tqdm.__new__(tqdm)  # tqdm knows it already
+    assert not hasattr(half_made, "fp")
+    try:
+        assert not progress.line_is_open()
+    finally:
+        tqdm._instances.discard(half_made)
