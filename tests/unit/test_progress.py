@@ -87,4 +87,4 @@ def test_a_bar_that_another_thread_is_about_to_make_is_not_open() -> None:
     try:
         assert not progress.line_is_open()
     finally:
-        tqdm._instances.discard(half_made)
+        tqdm._instances.discard(half_made)  # type: ignore[attr-defined]
