@@ -41,7 +41,7 @@ def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: 
     """
     verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
     names = list(dict.fromkeys(method for method, _ in verdicts))
-    metrics = [metric.name for metric in METRICS if metric.drawn and metric.name in lines[0]["metrics"]]
+    metrics = [m.name for m in METRICS if m.drawn and any(line["metrics"].get(m.name) for line in lines)]
     figure, panels = plt.subplots(1, len(metrics), figsize=(2.2 * len(metrics) + 1.8, 3.8), sharey=True, squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
         values = {

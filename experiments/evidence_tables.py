@@ -66,7 +66,9 @@ def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
     """
     verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
     arms = [arm for arm in dict.fromkeys(arm for arm, _ in verdicts) if any(line["arm"] == arm for line in lines)]
-    shown = [metric for metric in METRICS if metric.tabled and any(metric.name in line["metrics"] for line in lines)]
+    known = [metric for metric in METRICS if metric.tabled and any(metric.name in line["metrics"] for line in lines)]
+    # A quality that is 0 everywhere, such as exact matches of open text, says nothing.
+    shown = [m for m in known if not m.drawn or any(line["metrics"].get(m.name) for line in lines)]
     text = [f"| | {' | '.join(metric.title for metric in shown)} | operations | seeds |"]
     text.append("|---" * (len(shown) + 3) + "|")
     sft = mean(line["flops"] for line in lines if line["arm"] == arms[0])

@@ -118,8 +118,8 @@ def train_slowly(settings: Recipe) -> None:
     """Train with forwards that take half a second more each."""
     begin = Watch.begin
 
-    def slowed(watch: Watch, module: torch.nn.Module) -> None:
-        begin(watch, module)
+    def slowed(watch: Watch, module: torch.nn.Module, folder: Path) -> None:
+        begin(watch, module, folder)
         module.register_forward_pre_hook(lambda *_: time.sleep(0.5))
 
     with pytest.MonkeyPatch.context() as patch:
