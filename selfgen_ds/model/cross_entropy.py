@@ -26,7 +26,10 @@ _ELEMENTS_OF_OTHERS = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """The projection of hidden states to logits: `cap * tanh(linear(hidden) / cap)`, or `linear(hidden)`."""
+    """The projection of hidden states to logits: `cap * tanh(linear(hidden) / cap)`, or `linear(hidden)`.
+
+    A model's scale is already applied to hidden states and bias.
+    """
 
     weight: Tensor
     """`[V, H]`."""

@@ -19,7 +19,7 @@ from selfgen_ds.data.tokenizer import load_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.evaluation.metrics import kind_and_metric
 from selfgen_ds.files import as_json, write_atomically
-from selfgen_ds.model.loading import from_config, model_config
+from selfgen_ds.model.loading import from_config, model_config, vocabulary
 from selfgen_ds.pilot import budget, launching
 from selfgen_ds.pilot.launching import Place
 from selfgen_ds.pilot.rows import PilotRows, some_rows
@@ -200,7 +200,11 @@ def check_evaluation(model: ModelConfig, options: dict[str, Any], metrics: list[
 def _random_model(model: ModelConfig, folder: Path) -> Path:
     """Write a model with random weights, and its tokenizer, and return the folder."""
     tokenizer = load_tokenizer(model)
-    from_config(model, model_config(model, tokenizer), dtype=getattr(torch, model.dtype)).save_pretrained(folder)
+    built = from_config(model, model_config(model, tokenizer), dtype=getattr(torch, model.dtype))
+    # With `model.resize_embeddings`, the tokenizer may have more ids than the model that the runs start from.
+    embeddings = max(vocabulary(tokenizer), built.get_input_embeddings().num_embeddings)
+    built.resize_token_embeddings(embeddings, mean_resizing=False)
+    built.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

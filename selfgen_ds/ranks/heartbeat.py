@@ -223,8 +223,9 @@ class Heartbeat:
             _say(f"{self.process}: {stall}; the stacks of this rank:")
             faulthandler.dump_traceback()
             if self.flight_record is not None:
-                with suppress(OSError):  # a file system that does not answer may be the cause of the stall
-                    _write_flight_record(self.flight_record / f"rank_{self.process.rank}")
+                # In a thread: a file system that does not answer may be the cause of the stall, and must stop no beat.
+                path = self.flight_record / f"rank_{self.process.rank}"
+                threading.Thread(target=_write_flight_record, args=(path,), daemon=True).start()
         self._stacks_printed = bool(stall)
 
     def _guard(self) -> None:
@@ -258,8 +259,9 @@ def _collectives_entered() -> int:
 def _write_flight_record(path: Path) -> None:
     """Write what torch's flight recorder holds, as `torchfrtrace` reads it. NCCL's watchdog would write it too late."""
     record = torch._C._distributed_c10d._dump_fr_trace()  # type: ignore[attr-defined]
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(record)
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(record)
 
 
 def _say(line: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from selfgen_ds.ranks import environment
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
 
 @pytest.fixture(autouse=True)
 def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +34,7 @@ def test_a_rank_has_its_share_of_the_cores_unless_its_threads_are_given(given: d
     assert given["OMP_NUM_THREADS"] == threads
 
 
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("name", _ALLOCATOR)
 def test_an_allocator_that_is_given_is_kept(name: str) -> None:
     given = {name: "max_split_size_mb:128"}
     environment.set_defaults(given)
@@ -61,6 +63,3 @@ __main__.main()
     threads, allocator, torch_is_loaded = done.stdout.split()
     assert int(threads) >= 1
     assert (allocator, torch_is_loaded) == ("expandable_segments:True", "False")
-
-
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
