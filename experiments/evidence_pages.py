@@ -9,35 +9,32 @@ get tables, and docs/images the figures.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from pathlib import Path
-from typing import Any
 
-from experiments import evidence_plots, evidence_tables
+from experiments import evidence_plots, evidence_results, evidence_tables
+from experiments.evidence_comparison import Difference, Line, arms_of, differences
 from experiments.evidence_metrics import TESTED, TITLES
-from experiments.evidence_report import RESULTS
 
 _PARTS = {"test": "Test rows", "dev": "Development rows", "curves": "Learning curves, at their end"}
-
-
+_BASELINES = ("sft", "noise")
 _DOCS = Path(__file__).parent.parent / "docs"
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        path.with_suffix(".md").write_text(page(path.stem, lines), encoding="utf-8")
+    for path in sorted(evidence_results.RESULTS.glob("*.jsonl")):
+        path.with_suffix(".md").write_text(page(path.stem, evidence_results.read(path.stem)), encoding="utf-8")
     for name in ("evidence", "choosing"):
         evidence_tables.write(_DOCS / f"{name}.md")
     evidence_plots.draw(_DOCS / "images")
 
 
-def page(study: str, lines: list[dict[str, Any]]) -> str:
+def page(study: str, lines: list[Line]) -> str:
     """Return the page of a study.
 
     Args:
-        lines: A line per run, as `evidence_report.write_run` writes them.
+        lines: A line per run, as `evidence_results.write` writes them.
     """
     text = [
         f"# {study}",
@@ -51,41 +48,39 @@ def page(study: str, lines: list[dict[str, Any]]) -> str:
             continue
         metrics = [name for name in TITLES if any(name in line["metrics"] for line in of_part)]
         text += [f"## {title}", ""]
-        compared = RESULTS / f"{study}-{part}.json"
-        if compared.exists():
-            text += _comparison(json.loads(compared.read_text(encoding="utf-8")))
+        for baseline in _BASELINES:
+            text += _comparison(baseline, differences(of_part, baseline))
         text += _seeds(of_part, metrics)
     return "\n".join(text)
 
 
-def _comparison(rows: list[dict[str, Any]]) -> list[str]:
-    """Return tables of the means, and of the differences to each baseline that are sure, bold."""
-    text, metrics = [], [name for name in TESTED if any(row["metric"] == name for row in rows)]
-    for baseline in dict.fromkeys(row["baseline"] for row in rows):
-        of_baseline = {(row["method"], row["metric"]): row for row in rows if row["baseline"] == baseline}
-        arms = dict.fromkeys(arm for arm, _ in of_baseline)
-        text += [f"Differences to `{baseline}` [95 % interval over seeds and rows]; bold if they are sure (Holm):", ""]
-        text += [f"| metric | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
-        for metric in metrics:
-            cells = [_cell(of_baseline.get((arm, metric))) for arm in arms]
+def _comparison(baseline: str, found: dict[tuple[str, str], Difference]) -> list[str]:
+    """Return a table of the differences to a baseline; nothing if there are none."""
+    if not found:
+        return []
+    arms = list(dict.fromkeys(arm for arm, _ in found))
+    text = [f"Differences to `{baseline}` [95 % interval over seeds]; bold if they are sure (Holm, for an arm):", ""]
+    text += [f"| metric | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+    for metric in TESTED:
+        cells = [_cell(found.get((arm, metric))) for arm in arms]
+        if any(cells):
             text.append(f"| {metric} | {' | '.join(cells)} |")
-        text.append("")
-    return text
+    return [*text, ""]
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
+def _cell(one: Difference | None) -> str:
+    if one is None:
         return ""
-    if row["paired_difference"] is None:
-        return f"{row['mean']:.3f}"
-    text = f"{row['paired_difference']:+.3f} [{row['paired_low']:+.3f}, {row['paired_high']:+.3f}]"
-    return f"**{text}**" if row["verdict"] in ("better", "worse", "differs") else text
+    if math.isnan(one.low):
+        return f"{one.value:+.3f}"
+    text = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+    return f"**{text}**" if one.verdict else text
 
 
-def _seeds(lines: list[dict[str, Any]], metrics: list[str]) -> list[str]:
+def _seeds(lines: list[Line], metrics: list[str]) -> list[str]:
     text = ["Every run:", "", f"| arm | seed | steps | operations | {' | '.join(metrics)} |"]
     text.append("|---" * (len(metrics) + 4) + "|")
-    for line in lines:
+    for line in sorted(lines, key=lambda line: (arms_of(lines).index(line["arm"]), line["seed"])):
         cells = [format(line["metrics"][name], ".3f") if name in line["metrics"] else "" for name in metrics]
         text.append(
             f"| {line['arm']} | {line['seed']} | {line['steps']:.0f} | {line['flops']:.3g} | {' | '.join(cells)} |"

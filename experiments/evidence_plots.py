@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from experiments import evidence_results
+from experiments.evidence_comparison import Line, arms_of, differences
 from experiments.evidence_metrics import METRICS, TITLES
-from experiments.evidence_report import RESULTS
+from experiments.evidence_study import PLAN
 
 _COLORS = {"sft": "#555555", "scheduled_sampling": "#1f77b4"}
 _CURVES = ("sampled_2_accuracy", "sampled_1_exact_match", "recovery_4", "loss")
@@ -22,25 +23,16 @@ _CURVES = ("sampled_2_accuracy", "sampled_1_exact_match", "recovery_4", "loss")
 
 def draw(folder: Path) -> None:
     """Draw the figures of all studies into a folder."""
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if (compared := RESULTS / f"{path.stem}-test.json").exists():  # written when all runs of the part are done
-            differences = json.loads(compared.read_text(encoding="utf-8"))
-            tested = [line for line in lines if line["part"] == "test"]
-            arms(tested, differences, folder / f"evidence-{path.stem}.png")
-        if curves := [line for line in lines if line["part"] == "curves"]:
-            learning_curves(path.stem, curves, folder / f"curves-{path.stem}.png")
+    for study in PLAN["studies"]:
+        if tested := evidence_results.read(study, "test"):
+            arms(tested, folder / f"evidence-{study}.png")
+        if curves := evidence_results.read(study, "curves"):
+            learning_curves(study, curves, folder / f"curves-{study}.png")
 
 
-def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: Path) -> None:
-    """Draw a dot for each seed of each arm, and a line at the mean of sft, in some metrics.
-
-    Args:
-        lines: A line per run, as `evidence_report.write_run` writes them.
-        differences: What `evidence_report.write_comparison` returns.
-    """
-    verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
-    names = list(dict.fromkeys(method for method, _ in verdicts))
+def arms(lines: list[Line], image: Path) -> None:
+    """Draw a dot for each seed of each arm, and a line at the mean of sft, in some metrics."""
+    found, names = differences(lines), arms_of(lines)
     metrics = [m.name for m in METRICS if m.drawn and any(line["metrics"].get(m.name) for line in lines)]
     figure, panels = plt.subplots(1, len(metrics), figsize=(2.2 * len(metrics) + 1.8, 3.8), sharey=True, squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
@@ -50,7 +42,8 @@ def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: 
         }
         axes.axvline(float(np.mean(values["sft"])), color="#bbbbbb", linewidth=0.8)
         for place, arm in enumerate(reversed(names)):
-            color = {"better": "#2a8f4f", "worse": "#c0392b"}.get(verdicts.get((arm, metric), ""), "#555555")
+            verdict = found[arm, metric].verdict if (arm, metric) in found else ""
+            color = {"better": "#2a8f4f", "worse": "#c0392b"}.get(verdict, "#555555")
             axes.plot(values[arm], [place] * len(values[arm]), "o", color=color, alpha=0.6, markersize=4)
         axes.set_yticks(range(len(names)), names[::-1], fontsize=8)
         axes.set_title(TITLES[metric], fontsize=9)
@@ -61,7 +54,7 @@ def arms(lines: list[dict[str, Any]], differences: list[dict[str, Any]], image: 
     _save(figure, image)
 
 
-def learning_curves(study: str, lines: list[dict[str, Any]], image: Path) -> None:
+def learning_curves(study: str, lines: list[Line], image: Path) -> None:
     """Draw metrics over the operations for sft and the mixture: a thin line per seed, and the mean."""
     metrics = [name for name in _CURVES if name in lines[0]["curve"][0]]
     figure, panels = plt.subplots(1, len(metrics), figsize=(3 * len(metrics), 3), squeeze=False)

@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from experiments import evidence_results
+from experiments.evidence_comparison import Line, arms_of, differences
 from experiments.evidence_metrics import METRICS, TITLES
-from experiments.evidence_report import RESULTS
 
 _HEAD = "<!-- Written by `python -m experiments.evidence_pages`: {study} {part} -->"
 _BLOCK = re.compile(_HEAD.format(study=r"(\S+)", part=r"(\S+)") + r"\n.*?<!-- end -->\n", re.DOTALL)
@@ -28,19 +29,15 @@ def write(page: Path) -> None:
 
 
 def _block(study: str, part: str) -> str:
-    shown = _pilots() if study == "pilot_check" else _study(study, part)
+    shown = _pilots() if study == "pilot_check" else table(evidence_results.read(study, part))
     return f"{_HEAD.format(study=study, part=part)}\n{shown}\n<!-- end -->\n"
-
-
-def _study(study: str, part: str) -> str:
-    lines = [json.loads(line) for line in (RESULTS / f"{study}.jsonl").read_text(encoding="utf-8").splitlines()]
-    differences = json.loads((RESULTS / f"{study}-{part}.json").read_text(encoding="utf-8"))
-    return table([line for line in lines if line["part"] == part], differences)
 
 
 def _pilots() -> str:
     """Return what the pilots on built-in tasks said: a method per row, and a verdict per metric."""
-    of_tasks: dict[str, list[dict[str, Any]]] = json.loads((RESULTS / "pilot_check.json").read_text(encoding="utf-8"))
+    of_tasks: dict[str, list[dict[str, Any]]] = json.loads(
+        (evidence_results.RESULTS / "pilot_check.json").read_text(encoding="utf-8")
+    )
     metrics = list(dict.fromkeys(row["metric"] for rows in of_tasks.values() for row in rows))
     text = [f"| task, mixture | {' | '.join(TITLES[name] for name in metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     for task, rows in of_tasks.items():
@@ -55,17 +52,15 @@ def _verdict(row: dict[str, Any]) -> str:
     return f"{word}{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
 
 
-def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
+def table(lines: list[Line]) -> str:
     """Return the means of every arm, with an arrow where it is surely better (↑) or worse (↓) than sft, the first arm.
 
     The operations are relative to those of sft.
 
     Args:
-        lines: A line per run, as `evidence_report.write_run` writes them.
-        differences: What `evidence_report.write_comparison` returns.
+        lines: The runs of one part of a study.
     """
-    verdicts = {(row["method"], row["metric"]): row["verdict"] for row in differences if row["baseline"] == "sft"}
-    arms = [arm for arm in dict.fromkeys(arm for arm, _ in verdicts) if any(line["arm"] == arm for line in lines)]
+    found, arms = differences(lines), arms_of(lines)
     known = [metric for metric in METRICS if metric.tabled and any(metric.name in line["metrics"] for line in lines)]
     # A quality that is 0 everywhere, such as exact matches of open text, says nothing.
     shown = [m for m in known if not m.drawn or any(line["metrics"].get(m.name) for line in lines)]
@@ -76,7 +71,7 @@ def table(lines: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
         of_arm = [line for line in lines if line["arm"] == arm]
         cells = []
         for name in (metric.name for metric in shown):
-            arrow = {"better": "↑", "worse": "↓"}.get(verdicts.get((arm, name), ""), "")
+            arrow = {"better": "↑", "worse": "↓"}.get(found[arm, name].verdict, "") if (arm, name) in found else ""
             values = [line["metrics"][name] for line in of_arm if name in line["metrics"]]
             cells.append(f"{mean(values):.3f}{arrow}" if values else "")
         operations = mean(line["flops"] for line in of_arm) / sft

@@ -7,22 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from experiments import evidence, evidence_data
+from experiments import evidence, evidence_data, evidence_results
+from experiments.evidence_study import PLAN, Study, study_of
 from selfgen_ds import cli
 from selfgen_ds.cli import recipe_of
 from selfgen_ds.config import EvaluateOptions, to_yaml
 from selfgen_ds.errors import Problems, RunFailed
+from selfgen_ds.pilot import launching
+from selfgen_ds.pilot.runs import StudyRun
 from selfgen_ds.validation.options import check_evaluate
 from selfgen_ds.validation.recipe import check_recipe
 from tests.ranks import ROOT, SHARED
 
-PLAN = yaml.safe_load((ROOT / "experiments" / "evidence.yaml").read_text(encoding="utf-8"))
 
-
-def _study(name: str, folder: Path) -> evidence.Study:
-    return evidence.study_of(PLAN, name, folder, model=str(folder), embedding_model=str(folder))
+def _study(name: str, folder: Path) -> Study:
+    return study_of(PLAN, name, folder, model=str(folder), embedding_model=str(folder))
 
 
 PARTS = [(name, part) for name in PLAN["studies"] for part in _study(name, Path()).parts]
@@ -88,28 +88,80 @@ def test_rows_of_e2e_are_split_by_meaning_representation(tmp_path: Path) -> None
 
 
 def test_a_scaled_study_has_as_many_times_the_rows_and_steps(tmp_path: Path) -> None:
-    study = evidence.study_of(PLAN, "smollm2-e2e", tmp_path, str(tmp_path), str(tmp_path), scale=10)
+    study = study_of(PLAN, "smollm2-e2e", tmp_path, str(tmp_path), str(tmp_path), scale=10)
     assert (study.plan["rows"], study.plan["steps"]) == (2400, 300)
     (arm, *_) = study.arms("test")
     assert (study.run(arm, 0, 300, "test").evaluation or {})["max_samples"] == 600
     assert PLAN["studies"]["smollm2-e2e"]["evaluation"]["max_samples"] == 60
 
 
-def test_a_finished_run_is_refused_if_the_study_has_other_settings_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, StudyRun]:
+    """A study, and a run of it that is trained and evaluated, as far as its settings tell."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evidence_results, "RESULTS", tmp_path / "results")
     study = _study("sort", tmp_path)
     arm = next(arm for arm in study.arms("test") if arm.name == "scheduled_sampling")
     run = study.run(arm, 0, 10, "test")
     run.folder.mkdir(parents=True)
     recipe, _ = recipe_of(["--config", run.recipe, *run.settings])
     (run.folder / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    (run.folder / "evaluation.json").write_text(json.dumps({"settings": run.evaluation}), encoding="utf-8")
+    evaluated = {"settings": run.evaluation, "metrics": {"exact_match": 0.5}}
+    (run.folder / "evaluation.json").write_text(json.dumps(evaluated), encoding="utf-8")
+    step = {"tokens": 4, "no_grad_tokens": 0, "flops": 100.0, "step_time_s": 1.0, "drawn_tokens": 0}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(step) + "\n", encoding="utf-8")
     run.mark("evaluated")
-    evidence._check_settings(run)
-    with pytest.raises(RunFailed, match=r"was made with train.max_steps 10, and the study has 20; remove"):
-        evidence._check_settings(study.run(arm, 0, 20, "test"))
-    run = replace(run, evaluation=(run.evaluation or {}) | {"sample_temperatures": [3]})
+    run.mark("done")
+    return study, run
+
+
+def test_a_finished_run_is_refused_if_the_study_has_other_settings_now(finished: tuple[Study, StudyRun]) -> None:
+    study, run = finished
+
+    def carry_out(run: StudyRun) -> None:
+        evidence._carry_out(study, [run], launching.places(1, 1, []), lambda run: None, "")
+
+    carry_out(run)
+    with pytest.raises(RunFailed, match=r"was made with train.max_steps 10, and the study has 20; remove .*test"):
+        carry_out(study.run(run.arm, 0, 20, "test"))
     with pytest.raises(RunFailed, match=r"was made with --sample_temperatures \[1, 1.5, 2, 2.5\], and the study has"):
-        evidence._check_settings(run)
+        carry_out(replace(run, evaluation=(run.evaluation or {}) | {"sample_temperatures": [3]}))
+
+
+def test_a_run_of_the_results_is_not_repeated_on_any_machine(finished: tuple[Study, StudyRun]) -> None:
+    study, run = finished
+    evidence_results.write(run, study.start | study.described(run), "sort", "test")
+    (line,) = evidence_results.read("sort")
+    elsewhere = _study("sort", Path("/elsewhere"))
+    assert evidence._is_known(elsewhere, "test", run.arm, 0, {(run.arm.name, 0): line | {"steps": 10}})
+    assert not evidence._is_known(elsewhere, "test", run.arm, 1, {(run.arm.name, 0): line})
+
+
+def test_a_run_of_the_results_is_refused_if_the_study_has_another_budget_now(finished: tuple[Study, StudyRun]) -> None:
+    study, run = finished
+    described = study.start | study.described(run)
+    line = {"steps": 10, "settings": described | {"steps": 3000}}
+    with pytest.raises(
+        RunFailed, match=r"was made with steps 3000, and the study has 4000; remove its line from .*sort"
+    ):
+        evidence._is_known(study, "test", run.arm, 0, {(run.arm.name, 0): line})
+
+
+def test_sft_is_known_once_its_best_checkpoint_is(finished: tuple[Study, StudyRun]) -> None:
+    study, _ = finished
+    sft = next(study.arms("test"))
+    run = study.run(sft, 0, 10, "test")
+    line = {"steps": 10, "settings": study.start | study.described(run)}
+    assert not evidence._is_known(study, "test", sft, 0, {("sft", 0): line})
+    assert evidence._is_known(study, "test", sft, 0, {("sft", 0): line, ("sft-best", 0): line})
+
+
+def test_the_committed_results_were_made_as_the_studies_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name, part in PARTS:
+        study = _study(name, Path("/elsewhere"))
+        known = {(line["arm"], line["seed"]): line for line in evidence_results.read(name, part)}
+        for arm in study.arms(part):
+            for seed in {seed for _, seed in known}:
+                if (name, part) != ("e2e", "dev"):  # made with fewer steps, as evidence.yaml says
+                    evidence._is_known(study, part, arm, seed, known)
