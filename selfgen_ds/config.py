@@ -47,8 +47,9 @@ class ModelConfig:
     """File with a chat template (Jinja), which takes the place of the tokenizer's; exports have it too."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; with `bfloat16` the optimizer keeps float32 master weights."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel, as `transformers` names it."""
+    attn_implementation: str = "sdpa"
+    """Attention, as `transformers` names it: sdpa, eager, flex_attention, flash_attention_2 to 4, or OWNER/NAME of a
+    kernel on the hub. Packed rows are fast with flash and flex attention alone."""
     resize_embeddings: bool = False
     """Add embeddings if the tokenizer has more ids than the model has embeddings; otherwise such a pair is refused."""
     trust_remote_code: bool = False
@@ -465,8 +466,8 @@ class EvaluateOptions:
     """Text that asks for a correction, as `selfgen.cue` of a recipe: give the cue that the model was trained with."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations. Default: the one that the model's folder names."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel, as `transformers` names it."""
+    attn_implementation: str = "sdpa"
+    """Attention, as in a recipe's `model.attn_implementation`."""
     trust_remote_code: bool = False
     """Allow the code that a model brings in its own folder to run."""
     seed: int = 0

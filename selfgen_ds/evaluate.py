@@ -35,7 +35,7 @@ from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.evaluation.scores import answered_length, corrected_length, evaluate
 from selfgen_ds.evaluation.text_metrics import TextMetrics, load_embedder, load_metric
 from selfgen_ds.files import make_folder
-from selfgen_ds.model import probe
+from selfgen_ds.model import attention, probe
 from selfgen_ds.model.loading import build_model, model_config, most_positions
 from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.ranks import process_group
@@ -62,6 +62,8 @@ def run(options: EvaluateOptions) -> None:
     """
     problems = Problems()
     check_evaluate(problems, options)
+    if told := attention.problem(options.attn_implementation, process_group.device().type == "cpu", trains=False):
+        problems.add(f"--attn_implementation: {told}")
     problems.raise_all()
     make_folder(Path(options.output_dir), "--output_dir")
     source = ModelConfig(

@@ -120,8 +120,8 @@ def _draw(batch: TokenBatch, samples: list[Samples], method: Method, policy: Eng
         rows, _ = round_method.rows(_samples_of(batch, samples), policy, 0)
         return collate([[row] for row in rows])
     # Of 1 step in all, step 1 is past the last one, so that a growing schedule has reached its final value.
-    (drawn,) = method.contexts([batch.to(policy.device)], policy, 1)
-    return drawn.to("cpu")
+    (drawn,) = method.contexts([batch], policy, 1)
+    return drawn
 
 
 def _samples_of(batch: TokenBatch, samples: list[Samples]) -> list[TrainingRow]:

@@ -8,6 +8,7 @@ import math
 import shlex
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
@@ -15,7 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from selfgen_ds.checkpoint import manifest, resuming, retention, saving
 from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.config import OptimConfig, Recipe
-from selfgen_ds.data.batches import StepBatches
+from selfgen_ds.data.batches import StepBatches, TokenBatch
+from selfgen_ds.data.prefetch import Prefetch
 from selfgen_ds.engine.flops import StepFlops, step_flops
 from selfgen_ds.engine.step import StepResult, train_step
 from selfgen_ds.errors import Stopped
@@ -52,12 +54,13 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         gc.disable()
         between_steps.catch_up()
         ends_early = between_steps.stops_early()  # a run that has ended may be started again
+        prefetch = Prefetch()
         for step in range(run.folder.first_step, run.total_steps):
             if ends_early:
                 break
-            step_batches = batches_of(run, step)
+            batches = prefetch.at(batches_of(run, step), step, more=_shares_batches(run, step))
             forwards = watch.forwards
-            metrics, result = take_step(run, recipe, step, step_batches, flops)
+            metrics, result = take_step(run, recipe, step, batches, flops)
             ends_early = between_steps.after(step + 1, metrics, result, watch.forwards - forwards)
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
@@ -77,8 +80,13 @@ def batches_of(run: Run, step: int) -> StepBatches:
     return run.step_batches if run.rounds is None else run.rounds.step_batches(step)
 
 
+def _shares_batches(run: Run, step: int) -> bool:
+    """Return whether the next step has its rows from the batches of this one."""
+    return step + 1 < run.total_steps and (run.rounds is None or not run.rounds.starts(step + 1))
+
+
 def take_step(
-    run: Run, recipe: Recipe, step: int, step_batches: StepBatches, flops: StepFlops
+    run: Run, recipe: Recipe, step: int, batches_of_step: Future[list[TokenBatch]], flops: StepFlops
 ) -> tuple[dict[str, float], StepResult]:
     """Take one optimizer step, and return its line of `metrics.jsonl` and its result.
 
@@ -86,16 +94,15 @@ def take_step(
 
     Args:
         step: Optimizer steps done before.
-        step_batches: The batches of `batches_of`.
+        batches_of_step: This rank's micro-batches, which may still be made.
         flops: Counts the operations of a step.
     """
     facts = None if run.rounds is None else run.rounds.facts(step)
     started, read_before = time.perf_counter(), run.policy.read_tokens
     get_accelerator().reset_peak_memory_stats()
-    batches = [batch.to(run.engine.device) for batch in step_batches.at(step)]
+    batches = batches_of_step.result()
     pass_started = time.perf_counter()
     batches = run.method.contexts(batches, run.policy, step)
-    get_accelerator().synchronize()
     pass_time = time.perf_counter() - pass_started
     read, weight = run.policy.read_tokens - read_before, recipe.selfgen.drawn_context_weight
     if facts is not None and process_group.rank() == 0:  # the step adds up what the ranks have read

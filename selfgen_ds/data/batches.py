@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import datasets
@@ -29,7 +29,7 @@ class TokenBatch:
     """One micro-batch: a padded stack of training rows.
 
     All tensors are `[batch, length]` and aligned position by position, without a shift. They have the names
-    of the arrays of a `TrainingRow`.
+    of the arrays of a `TrainingRow`. They stay on the host: a forward takes what it reads to the device.
     """
 
     sample_ids: Tensor
@@ -53,11 +53,6 @@ class TokenBatch:
     def packed_position_ids(self) -> Tensor | None:
         """The positions that tell a model where packed samples start; None without packing, when the model counts."""
         return self.position_ids if self.packed else None
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """Return the batch with its tensors on a device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "packed"}
-        return TokenBatch(packed=self.packed, **tensors)
 
 
 def collate(rows: Sequence[Sequence[TrainingRow]], *, packed: bool = False) -> TokenBatch:

@@ -67,7 +67,7 @@ def warm_up(engine: deepspeed.DeepSpeedEngine) -> None:
     """
     # An empty micro-batch: one row of two padding tokens, the fewest that run every layer (the last token of a row is
     # not read). The loss over no target is 0 and has gradients of 0.
-    empty = collate([]).to(engine.device)
+    empty = collate([])
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         loss, router_loss = forward_losses(engine, empty, 0.0, None)
         engine.backward((loss + router_loss) * 0)

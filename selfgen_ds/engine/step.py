@@ -14,6 +14,8 @@ from torch.nn.utils import get_total_norm
 
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.model import head
+from selfgen_ds.model.reductions import packed_settings, places_of
+from selfgen_ds.model.transfer import to_device, to_host
 from selfgen_ds.ranks import process_group
 
 
@@ -57,6 +59,8 @@ def train_step(
     micro-batches and ranks. It is never a mean of unequal means. A mixture of experts is also trained on its router
     loss. Collective: every rank must call this with the same number of micro-batches.
 
+    The host waits for the device once, for all results together, and where DeepSpeed decides whether to apply the step.
+
     Args:
         batches: This rank's micro-batches of the step.
         drawn_context_weight: Weight of a target that directly follows a drawn token. Other targets have weight 1.
@@ -67,46 +71,58 @@ def train_step(
         RuntimeError: The loss is not finite at ZeRO stage 0, at which DeepSpeed would apply the step.
     """
     weights = [_target_weights(batch, drawn_context_weight) for batch in batches]
-    total_weight, nonempty = (count or 1.0 for count in _sum_over_ranks(_normalizers(batches, weights)).tolist())
+    divisors = _sum_over_ranks(to_device(_divisors(batches, weights), engine.device))
+    divisors = torch.where(divisors == 0, 1.0, divisors)
     parts = len(batches) * dist.get_world_size()  # DeepSpeed divides by these steps, and averages over the ranks
     learning_rate, coefficient = engine.get_lr()[0], engine.module.router_loss_coefficient
+    of_loss, of_router_loss = parts / divisors[0], coefficient * parts / divisors[1]
     losses, router_losses = list[Tensor](), list[Tensor]()
     for number, (batch, batch_weights) in enumerate(zip(batches, weights, strict=True), start=1):
         loss, router_loss = forward_losses(engine, batch, label_smoothing, batch_weights, dft)
         losses, router_losses = [*losses, loss.detach()], [*router_losses, router_loss.detach()]
-        objective = loss * (parts / total_weight) + router_loss * (coefficient * parts / nonempty)
+        objective = loss * of_loss.to(loss.dtype) + router_loss * of_router_loss.to(loss.dtype)
         if number == len(batches):
             totals = _sum_over_ranks(_totals(batches, losses, router_losses, no_grad_tokens))
             # NaN or infinity on one rank becomes a NaN gradient on every rank, so that DeepSpeed drops the step.
             objective = objective * (totals[:2].sum() * 0 + 1)
         engine.backward(objective)
-        if engine.zero_optimization_stage() == 0 and number == len(batches):
-            if not torch.isfinite(totals[:2]).all():
-                raise RuntimeError(
-                    "the loss is not finite, and ZeRO stage 0 cannot drop a step: lower optim.learning_rate, or set "
-                    "zero_optimization.stage to 1, 2, or 3"
-                )
-            unpartitioned_norm = get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+        if whole_gradient := engine.zero_optimization_stage() == 0 and number == len(batches):
+            norm = _norm_of_whole_gradient(engine, totals)
         engine.step()
-    # DeepSpeed keeps no norm at stage 0, where every rank has the whole gradient.
-    grad_norm = engine.get_global_grad_norm() if engine.zero_optimization_stage() else unpartitioned_norm
-    loss_total, router_total, drawn, differing, tokens, without_gradients = totals.tolist()
+    norm = norm if whole_gradient else engine.get_global_grad_norm()
+    norm = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64, device=engine.device)
+    results = to_host(torch.cat([totals[:2] / divisors, totals[2:], norm.reshape(1)])).tolist()
+    (loss, router_loss), (drawn, differing, tokens, without_gradients) = results[:2], map(int, results[2:6])
     return StepResult(
-        loss=loss_total / total_weight,
+        loss=loss,
         learning_rate=learning_rate,
-        router_loss=router_total / nonempty if coefficient else None,
-        grad_norm=math.nan if grad_norm is None else float(grad_norm),
-        drawn=int(drawn),
-        differing=int(differing),
-        tokens=int(tokens),
-        no_grad_tokens=int(without_gradients),
+        router_loss=router_loss if coefficient else None,
+        grad_norm=results[6],
+        drawn=drawn,
+        differing=differing,
+        tokens=tokens,
+        no_grad_tokens=without_gradients,
         applied=engine.was_step_applied(),
-        suspects=[] if math.isfinite(loss_total) else _suspects(batches, losses),
+        suspects=[] if math.isfinite(loss) else _suspects(batches, losses),
     )
 
 
-def _normalizers(batches: list[TokenBatch], weights: list[Tensor | None]) -> Tensor:
-    """Return the divisors of loss and router loss on this rank: `[2]` float64.
+def _norm_of_whole_gradient(engine: deepspeed.DeepSpeedEngine, totals: Tensor) -> Tensor:
+    """Return the norm of the gradient at ZeRO stage 0: there DeepSpeed keeps none, and drops no step.
+
+    Raises:
+        RuntimeError: The loss is not finite.
+    """
+    if not torch.isfinite(totals[:2]).all():
+        raise RuntimeError(
+            "the loss is not finite, and ZeRO stage 0 cannot drop a step: lower optim.learning_rate, or set "
+            "zero_optimization.stage to 1, 2, or 3"
+        )
+    return get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+
+
+def _divisors(batches: list[TokenBatch], weights: list[Tensor | None]) -> Tensor:
+    """Return what loss and router loss are divided by, as far as this rank knows: `[2]` float64.
 
     They are the sum of the targets' weights, and the number of micro-batches with tokens.
     """
@@ -140,13 +156,14 @@ def forward_losses(
     Args:
         weights: `[targets]`, the weight of each target in row-major order; None means 1.
     """
-    reduction = head.loss_sum(batch.target_ids[batch.loss_mask], label_smoothing, weights, dft)
-    routed = batch.sample_ids >= 0 if engine.module.router_loss_coefficient else None
+    device, targets = engine.device, batch.target_ids[batch.loss_mask]
+    routed = to_device(batch.sample_ids >= 0, device) if engine.module.router_loss_coefficient else None
+    weights = None if weights is None else to_device(weights, device)
     result = engine(
-        batch.context_ids,
-        positions=batch.loss_mask,
-        reduction=reduction,
-        position_ids=batch.packed_position_ids,
+        to_device(batch.context_ids, device),
+        places=to_device(places_of(batch.loss_mask), device),
+        reduction=head.loss_sum(to_device(targets, device), label_smoothing, weights, dft),
+        packed=packed_settings(engine.module, batch.position_ids[:, :-1]) if batch.packed else None,
         routed=routed,
     )
     return (result, result.new_zeros(())) if routed is None else result
@@ -165,9 +182,9 @@ def _totals(
         torch.stack([d.sum(), (d & (b.context_ids != b.target_ids)).sum(), (b.sample_ids >= 0).sum()])
         for b, d in zip(batches, drawn, strict=True)
     ]
+    of_rows = torch.cat([torch.stack(counts).sum(dim=0).double(), torch.tensor([no_grad_tokens], dtype=torch.float64)])
     sums = [torch.stack(values).double().sum() for values in (losses, router_losses)]
-    read = torch.tensor([no_grad_tokens], dtype=torch.float64, device=sums[0].device)
-    return torch.cat([torch.stack(sums), torch.stack(counts).sum(dim=0).double(), read])
+    return torch.cat([torch.stack(sums), to_device(of_rows, sums[0].device)])
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

@@ -113,9 +113,8 @@ def ask(
 def _predict(policy: EnginePolicy, rows: list[TrainingRow]) -> list[Prediction]:
     """Predict the targets of rows from their contexts."""
     batch = collate([[row] for row in rows])
-    found = policy.predict(batch.to(policy.device))
     sizes = batch.loss_mask.sum(dim=1).tolist()
-    parts = [values.cpu().split(sizes) for values in found]
+    parts = [values.split(sizes) for values in policy.predict(batch)]
     return [Prediction(*(part[i] for part in parts)) for i in range(len(rows))]
 
 
@@ -172,7 +171,7 @@ def _sample(
     The draws depend on seed, sample id, number of the answer and position alone: not on the batch, nor on the number of
     ranks, nor on the temperature.
     """
-    sample_ids = torch.tensor([sample.sample_id for sample in samples], device=policy.device)
+    sample_ids = torch.tensor([sample.sample_id for sample in samples])
     prompts = [sample.prompt_ids.tolist() for sample in samples]
     drawn = []
     for number in range(requests.answers_per_prompt):

@@ -32,7 +32,7 @@ def divergences(policy: EnginePolicy, oracle: EnginePolicy, rows: list[TrainingR
     """
     if not rows:
         return []
-    batch = collate([[row] for row in rows]).to(policy.device)
+    batch = collate([[row] for row in rows])
     parts = [one.hidden_states(batch) for one in (policy, oracle)]
     (hidden, project), (oracle_hidden, oracle_project) = parts
     chunks = zip(hidden.split(_CHUNK), oracle_hidden.split(_CHUNK), strict=True)

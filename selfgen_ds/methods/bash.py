@@ -44,7 +44,7 @@ class Bash(RoundMethod):
         order = sorted(range(len(samples)), key=lambda i: len(samples[i]))  # rows of similar length save padding
         size = self.plan.micro_batch_size
         groups = [order[i : i + size] for i in range(0, len(order), size)] or [[]]
-        batches = [collate([[samples[i]] for i in group]).to(policy.device) for group in groups]
+        batches = [collate([[samples[i]] for i in group]) for group in groups]
         masks = [mask_of(c, batch, p, (hashing.ROUND_REPLACE, seed, number)) for batch in batches]
         keys = (hashing.ROUND_DRAW, seed, number)
         limits = c.max_differing_share, c.max_differing_tokens
@@ -52,8 +52,8 @@ class Bash(RoundMethod):
         rows: dict[int, TrainingRow] = {}
         counts = {"rejected_tokens": 0, "rejected_rows": 0}
         for batch, group in zip(batches, groups, strict=True):
-            accepted = self._accepted(batch).to("cpu")
-            rejected = batch.replaced_mask.cpu() & ~accepted.replaced_mask
+            accepted = self._accepted(batch)
+            rejected = batch.replaced_mask & ~accepted.replaced_mask
             counts["rejected_tokens"] += int(rejected.sum())
             counts["rejected_rows"] += int(rejected.any(dim=1).sum())
             for row, i in enumerate(group):
@@ -80,7 +80,7 @@ class Bash(RoundMethod):
         differing = batch.replaced_mask & (batch.context_ids != batch.target_ids)
         for row in differing.any(dim=1).nonzero().flatten().tolist():
             columns = batch.replaceable_mask[row].nonzero().flatten()
-            for answer in columns.tensor_split((columns.diff() > 1).nonzero().flatten().cpu() + 1):
+            for answer in columns.tensor_split((columns.diff() > 1).nonzero().flatten() + 1):
                 ids, candidates = batch.context_ids[row][answer].tolist(), differing[row][answer].nonzero().flatten()
                 first = first_rejected(ids, candidates.tolist(), self.rejected, self.plan.tokenizer)
                 if first is not None:

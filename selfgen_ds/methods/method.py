@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -34,11 +33,8 @@ class Policy:
     """The model, as a method sees it.
 
     Every call is collective: under ZeRO-3 a forward gathers weights from all ranks, so that every rank must make the
-    same calls, whatever rows it holds.
+    same calls, whatever rows it holds. Batches, masks, noise and drawn tokens are on the host.
     """
-
-    device = torch.device("cpu")
-    """Device of the batches, masks, and noise."""
 
     def draw(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
         """Draw the masked tokens, each from the model's distribution given the tokens before it in the context.

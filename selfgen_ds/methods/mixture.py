@@ -223,7 +223,7 @@ def _running_count(batch: TokenBatch, marked: Tensor) -> Tensor:
 
 def _first_columns(batch: TokenBatch) -> Tensor:
     """Return the column of the first token of each token's sample: `[batch, length]` int64."""
-    return torch.arange(batch.context_ids.shape[1], device=batch.context_ids.device) - batch.position_ids
+    return torch.arange(batch.context_ids.shape[1]) - batch.position_ids
 
 
 def _ordinals(mask: Tensor) -> Tensor:

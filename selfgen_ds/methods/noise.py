@@ -51,7 +51,7 @@ class Noise(ScheduledSampling):
         differing = batch.replaced_mask & (batch.context_ids != batch.target_ids)
         targets = batch.target_ids[differing]
         keys = hashing.NOISE, self.plan.seed, step, batch.sample_ids[differing], batch.position_ids[differing]
-        tokens = other_than(targets, self.frequencies.to(targets.device), hashing.uniform(*keys))
+        tokens = other_than(targets, self.frequencies, hashing.uniform(*keys))
         return replace(batch, context_ids=batch.context_ids.masked_scatter(differing, tokens))
 
 

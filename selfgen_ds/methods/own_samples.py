@@ -42,7 +42,7 @@ class OwnSamples(RoundMethod):
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
 
         def noise(prompts: Tensor, positions: Tensor) -> Tensor:
-            return hashing.uniform(hashing.ANSWER, self.plan.seed, number, ids.to(prompts.device)[prompts], positions)
+            return hashing.uniform(hashing.ANSWER, self.plan.seed, number, ids[prompts], positions)
 
         prompts = [sample.prompt_ids.tolist() for sample in samples]
         answers = policy.complete(prompts, self.max_new_tokens, noise)

@@ -83,7 +83,7 @@ class Rac(RoundMethod):
         keys = torch.tensor([(int(ids[i]), draw) for i, draw in asked], dtype=torch.int64).reshape(-1, 2)
 
         def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
-            sample_ids, numbers = keys.to(prompts.device)[prompts].unbind(dim=1)
+            sample_ids, numbers = keys[prompts].unbind(dim=1)
             return hashing.uniform(hashing.ANSWER, self.plan.seed, number, sample_ids, numbers, positions)
 
         prompts = [samples[i].prompt_ids.tolist() for i, _ in asked]

@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from selfgen_ds.model.attention import masks_packed_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepBudget:
@@ -82,7 +84,7 @@ def sweep_budget(
     held = 3 if fields.get("hidden_act", fields.get("activation_function")) in _FUSED else 5
     forward = max((held + adapted) * inner + 4 * hidden + 4 * copies, 2 * hidden + (8 if adapted else 6) * width)
     mask = 0
-    if packed_length is not None and "flash" not in config._attn_implementation:
+    if packed_length is not None and masks_packed_rows(config._attn_implementation):
         # One boolean mask for each kind of attention, and a copy of one of them in the dtype of the scores.
         mask = packed_length * (1 + len(set(getattr(text, "layer_types", None) or ["full"])))
     return SweepBudget(forward=forward + mask, training=kept + backward + mask, prefetched=prefetched)
@@ -133,9 +135,8 @@ def row_bytes(config: PretrainedConfig, item_size: int, longest: int) -> int:
     text = config.get_text_config(decoder=True)
     # A layer's mask and a copy in the dtype of the scores; eager attention also has scores, in two dtypes.
     heads = _largest(text, "num_attention_heads", 1)
-    pair = {"eager": 1 + item_size + heads * (4 + item_size), "flash_attention_2": 0}.get(
-        config._attn_implementation, 1 + item_size
-    )
+    scores = heads * (4 + item_size) if config._attn_implementation == "eager" else 0
+    pair = 1 + item_size + scores if masks_packed_rows(config._attn_implementation) else 0
     logits = 24 * text.vocab_size  # as the model gives them, warped, as probabilities, and summed in float64
     return longest * (token_bytes(config, item_size) + longest * pair) + logits
 
@@ -184,4 +185,4 @@ def split_rows(lengths: Tensor, most: float) -> list[Tensor]:
             groups.append([])
             longest = length
         groups[-1].append(row)
-    return [torch.tensor(group, device=lengths.device) for group in groups]
+    return [torch.tensor(group) for group in groups]

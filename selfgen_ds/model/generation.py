@@ -14,10 +14,12 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicIndexedLayer, Dyn
 from selfgen_ds.methods.method import AnswerNoise
 from selfgen_ds.model.head import Sampler
 from selfgen_ds.model.loading import most_positions
+from selfgen_ds.model.transfer import to_device
 
 _SEGMENT = 32  # tokens that are generated before finished rows are looked for
 _SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
 _DRAWN_ROWS = 16  # rows whose probabilities exist at the same time
+_NOISE_POSITIONS = 32  # positions of the answers whose noise is made together
 
 Sharing = Literal["any", "one length", "none"]
 """Which prompts may share a batch: any, with padding before the shorter ones; those of one length; or none."""
@@ -32,13 +34,22 @@ Choose = Callable[[Tensor, int, Tensor], Tensor]
 def by_noise(noise: AnswerNoise, sample: Sampler, prompts: Tensor) -> Choose:
     """Return a function that chooses tokens by the noise of (prompt, position in the answer).
 
+    The noise of some positions is made at a time, on the host: for each token alone, an accelerator would spend longer
+    on its hundred small operations than on the token.
+
     Args:
-        prompts: `[rows]` int64, the numbers by which the noise knows the prompts of a batch.
+        prompts: `[rows]` int64 on the host, the numbers by which the noise knows the prompts of a batch.
     """
+    first, uniforms = -1, torch.empty(0)
 
     def choose(rows: Tensor, position: int, logits: Tensor) -> Tensor:
-        numbers = prompts[rows]
-        return _sample_in_parts(sample, logits, noise(numbers, torch.full_like(numbers, position)))
+        nonlocal first, uniforms
+        if position // _NOISE_POSITIONS * _NOISE_POSITIONS != first:
+            first = position // _NOISE_POSITIONS * _NOISE_POSITIONS
+            positions = torch.arange(first, first + _NOISE_POSITIONS).repeat(len(prompts))
+            made = noise(prompts.repeat_interleave(_NOISE_POSITIONS), positions)
+            uniforms = to_device(made.reshape(len(prompts), _NOISE_POSITIONS), logits.device)
+        return _sample_in_parts(sample, logits, uniforms[rows, position - first])
 
     return choose
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from selfgen_ds.model.budget import SweepBudget, split_rows
 from selfgen_ds.model.cross_entropy import Projection
 from selfgen_ds.model.gathering import GatherableModel, evaluating
 from selfgen_ds.model.generation import Sharing
+from selfgen_ds.model.reductions import packed_settings, places_of
+from selfgen_ds.model.transfer import to_device, to_host
 from selfgen_ds.progress import SECONDS, bar
 from selfgen_ds.ranks import process_group
 
@@ -97,21 +100,43 @@ class EnginePolicy(GatherableModel, Policy):
         self.groups = self.max_over_ranks(len(groups))
         self.read_tokens += int(lengths.sum())
 
-        drawn = torch.zeros_like(context)
+        parts = [torch.zeros(0, dtype=torch.int64)]
         with evaluating(self.forward):
             for rows in groups:
                 length = int(lengths[rows].max())
-                group_context, group_mask = context[rows, :length], mask[rows, :length]
-                reduction = head.draw(noise[rows, :length][group_mask], **vars(self.sampling))
+                masked = mask[rows, :length]
+                drawing = self._drawing(to_device(noise[rows, :length][masked], self.device))
                 packed = position_ids[rows, :length] if batches[0].packed else None
-                tokens = self._module(group_context, positions=group_mask, reduction=reduction, position_ids=packed)
-                drawn[rows, :length] = torch.zeros_like(group_context).masked_scatter(group_mask, tokens)
+                parts.append(self._read(context[rows, :length], masked, drawing, packed))
             for _ in range(self.groups - len(groups) if self.sharded else 0):
                 self._idle_forward()
         if self.sharded and not self._gathered_in_training:
             # Weights that a forward without a backward leaves gathered would stay gathered through the training step.
             self.forward.optimizer.parameter_offload.partition_all_parameters()
+        drawn = torch.zeros_like(context)
+        tokens = to_host(torch.cat(parts[1:] or parts)).split([int(mask[rows].sum()) for rows in groups])
+        for rows, of_group in zip(groups, tokens, strict=True):
+            drawn[rows] = torch.zeros_like(drawn[rows]).masked_scatter(mask[rows], of_group)
         return _unstack(drawn, masks)
+
+    def _drawing(self, uniforms: Tensor) -> head.Reduction:
+        return head.draw(uniforms, **vars(self.sampling))
+
+    def _read(
+        self, context: Tensor, mask: Tensor, reduction: head.Reduction, position_ids: Tensor | None = None
+    ) -> Any:
+        """Return what a reduction makes of the hidden states that predict the masked tokens.
+
+        Args:
+            context, mask: `[rows, length]`, on the host.
+            position_ids: `[rows, length]` int64, only for packed rows.
+        """
+        return self._module(
+            to_device(context, self.device),
+            places=to_device(places_of(mask), self.device),
+            reduction=reduction,
+            packed=None if position_ids is None else packed_settings(self.model, position_ids[:, :-1]),
+        )
 
     @property
     def can_draw_in_order(self) -> bool:
@@ -132,10 +157,13 @@ class EnginePolicy(GatherableModel, Policy):
                 # the cache is no wider than the longest row.
                 start, end = int(first[rows].min()), int(ends[rows].max())
                 is_drawn = mask[rows, start:end]
-                choose = generation.in_place(context[rows, start:end], is_drawn, noise[rows, start:end], sample)
+                given, drawn, of_draws = (
+                    to_device(one[rows, start:end], self.device) for one in (context, mask, noise)
+                )
+                choose = generation.in_place(given, drawn, of_draws, sample)
                 prompts, needed = context[rows, :start].tolist(), (ends[rows] - start).tolist()
                 answers = generation.generate(self.model, prompts, end - start, [], choose, needed=needed)
-                tokens = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(mask.device)
+                tokens = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
                 self.read_tokens += int(ends[rows].sum())
                 row, column = is_drawn.nonzero(as_tuple=True)
                 context[rows[row], start + column] = tokens[row, column]
@@ -156,13 +184,13 @@ class EnginePolicy(GatherableModel, Policy):
         The batch is one row of two tokens, none of them masked: the backbone reads all but the last token of a row, so
         two tokens are the fewest that run every layer.
         """
-        nothing = torch.zeros(1, 2, dtype=torch.bool, device=self.device)
+        padding = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         noise = torch.empty(0, dtype=torch.float64, device=self.device)
-        self.forward(nothing.long(), positions=nothing, reduction=head.draw(noise, **vars(self.sampling)))
+        self.forward(padding, places=padding[0, :0], reduction=self._drawing(noise))
 
     @torch.no_grad()
     def predict(self, batch: TokenBatch) -> head.Prediction:
-        """Predict the target tokens of a batch from its contexts. The result is in row-major order."""
+        """Predict the target tokens of a batch from its contexts. The result is in row-major order, on the host."""
         rows_at_once = len(batch.context_ids)
         if not self.sharded:  # no other rank waits for this one, so the number of forwards is free
             rows_at_once = max(1, int(min(rows_at_once, self._most_tokens() // batch.context_ids.shape[1])))
@@ -170,15 +198,11 @@ class EnginePolicy(GatherableModel, Policy):
         with evaluating(self.forward):
             for first in range(0, len(batch.context_ids), rows_at_once):
                 rows = slice(first, first + rows_at_once)
-                positions, packed = batch.loss_mask[rows], batch.packed_position_ids
-                part = self._module(
-                    batch.context_ids[rows],
-                    positions=positions,
-                    reduction=head.predict(batch.target_ids[rows][positions]),
-                    position_ids=None if packed is None else packed[rows],
-                )
-                parts.append(part)
-        return head.Prediction(*(torch.cat(values) for values in zip(*parts, strict=True)))
+                targets = batch.target_ids[rows][batch.loss_mask[rows]]
+                reduction = head.predict(to_device(targets, self.device))
+                packed = None if batch.packed_position_ids is None else batch.packed_position_ids[rows]
+                parts.append(self._read(batch.context_ids[rows], batch.loss_mask[rows], reduction, packed))
+        return head.Prediction(*(to_host(torch.cat(values)) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def hidden_states(self, batch: TokenBatch) -> tuple[Tensor, Projection]:
@@ -193,7 +217,7 @@ class EnginePolicy(GatherableModel, Policy):
             return hidden
 
         with evaluating(self.forward):
-            self._module(batch.context_ids, positions=batch.loss_mask, reduction=reduction, position_ids=None)
+            self._read(batch.context_ids, batch.loss_mask, reduction)
         return seen[0]
 
     @torch.no_grad()
@@ -228,7 +252,7 @@ class EnginePolicy(GatherableModel, Policy):
             for numbers in batches + [[]] * idle:
                 choose = None
                 if noise is not None:
-                    choose = generation.by_noise(noise, sample, torch.tensor(numbers, device=self.device))
+                    choose = generation.by_noise(noise, sample, torch.tensor(numbers))
                 batch = [prompts[number] for number in numbers]
                 batch_answers = generation.generate(
                     self.model, batch, max_new_tokens, self.end_tokens, choose, max_over_ranks, progress=shown.update
@@ -257,7 +281,7 @@ def _no_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
 
 def _lengths_to_last_masked(mask: Tensor) -> Tensor:
     """Return the tokens of each row up to and with the last masked one: `[rows]` int64, 0 without a masked token."""
-    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1)
 
 
 def _stack_step(

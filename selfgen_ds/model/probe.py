@@ -22,7 +22,7 @@ from selfgen_ds.model.generation import Sharing
 from selfgen_ds.model.head import LMHead, LogitTransform
 from selfgen_ds.model.loading import from_config
 from selfgen_ds.model.reach import Reach, try_rows
-from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
+from selfgen_ds.model.reductions import add_reductions, backbone, packed_settings, router_loss_coefficient
 from selfgen_ds.model.small_copy import random_ids, small_copy
 
 # Tokens of two samples. The copy's attention window (`small_copy.ATTENTION_WINDOW`) ends inside both of them, and their
@@ -152,7 +152,7 @@ def _check_packing(name: str, model: PreTrainedModel, ids: Tensor, joined: Tenso
         raise InputError(
             f"data.packing: cannot tell whether {name} keeps packed samples apart; set data.packing: false"
         )
-    position_ids = torch.cat([torch.arange(n, device=model.device) for n in _LENGTHS])[None]
+    position_ids = torch.cat([torch.arange(n) for n in _LENGTHS])[None]
     if not _gives(lambda: _hidden(model, ids, position_ids), torch.cat(separate, dim=1)):
         raise InputError(f"data.packing: {name} does not keep the samples of a packed row apart")
 
@@ -162,9 +162,10 @@ def _check_router_loss(name: str, model: PreTrainedModel, ids: Tensor, logit_tra
     expected = _attempt(lambda: model(ids, output_router_logits=True, use_cache=False).aux_loss)
     add_reductions(model, logit_transform)
     longer = F.pad(ids, (0, 1))  # the reduced forward does not read the last token of a row
-    routed = torch.ones_like(longer, dtype=torch.bool)
+    routed, nothing = torch.ones_like(longer, dtype=torch.bool), longer[0, :0]
     if expected is None or not _gives(
-        lambda: model(longer, positions=~routed, routed=routed, reduction=lambda hidden, _: hidden.sum())[1], expected
+        lambda: model(longer, places=nothing, routed=routed, reduction=lambda hidden, _: hidden.sum())[1],
+        expected,
     ):
         raise InputError(_no_router_loss(name))
 
@@ -177,7 +178,8 @@ def _no_router_loss(name: str) -> str:
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    return backbone(model, ids, position_ids).last_hidden_state
+    packed = None if position_ids is None else packed_settings(model, position_ids)
+    return backbone(model, ids, packed).last_hidden_state
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:

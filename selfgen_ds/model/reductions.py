@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from selfgen_ds.errors import InputError
+from selfgen_ds.model.attention import is_flash
 from selfgen_ds.model.head import LMHead, LogitTransform, Reduction
+from selfgen_ds.model.transfer import to_device
 
 
 def add_reductions(model: PreTrainedModel, logit_transform: LogitTransform | None = None) -> PreTrainedModel:
-    """Let `model(ids, positions=..., reduction=...)` reduce the hidden states of some positions at the LM head.
+    """Let `model(ids, places=..., reduction=...)` reduce the hidden states of some positions at the LM head.
 
     The model is changed in place. Parameter names, the class name, and the plain forward stay the same, and so do
     checkpoints, exports, and `generate()`. The model's class becomes a subclass, as torch's FSDP2 does it.
@@ -43,18 +45,18 @@ def _reduce(
     model: PreTrainedModel,
     reduction: Reduction,
     context: Tensor,
-    positions: Tensor,
-    position_ids: Tensor | None = None,
+    places: Tensor,
+    packed: dict[str, Any] | None = None,
     routed: Tensor | None = None,
 ) -> Any:
-    """Apply `reduction` to the hidden states that predict the tokens at `positions`.
+    """Apply `reduction` to some hidden states.
 
     The backbone does not read the last token of a row, because nothing is predicted from this token.
 
     Args:
         context: `[B, L]` int64, rows padded on the right.
-        positions: `[B, L]` bool, False at position 0. The token at t is predicted from the tokens before t.
-        position_ids: `[B, L]` int64, only for packed rows: they count from 0 in each sample.
+        places: `[N]` int64 from `places_of`: which hidden states.
+        packed: What `packed_settings` returns for packed rows.
         routed: `[B, L]` bool, the real tokens. If given, the router loss of a mixture of experts is computed over these
             tokens, except for the last token of each row.
 
@@ -62,43 +64,58 @@ def _reduce(
         The result of `reduction`; with `routed`, a pair of this result and the router loss, a scalar without its
         coefficient.
     """
-    read_position_ids = None if position_ids is None else position_ids[:, :-1]
     settings = {} if routed is None else {"output_router_logits": True}
-    output = backbone(model, context[:, :-1], read_position_ids, **settings)
-    result = model.get_output_embeddings()(output.last_hidden_state[positions[:, 1:]], reduction)
+    output = backbone(model, context[:, :-1], packed, **settings)
+    result = model.get_output_embeddings()(output.last_hidden_state.flatten(0, 1)[places], reduction)
     return result if routed is None else (result, _router_loss(model, output.router_logits, routed[:, 1:]))
 
 
-def backbone(model: PreTrainedModel, context: Tensor, position_ids: Tensor | None, **settings: Any) -> Any:
+def places_of(mask: Tensor) -> Tensor:
+    """Return where the hidden states stand that predict some tokens, in row-major order: `[N]` int64.
+
+    Args:
+        mask: `[B, L]` bool on the host, False at position 0: the tokens. The hidden states are `[B, L - 1]`, and that
+            at t - 1 predicts the token at t.
+    """
+    return mask[:, 1:].flatten().nonzero()[:, 0]
+
+
+def backbone(model: PreTrainedModel, context: Tensor, packed: dict[str, Any] | None = None, **settings: Any) -> Any:
     """Return the output of the model without its head; its `last_hidden_state` is `[B, L, H]`.
 
-    transformers keeps the samples of a packed row apart only if the call has neither a mask nor a cache; flash
-    attention does so only in a batch of one row. Where its samples start is passed along, because every layer would
-    look for it again, and wait for the device each time.
+    transformers keeps the samples of a packed row apart only if the call has neither a mask nor a cache.
+
+    Args:
+        context: `[B, L]` int64.
+        packed: What `packed_settings` returns for packed rows.
     """
     shape = context.shape
-    if position_ids is not None:
-        settings["position_ids"] = position_ids
-        if "flash" in model.config._attn_implementation:
-            context, settings["position_ids"] = context.reshape(1, -1), position_ids.reshape(1, -1)
-            settings |= _boundaries(settings["position_ids"])
+    if packed and "cu_seq_lens_q" in packed:
+        context = context.reshape(1, -1)
     # Llama 4's causal LM names its backbone wrongly, so that `base_model` is the causal LM itself.
     base = model.base_model if model.base_model is not model else model.model
-    output = base(input_ids=context, attention_mask=None, use_cache=False, **settings)
+    output = base(input_ids=context, attention_mask=None, use_cache=False, **(packed or {}), **settings)
     output.last_hidden_state = output.last_hidden_state.reshape(*shape, -1)
     return output
 
 
-def _boundaries(position_ids: Tensor) -> dict[str, Any]:
-    """Return where the samples of a packed row start, and the longest, as transformers passes them to flash attention.
+def packed_settings(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
+    """Return the settings of a forward by which the samples of packed rows are kept apart.
+
+    Flash attention does so only in a batch of one row, which all rows therefore become. Where its samples start is
+    passed along, because every layer would look for it again, and wait for the device each time.
 
     Args:
-        position_ids: `[1, L]` int64, which count from 0 in each sample.
+        position_ids: `[B, L]` int64 on the host, which count from 0 in each sample: those of the tokens that are read.
     """
+    if not is_flash(model.config._attn_implementation):
+        return {"position_ids": to_device(position_ids, model.device)}
+    position_ids = position_ids.reshape(1, -1)
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     ends = F.pad(starts, (0, 1), value=position_ids.shape[1]).int()
-    longest = int(ends.diff().max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    longest, ends = int(ends.diff().max()), to_device(ends, model.device)
+    boundaries = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return boundaries | {"position_ids": to_device(position_ids, model.device)}
 
 
 def _router_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], routed: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from selfgen_ds.config import ModelConfig
 from selfgen_ds.errors import InputError
+from selfgen_ds.model.attention import is_flash, masks_packed_rows
 from selfgen_ds.model.loading import from_config, parameter_count
 from selfgen_ds.model.reductions import backbone
 from selfgen_ds.ranks import process_group
@@ -29,8 +30,8 @@ _MOST = 20_000_000  # parameters of a model that is tried as it is
 def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     """Return a small copy of the model in evaluation mode, whose random weights are large enough for each to count.
 
-    The copy is float32 on the CPU, or bfloat16 on the rank's device for flash attention, which runs nowhere else. Call
-    this under `torch.no_grad()`, because the weights are changed in place.
+    The copy is float32 on the CPU. For flash and flex attention it is on the rank's device, for which they are made,
+    and with flash attention bfloat16. Call this under `torch.no_grad()`, because the weights are changed in place.
 
     Raises:
         InputError: No small copy of the model can be built, or none has finite hidden states.
@@ -39,8 +40,8 @@ def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     shrinks: list[Callable[[PretrainedConfig], PretrainedConfig]] = [copy.deepcopy]
     if size > _MOST:
         shrinks = [_narrow, *(partial(_fewer_heads, factor=factor) for factor in _factors(config)), _shallow]
-    flash = model.attn_implementation == "flash_attention_2"
-    dtype, device = (torch.bfloat16, process_group.device()) if flash else (torch.float32, torch.device("cpu"))
+    dtype = torch.bfloat16 if is_flash(model.attn_implementation) else torch.float32
+    device = torch.device("cpu") if masks_packed_rows(model.attn_implementation) else process_group.device()
     problem = "the copy is too large"
     for shrink in shrinks:
         try:
@@ -52,7 +53,7 @@ def small_copy(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
             built = from_config(model, smaller, dtype=dtype, attn_implementation=model.attn_implementation)
             built = built.to(device).eval()
             _randomize(built)
-            if torch.isfinite(backbone(built, random_ids(built, _TRIED_TOKENS), None).last_hidden_state).all():
+            if torch.isfinite(backbone(built, random_ids(built, _TRIED_TOKENS)).last_hidden_state).all():
                 return built
             problem = "the copy's hidden states are not finite"
         except Exception as error:  # types differ by model

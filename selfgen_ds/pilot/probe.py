@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from selfgen_ds.config import Recipe
+from selfgen_ds.data.prefetch import Prefetch
 from selfgen_ds.engine.flops import step_flops
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.watch import Watch
@@ -41,9 +42,11 @@ def probe(recipe: Recipe, overrides: set[str], steps: int) -> None:
         flops = step_flops(recipe, run.engine.module)
         watch.begin(run.engine.module)
         lines: list[dict[str, float]] = []
+        prefetch = Prefetch()
         of_rounds = 0.0
         for step in _spread(steps, run):
-            lines.append(take_step(run, recipe, step, batches_of(run, step), flops)[0])
+            batches = prefetch.at(batches_of(run, step), step, more=False)
+            lines.append(take_step(run, recipe, step, batches, flops)[0])
             of_rounds += 0.0 if run.rounds is None else flops.of_read * run.rounds.facts(step).read_tokens
     cost: dict[str, Any] = {
         "rows": len(run.step_batches),

@@ -133,7 +133,7 @@ class _Rounds:
         def train(rows: Sequence[TrainingRow]) -> None:
             for first in range(0, len(rows), size):
                 batch = collate([[row] for row in rows[first : first + size]])
-                train_step(self.benchmark.engine, [batch.to(self.benchmark.policy.device)], 0.0)
+                train_step(self.benchmark.engine, [batch], 0.0)
 
         train(rows[:size])  # so that the work before the epoch has no part in the epoch's time
         self._timed(name, "training", lambda: train(rows))

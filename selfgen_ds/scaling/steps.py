@@ -214,7 +214,7 @@ def random_batches(recipe: Recipe, vocabulary: int, turn: int) -> list[TokenBatc
     for number, rows in enumerate(ids):
         first = (number * dist.get_world_size() + dist.get_rank()) * len(rows)
         samples = [[TrainingRow.reference(first + i, row, turns)] for i, row in enumerate(rows)]
-        batches.append(collate(samples).to(process_group.device()))
+        batches.append(collate(samples))
     return batches
 
 

@@ -37,6 +37,7 @@ from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
 from selfgen_ds.methods.method import Method
 from selfgen_ds.model import probe
+from selfgen_ds.model.attention import masks_packed_rows
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.generation import stop_at
 from selfgen_ds.model.loading import model_config
@@ -320,6 +321,9 @@ def _log_start(recipe: Recipe, inputs: Inputs, model: nn.Module) -> None:
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 keeps shards
     every, trained = sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
     whole = sum(pc.sum(source.table.data.column("length")).as_py() for source in inputs.samples)
+    if recipe.data.packing and masks_packed_rows(recipe.model.attn_implementation):
+        told = "%s reads packed rows through a mask of their length squared; flash and flex attention need none"
+        log.info(told, recipe.model.attn_implementation)
     if "replace_probability" in inputs.method.settings:
         log.info("a step's loss is that on the mixed context: it rises with p, and cannot be compared with sft's")
     log.info(

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
 
 from selfgen_ds import methods
 from selfgen_ds.checkpoint import manifest, saving
@@ -19,9 +18,11 @@ from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import Problems
 from selfgen_ds.evaluation.text_metrics import is_counted
+from selfgen_ds.model import attention
 from selfgen_ds.model.loading import most_positions, parameter_count, trained_parameter_count
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.model.reach import Reach
+from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
 
@@ -40,9 +41,10 @@ def check_positions(problems: Problems, recipe: Recipe, config: PretrainedConfig
 
 
 def check_attention(problems: Problems, recipe: Recipe) -> None:
-    """Check that the attention kernel of the recipe is installed."""
-    if recipe.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        problems.add("model.attn_implementation: flash_attention_2 needs the package flash-attn and a CUDA device")
+    """Check that the attention of the recipe can run here."""
+    told = attention.problem(recipe.model.attn_implementation, process_group.device().type == "cpu", trains=True)
+    if told:
+        problems.add(f"model.attn_implementation: {told}")
 
 
 def check_quantization(problems: Problems, config: PretrainedConfig) -> None:

@@ -230,7 +230,7 @@ def test_an_architecture_is_trained_as_plain_transformers_does_and_goes_out_as_i
             name_or_path=runs.write_model_of(folder, ARCHITECTURES[name] | {"initializer_range": 0.2}),
             tokenizer="byte",  # the class that a folder's tokenizer is loaded as depends on the model type
             dtype="float32",
-            attn_implementation=attention(name),  # type: ignore[arg-type]
+            attn_implementation=attention(name),
         ),
         # With this epsilon, a gradient of nothing but rounding makes no visible step.
         optim=OptimConfig(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-4, warmup_ratio=0.0, max_grad_norm=0.0),

@@ -31,6 +31,7 @@ from selfgen_ds.evaluation import scores
 from selfgen_ds.model import head
 from selfgen_ds.model.loading import build_model, model_config
 from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.reductions import places_of
 from selfgen_ds.scaling.steps import count_invalidations
 from selfgen_ds.setup.prepare import prepare
 from tests.batches import padded
@@ -210,7 +211,8 @@ def repeated(settings: Recipe) -> tuple[list[torch.Tensor], list[float]]:
     batch = run.step_batches.at(2)[0]
     predictions = [run.policy.predict(batch)[1] for _ in range(2)]
     reduction = head.loss_sum(batch.target_ids[batch.loss_mask], 0.0)
-    losses = [run.engine(batch.context_ids, positions=batch.loss_mask, reduction=reduction).item() for _ in range(2)]
+    places = places_of(batch.loss_mask)
+    losses = [run.engine(batch.context_ids, places=places, reduction=reduction).item() for _ in range(2)]
     return predictions, losses
 
 

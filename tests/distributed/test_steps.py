@@ -1,4 +1,4 @@
-"""Check steps whose loss is not finite, and mixtures whose draws all equal the reference."""
+"""Check steps whose loss is not finite, mixtures whose draws all equal the reference, and what a step waits for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from selfgen_ds import metrics_logger
 from selfgen_ds.config import CheckpointConfig, ModelConfig, Recipe, SelfgenConfig, TrainConfig
 from selfgen_ds.data.tokenizer import byte_tokenizer
+from selfgen_ds.engine import step
+from selfgen_ds.model import policy, transfer
 from selfgen_ds.setup import build
 from selfgen_ds.setup.prepare import prepare
 from tests.distributed import runs
@@ -181,3 +184,32 @@ def test_a_mixture_that_draws_the_reference_is_called_sft_in_all_but_name(
     )
     messages = two_ranks.run(warnings_of, settings)[0]
     assert any("sft in all but name" in message for message in messages) == warned
+
+
+def waits_of_steps(settings: Recipe, number: int) -> list[int]:
+    """Return how often the host fetches a result from the device, step by step."""
+    run, waits = prepare(settings, set()), list[int]()
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        waits[-1] += 1
+        return transfer.to_host(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (step, policy):
+            patch.setattr(module, "to_host", counted)
+        for i in range(number):
+            waits.append(0)
+            batches = run.method.contexts(run.step_batches.at(i), run.policy, i)
+            step.train_step(run.engine, batches, settings.optim.label_smoothing)
+    return waits
+
+
+@pytest.mark.parametrize(("method", "passes", "waits"), [("sft", None, 1), ("scheduled_sampling", 2, 3)])
+def test_the_host_waits_once_for_a_step_and_once_for_a_pass(
+    two_ranks: Ranks, tmp_path: Path, method: str, passes: int | None, waits: int
+) -> None:
+    selfgen = runs.SFT if method == "sft" else replace(runs.MIXING, passes=passes)
+    train = TrainConfig(max_steps=3, micro_batch_size=2, gradient_accumulation_steps=2)
+    settings = runs.recipe(tmp_path, train=train, selfgen=selfgen)
+    for counts in two_ranks.run(waits_of_steps, settings, 3):
+        assert counts == [waits] * 3

@@ -1,12 +1,11 @@
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from selfgen_ds.data.batches import StepBatches, TokenBatch, collate
 from selfgen_ds.data.encoding import Format
@@ -97,18 +96,6 @@ def test_positions_are_told_to_the_model_only_where_samples_are_packed() -> None
     packed, alone = collate([[TURNS]], packed=True), collate([[TURNS]])
     assert packed.packed_position_ids is packed.position_ids
     assert alone.packed_position_ids is None
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_moved_batch_keeps_its_values(packed: bool) -> None:
-    batch = collate([[TURNS, sample([1], [2, 3])]], packed=packed)
-    moved = batch.to("cpu")
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            assert torch.equal(getattr(moved, field.name), value)
-        else:
-            assert getattr(moved, field.name) == value
 
 
 # --- StepBatches ---

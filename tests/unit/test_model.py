@@ -17,7 +17,7 @@ from selfgen_ds.errors import InputError
 from selfgen_ds.model import head, probe
 from selfgen_ds.model.budget import sweep_budget
 from selfgen_ds.model.loading import build_model, model_config, most_positions
-from selfgen_ds.model.reductions import add_reductions, backbone, router_loss_coefficient
+from selfgen_ds.model.reductions import add_reductions, backbone, packed_settings, places_of, router_loss_coefficient
 from tests.architectures import ARCHITECTURES, EVERY_ARCHITECTURE, attention
 
 
@@ -117,7 +117,7 @@ def test_the_hidden_states_are_those_that_the_output_layer_reads(fields: dict[st
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32).eval()
     context = torch.randint(0, 50, (2, 7))
-    hidden = backbone(model, context, None).last_hidden_state
+    hidden = backbone(model, context).last_hidden_state
     assert hidden.shape == (2, 7, 32)
     torch.testing.assert_close(model.get_output_embeddings()(hidden), model(context, use_cache=False).logits)
 
@@ -154,6 +154,28 @@ def test_added_embeddings_are_the_mean_of_the_old_ones(tmp_path: Path, tied: boo
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
+def _by_segments(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention as flash attention computes it: within the segments whose ends the call is given, without a mask."""
+    assert attention_mask is None
+    whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+    ends, others = (options.get(name, whole) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    assert (ends.dtype, torch.equal(ends, others)) == (torch.int32, True)
+    if ends is not whole:
+        assert options["max_length_q"] == options["max_length_k"] == int(ends.diff().max())
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    parts = [t.split(ends.diff().tolist(), dim=2) for t in (query, key, value)]
+    found = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scaling"])
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("flash_by_segments", _by_segments)
+
+
 LENGTHS = (9, 6)
 EAGER_TOO = ("llama", "mistral", "gemma3_text", "gpt2")  # with eager attention in `make test`, others in test-all
 OTHERS_EAGER = [name for name in ARCHITECTURES if attention(name) != "eager" and name not in EAGER_TOO]
@@ -161,6 +183,7 @@ PACKED = [
     *((name, attention(name), True) for name in ("llama", "gemma2", "mixtral", "gpt2", "mistral")),
     ("llama", "eager", True),
     ("llama", "sdpa", False),
+    ("llama", "flash_by_segments", True),
 ]
 """The cases in `make check`."""
 MORE_PACKED = [
@@ -174,17 +197,25 @@ def fields_of(name: str) -> dict[str, Any]:
     return ARCHITECTURES[name] | {"vocab_size": 50, "pad_token_id": None, "initializer_range": 0.5}
 
 
+def _built(attn_implementation: str) -> str:
+    """Return what a model is built with: transformers asks for a package where a name has `flash` in it."""
+    return "sdpa" if attn_implementation == "flash_by_segments" else attn_implementation
+
+
 @cache
 def logit_transform(name: str, attn_implementation: str) -> head.LogitTransform:
-    settings = ModelConfig(preset=fields_of(name), attn_implementation=attn_implementation)  # type: ignore[arg-type]
+    settings = ModelConfig(preset=fields_of(name), attn_implementation=attn_implementation)
     return probe.check(settings, AutoConfig.for_model(**fields_of(name)), packing=True).logit_transform
 
 
 def extended(name: str, attn_implementation: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(**fields_of(name))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    return add_reductions(model, logit_transform(name, attn_implementation)).train()
+    kind = _built(attn_implementation)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kind)
+    if kind != attn_implementation:
+        model.config._attn_implementation_internal = attn_implementation
+    return add_reductions(model, logit_transform(name, kind)).train()
 
 
 def packed_row() -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +234,7 @@ def test_the_loss_and_gradients_of_every_architecture_are_those_of_plain_transfo
     torch.manual_seed(1)
     context = torch.randint(0, 50, (2, 12))
     positions = torch.arange(12) > torch.tensor([[2], [5]])
-    loss = model(context, positions=positions, reduction=head.loss_sum(context[positions], 0.0))
+    loss = model(context, places=places_of(positions), reduction=head.loss_sum(context[positions], 0.0))
     logits = plain(context, use_cache=False).logits[:, :-1]
     expected = F.cross_entropy(logits[positions[:, 1:]], context[positions], reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -237,7 +268,8 @@ def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
 
     def loss_of(context: Tensor, positions: Tensor, position_ids: Tensor | None) -> Tensor:
         reduction = head.loss_sum(context[positions], 0.1)
-        return model(context, positions=positions, reduction=reduction, position_ids=position_ids)
+        packed = None if position_ids is None else packed_settings(model, position_ids[:, :-1])
+        return model(context, places=places_of(positions), reduction=reduction, packed=packed)
 
     together = loss_of(context, positions, position_ids)
     apart = sum(
@@ -268,37 +300,10 @@ def test_no_token_of_a_packed_row_sees_another_sample(name: str) -> None:
         (slice(None, LENGTHS[0]), slice(LENGTHS[0], None)),
         (slice(LENGTHS[0], None), slice(None, LENGTHS[0])),
     ):
-        hidden = backbone(model, context, position_ids).last_hidden_state
+        hidden = backbone(model, context, packed_settings(model, position_ids)).last_hidden_state
         [gradient] = torch.autograd.grad(hidden[0, own].square().sum(), seen[-1:])
         assert gradient[0, own].abs().max() > 0
         assert torch.count_nonzero(gradient[0, other]) == 0
-
-
-def _by_segments(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention as flash attention computes it: within the segments whose ends the call is given, without a mask."""
-    assert attention_mask is None
-    ends, others = options["cu_seq_lens_q"], options["cu_seq_lens_k"]
-    assert (ends.dtype, torch.equal(ends, others)) == (torch.int32, True)
-    assert options["max_length_q"] == options["max_length_k"] == int(ends.diff().max())
-    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
-    parts = [t.split(ends.diff().tolist(), dim=2) for t in (query, key, value)]
-    found = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scaling"])
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
-
-
-def test_flash_attention_is_told_where_the_samples_of_packed_rows_start() -> None:
-    model = extended("llama", "sdpa").eval()
-    context, _, position_ids = packed_row()
-    both = context.repeat(2, 1), torch.cat([position_ids, torch.arange(sum(LENGTHS))[None]])
-    expected = backbone(model, *both).last_hidden_state
-    AttentionInterface.register("flash_by_segments", _by_segments)
-    model.config._attn_implementation_internal = "flash_by_segments"
-    torch.testing.assert_close(backbone(model, *both).last_hidden_state, expected)
 
 
 MIXTURES = [name for name, fields in ARCHITECTURES.items() if "router_aux_loss_coef" in fields]
@@ -307,7 +312,7 @@ MIXTURES = [name for name, fields in ARCHITECTURES.items() if "router_aux_loss_c
 def router_loss(model: PreTrainedModel, context: Tensor, real: Tensor) -> Tensor:
     none = torch.zeros_like(real)
     reduction = head.loss_sum(context[none], 0.0)
-    loss, router = model(context, positions=none, reduction=reduction, routed=real)
+    loss, router = model(context, places=places_of(none), reduction=reduction, routed=real)
     assert loss == 0
     return router
 

@@ -121,7 +121,7 @@ def test_draws_predictions_and_answers_of_every_architecture_are_plain_transform
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 40, "eos_token_id": END, "initializer_range": 0.5}
     config = AutoConfig.for_model(**fields | {"pad_token_id": None, "bos_token_id": None})
-    settings = ModelConfig(preset=fields, attn_implementation=attention(name))  # type: ignore[arg-type]
+    settings = ModelConfig(preset=fields, attn_implementation=attention(name))
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention(name)).eval()
     extended = add_reductions(deepcopy(plain), probe.check(settings, config, packing=False).logit_transform)
     policy = EnginePolicy(extended, end_tokens=[END], sampling=Sampling(temperature=1.5))

@@ -31,7 +31,7 @@ def configuration(preset: dict[str, Any]) -> PretrainedConfig:
 @sweep("name", ARCHITECTURES)
 def test_text_reaches_every_parameter_of_a_text_model(name: str) -> None:
     preset = ARCHITECTURES[name]
-    settings = ModelConfig(preset=preset, attn_implementation=attention(name))  # type: ignore[arg-type]
+    settings = ModelConfig(preset=preset, attn_implementation=attention(name))
     traits = probe.check(settings, configuration(preset), packing=False)
     model = AutoModelForCausalLM.from_config(configuration(preset))
     assert traits.reach.unreached(model) == []
