@@ -161,7 +161,7 @@ def forward_losses(
     weights = None if weights is None else to_device(weights, device)
     result = engine(
         to_device(batch.context_ids, device),
-        places=to_device(places_of(batch.loss_mask), device),
+        positions=to_device(places_of(batch.loss_mask), device),
         reduction=head.loss_sum(to_device(targets, device), label_smoothing, weights, dft),
         packed=packed_settings(engine.module, batch.position_ids[:, :-1]) if batch.packed else None,
         routed=routed,

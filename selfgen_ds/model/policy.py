@@ -133,7 +133,7 @@ class EnginePolicy(GatherableModel, Policy):
         """
         return self._module(
             to_device(context, self.device),
-            places=to_device(places_of(mask), self.device),
+            positions=to_device(places_of(mask), self.device),
             reduction=reduction,
             packed=None if position_ids is None else packed_settings(self.model, position_ids[:, :-1]),
         )
@@ -186,7 +186,7 @@ class EnginePolicy(GatherableModel, Policy):
         """
         padding = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         noise = torch.empty(0, dtype=torch.float64, device=self.device)
-        self.forward(padding, places=padding[0, :0], reduction=self._drawing(noise))
+        self.forward(padding, positions=padding[0, :0], reduction=self._drawing(noise))
 
     @torch.no_grad()
     def predict(self, batch: TokenBatch) -> head.Prediction:

@@ -164,7 +164,7 @@ def _check_router_loss(name: str, model: PreTrainedModel, ids: Tensor, logit_tra
     longer = F.pad(ids, (0, 1))  # the reduced forward does not read the last token of a row
     routed, nothing = torch.ones_like(longer, dtype=torch.bool), longer[0, :0]
     if expected is None or not _gives(
-        lambda: model(longer, places=nothing, routed=routed, reduction=lambda hidden, _: hidden.sum())[1],
+        lambda: model(longer, positions=nothing, routed=routed, reduction=lambda hidden, _: hidden.sum())[1],
         expected,
     ):
         raise InputError(_no_router_loss(name))

@@ -6,6 +6,7 @@ import functools
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -17,7 +18,7 @@ from selfgen_ds.model.transfer import to_device
 
 
 def add_reductions(model: PreTrainedModel, logit_transform: LogitTransform | None = None) -> PreTrainedModel:
-    """Let `model(ids, places=..., reduction=...)` reduce the hidden states of some positions at the LM head.
+    """Let `model(ids, positions=..., reduction=...)` reduce the hidden states of some positions at the LM head.
 
     The model is changed in place. Parameter names, the class name, and the plain forward stay the same, and so do
     checkpoints, exports, and `generate()`. The model's class becomes a subclass, as torch's FSDP2 does it.
@@ -45,17 +46,18 @@ def _reduce(
     model: PreTrainedModel,
     reduction: Reduction,
     context: Tensor,
-    places: Tensor,
+    positions: Tensor,
     packed: dict[str, Any] | None = None,
     routed: Tensor | None = None,
 ) -> Any:
-    """Apply `reduction` to some hidden states.
+    """Apply `reduction` to the hidden states that predict the tokens at `positions`.
 
     The backbone does not read the last token of a row, because nothing is predicted from this token.
 
     Args:
         context: `[B, L]` int64, rows padded on the right.
-        places: `[N]` int64 from `places_of`: which hidden states.
+        positions: `[B, L]` bool, False at position 0, or `[N]` int64, what `places_of` makes of it. The token at t is
+            predicted from the tokens before t.
         packed: What `packed_settings` returns for packed rows.
         routed: `[B, L]` bool, the real tokens. If given, the router loss of a mixture of experts is computed over these
             tokens, except for the last token of each row.
@@ -66,6 +68,7 @@ def _reduce(
     """
     settings = {} if routed is None else {"output_router_logits": True}
     output = backbone(model, context[:, :-1], packed, **settings)
+    places = places_of(positions) if positions.dtype == torch.bool else positions
     result = model.get_output_embeddings()(output.last_hidden_state.flatten(0, 1)[places], reduction)
     return result if routed is None else (result, _router_loss(model, output.router_logits, routed[:, 1:]))
 
@@ -74,8 +77,8 @@ def places_of(mask: Tensor) -> Tensor:
     """Return where the hidden states stand that predict some tokens, in row-major order: `[N]` int64.
 
     Args:
-        mask: `[B, L]` bool on the host, False at position 0: the tokens. The hidden states are `[B, L - 1]`, and that
-            at t - 1 predicts the token at t.
+        mask: `[B, L]` bool, False at position 0: the tokens. The hidden states are `[B, L - 1, H]`, and that at t - 1
+            predicts the token at t. An accelerator makes the host wait here.
     """
     return mask[:, 1:].flatten().nonzero()[:, 0]
 

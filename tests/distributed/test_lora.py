@@ -212,7 +212,7 @@ def repeated(settings: Recipe) -> tuple[list[torch.Tensor], list[float]]:
     predictions = [run.policy.predict(batch)[1] for _ in range(2)]
     reduction = head.loss_sum(batch.target_ids[batch.loss_mask], 0.0)
     places = places_of(batch.loss_mask)
-    losses = [run.engine(batch.context_ids, places=places, reduction=reduction).item() for _ in range(2)]
+    losses = [run.engine(batch.context_ids, positions=places, reduction=reduction).item() for _ in range(2)]
     return predictions, losses
 
 

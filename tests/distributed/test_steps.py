@@ -209,6 +209,7 @@ def test_the_host_waits_once_for_a_step_and_once_for_a_pass(
     two_ranks: Ranks, tmp_path: Path, method: str, passes: int | None, waits: int
 ) -> None:
     selfgen = runs.SFT if method == "sft" else replace(runs.MIXING, passes=passes)
+    runs.write_rows(tmp_path)
     train = TrainConfig(max_steps=3, micro_batch_size=2, gradient_accumulation_steps=2)
     settings = runs.recipe(tmp_path, train=train, selfgen=selfgen)
     for counts in two_ranks.run(waits_of_steps, settings, 3):

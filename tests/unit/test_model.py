@@ -234,7 +234,7 @@ def test_the_loss_and_gradients_of_every_architecture_are_those_of_plain_transfo
     torch.manual_seed(1)
     context = torch.randint(0, 50, (2, 12))
     positions = torch.arange(12) > torch.tensor([[2], [5]])
-    loss = model(context, places=places_of(positions), reduction=head.loss_sum(context[positions], 0.0))
+    loss = model(context, positions=places_of(positions), reduction=head.loss_sum(context[positions], 0.0))
     logits = plain(context, use_cache=False).logits[:, :-1]
     expected = F.cross_entropy(logits[positions[:, 1:]], context[positions], reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -269,7 +269,7 @@ def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
     def loss_of(context: Tensor, positions: Tensor, position_ids: Tensor | None) -> Tensor:
         reduction = head.loss_sum(context[positions], 0.1)
         packed = None if position_ids is None else packed_settings(model, position_ids[:, :-1])
-        return model(context, places=places_of(positions), reduction=reduction, packed=packed)
+        return model(context, positions=places_of(positions), reduction=reduction, packed=packed)
 
     together = loss_of(context, positions, position_ids)
     apart = sum(
@@ -312,7 +312,7 @@ MIXTURES = [name for name, fields in ARCHITECTURES.items() if "router_aux_loss_c
 def router_loss(model: PreTrainedModel, context: Tensor, real: Tensor) -> Tensor:
     none = torch.zeros_like(real)
     reduction = head.loss_sum(context[none], 0.0)
-    loss, router = model(context, places=places_of(none), reduction=reduction, routed=real)
+    loss, router = model(context, positions=places_of(none), reduction=reduction, routed=real)
     assert loss == 0
     return router
 

@@ -65,7 +65,7 @@ def test_transformers_asks_once_a_forward_whether_the_rows_are_packed() -> None:
     context, mask = _rows()
     places, reduction = places_of(mask), head.loss_sum(context[mask], 0.0)
     with Questions() as questions:
-        model(context, places=places, reduction=reduction).backward()
+        model(context, positions=places, reduction=reduction).backward()
     assert questions.counts == {"_local_scalar_dense": 1}
 
 
@@ -78,7 +78,7 @@ def test_forward_and_backward_of_a_step_wait_for_nothing(dtype: torch.dtype, set
     targets = context[mask].to(META)
     weights = torch.ones(len(targets), device=META) if settings.get("weighted") else None
     reduction = head.loss_sum(targets, settings.get("label_smoothing", 0.0), weights, settings.get("dft", False))
-    loss = model(context.to(META), places=places_of(mask).to(META), reduction=reduction)
+    loss = model(context.to(META), positions=places_of(mask).to(META), reduction=reduction)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -90,5 +90,5 @@ def test_the_pass_waits_for_nothing(settings: tuple[float, float, int]) -> None:
     uniforms = torch.empty(int(mask.sum()), dtype=torch.float64, device=META)
     reduction = head.draw(uniforms, *settings)
     with torch.no_grad():
-        tokens = _model(torch.float32)(context.to(META), places=places_of(mask).to(META), reduction=reduction)
+        tokens = _model(torch.float32)(context.to(META), positions=places_of(mask).to(META), reduction=reduction)
     assert (tokens.shape, tokens.dtype) == (uniforms.shape, torch.int64)
