@@ -189,6 +189,7 @@ class BetweenSteps:
         first_step, steps = run.folder.first_step, run.total_steps
         self.metrics_logger = MetricsLogger(path, run.engine.monitor, first_step, steps, watched)
         self._checkpoints = run.folder.path / "checkpoints"
+        self._unverified: saving.Unverified | None = None
         self._dropped_in_a_row = 0
         self._runaway = Runaway()
         if "runaway" in run.method.settings:
@@ -210,11 +211,16 @@ class BetweenSteps:
             Stopped: A signal came before the last step; the step is saved.
             RuntimeError: Too many steps in a row were not finite, or the last one was not.
         """
+        if self._unverified is not None and self._unverified.is_read():
+            self.complete_checkpoint()
         try:
             scores = self._evaluate(step)
         except Stopped:
             self._save(step, {}, unevaluated=metrics)
+            self.complete_checkpoint()
             raise
+        if scores:  # the best checkpoint is looked for among the complete ones
+            self.complete_checkpoint()
         self._log(metrics, scores)
         self._check_dropped(step, result)
         self._check_runaway(step, metrics, scores)
@@ -224,10 +230,13 @@ class BetweenSteps:
         saved = due or ends_early or self._is_best(scores)
         if saved:
             self._save(step, scores)
+        if self._is_last(step) or round_starts or ends_early:  # drawing a round may take hours
+            self.complete_checkpoint()
         in_lockstep = forwards if self._run.policy.sharded else 0
         if not self._is_last(step) and self._watch.requested(in_lockstep):
             if not saved:
                 self._save(step, scores)
+            self.complete_checkpoint()
             raise Stopped
         if self._is_last(step) and not result.applied:
             raise RuntimeError(
@@ -308,6 +317,7 @@ class BetweenSteps:
         cause = f"sample ids {result.suspects}" if result.suspects else "the loss was finite, the gradient was not"
         log.warning("step %d was dropped, %d in a row: not finite (%s)", step, self._dropped_in_a_row, cause)
         if self._dropped_in_a_row >= self._recipe.train.max_nonfinite_steps:
+            self.complete_checkpoint()
             raise RuntimeError(
                 f"{self._dropped_in_a_row} steps in a row were dropped (train.max_nonfinite_steps): lower "
                 "optim.learning_rate, or look at the samples that the log names"
@@ -345,6 +355,7 @@ class BetweenSteps:
         self._lower()
         if reaction == "stop":
             self._save(step, scores)
+            self.complete_checkpoint()
             raise RuntimeError(f"{told} (selfgen.runaway: stop); {advice}")
 
     def _is_best(self, scores: dict[str, float]) -> bool:
@@ -361,9 +372,11 @@ class BetweenSteps:
         return bool(scores) and process_group.from_rank_0(is_best)
 
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
+        """Write a checkpoint, which is verified while the next steps are taken."""
         self._watch.pause()
+        self.complete_checkpoint()
         self.metrics_logger.sync()
-        run, recipe, storage = self._run, self._recipe, self._run.folder.storage
+        run, storage = self._run, self._run.folder.storage
         checkpoint = manifest.Checkpoint(
             path=manifest.path_of(self._checkpoints, step),
             step=step,
@@ -372,5 +385,16 @@ class BetweenSteps:
             metrics=scores,
             unevaluated=unevaluated,
         )
-        saving.save(run.engine, run.tokenizer, run.config, run.source, checkpoint, storage)
-        retention.retain(self._checkpoints, recipe.checkpoint.keep, recipe.eval.best, storage)
+        self._unverified = saving.save(run.engine, run.tokenizer, run.config, run.source, checkpoint, storage)
+
+    def complete_checkpoint(self) -> None:
+        """Wait until the last checkpoint is verified, and remove those that it replaces.
+
+        Collective: every rank must call this.
+        """
+        if self._unverified is None:
+            return
+        self._unverified.complete()
+        self._unverified = None
+        keep, best = self._recipe.checkpoint.keep, self._recipe.eval.best
+        retention.retain(self._checkpoints, keep, best, self._run.folder.storage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,24 +46,26 @@ def save(
     source: Source,
     checkpoint: Checkpoint,
     storage: Storage,
-) -> None:
+) -> Unverified | None:
     """Write a checkpoint at an optimizer step's boundary. A crash at any moment leaves older checkpoints untouched.
 
     A complete checkpoint of this step is left as it is: this run has written or loaded it. The checkpoint of a model
-    with adapters holds the adapters and the location of the model. A checkpoint that does not come back from the disk
-    as it was written is marked as broken, and training continues. Collective: every rank must call this.
+    with adapters holds the adapters and the location of the model. Collective: every rank must call this.
 
     Args:
         config: The configuration that the model was loaded with.
         source: Where the model comes from.
         checkpoint: The content of the manifest, except for the files and `shared`.
 
+    Returns:
+        The checkpoint, which does not count before it is verified; None if it was complete before.
+
     Raises:
         OSError: The checkpoint cannot be written, for example because the disk is full.
     """
     path, folder = checkpoint.path, checkpoint.path.parent
     if any(complete.step == checkpoint.step for complete in storage.complete(folder)):
-        return
+        return None
     if storage.writes and path.exists():
         retention.remove(path)  # a killed run left it half-written
     dist.barrier()
@@ -76,18 +79,44 @@ def save(
             raise
         free, reason = shutil.disk_usage(folder).free, refusal(error) or " ".join(str(error).split())
         raise OSError(f"{path} could not be written, with {free / 1e6:,.1f} MB free there: {reason}") from error
+    return Unverified(checkpoint, storage)
 
-    files, damaged = _read_back(path, storage)
-    if damaged:
-        log.warning(
-            "%s reads back from the disk differently than it was written (%s); keeping older checkpoints", path, damaged
-        )
-    if storage.writes:
-        for written_to in (path / HF_FOLDER, folder, folder.parent):
-            sync_folder(written_to)
-        written = replace(checkpoint, files=files, shared=storage.shared)
-        write_marker(written, BROKEN if damaged else MARKER)
-    dist.barrier()
+
+class Unverified:
+    """A checkpoint that is written, and whose files a thread of each rank reads back from the disk.
+
+    Reading takes about as long as writing, and training need not wait for it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, storage: Storage) -> None:
+        self._checkpoint, self._storage = checkpoint, storage
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verify")
+        self._read = thread.submit(_read_back, checkpoint.path, storage)
+        thread.shutdown(wait=False)
+
+    def is_read(self) -> bool:
+        """Return whether all ranks have read their files. Collective: every rank must call this."""
+        return not process_group.max_over_ranks([int(not self._read.done())])[0]
+
+    def complete(self) -> None:
+        """Mark the checkpoint as complete, once all ranks have read their files; or as broken, and training goes on.
+
+        Collective: every rank must call this.
+
+        Raises:
+            OSError: A file cannot be read or forced to the disk.
+        """
+        gathered = process_group.all_gather_object(self._read.result())
+        path, folder = self._checkpoint.path, self._checkpoint.path.parent
+        if damaged := ", ".join(sorted({name for _, names in gathered for name in names})):
+            told = "%s reads back from the disk differently than it was written (%s); keeping older checkpoints"
+            log.warning(told, path, damaged)
+        if self._storage.writes:
+            for written_to in (path / HF_FOLDER, folder, folder.parent):
+                sync_folder(written_to)
+            written = replace(self._checkpoint, files=[files for files, _ in gathered], shared=self._storage.shared)
+            write_marker(written, BROKEN if damaged else MARKER)
+        dist.barrier()
 
 
 def _write(
@@ -107,14 +136,13 @@ def _write(
         source.of_adapted(engine.module).write(path)
 
 
-def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]], str]:
-    """Force the files of a checkpoint to the disk, and verify them by reading them from there.
+def _read_back(path: Path, storage: Storage) -> tuple[dict[str, list[int]], list[str]]:
+    """Force this rank's files of a checkpoint to the disk, and verify them by reading them from there.
 
-    Every file is read twice, by the rank that wrote it: from memory for its checksum, and from the disk. Collective:
-    every rank must call this.
+    Every file is read twice: from memory for its checksum, and from the disk.
 
     Returns:
-        Each rank's files, by rank (name -> [bytes, CRC-32]), and the names of all files that are damaged.
+        The files (name -> [bytes, CRC-32]), and the names of those that are damaged.
     """
     files, damaged = {}, []
     for file in path.rglob("*"):
@@ -124,8 +152,7 @@ def _read_back(path: Path, storage: Storage) -> tuple[list[dict[str, list[int]]]
         files[name] = sync_and_sum(file)
         if not intact(file, files[name]):
             damaged.append(name)
-    gathered = process_group.all_gather_object((files, damaged))
-    return [files for files, _ in gathered], ", ".join(sorted({name for _, names in gathered for name in names}))
+    return files, damaged
 
 
 def record_evaluation(checkpoint: Checkpoint, metrics: dict[str, float], storage: Storage) -> None:

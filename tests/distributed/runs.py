@@ -174,7 +174,7 @@ def steps(
     return results, contexts
 
 
-def save(run: Run, settings: Recipe, step: int) -> None:
+def write(run: Run, settings: Recipe, step: int) -> saving.Unverified | None:
     """Write a checkpoint as the training loop does, without an evaluation."""
     checkpoint = manifest.Checkpoint(
         path=manifest.path_of(Path(settings.output_dir) / "checkpoints", step),
@@ -183,7 +183,13 @@ def save(run: Run, settings: Recipe, step: int) -> None:
         data=run.data_checksum,
         metrics={},
     )
-    saving.save(run.engine, run.tokenizer, run.config, run.source, checkpoint, run.folder.storage)
+    return saving.save(run.engine, run.tokenizer, run.config, run.source, checkpoint, run.folder.storage)
+
+
+def save(run: Run, settings: Recipe, step: int) -> None:
+    """Write a checkpoint, and wait until it is verified."""
+    if unverified := write(run, settings, step):
+        unverified.complete()
 
 
 def export(run: Run, folder: Path) -> None:

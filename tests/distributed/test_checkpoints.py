@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import pytest
@@ -235,6 +236,41 @@ def test_a_save_that_is_killed_anywhere_leaves_an_intact_checkpoint(one_rank: Ra
     assert newest_steps == sorted(newest_steps)
     assert newest_steps.count(1) > 10, "kills before it is complete"
     assert newest_steps.count(2) > 10, "kills while the older one is removed"
+
+
+def verified_during_steps(settings: Recipe) -> list[tuple[bool, list[int]]]:
+    """Take steps while rank 1 has not read its files back, and when it has.
+
+    Returns:
+        Before, then after: whether all ranks have read their files, and the steps of the complete checkpoints.
+    """
+    run, seen, disk = prepare(settings, set()), list[tuple[bool, list[int]]](), Event()
+    folder = Path(settings.output_dir) / "checkpoints"
+
+    def slow(path: Path) -> list[int]:
+        assert dist.get_rank() == 0 or disk.wait(60)
+        return sync_and_sum(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "sync_and_sum", slow)
+        runs.steps(run, 1)
+        unverified = runs.write(run, settings, 1)
+        assert unverified is not None
+        for _ in range(2):
+            runs.steps(run, 3, first=1)
+            seen.append((unverified.is_read(), [c.step for c in manifest.complete_checkpoints(folder)]))
+            disk.set()
+            while not unverified.is_read():
+                pass
+        unverified.complete()
+    return [*seen, (True, [c.step for c in manifest.complete_checkpoints(folder)])]
+
+
+def test_steps_are_taken_while_a_checkpoint_is_verified_and_it_counts_when_it_is(
+    two_ranks: Ranks, folder: Path
+) -> None:
+    for seen in two_ranks.run(verified_during_steps, runs.recipe(folder)):
+        assert seen == [(False, []), (True, []), (True, [1])]
 
 
 def test_when_every_checkpoint_is_broken_the_run_stops(two_ranks: Ranks, saved: Recipe) -> None:
