@@ -1,6 +1,8 @@
 """Convert a checkpoint to DeepSpeed's universal form, which any number of ranks can load.
 
-DeepSpeed's conversion runs in this process, without worker processes, so that `unpickling.py` protects it too.
+DeepSpeed's conversion runs on rank 0, and its two long loops, over shards and over parameters, on all ranks of rank 0's
+host: not in worker processes of their own, so that `unpickling.py` protects them too. The ranks of other hosts wait,
+because a file system such as NFS may show them a folder in which files of the others are still missing.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import shutil
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -35,8 +37,7 @@ FOLDER = "universal.partial"  # beside the checkpoints, under a name that is no 
 def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
     """Convert the checkpoint at `path`; yield a folder that holds the result under the checkpoint's name.
 
-    Rank 0 converts. The folder is removed when all ranks have left the context. Collective: every rank must enter and
-    leave this context.
+    The folder is removed when all ranks have left the context. Collective: every rank must enter and leave it.
 
     Args:
         engine: The engine that will load the result.
@@ -53,7 +54,10 @@ def converted(engine: deepspeed.DeepSpeedEngine, path: Path) -> Iterator[Path]:
     started = time.perf_counter()
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            _convert(path, folder)
+            with _sharing_out():
+                _convert(path, folder)
+        else:
+            _take_part()
     log.info("converted in %.1f s", time.perf_counter() - started)
     yield folder
     dist.barrier()  # all ranks have read the files
@@ -89,6 +93,51 @@ def _bytes_needed(path: Path) -> int:
     """Return the bytes of the optimizer's shards in pieces, of the pieces joined, and of a copy of the model states."""
     optimizer, model = (sum(f.stat().st_size for f in path.glob(f"*{kind}_states.pt")) for kind in ("optim", "model"))
     return 2 * optimizer + model
+
+
+_Work = tuple[Callable[[Any], Any], list[Any], int]
+"""What is done with each item, the items, and the number of ranks that share them, from rank 0 on."""
+
+
+@contextmanager
+def _sharing_out() -> Iterator[None]:
+    """Let the long loops of DeepSpeed's conversion on rank 0 run on all ranks of its host, which call `_take_part`."""
+
+    alone = ds_to_universal._do_parallel_work
+
+    def share_out(do: Callable[[Any], Any], items: Iterable[Any], _: int) -> list[Any]:
+        work: _Work = do, list(items), process_group.local_world_size()
+        return _own_part(process_group.from_rank_0(lambda: work))
+
+    ds_to_universal._do_parallel_work = share_out
+    try:
+        yield
+    finally:
+        ds_to_universal._do_parallel_work = alone
+        process_group.from_rank_0(lambda: None)
+
+
+def _take_part() -> None:
+    """Do this rank's part of each loop, until rank 0 has no more."""
+    nothing: _Work | None = None
+    while (work := process_group.from_rank_0(lambda: nothing)) is not None:
+        _own_part(work)
+
+
+def _own_part(work: _Work) -> list[Any]:
+    """Do this rank's part of a loop, and return the results of all ranks. An error is raised on rank 0 alone."""
+    do, items, ranks = work
+    own = items[dist.get_rank() :: ranks] if dist.get_rank() < ranks else []
+    error, results = None, list[Any]()
+    try:
+        results = [do(item) for item in own]
+    except Exception as raised:
+        error = raised
+    gathered = process_group.all_gather_object((error, results))
+    for error, _ in gathered if dist.get_rank() == 0 else ():
+        if error is not None:
+            raise error
+    return [result for _, of_rank in gathered for result in of_rank]
 
 
 def _convert(path: Path, folder: Path) -> None:
