@@ -243,6 +243,8 @@ class TrainConfig:
     """Stop after this many steps in a row whose loss or gradient was not finite. Each such step is skipped."""
     stall_seconds: float = 600.0
     """Seconds without a forward on any rank, after which every rank prints its stacks; twice as long ends the run."""
+    start_stall_seconds: float = 6000.0
+    """The same before the first step, where a rank may read, tokenize or convert while the others wait."""
 
     def shape(self, ranks: int) -> StepShape:
         """Return what a step of so many ranks consists of."""
@@ -275,6 +277,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints."""
     keep: int = 2
     """Newest complete checkpoints to keep, in addition to the best one (`eval.best`)."""
+    stall_seconds: float = 1500.0
+    """As `train.stall_seconds`, while a checkpoint is written or the model is exported."""
 
 
 @dataclass(kw_only=True)

@@ -46,7 +46,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
         Stopped: A signal came before the last step; everything is saved.
         RuntimeError: `train.max_nonfinite_steps` steps in a row had no finite loss or gradient.
     """
-    with Watch(recipe.train.stall_seconds) as watch:
+    with Watch(recipe.train.stall_seconds, recipe.checkpoint.stall_seconds) as watch:
         run = prepare(recipe, overrides, watch.poll)
         between_steps = BetweenSteps(run, recipe, watch)
         flops = step_flops(recipe, run.engine.module)
@@ -65,7 +65,7 @@ def train(recipe: Recipe, overrides: set[str]) -> None:
             if _due(step + 1, _COLLECT_EVERY):
                 gc.collect()
         gc.enable()
-        watch.pause()
+        watch.saving()
         between_steps.metrics_logger.close()
         if ends_early:
             between_steps.load_best()
@@ -373,7 +373,7 @@ class BetweenSteps:
 
     def _save(self, step: int, scores: dict[str, float], unevaluated: dict[str, float] | None = None) -> None:
         """Write a checkpoint, which is verified while the next steps are taken."""
-        self._watch.pause()
+        self._watch.saving()
         self.complete_checkpoint()
         self.metrics_logger.sync()
         run, storage = self._run, self._run.folder.storage

@@ -37,7 +37,7 @@ def probe(recipe: Recipe, overrides: set[str], steps: int) -> None:
     recipe = replace(recipe, output_dir=f"{recipe.output_dir.rstrip('/')}.probe", resume=None)
     if process_group.local_rank() == 0:  # a probe that was killed has left it; nobody writes before all ranks have met
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
-    with Watch(recipe.train.stall_seconds) as watch:
+    with Watch(recipe.train.stall_seconds, recipe.checkpoint.stall_seconds) as watch:
         run = prepare(recipe, overrides, watch.poll)
         flops = step_flops(recipe, run.engine.module)
         watch.begin(run.engine.module)

@@ -67,6 +67,16 @@ class RankProcess:
             return False
 
 
+@dataclass(frozen=True, kw_only=True)
+class StallLimit:
+    """How long no rank may make progress in a phase of a run."""
+
+    seconds: float
+    """Seconds without a forward or a collective on any rank, after which the ranks print their stacks."""
+    setting: str
+    """Setting that gives them, for the line that tells of the stall."""
+
+
 class Heartbeat:
     """The thread that writes this rank's beats and reads the other ranks'.
 
@@ -82,8 +92,8 @@ class Heartbeat:
         self.process = RankProcess.here(rank)
         self.forwards = 0
         """Forwards that this rank's model has made."""
-        self.stall_seconds: float | None = None
-        """Rank 0's value counts: seconds without a forward on any rank after which the run is stalled; None: never."""
+        self.stall_limit: StallLimit | None = None
+        """When the run is stalled, as rank 0 has it; None: never."""
         self.flight_record: Path | None = None
         """Folder for torch's record of this rank's last collectives, which is written in a stall; None for none."""
         self._beats, self._stall, self._farewell = 0, "", ""
@@ -202,19 +212,19 @@ class Heartbeat:
         The line names the ranks that have entered the fewest collectives: the others wait for these.
         """
         progress = sum(beat["forwards"] + beat["collectives"] for beat in beats.values())
-        limit = self.stall_seconds
+        limit = self.stall_limit
         self._idle = self._idle + 1 if progress == self._progress and limit is not None else 0
         self._progress = progress
-        if limit is None or self._idle * _BEAT <= limit:
+        if limit is None or self._idle * _BEAT <= limit.seconds:
             self._stall = ""
             return
         fewest = min(beat["collectives"] for beat in beats.values())
         behind = [str(process) for process, beat in beats.items() if beat["collectives"] == fewest]
         named = ", ".join(behind[:4]) + (f" and {len(behind) - 4} more" if len(behind) > 4 else "")
         cause = "no rank is behind the others" if len(behind) == len(beats) else f"the others wait for {named}"
-        line = f"no rank has made a forward for {self._idle * _BEAT:.0f} s (train.stall_seconds); {cause}"
+        line = f"no rank has made a forward for {self._idle * _BEAT:.0f} s ({limit.setting}); {cause}"
         self._stall = self._stall or line
-        if self._idle * _BEAT > 2 * limit:
+        if self._idle * _BEAT > 2 * limit.seconds:
             self._give_verdict(line)
 
     def _print_stacks(self, stall: str) -> None:

@@ -16,23 +16,25 @@ import torch
 
 from selfgen_ds.errors import Stopped
 from selfgen_ds.ranks import process_group, signals
+from selfgen_ds.ranks.heartbeat import StallLimit
 
 log = logging.getLogger("selfgen_ds")
 
 
 class Watch:
-    """A context in which signals are noticed and, once steps have begun, stalls.
+    """A context in which signals and stalls are noticed, each phase of a run with a limit of its own.
 
     A signal before `begin` ends all ranks at once, because there is nothing to save. A second SIGINT ends this rank at
     once, whatever would be lost.
 
     Args:
-        stall_seconds: Seconds without a forward on any rank after which every rank prints its stacks. After twice as
-            many seconds the run ends.
+        steps, saving: Seconds without a forward or collective on any rank after which every rank prints its stacks: in
+            the steps, and while a checkpoint or the model is written. After twice as many seconds the run ends.
     """
 
-    def __init__(self, stall_seconds: float) -> None:
-        self._stall_seconds = stall_seconds
+    def __init__(self, steps: float, saving: float) -> None:
+        self._steps = StallLimit(seconds=steps, setting="train.stall_seconds")
+        self._saving = StallLimit(seconds=saving, setting="checkpoint.stall_seconds")
         self._signal = 0  # the number of the last signal that this rank received
         self._interrupted = False
         self._announced = False
@@ -73,14 +75,14 @@ class Watch:
         if received:
             self._thread.join()  # it ends all ranks, at their next heartbeat; a step until then would be lost
         self._heartbeat = process_group.heartbeat
-        self._heartbeat.stall_seconds = self._stall_seconds
+        self._heartbeat.stall_limit = self._steps
         self._heartbeat.flight_record = None if folder is None else folder / "flight-record"
         process_group.shorten_timeout()
         module.register_forward_pre_hook(self._count)
 
-    def pause(self) -> None:
-        """Notice no stalls until the next call of `requested`: saving or exporting may take longer than a step."""
-        self._heartbeat.stall_seconds = None
+    def saving(self) -> None:
+        """Let the limit of saving hold until the next call of `requested`: it may take longer than a step."""
+        self._heartbeat.stall_limit = self._saving
 
     def requested(self, forwards: int = 0) -> bool:
         """Return whether any rank has received a signal.
@@ -94,7 +96,7 @@ class Watch:
             RuntimeError: The ranks made different numbers of forwards. Sooner or later they would wait for each other
                 in vain.
         """
-        self._heartbeat.stall_seconds = self._stall_seconds
+        self._heartbeat.stall_limit = self._steps
         number, most, least = process_group.max_over_ranks([self._signal, forwards, -forwards])
         if most != -least:
             made = process_group.all_gather_object(forwards)

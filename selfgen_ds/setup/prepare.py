@@ -45,6 +45,7 @@ from selfgen_ds.model.policy import EnginePolicy
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
+from selfgen_ds.ranks.heartbeat import StallLimit
 from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
@@ -122,6 +123,9 @@ def prepare(recipe: Recipe, overrides: set[str], poll: Callable[[], None] = lamb
     recipe.data.date = recipe.data.date or recorded_date(recipe)
     json_config = _check_settings(recipe, overrides)
     process_group.init_process_group()
+    assert process_group.heartbeat is not None
+    limit = StallLimit(seconds=recipe.train.start_stall_seconds, setting="train.start_stall_seconds")
+    process_group.heartbeat.stall_limit = limit
     today = process_group.from_rank_0(lambda: str(date.today()))
     check_ranks(by_name(recipe) | {recipe.deepspeed: json_config} | versions())
     if problem := process_group.from_rank_0(lambda: login_problem(recipe, json_config)):

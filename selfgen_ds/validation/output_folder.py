@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "train.max_steps",
     "train.max_nonfinite_steps",
     "train.stall_seconds",
+    "train.start_stall_seconds",
     "model.lora.export",
     "checkpoint.",
     "eval.",

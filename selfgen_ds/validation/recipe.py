@@ -190,4 +190,10 @@ def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:
         problems.add(f"train: expected either epochs or max_steps, got {train.epochs} and {train.max_steps}")
     epochs = train.epochs
     problems.expect(epochs is None or 0 < epochs < math.inf, "train.epochs", "a number more than 0", epochs)
-    problems.expect(train.stall_seconds > 0, "train.stall_seconds", "more than 0", train.stall_seconds)
+    limits = {
+        "train.stall_seconds": train.stall_seconds,
+        "train.start_stall_seconds": train.start_stall_seconds,
+        "checkpoint.stall_seconds": recipe.checkpoint.stall_seconds,
+    }
+    for name, seconds in limits.items():
+        problems.expect(seconds > 0, name, "more than 0", seconds)

@@ -145,7 +145,7 @@ def wait_in_vain() -> None:
     """Enter a collective on rank 0 alone, with a time limit for collectives under way of 2 seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process_group, "_RUN_TIMEOUT", timedelta(seconds=2))
-        with Watch(600.0) as watch:
+        with Watch(600.0, saving=60.0) as watch:
             watch.begin(torch.nn.Linear(1, 1))
             if dist.get_rank() == 0:
                 with pytest.raises(RuntimeError, match="Timed out waiting 2000ms"):

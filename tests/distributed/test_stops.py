@@ -202,22 +202,33 @@ def test_a_second_ctrl_c_ends_a_rank_at_once(folder: Path) -> None:
     assert "interrupted twice; the last steps are not saved" in run.output(0)
 
 
+HANGS = {
+    "train.start_stall_seconds": ("selfgen_ds.setup.prepare:load_tokenizer", "tests/points.py"),
+    "train.stall_seconds": ("selfgen_ds.data.batches:StepBatches.at", "concurrent/futures/_base.py"),
+    "checkpoint.stall_seconds": ("deepspeed:DeepSpeedEngine.save_checkpoint", "tests/points.py"),
+}
+"""Setting of a phase -> a function in which rank 1 hangs, and where its main thread is then."""
+
+
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path) -> None:
-    settings = faults.recipe(folder, "scheduled_sampling")
-    settings.train = replace(settings.train, stall_seconds=7.0)
-    point = Point(function="selfgen_ds.data.batches:StepBatches.at", call=3, signal=None)
-    run = faults.start(settings, folder, {1: point})
+@pytest.mark.parametrize("setting", HANGS)
+def test_a_rank_that_hangs_is_named_with_every_rank_s_stack(folder: Path, setting: str) -> None:
+    settings, (function, waits_in) = faults.recipe(folder, "scheduled_sampling"), HANGS[setting]
+    section, name = setting.split(".")
+    setattr(getattr(settings, section), name, 9.0)
+    run = faults.start(settings, folder, {1: Point(function=function, call=1, signal=None)})
     assert run.wait() == [1, 1]
-    stall = r"no rank has made a forward for {} s \(train\.stall_seconds\); the others wait for rank 1 on \S+; "
-    for rank, inner in enumerate(["torch/distributed/", "tests/points.py"]):
+    stall = rf"no rank has made a forward for {{}} s \({setting}\); the others wait for rank 1 on \S+; "
+    for rank, inner in enumerate(["torch/distributed/", waits_in]):
         printed = run.output(rank)
-        told = rf"rank {rank} on \S+: {stall.format('[89]')}the stacks of this rank:"
+        told = rf"rank {rank} on \S+: {stall.format('1[01]')}the stacks of this rank:"
         assert re.search(told, printed), printed[-3000:]
         main_thread = printed.partition("the stacks of this rank:")[2].rpartition("Thread 0x")[2]
         assert inner in main_thread, printed[-3000:]
         assert "selfgen_ds/train.py" in main_thread
-        assert re.search(rf"error: {stall.format('1[56]')}rank {rank} on \S+ ends", printed), printed[-3000:]
+        assert re.search(rf"error: {stall.format('(19|2[01])')}rank {rank} on \S+ ends", printed), printed[-3000:]
+    if setting == "train.start_stall_seconds":
+        return
     records = sorted((Path(settings.output_dir) / "flight-record").iterdir())
     assert [path.name for path in records] == ["rank_0", "rank_1"]
     entered, behind = ([entry["profiling_name"] for entry in pickle.loads(p.read_bytes())["entries"]] for p in records)

@@ -19,6 +19,6 @@ def test_signals_are_handled_as_before_when_training_has_failed() -> None:
 
 def fail() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with Watch(600):
+    with Watch(600, saving=60.0):
         if [signal.getsignal(number) for number in SIGNALS] != before:
             raise RuntimeError("other handlers")
