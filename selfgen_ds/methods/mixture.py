@@ -24,9 +24,6 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.batches import TokenBatch
 from selfgen_ds.methods.method import SAMPLING, Policy
 
-_FURTHER_PASSES = 8
-"""Passes that cost as much as drawing in order: 3 to 17 were measured, depending on the model and the rows."""
-
 Position = Literal["even", "early", "late", "span"]
 
 MIXTURE = SAMPLING | {
@@ -131,8 +128,8 @@ def mix(
     A pass recomputes the tokens that can still change: in each sample, the masked tokens after the first token that
     the last pass changed. All other tokens were drawn from the prefix that stands before them now. Every pass
     therefore settles at least one masked token of each sample, and `exact` needs at most as many passes as a sample
-    has masked tokens. If the policy can draw in order, `exact` does so when more than 8 further passes like the last
-    one would be needed.
+    has masked tokens. If the policy can draw in order, `exact` does so when the further passes that would be needed, at
+    the pace of the last one, take longer.
 
     Args:
         batches: The micro-batches of one optimizer step.
@@ -156,7 +153,7 @@ def mix(
             for batch, mask in zip(batches, pending, strict=True)
         ]
         in_order = passes == "exact" and policy.can_draw_in_order and not batches[0].packed
-        in_order = in_order and made > 0 and left > _FURTHER_PASSES * (before - left)
+        in_order = in_order and made > 0 and left > policy.passes_in_order * (before - left)
         old, drawn = batches, (policy.draw_in_order if in_order else policy.draw)(batches, pending, uniforms)
         batches = [
             replace(batch, context_ids=batch.context_ids.masked_scatter(mask, tokens))

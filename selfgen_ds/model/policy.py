@@ -77,6 +77,7 @@ class EnginePolicy(GatherableModel, Policy):
         self.sharing = sharing
         self.groups = 0
         """Sweeps that the last `draw` took."""
+        self._pass_seconds = math.inf
         self._gathered_in_training = False
         """Whether ZeRO-3's limits let a training step hold all weights, so that a pass may leave them gathered."""
         if self.sharded:
@@ -92,6 +93,7 @@ class EnginePolicy(GatherableModel, Policy):
         stays under the training step's. A row without a masked token is not read, nor is a token after the last masked
         one. Collective: every rank must call this.
         """
+        started = time.perf_counter()
         context, mask, noise = _stack_step(batches, masks, uniforms)
         position_ids = _stack([batch.position_ids for batch in batches])
         lengths = _lengths_to_last_masked(mask)
@@ -117,6 +119,7 @@ class EnginePolicy(GatherableModel, Policy):
         tokens = to_host(torch.cat(parts[1:] or parts)).split([int(mask[rows].sum()) for rows in groups])
         for rows, of_group in zip(groups, tokens, strict=True):
             drawn[rows] = torch.zeros_like(drawn[rows]).masked_scatter(mask[rows], of_group)
+        self._pass_seconds = time.perf_counter() - started
         return _unstack(drawn, masks)
 
     def _drawing(self, uniforms: Tensor) -> head.Reduction:
@@ -145,7 +148,11 @@ class EnginePolicy(GatherableModel, Policy):
 
     @torch.no_grad()
     def draw_in_order(self, batches: list[TokenBatch], masks: list[Tensor], uniforms: list[Tensor]) -> list[Tensor]:
-        """Draw the masked tokens, each given the tokens drawn before it (`selfgen_ds.methods.method.Policy`)."""
+        """Draw the masked tokens, each given the tokens drawn before it (`selfgen_ds.methods.method.Policy`).
+
+        How many passes like the last one take as long is measured, and decides when the next rows are drawn in order.
+        """
+        started = time.perf_counter()
         context, mask, noise = _stack_step(batches, masks, uniforms)
         sample = head.sampler(**vars(self.sampling))
         first, ends = mask.long().argmax(dim=1), _lengths_to_last_masked(mask)
@@ -167,6 +174,7 @@ class EnginePolicy(GatherableModel, Policy):
                 self.read_tokens += int(ends[rows].sum())
                 row, column = is_drawn.nonzero(as_tuple=True)
                 context[rows[row], start + column] = tokens[row, column]
+        self.passes_in_order = self.max_over_ranks(round((time.perf_counter() - started) / self._pass_seconds))
         return _unstack(context, masks)
 
     def _in_batches(self, prompts: list[list[int]]) -> list[list[int]]:

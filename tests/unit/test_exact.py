@@ -1,7 +1,9 @@
 """Contexts that real models draw to the fixed point are those of the sequential process."""
 
+import time
 from itertools import product
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from selfgen_ds.data.batches import TokenBatch, collate
 from selfgen_ds.data.packing import pack
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.tokenizer import byte_tokenizer
-from selfgen_ds.methods import mixture
 from selfgen_ds.methods.mixture import mix, replacement_mask
+from selfgen_ds.model import generation
 from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.reductions import add_reductions
 from tests.architectures import ARCHITECTURES
@@ -99,17 +101,15 @@ class InOrderPolicy(EnginePolicy):
     ("name", "p", "rows_at_once"),
     [("llama", 0.25, 3), ("llama", 1.0, 64), ("gemma3_text", 0.25, 3), ("gemma3_text", 1.0, 64), ("gpt2", 0.25, 3)],
 )
-def test_what_is_drawn_in_order_is_what_passes_draw(
-    name: str, p: float, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if p < 1.0:  # rows this short need few passes
-        monkeypatch.setattr(mixture, "_FURTHER_PASSES", 0)
+def test_what_is_drawn_in_order_is_what_passes_draw(name: str, p: float, rows_at_once: int) -> None:
     torch.manual_seed(0)
     fields = ARCHITECTURES[name] | {"vocab_size": 260, "initializer_range": 0.5}
     model = add_reductions(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval())
     batches = layouts()["padded"]
     masks = [replacement_mask(batch, p, REPLACE) for batch in batches]
     policy = InOrderPolicy(model, end_tokens=[0], generation_batch_size=rows_at_once)
+    if p < 1.0:  # rows this short need few passes
+        policy.passes_in_order = 0
     by_passes, many = mix(batches, policy, masks, "exact", DRAW, max_differing_share=0.9)
     assert not hasattr(policy, "rows")
     with policy.gathered(100):
@@ -118,6 +118,28 @@ def test_what_is_drawn_in_order_is_what_passes_draw(
     assert contexts(in_order) == contexts(by_passes)
     assert [batch.replaced_mask.tolist() for batch in in_order] == [batch.replaced_mask.tolist() for batch in by_passes]
     assert few < many
+
+
+def test_the_time_of_a_draw_in_order_decides_whether_the_next_one_is_made(
+    extended: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = layouts()["padded"]
+    masks = [batch.replaceable_mask for batch in batches]
+    policy = InOrderPolicy(extended, end_tokens=[0], sampling=Sampling(temperature=5.0))
+    generate = generation.generate
+
+    def slow(*arguments: Any, **options: Any) -> list[list[int]]:
+        time.sleep(2.0)
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(generation, "generate", slow)
+    with policy.gathered(100):
+        _, before = mix(batches, policy, masks, "exact", DRAW)
+        assert policy.passes_in_order > 8
+        del policy.rows
+        _, after = mix(batches, policy, masks, "exact", DRAW)
+    assert not hasattr(policy, "rows")
+    assert after > before
 
 
 @pytest.mark.parametrize("p", [0.02, 0.25])
