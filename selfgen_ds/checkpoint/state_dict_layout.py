@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightTransform,
-    apply_converters,
+    rename_source_key,
     revert_weight_conversion,
 )
 
@@ -94,7 +94,7 @@ class StateDictLayout:
         converters = [conversion for conversion in reversed_ if isinstance(conversion, WeightConverter)]
         members: dict[str, list[str]] = {}
         for name in self.tensors:
-            members.setdefault(apply_converters(name, converters)[0], []).append(name)
+            members.setdefault(rename_source_key(name, [], converters, reverse=True)[0], []).append(name)
         empty = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in self.tensors.items()}
         return [(names, self.convert({name: empty[name] for name in names})) for names in members.values()]
 

@@ -8,8 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import Cache, DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    cache_utils,
+)
+from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from selfgen_ds.methods.method import AnswerNoise
 from selfgen_ds.model.head import Sampler
@@ -17,7 +24,9 @@ from selfgen_ds.model.loading import most_positions
 from selfgen_ds.model.transfer import to_device
 
 _SEGMENT = 32  # tokens that are generated before finished rows are looked for
-_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+if hasattr(cache_utils, "DummyLayer"):  # of layers without a cache; older versions of transformers have none
+    _SELECTABLE = (*_SELECTABLE, cache_utils.DummyLayer)
 _DRAWN_ROWS = 16  # rows whose probabilities exist at the same time
 _NOISE_POSITIONS = 32  # positions of the answers whose noise is made together
 
