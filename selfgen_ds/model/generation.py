@@ -24,7 +24,7 @@ from selfgen_ds.model.loading import most_positions
 from selfgen_ds.model.transfer import to_device
 
 _SEGMENT = 32  # tokens that are generated before finished rows are looked for
-_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+_SELECTABLE: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 if hasattr(cache_utils, "DummyLayer"):  # of layers without a cache; older versions of transformers have none
     _SELECTABLE = (*_SELECTABLE, cache_utils.DummyLayer)
 _DRAWN_ROWS = 16  # rows whose probabilities exist at the same time
