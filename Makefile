@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo lint check check-tests test test-all costs test-cluster cluster-packages async-io soak clean
+.PHONY: install demo lint check check-tests test test-all test-versions costs test-cluster cluster-packages async-io soak clean
 
 install: .venv/installed
 
@@ -67,6 +67,21 @@ test: lint
 # Everything, which is what CI runs.
 test-all: lint
 	$(PYTEST) -o junit_family=xunit1 --junitxml build/tests.xml
+
+# The unit tests, and some on two ranks, with other versions of the libraries than constraints.txt has, by default the
+# lowest that pyproject.toml allows, in an environment of their own (5 GB, because torch's wheels bring CUDA).
+TORCH ?= 2.11.0
+TRANSFORMERS ?= 5.17.0
+DEEPSPEED ?= 0.19.0
+VERSIONS := .venv-torch-$(TORCH)-transformers-$(TRANSFORMERS)
+OTHER := torch|transformers|deepspeed|setuptools|sympy|filelock|huggingface_hub|tokenizers
+
+test-versions:
+	test -x $(VERSIONS)/bin/python || $(PYTHON) -m venv $(VERSIONS)
+	grep -v -i -E '^($(OTHER))==' constraints.txt > $(VERSIONS)/constraints.txt
+	$(VERSIONS)/bin/pip install --quiet -c $(VERSIONS)/constraints.txt torch==$(TORCH) transformers==$(TRANSFORMERS) \
+		deepspeed==$(DEEPSPEED) -e '.[dev]'
+	PATH=$(CURDIR)/$(VERSIONS)/bin:$$PATH DS_ACCELERATOR=cpu $(VERSIONS)/bin/python -m pytest -m check
 
 # tests/costs.md from the last `make test-all`.
 costs: install
