@@ -101,7 +101,10 @@ _Work = tuple[Callable[[Any], Any], list[Any], int]
 
 @contextmanager
 def _sharing_out() -> Iterator[None]:
-    """Let the long loops of DeepSpeed's conversion on rank 0 run on all ranks of its host, which call `_take_part`."""
+    """Let the long loops of DeepSpeed's conversion on rank 0 run on all ranks of its host.
+
+    Collective: every other rank must call `_take_part` meanwhile.
+    """
 
     alone = ds_to_universal._do_parallel_work
 
@@ -118,14 +121,17 @@ def _sharing_out() -> Iterator[None]:
 
 
 def _take_part() -> None:
-    """Do this rank's part of each loop, until rank 0 has no more."""
+    """Do this rank's part of each loop, until rank 0 has no more. Collective: every rank but rank 0 must call this."""
     nothing: _Work | None = None
     while (work := process_group.from_rank_0(lambda: nothing)) is not None:
         _own_part(work)
 
 
 def _own_part(work: _Work) -> list[Any]:
-    """Do this rank's part of a loop, and return the results of all ranks. An error is raised on rank 0 alone."""
+    """Do this rank's part of a loop, and return the results of all ranks. An error is raised on rank 0 alone.
+
+    Collective: every rank must call this.
+    """
     do, items, ranks = work
     own = items[dist.get_rank() :: ranks] if dist.get_rank() < ranks else []
     error, results = None, list[Any]()

@@ -290,7 +290,8 @@ def checkpoint_activations(model: PreTrainedModel, offload: bool) -> None:
     Args:
         offload: Whether the inputs are kept in host memory.
     """
-    model.activation_checkpointing_enable()
+    old_name = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old_name)()
     if offload:
         # Transformers' own `offload=True` asks for pinned memory, which a CPU accelerator does not have.
         device = process_group.device().type

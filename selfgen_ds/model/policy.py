@@ -151,6 +151,7 @@ class EnginePolicy(GatherableModel, Policy):
         """Draw the masked tokens, each given the tokens drawn before it (`selfgen_ds.methods.method.Policy`).
 
         How many passes like the last one take as long is measured, and decides when the next rows are drawn in order.
+        Collective: every rank must call this.
         """
         started = time.perf_counter()
         context, mask, noise = _stack_step(batches, masks, uniforms)

@@ -16,7 +16,7 @@ from selfgen_ds.data.tokenizer import byte_tokenizer
 from selfgen_ds.errors import InputError
 from selfgen_ds.model import head, probe
 from selfgen_ds.model.budget import sweep_budget
-from selfgen_ds.model.loading import build_model, model_config, most_positions
+from selfgen_ds.model.loading import build_model, checkpoint_activations, model_config, most_positions
 from selfgen_ds.model.reductions import add_reductions, backbone, packed_settings, places_of, router_loss_coefficient
 from tests.architectures import ARCHITECTURES, EVERY_ARCHITECTURE, attention
 
@@ -262,7 +262,7 @@ def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples_apart(
 ) -> None:
     model = extended(name, attn_implementation)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model, offload=False)
     context, positions, position_ids = packed_row()
     parameters = list(model.parameters())
 
