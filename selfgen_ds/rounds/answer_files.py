@@ -91,7 +91,7 @@ class AnswerFiles:
         problems = []
         for place, line in _lines(paths):
             try:
-                row = json.loads(line)
+                row = _json(line)
                 name = row.get("id") if isinstance(row, dict) else None
                 if not isinstance(name, str) or name not in limits:
                     raise ValueError(f"field 'id': expected the id of a prompt, got {name!r}")
@@ -100,7 +100,7 @@ class AnswerFiles:
                     raise ValueError(f"field 'id': {name!r} is answered twice, first at {first_places[name]}")
                 first_places[name] = place
                 answers[name] = self._answer(row, limits[name])
-            except (ValueError, OverflowError) as error:  # of json too, and of bytes that are no UTF-8
+            except (ValueError, OverflowError) as error:
                 problems.append(f"{place}: {error}")
         return answers, problems
 
@@ -150,6 +150,13 @@ def _lines(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):
                     yield f"{path}, line {number}", line
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:  # bytes that are no UTF-8, too
+        raise ValueError(f"expected a JSON object, got {line[:60]!r}") from error
 
 
 def _integers(value: Any) -> np.ndarray:

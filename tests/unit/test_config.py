@@ -85,6 +85,8 @@ REFUSED = [
     ("selfgen.top_p", 0.0),
     ("selfgen.top_p", 1.1),
     ("selfgen.top_k", -1),
+    ("selfgen.generate_command", "env {model} {prompts}"),
+    ("selfgen.generate_command", ""),
     ("optim.learning_rate", -1e-5),
     ("optim.learning_rate", math.nan),
     ("optim.weight_decay", -0.1),
