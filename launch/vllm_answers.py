@@ -24,7 +24,9 @@ def main() -> None:
         parser.add_argument(name)
     paths, rest = parser.parse_known_args()
     longest = max(len(row["prompt_token_ids"]) + row["max_new_tokens"] for row in _rows(paths.prompts))
-    options = {"max_model_len": longest} | _options(parser, rest)
+    with open(f"{paths.model}/config.json", encoding="utf-8") as file:
+        dtype = json.load(file).get("dtype", "auto")  # vLLM's "auto" would take half of float32's bits
+    options = {"max_model_len": longest, "dtype": dtype} | _options(parser, rest)
 
     from vllm import LLM, SamplingParams  # slow, and not needed to refuse an option
 
