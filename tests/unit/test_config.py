@@ -118,6 +118,18 @@ def test_a_bad_value_is_one_problem_that_names_setting_and_value(recipe: Recipe,
     assert problem.endswith(f", got {value!r}")
 
 
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        ("no-such-engine", "this host has no program 'no-such-engine'"),
+        ("'env", 'No closing quotation in "\'env {model} {prompts} {answers}"'),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_refused(recipe: Recipe, program: str, problem: str) -> None:
+    recipe.selfgen.generate_command = f"{program} {{model}} {{prompts}} {{answers}}"
+    assert recipe_problems(recipe) == [f"selfgen.generate_command: {problem}"]
+
+
 @pytest.mark.parametrize("epochs", [0.0, -1.0, math.nan, math.inf])
 def test_epochs_are_a_positive_number(recipe: Recipe, epochs: float) -> None:
     recipe.train = TrainConfig(epochs=epochs, micro_batch_size=1)
