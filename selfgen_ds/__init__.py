@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from selfgen_ds.errors import InputError as InputError
     from selfgen_ds.evaluation.metrics import aggregate as aggregate
     from selfgen_ds.hashing import uniform as uniform
+    from selfgen_ds.methods.method import AnswerMethod as AnswerMethod
     from selfgen_ds.methods.method import Method as Method
     from selfgen_ds.methods.method import Policy as Policy
+    from selfgen_ds.methods.method import Question as Question
     from selfgen_ds.methods.method import RoundMethod as RoundMethod
     from selfgen_ds.methods.mixture import mix as mix
     from selfgen_ds.methods.mixture import replacement_mask as replacement_mask
@@ -41,7 +43,7 @@ _MODULES = {
     "errors": ("InputError",),
     "evaluation.metrics": ("aggregate",),
     "hashing": ("uniform",),
-    "methods.method": ("Method", "Policy", "RoundMethod"),
+    "methods.method": ("AnswerMethod", "Method", "Policy", "Question", "RoundMethod"),
     "methods.mixture": ("mix", "replacement_mask"),
     "model.head": ("loss_sum",),
     "model.policy": ("EnginePolicy", "Sampling"),

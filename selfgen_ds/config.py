@@ -180,6 +180,10 @@ class SelfgenConfig:
     instead of drawn."""
     generation_batch_size: int = 64
     """Rows that a rank generates at once; fewer if memory is short."""
+    generate_command: str | None = None
+    """Rounds of whole answers: command that answers a round's prompts in the model's place, such as an inference engine
+    (docs/engines.md). It is run once per host, without a shell, with paths in the places of `{model}`, `{prompts}`, and
+    `{answers}`. Default: the run's own model answers."""
     max_new_tokens: int | None = None
     """Tokens of the longest answer that the model may write. Default: tokens of the longest response in the data."""
     answers_per_prompt: int = 1

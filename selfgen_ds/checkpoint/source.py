@@ -61,6 +61,12 @@ class Source:
             self, model=replace(self.model, lora=replace(self.model.lora, target_modules=lora.targets_of(model)))
         )
 
+    def merging(self) -> Source:
+        """Return the source for an export of the whole model, with the adapters merged if it has some."""
+        if self.model.lora is None:
+            return self
+        return replace(self, model=replace(self.model, lora=replace(self.model.lora, export="merged")))
+
     def write(self, folder: Path) -> None:
         """Write the source into a checkpoint's folder, for `read`."""
         (folder / _FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")

@@ -20,6 +20,8 @@ SAMPLING = frozenset({"temperature", "top_p", "top_k"})
 """Settings that every method with draws reads."""
 ROUNDS = frozenset({"epochs_per_round", "reject", "rollouts", "generation_batch_size"})
 """Settings that every method with rounds reads."""
+ANSWERS = frozenset({"max_new_tokens", "generate_command"})
+"""Settings that every method whose rounds are made of whole answers reads."""
 
 AnswerNoise = Callable[[Tensor, Tensor], Tensor]
 """The noise of answers: `(prompts, positions) -> uniforms`, all `[N]`.
@@ -206,3 +208,59 @@ class RoundMethod(Method):
             Numbers of rows, ascending int64.
         """
         return np.arange(len(sample_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt that a round needs an answer to."""
+
+    sample_id: int
+    draw: int
+    """Number of the answer among the answers to this sample, from 0."""
+    prompt_ids: list[int]
+
+
+class AnswerMethod(RoundMethod):
+    """Makes the rows of a round from whole answers of the model, and asks the model for nothing else.
+
+    An inference engine can therefore give the answers in the place of the policy (`selfgen.generate_command`).
+    """
+
+    def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.max_new_tokens = config.max_new_tokens or plan.max_length
+        """Most tokens of an answer. If the setting is not given, `check` takes the length of the longest reference."""
+
+    def check(self, samples: list[Samples]) -> None:
+        prompts, responses = map(np.concatenate, zip(*(source.part_lengths() for source in samples), strict=True))
+        self.max_new_tokens = self.config.max_new_tokens or int(responses.max())
+        self.longest = int(prompts.max()) + self.max_new_tokens
+
+    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
+        questions = self.questions(samples, number)
+        noise = self.noise(questions, number)
+        answers = policy.complete([question.prompt_ids for question in questions], self.max_new_tokens, noise)
+        return self.rows_of(samples, answers, number)
+
+    def questions(self, samples: list[TrainingRow], number: int) -> list[Question]:
+        """Return the prompts that a round needs answers to, in the order of the samples.
+
+        Args:
+            samples: Some rows of the data set.
+            number: The round.
+        """
+        raise NotImplementedError
+
+    def noise(self, questions: list[Question], number: int) -> AnswerNoise:
+        """Return the noise with which the policy draws the answers to some questions."""
+        raise NotImplementedError
+
+    def rows_of(
+        self, samples: list[TrainingRow], answers: list[list[int]], number: int
+    ) -> tuple[list[TrainingRow], dict[str, int]]:
+        """Return the rows that a round trains on instead of some samples, and counts, as `rows` does.
+
+        Args:
+            answers: Token ids of the answers to `questions(samples, number)`, each up to and with its end token.
+        """
+        raise NotImplementedError

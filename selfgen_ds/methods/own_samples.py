@@ -16,36 +16,30 @@ import torch
 from torch import Tensor
 
 from selfgen_ds import hashing
-from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.row import TrainingRow
-from selfgen_ds.data.samples import Samples
-from selfgen_ds.methods.method import ROUNDS, SAMPLING, Plan, Policy, RoundMethod
+from selfgen_ds.methods.method import ANSWERS, ROUNDS, SAMPLING, AnswerMethod, AnswerNoise, Question
 
 
-class OwnSamples(RoundMethod):
+class OwnSamples(AnswerMethod):
     """Puts the model's answer to the last turn in the place of the reference."""
 
-    settings: ClassVar[frozenset[str]] = (SAMPLING | ROUNDS | {"max_new_tokens"}) - {"reject"}
+    settings: ClassVar[frozenset[str]] = (SAMPLING | ROUNDS | ANSWERS) - {"reject"}
     keeps_rows: ClassVar[bool] = False
 
-    def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
-        super().__init__(config, plan)
-        self.max_new_tokens = config.max_new_tokens or plan.max_length
-        """Most tokens of an answer. If the setting is not given, `check` takes the length of the longest reference."""
+    def questions(self, samples: list[TrainingRow], number: int) -> list[Question]:
+        return [Question(sample_id=s.sample_id, draw=0, prompt_ids=s.prompt_ids.tolist()) for s in samples]
 
-    def check(self, samples: list[Samples]) -> None:
-        prompts, responses = map(np.concatenate, zip(*(source.part_lengths() for source in samples), strict=True))
-        self.max_new_tokens = self.config.max_new_tokens or int(responses.max())
-        self.longest = int(prompts.max()) + self.max_new_tokens
-
-    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
-        ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
+    def noise(self, questions: list[Question], number: int) -> AnswerNoise:
+        ids = torch.tensor([question.sample_id for question in questions], dtype=torch.int64)
 
         def noise(prompts: Tensor, positions: Tensor) -> Tensor:
             return hashing.uniform(hashing.ANSWER, self.plan.seed, number, ids[prompts], positions)
 
-        prompts = [sample.prompt_ids.tolist() for sample in samples]
-        answers = policy.complete(prompts, self.max_new_tokens, noise)
+        return noise
+
+    def rows_of(
+        self, samples: list[TrainingRow], answers: list[list[int]], number: int
+    ) -> tuple[list[TrainingRow], dict[str, int]]:
         rows = [self._row(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
         return rows, {"answers": len(answers)}
 

@@ -23,31 +23,28 @@ from selfgen_ds.config import SelfgenConfig
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
 from selfgen_ds.errors import InputError
-from selfgen_ds.methods.method import ROUNDS, SAMPLING, Plan, Policy, RoundMethod
+from selfgen_ds.methods.method import ANSWERS, ROUNDS, SAMPLING, AnswerMethod, AnswerNoise, Plan, Question
 from selfgen_ds.methods.reject import first_rejected, load_reject
 
 log = logging.getLogger("selfgen_ds")
 
 
-class Rac(RoundMethod):
+class Rac(AnswerMethod):
     """Turns a sample into `answers_per_prompt` corrections, each of another answer, or leaves the sample as it is."""
 
     settings: ClassVar[frozenset[str]] = (
-        SAMPLING | ROUNDS | {"max_new_tokens", "answers_per_prompt", "sft_share", "cue", "max_equal_share"}
+        SAMPLING | ROUNDS | ANSWERS | {"answers_per_prompt", "sft_share", "cue", "max_equal_share"}
     )
     keeps_rows: ClassVar[bool] = False
 
     def __init__(self, config: SelfgenConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.rejected = load_reject(config.reject)
-        self.max_new_tokens = config.max_new_tokens or plan.max_length
-        """Most tokens of an answer. If the setting is not given, `check` takes the length of the longest reference."""
         self._between = len(plan.correction.closing_ids) + len(plan.correction.cue_ids)
 
     def check(self, samples: list[Samples]) -> None:
+        super().check(samples)
         prompts, responses = map(np.concatenate, zip(*(source.part_lengths() for source in samples), strict=True))
-        self.max_new_tokens = self.config.max_new_tokens or int(responses.max())
-        self.longest = int(prompts.max()) + self.max_new_tokens
         room = self.plan.max_length - prompts - responses - self._between
         if self.config.sft_share < 1 and room.max() < (self.config.max_new_tokens or 1):
             setting = "data.max_length" if self.config.max_new_tokens is None else "selfgen.max_new_tokens"
@@ -70,27 +67,29 @@ class Rac(RoundMethod):
         if most and (little := int((room < most).sum()) - full):
             log.warning("rac: answers to %d of %d rows are cut before selfgen.max_new_tokens", little, len(room))
 
-    def rows(self, samples: list[TrainingRow], policy: Policy, number: int) -> tuple[list[TrainingRow], dict[str, int]]:
-        ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
-        corrected = hashing.uniform(hashing.SFT_SHARE, self.plan.seed, number, ids) >= self.config.sft_share
-        draws = self.config.answers_per_prompt
-        asked = [
-            (i, draw)
-            for i, sample in enumerate(samples)
-            if corrected[i] and self._room(sample) > 0
-            for draw in range(draws)
+    def questions(self, samples: list[TrainingRow], number: int) -> list[Question]:
+        return [
+            Question(sample_id=sample.sample_id, draw=draw, prompt_ids=sample.prompt_ids.tolist())
+            for sample, is_corrected in zip(samples, self._corrected(samples, number), strict=True)
+            if is_corrected and self._room(sample) > 0
+            for draw in range(self.config.answers_per_prompt)
         ]
-        keys = torch.tensor([(int(ids[i]), draw) for i, draw in asked], dtype=torch.int64).reshape(-1, 2)
 
-        def answer_noise(prompts: Tensor, positions: Tensor) -> Tensor:
-            sample_ids, numbers = keys[prompts].unbind(dim=1)
-            return hashing.uniform(hashing.ANSWER, self.plan.seed, number, sample_ids, numbers, positions)
+    def noise(self, questions: list[Question], number: int) -> AnswerNoise:
+        keys = torch.tensor([(q.sample_id, q.draw) for q in questions], dtype=torch.int64).reshape(-1, 2)
 
-        prompts = [samples[i].prompt_ids.tolist() for i, _ in asked]
-        answers = policy.complete(prompts, self.max_new_tokens, answer_noise)
+        def noise(prompts: Tensor, positions: Tensor) -> Tensor:
+            sample_ids, draws = keys[prompts].unbind(dim=1)
+            return hashing.uniform(hashing.ANSWER, self.plan.seed, number, sample_ids, draws, positions)
+
+        return noise
+
+    def rows_of(
+        self, samples: list[TrainingRow], answers: list[list[int]], number: int
+    ) -> tuple[list[TrainingRow], dict[str, int]]:
         by_sample: dict[int, list[list[int]]] = {}
-        for (i, _), answer in zip(asked, answers, strict=True):
-            by_sample.setdefault(i, []).append(self.plan.correction.content(answer))
+        for question, answer in zip(self.questions(samples, number), answers, strict=True):
+            by_sample.setdefault(question.sample_id, []).append(self.plan.correction.content(answer))
         ends = self.plan.correction.end_tokens
         counts = {
             "answers": len(answers),
@@ -100,12 +99,18 @@ class Rac(RoundMethod):
             "no_room": 0,
         }
         rows = []
-        for i, sample in enumerate(samples):
-            counts["no_room"] += bool(corrected[i]) and i not in by_sample
-            corrections = [self._correction(sample, answer, counts) for answer in by_sample.get(i, [])]
+        for sample, is_corrected in zip(samples, self._corrected(samples, number), strict=True):
+            counts["no_room"] += is_corrected and sample.sample_id not in by_sample
+            own = by_sample.get(sample.sample_id, [])
+            corrections = [self._correction(sample, answer, counts) for answer in own]
             plain = replace(sample, replaceable_mask=np.zeros(len(sample), bool))
             rows += [row for row in corrections if row is not None] or [plain]
         return rows, counts
+
+    def _corrected(self, samples: list[TrainingRow], number: int) -> list[bool]:
+        """Return for each sample whether the round has corrections of it, rather than the sample as it is."""
+        ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
+        return (hashing.uniform(hashing.SFT_SHARE, self.plan.seed, number, ids) >= self.config.sft_share).tolist()
 
     def _room(self, sample: TrainingRow) -> int:
         """Return the tokens that an answer may take, with the cue and the reference after it."""

@@ -27,7 +27,7 @@ log = logging.getLogger("selfgen_ds")
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=15)
 # Until steps begin, ranks wait in collectives for a rank that tokenizes or converts a checkpoint. Afterwards they wait
 # for rank 0 at most, which ends a round or writes the exported model. A lost rank is noticed long before, by the
@@ -86,13 +86,13 @@ def init_process_group() -> None:
             "each other again"
         )
     mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
-    complete = all(name in os.environ for name in _LAUNCHER_VARIABLES)
+    complete = all(name in os.environ for name in LAUNCHER_VARIABLES)
     ranks = world_size() if mpi or complete else 1
     # Set by Slurm's srun, and by an MPI other than Open MPI.
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
     if tasks > ranks:
         raise InputError(
-            f"{tasks} tasks were started, but {', '.join(_LAUNCHER_VARIABLES)} say {ranks} "
+            f"{tasks} tasks were started, but {', '.join(LAUNCHER_VARIABLES)} say {ranks} "
             f"rank{'s' * (ranks > 1)}: several tasks would each train a model; start them with launch/slurm.sbatch"
         )
     if mpi and not complete:
@@ -222,6 +222,17 @@ def gather_object(value: T) -> list[T]:
     values = [value] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
     torch.distributed.gather_object(value, values)
     return values or []
+
+
+def scatter_object(values: list[T]) -> T:
+    """Return the value that rank 0 has for this rank. Collective: every rank must call this.
+
+    Args:
+        values: On rank 0, a value for every rank, which can be pickled; elsewhere nothing is read.
+    """
+    received: list[Any] = [None]
+    torch.distributed.scatter_object_list(received, values if torch.distributed.get_rank() == 0 else None, src=0)
+    return received[0]
 
 
 def max_over_ranks(values: list[Number]) -> list[Number]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,10 +35,14 @@ from selfgen_ds.progress import bar
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import raise_on_all_ranks
 from selfgen_ds.rounds.checks import check_round, rows_problem
+from selfgen_ds.rounds.command import AnswerCommand
 from selfgen_ds.rounds.store import StoredRows, Writer, load_table, read_audit
 from selfgen_ds.versions import libraries
 
 log = logging.getLogger("selfgen_ds")
+
+Draw = Callable[[list[TrainingRow]], tuple[list[TrainingRow], dict[str, int]]]
+"""`samples -> (rows, counts)`: the rows that a round trains on instead of some samples, and counts for its record."""
 
 _SHARED = "shared.json"
 
@@ -85,6 +91,8 @@ class Rounds:
     """The settings that the method reads, for the record."""
     step: int
     """Optimizer steps already done. Rounds that ended before are not checked."""
+    command: AnswerCommand | None = None
+    """The user's command that gives the answers of a round; None if the policy does."""
     poll: Callable[[], None] = lambda: None
     """Called on all ranks after every chunk. If it raises, the next start continues with the chunks drawn so far."""
 
@@ -214,6 +222,7 @@ class Rounds:
         self._draw_chunks(number, missing, audit["chunk_size"], writer)
         dist.barrier()
         if dist.get_rank() == 0:
+            shutil.rmtree(_command_folder(writer), ignore_errors=True)
             audit = writer.finish(chunks, audit)
             counts = audit["counts"] | {"passes": audit["passes"]}
             told = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
@@ -232,15 +241,13 @@ class Rounds:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         began = time.perf_counter()
         with (
-            self.policy.gathered(self.method.longest),
+            self._drawer(number, missing, chunk_size, writer) as draw,
             bar(f"round {number + 1}", "chunk", total=len(missing), leave=False, disable=rank != 0) as progress,
         ):
             for first in range(0, len(missing), world_size):
                 own = missing[first + rank : first + rank + 1]
                 samples = [sample for chunk in own for sample in self._chunk(chunk, chunk_size)]
-                read_before = self.policy.read_tokens
-                rows, counts = self.method.rows(samples, self.policy, number)
-                counts = counts | {"no_grad_tokens": self.policy.read_tokens - read_before}
+                rows, counts = draw(samples)
                 # Every rank waits here, so that no rank is more than a chunk ahead: the time that ranks wait for each
                 # other must stay below the timeout of the process group.
                 problems = process_group.all_gather_object(rows_problem(self.method, samples, rows))
@@ -251,6 +258,29 @@ class Rounds:
                     writer.write(chunk, rows, counts, (began - before) / min(world_size, len(missing) - first))
                 progress.update(min(world_size, len(missing) - first))
                 self.poll()
+
+    @contextmanager
+    def _drawer(self, number: int, missing: list[int], chunk_size: int, writer: Writer) -> Iterator[Draw]:
+        """Give the function that draws the rows of some samples, from the policy or from the command's answers.
+
+        Collective: every rank must enter this, and call the function as often as the others.
+        """
+        if self.command is None:
+            with self.policy.gathered(self.method.longest):
+                yield lambda samples: self._rows_by_policy(samples, number)
+            return
+        command = self.command
+        folder = _command_folder(writer)
+        answers = command.answer(
+            lambda: (self._chunk(chunk, chunk_size) for chunk in missing), number, folder, self.poll
+        )
+        yield lambda samples: command.rows(samples, answers, number)
+
+    def _rows_by_policy(self, samples: list[TrainingRow], number: int) -> tuple[list[TrainingRow], dict[str, int]]:
+        """Return the rows of some samples and counts. Collective: every rank must call this."""
+        read_before = self.policy.read_tokens
+        rows, counts = self.method.rows(samples, self.policy, number)
+        return rows, counts | {"no_grad_tokens": self.policy.read_tokens - read_before}
 
     def _audit(self, number: int, step: int) -> dict[str, Any]:
         """Return the record of the weights and settings that draw a round.
@@ -263,6 +293,7 @@ class Rounds:
             "round": number + 1,
             "step": step,
             "replace_probability": self.method.replace_probability(step),
+            "by_command": self.command is not None,
             "settings": self.settings,
             "fingerprint": self.fingerprint | {"weights": weights_checksum(self.engine)},
             "versions": {"selfgen_ds": __version__} | libraries(),
@@ -296,6 +327,11 @@ class Rounds:
                 chosen = numbers
             rows.append(StoredRows(table, chosen))
         return rows
+
+
+def _command_folder(writer: Writer) -> Path:
+    """Return the folder for the files of the user's command, inside the folder of the unfinished round."""
+    return writer.partial / "command"
 
 
 def _unread(method: RoundMethod, number: int) -> int:

@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from selfgen_ds.chat.template import asks_for_date
 from selfgen_ds.checkpoint import resuming
+from selfgen_ds.checkpoint.export import export_engine
 from selfgen_ds.checkpoint.source import Source, inspect_source
 from selfgen_ds.config import Recipe, by_name, to_yaml
 from selfgen_ds.data.batches import StepBatches
@@ -35,17 +36,19 @@ from selfgen_ds.engine.ds_config import zero_stage
 from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.recovery import ForcedError, forced_errors
 from selfgen_ds.files import write_atomically
-from selfgen_ds.methods.method import Method
+from selfgen_ds.methods.method import AnswerMethod, Method
 from selfgen_ds.model import probe
 from selfgen_ds.model.attention import masks_packed_rows
 from selfgen_ds.model.checksum import weights_checksum
 from selfgen_ds.model.generation import stop_at
-from selfgen_ds.model.loading import model_config
-from selfgen_ds.model.policy import EnginePolicy
+from selfgen_ds.model.loading import model_config, most_positions
+from selfgen_ds.model.policy import EnginePolicy, Sampling
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.ranks import process_group
 from selfgen_ds.ranks.agreement import check_ranks, raise_on_all_ranks
 from selfgen_ds.ranks.heartbeat import StallLimit
+from selfgen_ds.rounds.answer_files import AnswerFiles
+from selfgen_ds.rounds.command import AnswerCommand
 from selfgen_ds.rounds.rounds import Rounds
 from selfgen_ds.setup.build import build_engine, engine_policy
 from selfgen_ds.setup.inputs import load_method, load_samples, load_step_batches
@@ -71,7 +74,14 @@ from selfgen_ds.versions import versions
 log = logging.getLogger("selfgen_ds")
 
 # Settings of a method that do not change what a round draws.
-_NOT_DRAWN_FROM = {"generation_batch_size", "rollouts", "drawn_context_weight", "max_equal_share", "runaway"}
+_NOT_DRAWN_FROM = {
+    "generation_batch_size",
+    "generate_command",
+    "rollouts",
+    "drawn_context_weight",
+    "max_equal_share",
+    "runaway",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,8 +304,32 @@ def _open_rounds(
             fingerprint={"model": starting_model, "tokenizer": tokenizer, "data": f"{inputs.data_checksum:08x}"},
             settings=settings | {"seed": recipe.seed, "max_length": recipe.data.max_length},
             step=inputs.folder.first_step,
+            command=_answer_command(recipe, inputs, engine),
             poll=poll,
         ).open()
+
+
+def _answer_command(recipe: Recipe, inputs: Inputs, engine: DeepSpeedEngine) -> AnswerCommand | None:
+    """Return the user's command that answers the prompts of rounds; None if the run's own model does."""
+    if recipe.selfgen.generate_command is None:
+        return None
+    assert isinstance(inputs.method, AnswerMethod)  # no other method reads the setting
+    closing_ids = [token for source in inputs.samples for token in source.closing_ids]
+    files = AnswerFiles(
+        tokenizer=inputs.tokenizer,
+        sampling=Sampling.of(recipe.selfgen),
+        end_tokens=inputs.end_tokens,
+        closing_id=next(iter(closing_ids), inputs.tokenizer.eos_token_id),
+        vocabulary=inputs.config.get_text_config(decoder=True).vocab_size,
+        positions=most_positions(inputs.config),
+        seed=recipe.seed,
+    )
+    source = inputs.source.merging()  # engines read whole models
+
+    def export(folder: Path) -> None:
+        export_engine(engine, folder, inputs.tokenizer, inputs.config, source)
+
+    return AnswerCommand(command=recipe.selfgen.generate_command, method=inputs.method, files=files, export=export)
 
 
 def _log_start(recipe: Recipe, inputs: Inputs, model: nn.Module) -> None:

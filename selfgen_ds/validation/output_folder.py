@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "eval.",
     "selfgen.generation_batch_size",
+    "selfgen.generate_command",
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import math
+import shlex
+import shutil
 from dataclasses import asdict, fields
 from datetime import date
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from pathlib import Path
 from selfgen_ds.checkpoint.manifest import MARKER
 from selfgen_ds.config import EvalConfig, OptimConfig, Recipe, SelfgenConfig
 from selfgen_ds.errors import Problems
+from selfgen_ds.rounds.command import PLACES
 from selfgen_ds.validation.sources import check_sources
 
 # The smallest allowed value of each setting that only has a smallest one.
@@ -167,8 +170,23 @@ def _check_selfgen(problems: Problems, selfgen: SelfgenConfig) -> None:
         problems.add("selfgen.schedule_share: has no effect with selfgen.schedule: constant; remove one of the two")
     if selfgen.final_probability and not selfgen.final_share:
         problems.add("selfgen.final_probability: expected selfgen.final_share as well")
+    if selfgen.generate_command is not None:
+        _check_command(problems, selfgen.generate_command)
     if (selfgen.position == "span") != (selfgen.span_tokens is not None):
         problems.add("selfgen.span_tokens: expected with selfgen.position: span, and only then")
+
+
+def _check_command(problems: Problems, command: str) -> None:
+    """Check that the command names all that it has to read and write, and that this host has its program."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:  # a quotation mark that nothing closes
+        problems.add(f"selfgen.generate_command: {error} in {command!r}")
+        return
+    named = all(any(place in word for word in words) for place in PLACES)
+    problems.expect(named, "selfgen.generate_command", f"a command with {', '.join(PLACES)} in it", command)
+    if words and shutil.which(words[0]) is None:
+        problems.add(f"selfgen.generate_command: this host has no program {words[0]!r}")
 
 
 def _check_optim_and_train(problems: Problems, recipe: Recipe) -> None:

@@ -85,6 +85,8 @@ REFUSED = [
     ("selfgen.top_p", 0.0),
     ("selfgen.top_p", 1.1),
     ("selfgen.top_k", -1),
+    ("selfgen.generate_command", "env {model} {prompts}"),
+    ("selfgen.generate_command", ""),
     ("optim.learning_rate", -1e-5),
     ("optim.learning_rate", math.nan),
     ("optim.weight_decay", -0.1),
@@ -114,6 +116,18 @@ def test_a_bad_value_is_one_problem_that_names_setting_and_value(recipe: Recipe,
     (problem,) = recipe_problems(recipe)
     assert problem.startswith(f"{setting}: expected ")
     assert problem.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        ("no-such-engine", "this host has no program 'no-such-engine'"),
+        ("'env", 'No closing quotation in "\'env {model} {prompts} {answers}"'),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_refused(recipe: Recipe, program: str, problem: str) -> None:
+    recipe.selfgen.generate_command = f"{program} {{model}} {{prompts}} {{answers}}"
+    assert recipe_problems(recipe) == [f"selfgen.generate_command: {problem}"]
 
 
 @pytest.mark.parametrize("epochs", [0.0, -1.0, math.nan, math.inf])

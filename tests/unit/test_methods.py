@@ -139,6 +139,7 @@ OTHER_VALUES: dict[str, Any] = {
     "epochs_per_round": 2,
     "reject": ["a"],
     "generation_batch_size": 3,
+    "generate_command": "env {model} {prompts} {answers}",
     "max_new_tokens": 5,
     "answers_per_prompt": 2,
     "sft_share": 0.1,
