@@ -1,4 +1,4 @@
-"""Run one check in this process: `python -m gpu_checks CHECK DEVICE FOLDER`, as `gpu_check.py` does."""
+"""Run one check in this process: `python -m gpu_checks MODULE DEVICE FOLDER`, as `gpu_check.py` does."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gpu_checks.rows import Report
 
 def main() -> None:
     """Run the check, and end the process with 0 if it ends without an error."""
-    name, device, folder = sys.argv[1:]
+    module, device, folder = sys.argv[1:]
     code = 1
     try:
-        import_module(f"gpu_checks.{name}").check(Report(name, device, Path(folder)))
+        import_module(module).check(Report(module.rpartition(".")[2], device, Path(folder)))
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -31,7 +31,8 @@ def check(report: Report) -> None:
     process.kill()
     process.wait()
     before = _losses(run)
-    report.result("steps until it was killed", f"fewer than {recipe.train.max_steps}", str(len(before)), True)
+    unfinished = len(before) < report.sizes.steps
+    report.result("steps until it was killed", f"fewer than {report.sizes.steps}", str(len(before)), unfinished)
     expect_success(start(log, *options), log)
     report.result("resumed", "from a checkpoint", _resumed_from(log), "resumed from" in output_of(log))
     _compare(report, before, _losses(run))
@@ -66,8 +67,8 @@ def _compare(report: Report, before: dict[int, float], after: dict[int, float]) 
     whole = list(after) == list(range(1, steps + 1)) and all(map(math.isfinite, after.values()))
     report.result("steps in metrics.jsonl, all with a finite loss", f"1 to {steps}", f"{len(after)} lines", whole)
     apart = max(abs(after[step] - loss) / loss for step, loss in before.items())
-    # On the CPU in float32 the bits are the same. On a GPU, sums in another order may round differently.
-    most = 0.0 if report.device == "cpu" else 2e-2
+    # On the CPU in float32 the bits are the same. On a GPU, a sum in another order may even change a drawn token.
+    most = 0.0 if report.device == "cpu" else 5e-2
     measured = f"{apart:.1e} over {len(before)} steps"
     report.result(
         "largest difference of a step's loss to the killed run's", f"at most {most:g}", measured, apart <= most

@@ -106,7 +106,7 @@ SIZES = {
         packed_model=_WIDE,
         packed_lengths=(2048, 8192),
         rollouts=["--config", "recipes/bench-1b.yaml", "--data.max_length", "512"],
-        stall_seconds=4.0,
+        stall_seconds=8.0,
     ),
     "cpu": Sizes(
         dtype="float32",
@@ -121,8 +121,8 @@ SIZES = {
         memory_steps=30,
         bench=_BENCH_ON_CPU,
         bench_steps=2,
-        loss_positions=256,
-        loss_vocabulary=1000,
+        loss_positions=4096,  # more logits than the loss holds at once
+        loss_vocabulary=16384,
         generating_model=_SMALL | {"vocab_size": 600},
         generated_rows=4,
         prompt_length=8,
