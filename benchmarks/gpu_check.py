@@ -4,7 +4,8 @@
 
 Every check is a module of `gpu_checks/` and runs in a process of its own, with a time limit, so that a check that fails
 or hangs stops no other one. Prints a table of what was expected and measured, and writes it to `gpu-NAME.json`, named
-after the GPU. Exit code: 1 if any result was wrong or any check did not end; a slow figure is shown and fails nothing.
+after the GPU; with `--only`, nothing is written. Exit code: 1 if any result was wrong or any check did not end; a slow
+figure is shown and fails nothing.
 """
 
 from __future__ import annotations
@@ -50,33 +51,41 @@ ON_CPU = 300
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(TOTAL), default="cuda")
-    parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS), metavar="CHECK")
+    parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=[], metavar="CHECK")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     output_dir = options.output_dir.resolve()
     os.chdir(ROOT)
-    folder = (ROOT / "runs" / "gpu-check" / str(os.getpid())).resolve()
+    folder = ROOT / "runs" / "gpu-check" / str(os.getpid())
     folder.mkdir(parents=True)
     _set_environment(options.device, folder)
     started, rows, logs = time.monotonic(), list[Row](), dict[str, str]()
     print("| check | what | expected | measured | | seconds |\n|---|---|---|---|---|---|", flush=True)
-    for name in options.only:
+    for name in options.only or LIMITS:
         left = TOTAL[options.device] - (time.monotonic() - started)
         limit = LIMITS[name] if options.device == "cuda" else ON_CPU
         of_check = run(f"gpu_checks.{name}", options.device, folder, min(limit, max(1.0, left)))
         rows += of_check
         for row in of_check:
-            cells = row.check, row.what, row.expected, row.measured, row.verdict, f"{row.seconds:g}"
-            print("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |", flush=True)
+            _show(row)
         if any(row.verdict == "failed" for row in of_check):
             logs[name] = _log(folder, name)[-4000:]
-    path = write(output_dir, folder, options.device, rows, logs, time.monotonic() - started)
-    for name, log in logs.items():
-        print(f"\n{name}, the end of its output:\n{log}")
+            print(f"\n{logs[name]}\n", flush=True)
+        if not options.only:  # a record has all checks, as far as they have run
+            write(output_dir, folder, options.device, rows, logs, time.monotonic() - started)
     wrong = sum(row.verdict == "failed" for row in rows)
-    print(f"\n{len(rows)} rows, {wrong} failed, {time.monotonic() - started:.0f} s; written to {path}")
-    shutil.rmtree(folder)
+    print(f"\n{len(rows)} rows, {wrong} failed, {time.monotonic() - started:.0f} s")
+    if wrong:
+        print(f"the files of the checks are in {folder}")
+    else:
+        shutil.rmtree(folder)
     sys.exit(wrong > 0)
+
+
+def _show(row: Row) -> None:
+    """Print a row of the table."""
+    cells = row.check, row.what, row.expected, row.measured, row.verdict, f"{row.seconds:g}"
+    print("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |", flush=True)
 
 
 def _set_environment(device: str, folder: Path) -> None:
@@ -129,8 +138,8 @@ def _log(folder: Path, name: str) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def write(output_dir: Path, folder: Path, device: str, rows: list[Row], logs: dict[str, str], seconds: float) -> Path:
-    """Write the record of all checks, and return its path."""
+def write(output_dir: Path, folder: Path, device: str, rows: list[Row], logs: dict[str, str], seconds: float) -> None:
+    """Write the record of the checks that have run, named after the GPU."""
     path = folder / "environment.json"  # the check `machine` writes it
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     name = str(found.get("hardware", {}).get("accelerator", device))
@@ -145,7 +154,6 @@ def write(output_dir: Path, folder: Path, device: str, rows: list[Row], logs: di
     output_dir.mkdir(parents=True, exist_ok=True)
     target = output_dir / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     write_atomically(target, json.dumps(record, indent=1) + "\n")
-    return target
 
 
 if __name__ == "__main__":
