@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install engine demo lint check check-tests test test-all test-versions costs test-cluster cluster-packages async-io soak clean
+.PHONY: install engine demo lint check check-tests test test-all test-versions costs test-cluster cluster-packages async-io soak \
+	gpu-wheels gpu-check gpu-check-cuda gpu-check-cpu clean
 
 install: .venv/installed
 
@@ -117,6 +118,36 @@ async-io: install
 # Kills 100 runs at random points and resumes each of them: about 12 minutes.
 soak: install
 	$(BIN)/python -m tests.soak --count 100 --output benchmarks/results/soak.json
+
+# The packages that a machine with one GPU and no network lacks (it has Python 3.12, torch, and much else), as wheels.
+# torch is not among them: its version there fits the driver. docs/gpu.md says how they get there.
+GPU_WHEELS := build/gpu-wheels
+GPU_PACKAGES := $(CURDIR)/build/gpu-packages
+GPU_PLATFORMS := --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64
+GPU_LACKS := annotated-types anyio datasets dill docstring_parser httpcore2 httpx2 huggingface_hub jsonargparse \
+	multiprocess peft pydantic pydantic_core transformers truststore typeshed_client typing-inspection typing_extensions
+
+gpu-wheels: install
+	rm -rf $(GPU_WHEELS)
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 $(GPU_PLATFORMS) \
+		-c constraints.txt -d $(GPU_WHEELS) $(GPU_LACKS)
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --quiet --no-deps -c constraints.txt -w $(GPU_WHEELS) deepspeed hjson
+	@du -sh $(GPU_WHEELS)
+	@test $$(du -sm $(GPU_WHEELS) | cut -f1) -lt 64 || { echo "$(GPU_WHEELS): expected less than 64 MiB"; exit 1; }
+
+# On such a machine. The packages go into a folder of their own, which hides older ones of the machine. Without a GPU,
+# `make gpu-check DEVICE=cpu` runs the same code at small sizes.
+DEVICE ?= cuda
+
+gpu-check: gpu-check-$(DEVICE)
+
+gpu-check-cuda:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU_PACKAGES) \
+		$(GPU_WHEELS)/*.whl
+	PYTHONPATH=$(GPU_PACKAGES):$(CURDIR) $(PYTHON) benchmarks/gpu_check.py
+
+gpu-check-cpu: install
+	$(BIN)/python benchmarks/gpu_check.py --device cpu --output_dir build
 
 clean:
 	rm -rf .venv .venv-engine .venv-torch-*

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -35,22 +36,52 @@ def main() -> None:
     print("| words | loss | chunks | error of the loss | of the hidden states' gradient | of the head's | time |")
     print("|---|---|---|---|---|---|---|")
     for vocabulary in options.vocabulary:
-        hidden, weight, targets = _inputs(options.positions, options.width, vocabulary, options.device)
-        losses = _losses(targets, vocabulary)
-        exact = _values(losses[0][2], hidden.double(), weight.double())
         first = None
-        for name, chunks, loss in losses:
-            _values(loss, hidden, weight)  # the first call sets up kernels
-            started = time.perf_counter()
-            found = _values(loss, hidden, weight)
-            seconds = time.perf_counter() - started
-            first = first or seconds
-            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-            shown = " | ".join(f"{error:.1e}" for error in errors)
-            print(f"| {vocabulary} | {name} | {chunks} | {shown} | {seconds / first:.2f} |", flush=True)
+        for row in measure(options.positions, options.width, vocabulary, options.device):
+            first = first or row.seconds
+            shown = " | ".join(f"{error:.1e}" for error in (row.loss_error, row.hidden_error, row.head_error))
+            print(f"| {vocabulary} | {row.loss} | {row.chunks} | {shown} | {row.seconds / first:.2f} |", flush=True)
 
 
-def _inputs(positions: int, width: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One way to compute the loss: its errors, relative to float64, and the time of forward and backward."""
+
+    loss: str
+    chunks: int
+    loss_error: float
+    hidden_error: float
+    """Error of the gradient with respect to the hidden states."""
+    head_error: float
+    """Error of the gradient with respect to the head's weight."""
+    seconds: float
+
+
+def measure(positions: int, width: int, vocabulary: int, device: str) -> Iterator[Measured]:
+    """Measure every loss on the same random inputs; the float32 loss of whole logits comes first."""
+    hidden, weight, targets = inputs(positions, width, vocabulary, device)
+    losses = _losses(targets, vocabulary)
+    exact = _values(losses[0][2], hidden.double(), weight.double())
+    for name, chunks, loss in losses:
+        _values(loss, hidden, weight)  # the first call sets up kernels
+        started = time.perf_counter()
+        found = _values(loss, hidden, weight)
+        seconds = time.perf_counter() - started
+        of_loss, of_hidden, of_head = (
+            float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)
+        )
+        yield Measured(
+            loss=name,
+            chunks=chunks,
+            loss_error=of_loss,
+            hidden_error=of_hidden,
+            head_error=of_head,
+            seconds=seconds,
+        )
+
+
+def inputs(positions: int, width: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random hidden states and a head's weight, both in bfloat16, and targets."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(positions, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
