@@ -5,7 +5,6 @@ On a GPU, the backward runs in a thread of autograd, of which Python's list of t
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ def check(report: Report) -> None:
     recipe = small_recipe(report, train=train)
     (report.folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     log = report.folder / "train.log"
-    program = str(Path(__file__).resolve())
-    process = start(log, "train", "--config", str(report.folder / "recipe.yaml"), program=(program,))
+    program = ("-m", "gpu_checks.stalled_backward")
+    process = start(log, "train", "--config", str(report.folder / "recipe.yaml"), program=program)
     code = process.wait()
     output = output_of(log)
     report.result("exit code of the stalled run", "1", str(code), code == 1)
@@ -77,5 +76,4 @@ def _train() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     _train()
