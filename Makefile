@@ -10,8 +10,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "Python 3.11 or later is needed (Debian: apt-get install python3)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+		|| { echo "Python 3.11 to 3.13 is needed (Debian: apt-get install python3)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "Python's venv is needed (Debian: apt-get install python3-venv)"; exit 1; }
 	@command -v c++ >/dev/null || { echo "a C++ compiler is needed (Debian: apt-get install g++)"; exit 1; }

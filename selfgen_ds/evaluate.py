@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from selfgen_ds import __version__
@@ -62,7 +63,8 @@ def run(options: EvaluateOptions) -> None:
     """
     problems = Problems()
     check_evaluate(problems, options)
-    if told := attention.problem(options.attn_implementation, process_group.device().type == "cpu", trains=False):
+    on_cpu = get_accelerator().device_name() == "cpu"  # no rank has chosen its device yet
+    if told := attention.problem(options.attn_implementation, on_cpu, trains=False):
         problems.add(f"--attn_implementation: {told}")
     problems.raise_all()
     make_folder(Path(options.output_dir), "--output_dir")

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from selfgen_ds import methods
@@ -22,7 +23,6 @@ from selfgen_ds.model import attention
 from selfgen_ds.model.loading import most_positions, parameter_count, trained_parameter_count
 from selfgen_ds.model.probe import Traits
 from selfgen_ds.model.reach import Reach
-from selfgen_ds.ranks import process_group
 
 log = logging.getLogger("selfgen_ds")
 
@@ -42,7 +42,7 @@ def check_positions(problems: Problems, recipe: Recipe, config: PretrainedConfig
 
 def check_attention(problems: Problems, recipe: Recipe) -> None:
     """Check that the attention of the recipe can run here."""
-    told = attention.problem(recipe.model.attn_implementation, process_group.device().type == "cpu", trains=True)
+    told = attention.problem(recipe.model.attn_implementation, get_accelerator().device_name() == "cpu", trains=True)
     if told:
         problems.add(f"model.attn_implementation: {told}")
 
