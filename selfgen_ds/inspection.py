@@ -64,7 +64,7 @@ def inspect(recipe: Recipe, overrides: set[str], rows: int, draw: bool) -> None:
     tokenizer = load_tokenizer(recipe.model)
     config = model_config(recipe.model, tokenizer)
     check_positions(problems, recipe, config)
-    check_attention(problems, recipe)
+    check_attention(recipe)
     check_quantization(problems, config)
     with problems.collect():
         traits = probe.check(recipe.model, config, recipe.data.packing)

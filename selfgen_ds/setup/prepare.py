@@ -184,7 +184,7 @@ def _load_inputs(recipe: Recipe, folder: RunFolder, stage: int, today: str) -> I
         config = model_config(recipe.model, tokenizer)
         problems = Problems()
         check_positions(problems, recipe, config)
-        check_attention(problems, recipe)
+        check_attention(recipe)
         check_quantization(problems, config)
         check_rounds_folder(problems, recipe, folder.storage)
         with problems.collect():  # there may be no such model

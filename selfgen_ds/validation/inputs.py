@@ -17,7 +17,7 @@ from selfgen_ds.config import Recipe
 from selfgen_ds.data.batches import StepBatches
 from selfgen_ds.data.row import TrainingRow
 from selfgen_ds.data.samples import Samples
-from selfgen_ds.errors import Problems
+from selfgen_ds.errors import InputError, Problems
 from selfgen_ds.evaluation.text_metrics import is_counted
 from selfgen_ds.model import attention
 from selfgen_ds.model.loading import most_positions, parameter_count, trained_parameter_count
@@ -40,11 +40,15 @@ def check_positions(problems: Problems, recipe: Recipe, config: PretrainedConfig
     problems.expect(holds, "data.max_length", limit, recipe.data.max_length)
 
 
-def check_attention(problems: Problems, recipe: Recipe) -> None:
-    """Check that the attention of the recipe can run here."""
+def check_attention(recipe: Recipe) -> None:
+    """Check that the attention of the recipe can run here, before a model is built with it to be tried.
+
+    Raises:
+        InputError: It cannot.
+    """
     told = attention.problem(recipe.model.attn_implementation, get_accelerator().device_name() == "cpu", trains=True)
     if told:
-        problems.add(f"model.attn_implementation: {told}")
+        raise InputError(f"model.attn_implementation: {told}")
 
 
 def check_quantization(problems: Problems, config: PretrainedConfig) -> None:
