@@ -30,6 +30,8 @@ class Runaway:
     def update_round(self, number: int, probability: float, differing: float) -> str:
         """Take in the round of a step, and return what has happened if the round is worse than the one before.
 
+        Then the watch over steps begins anew: the steps of a worse round are worse too, and p is not lowered twice.
+
         Args:
             number: The round, from 1.
             probability: p that it was drawn with. A round that draws nothing is not watched.
@@ -40,6 +42,7 @@ class Runaway:
             return ""
         if differing <= max(before[2] + _ROUND_RISE, _ROUND_RATIO * before[2]):
             return ""
+        self._begin_anew()
         told = f"{differing:.0%} of its drawn tokens differ from the reference, after {before[2]:.0%}"
         return f"round {number} is worse than the one before: {told}"
 
@@ -63,10 +66,13 @@ class Runaway:
             before, before_loss = min(earlier)
             worse = loss is None or now_loss > _LOSS_RATIO * before_loss
             if worse and now > max(before + _RISE, _RATIO * before):
-                self._last.clear()
-                self._lowest.clear()
+                self._begin_anew()
                 told = f"{now:.0%} of the drawn tokens differ from the reference, after {before:.0%}"
                 lost = "" if loss is None else f", and the loss is {now_loss:.3g}, after {before_loss:.3g}"
                 return f"the run runs away: {told}{lost}"
         self._lowest[level] = min(self._lowest.get(level, (now, now_loss)), (now, now_loss))
         return ""
+
+    def _begin_anew(self) -> None:
+        self._last.clear()
+        self._lowest.clear()

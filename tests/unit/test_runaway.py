@@ -103,5 +103,12 @@ def test_a_round_is_watched_though_its_first_step_draws_nothing() -> None:
     assert told.startswith("round 2 is worse")
 
 
+def test_the_steps_of_a_round_that_was_named_are_not_named_for_the_same_cause() -> None:
+    good = [_line(1, 0.1)] * 10
+    bad = [_line(2, 0.9) | {"differing_share": 0.9, "loss": 3.0}] * 40
+    (told,) = _told_of_lines(*good, *bad)
+    assert told.startswith("round 2 is worse")
+
+
 def test_a_round_whose_share_was_not_recorded_is_not_compared() -> None:
     assert not _told_of_lines(_line(1, None), _line(2, 0.9))
